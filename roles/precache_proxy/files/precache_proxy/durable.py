@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Files that must be whole after a power cut: written beside, synced, renamed, directory synced."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from precache_proxy.errors import IntegrityError
+
+
+def sync_directory(directory: Path) -> None:
+    """Make entries created, renamed or removed in ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file that some other process wrote durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes, *, mode: int = 0o640) -> None:
+    """Replace ``path`` as a whole: a reader, or a power cut, sees the old content or the new one.
+
+    A kill between any two lines leaves at most ``.NAME.new`` beside it, which the next write replaces.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(beside, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any, *, mode: int = 0o640) -> None:
+    """:func:`write_bytes` for a JSON value."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    write_bytes(path, text.encode() + b"\n", mode=mode)
+
+
+def read_json(path: Path) -> Any:
+    """The value in ``path``, or None where there is no such file. Raises IntegrityError on a broken one."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise IntegrityError(
+            f"{path}: not a whole record ({error}); it was not written by this program: move it away and look into it"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file for good; one that is not there is no error."""
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir():
+        sync_directory(path.parent)

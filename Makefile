@@ -41,4 +41,51 @@ venv: install-dependencies $(VENV)/.complete ## make or refresh .venv from requi
 $(VENV)/.complete: requirements-dev.txt
 	@tests/frame/make-venv "$(SYSTEM_PYTHON)" "$(VENV)" requirements-dev.txt
 
+build: venv ## build the collection and install it under build/installed, as a user would
+	@mkdir -p "$(BUILD)"
+	@ansible-galaxy collection build --force --output-path "$(BUILD)" "$(ROOT)" >/dev/null
+	@# What an older build brought and this one no longer has must not serve the tests.
+	@rm -rf "$(INSTALLED)/ansible_collections/lifeboat"
+	@ansible-galaxy collection install --offline --force -p "$(INSTALLED)" "$(ARCHIVE)" >/dev/null
+	@mkdir -p "$(BUILD)/checkout/ansible_collections/lifeboat"
+	@ln -sfn "$(ROOT)" "$(BUILD)/checkout/ansible_collections/lifeboat/evacuation"
+	@echo "build: $(notdir $(ARCHIVE)) built and installed"
+
+lint: venv build ## every check of the code that runs nothing of it; all findings, not the first check's only
+	@$(MAKE) --no-print-directory --keep-going lint-python lint-yaml lint-ansible introspect sanity
+
+lint-python: ## ruff (rules and format) and mypy --strict
+	ruff check .
+	ruff format --check .
+	tests/frame/run-mypy
+
+lint-yaml: ## yamllint
+	yamllint --strict .
+
+lint-ansible: ## ansible-lint, profile production, and the changelog's fragments
+	ansible-lint --offline --strict
+	antsibull-changelog lint
+
+introspect: ## what an execution environment would install, read from the installed collection
+	@ansible-builder introspect --sanitize "$(INSTALLED)" >"$(BUILD)/introspect.txt" || { cat "$(BUILD)/introspect.txt"; exit 1; }
+	@grep -q 'lifeboat.evacuation' "$(BUILD)/introspect.txt" || { cat "$(BUILD)/introspect.txt"; exit 1; }
+	@echo "introspect: requirements of the collection found"
+
+sanity: ## ansible-test sanity on the installed collection
+	@tests/frame/run-sanity "$(INSTALLED)" "$(BUILD)" >"$(BUILD)/sanity.log" 2>&1 || \
+	  { grep -E '^(ERROR|FATAL|WARNING)' "$(BUILD)/sanity.log" || tail -40 "$(BUILD)/sanity.log"; exit 1; }
+	@echo "sanity: $$(grep -c '^Running sanity test' "$(BUILD)/sanity.log") tests passed"
+
+test-quick: venv build lint-python lint-yaml ## under 5 minutes: linters and unit tests, no lab
+	$(PYTEST) tests/unit -m "not lab and not soak" $(PYTEST_ARGS)
+
+test: venv build ## everything but soak; builds the lab and takes it down again
+	@tests/frame/run-tests "not soak"
+
+soak: venv build ## what takes too long for every run: full crash tables, many rounds there and back
+	@tests/frame/run-tests "soak"
+
+clean: ## remove what was built (not .venv, not the lab)
+	rm -rf "$(BUILD)"
+
 -include tests/lab/lab.mk tests/bench/bench.mk tests/demo/demo.mk

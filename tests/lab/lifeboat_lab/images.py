@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Cached base images: the read-only lower layer of every host, and the packages it was built from.
+
+An image is named by a hash of all that goes into it, is built beside its final place and renamed when it is
+complete: an image that exists is whole, and a change of the recipe makes a new one.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lifeboat_lab.errors import LabError
+from lifeboat_lab.settings import CACHE, Settings
+from lifeboat_lab.shell import run
+
+NEEDED_MIB = {"full": 3000, "bare": 800, "guest": 200}
+PACKAGES_ON_HOST = "/srv/lab-packages"
+
+SYSTEM_PACKAGES = (
+    "systemd", "systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "python3", "iproute2", "iputils-ping",
+    "procps",
+)  # fmt: skip
+FULL_PACKAGES = (
+    *SYSTEM_PACKAGES,
+    # the hypervisor
+    "libvirt-daemon-system", "libvirt-clients", "qemu-system-x86", "qemu-utils", "qemu-block-extra", "ovmf",
+    "swtpm", "swtpm-tools", "dmidecode", "polkitd", "netcat-openbsd",
+    # what the daemons import, as the distribution has it
+    "python3-libvirt", "python3-libnbd", "python3-aiohttp", "python3-prometheus-client", "python3-zstandard",
+    "python3-xxhash", "python3-systemd", "python3-cryptography", "python3-msgpack", "python3-lxml",
+    "python3-pyroute2", "python3-apt",
+    # what an operator and our tests look with
+    "rsync", "sudo", "nftables", "e2fsprogs", "strace", "socat", "tcpdump", "iperf3", "openssl", "ca-certificates",
+    "libnbd-bin", "zstd", "jq", "psmisc", "less", "util-linux-extra", "busybox-static",
+)  # fmt: skip
+# Not installed on hosts: kernel and modules of the guests, taken from the packages.
+DOWNLOADED_PACKAGES = ("linux-image-cloud-amd64",)
+
+# A guest is ended by the tests, or dies with its host; timers would only take our two cores.
+MASKED_UNITS = (
+    "libvirt-guests.service", "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer",
+    "e2scrub_all.timer", "fstrim.timer", "man-db.timer", "console-getty.service", "systemd-timesyncd.service",
+    "systemd-networkd.service", "systemd-networkd-wait-online.service", "systemd-firstboot.service",
+    "nftables.service",
+)  # fmt: skip
+
+FILES = {
+    "etc/apt/sources.list.d/lab.sources": (
+        "# The packages this host was built from; there is no way out to any other archive.\n"
+        f"Types: deb\nURIs: file://{PACKAGES_ON_HOST}\nSuites: ./\nTrusted: yes\n"
+    ),
+    "etc/ssh/sshd_config.d/lab.conf": (
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nUseDNS no\nMaxStartups 200\n"
+        "MaxSessions 200\n"
+    ),
+    "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",
+    "etc/resolv.conf": "",
+    "etc/hostname": "unnamed\n",
+}
+
+
+class Images:
+    """The cache of one suite."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._say = say
+
+    def full(self) -> Path:
+        """Directory of the hypervisors' image: `root/`, `packages/`."""
+        recipe = {
+            "suite": self._settings.suite,
+            "packages": FULL_PACKAGES,
+            "downloaded": DOWNLOADED_PACKAGES,
+            "files": FILES,
+            "masked": MASKED_UNITS,
+            "steps": 3,  # raise when the code below changes what comes out
+        }
+        return cached(f"full-{self._settings.suite}", recipe, NEEDED_MIB["full"], self._build_full)
+
+    def bare(self) -> Path:
+        """Directory of the image that has only systemd, ssh and python3; built from the full image's packages."""
+        full = self.full()
+        recipe = {"from": full.name, "packages": SYSTEM_PACKAGES, "steps": 1}
+        return cached(
+            f"bare-{self._settings.suite}", recipe, NEEDED_MIB["bare"], lambda target: self._build_bare(full, target)
+        )
+
+    def _build_full(self, target: Path) -> None:
+        self._say(f"building the hosts' image ({self._settings.suite}): 1 to 3 minutes, once")
+        packages = target / "packages"
+        packages.mkdir()
+        command = [
+            "mmdebstrap", "--mode=root", "--variant=minbase", "--skip=essential/unlink", "--architectures=amd64",
+            f"--include={','.join(FULL_PACKAGES)}",
+            '--customize-hook=env APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get --yes --download-only '
+            f"--no-install-recommends install {' '.join(DOWNLOADED_PACKAGES)}",
+            f'--customize-hook=mv "$1"/var/cache/apt/archives/*.deb {packages}/',
+            self._settings.suite, str(target / "root"),
+        ]  # fmt: skip
+        if self._settings.mirror:
+            command.append(self._settings.mirror)
+        run(command, timeout_seconds=1800)
+        index = run(["dpkg-scanpackages", "--multiversion", str(packages), "/dev/null"], timeout_seconds=300).stdout
+        (packages / "Packages").write_text(index.replace(f"Filename: {packages}/", "Filename: ./"))
+        customise(target / "root")
+
+    def _build_bare(self, full: Path, target: Path) -> None:
+        self._say("building the image of the host without packages: half a minute, once")
+        packages = full / "packages"
+        run(
+            [
+                "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
+                f"--include={','.join(SYSTEM_PACKAGES)}",
+                f'--setup-hook=mkdir -p "$1{packages}" && mount --bind -o ro {packages} "$1{packages}"',
+                f'--customize-hook=umount "$1{packages}" && rmdir -p --ignore-fail-on-non-empty "$1{packages}"',
+                self._settings.suite, str(target / "root"), f"deb [trusted=yes] file:{packages} ./",
+            ],
+            timeout_seconds=900,
+        )  # fmt: skip
+        customise(target / "root")
+
+
+def customise(root: Path) -> None:
+    """What all hosts share beyond the packages: settings that make a host quick to boot and unable to get out."""
+    for old in ("etc/apt/sources.list", "etc/machine-id"):
+        (root / old).unlink(missing_ok=True)
+    for key in (root / "etc/ssh").glob("ssh_host_*"):
+        key.unlink()
+    for name, text in FILES.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+    for unit in MASKED_UNITS:
+        mask = root / "etc/systemd/system" / unit
+        mask.unlink(missing_ok=True)
+        mask.symlink_to("/dev/null")
+    (root / PACKAGES_ON_HOST.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    (root / "var/log/journal").mkdir(exist_ok=True)
+    libvirt = root / "etc/libvirt"
+    if libvirt.is_dir():
+        # This kernel has no AppArmor; QEMU stays libvirt's unprivileged user with dynamic ownership, as by default.
+        with (libvirt / "qemu.conf").open("a") as file:
+            file.write('\n# set by the lab\nsecurity_driver = "none"\n')
+        # All hosts see the same machine's firmware: without this they share one identity and libvirt refuses
+        # to migrate "to the same host".
+        with (libvirt / "libvirtd.conf").open("a") as file:
+            file.write('\n# set by the lab\nhost_uuid_source = "machine-id"\n')
+        shutil.rmtree(libvirt / "qemu/networks/autostart", ignore_errors=True)
+
+
+def cached(kind: str, recipe: object, needed_mib: int, build: Callable[[Path], None]) -> Path:
+    """The directory made by `build` for this recipe, from the cache if it is there.
+
+    Raises LabError when the disk is too full to try; a build that fails leaves nothing.
+    """
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    final = CACHE / f"{kind}-{digest}"
+    if final.is_dir():
+        return final
+    with _only_builder():
+        if final.is_dir():
+            return final
+        for abandoned in CACHE.glob(f".{kind}-*"):
+            shutil.rmtree(abandoned)
+        free_mib = shutil.disk_usage(CACHE).free >> 20
+        if free_mib < needed_mib:
+            raise LabError(
+                f"{CACHE}: {needed_mib} MiB needed for the image {kind}, {free_mib} MiB free; free space or mount "
+                "a larger file system there"
+            )
+        target = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=CACHE))
+        try:
+            target.chmod(0o755)
+            build(target)
+            target.rename(final)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+    return final
+
+
+@contextmanager
+def _only_builder() -> Iterator[None]:
+    """One build at a time on the machine: two would only fetch the same packages twice."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The handle on the WAN: profile, cut, heal, counters, and the check that it is what its profile says."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lifeboat_lab.control_group import ControlGroup
+from lifeboat_lab.errors import LabError
+from lifeboat_lab.hosts import wait_for
+from lifeboat_lab.network import NAMESPACES
+from lifeboat_lab.profiles import Profile, parse_profile
+from lifeboat_lab.settings import SITE_NUMBERS, Settings
+from lifeboat_lab.shell import run
+
+ANSWER_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was measured between two hosts at different sites, beside what the profile promises."""
+
+    profile: str
+    round_trip_seconds: float
+    expected_round_trip_seconds: float
+    goodput_bits_per_second: float
+    expected_bits_per_second: float
+    relay_processor_share: float
+
+    @property
+    def holds(self) -> bool:
+        """Round trip within 1 ms, goodput within 5 % of the rate (where there is one)."""
+        late = self.round_trip_seconds - self.expected_round_trip_seconds
+        full = self.expected_bits_per_second
+        return -0.0005 <= late <= 0.001 and (
+            not full or 0.95 * full <= self.goodput_bits_per_second <= 1.05 * full
+        )
+
+
+class Wan:
+    """The WAN of one lab."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._socket = settings.runtime / "wan.sock"
+
+    @property
+    def running(self) -> bool:
+        """Does the relay answer?"""
+        with suppress(LabError):
+            self.status()
+            return True
+        return False
+
+    def start(self) -> None:
+        """Start the relay with no limits; does nothing when it runs."""
+        if self.running:
+            return
+        group = ControlGroup(self._settings.control_group("wan"))
+        group.kill()
+        group.create()
+        namespace = NAMESPACES / self._settings.namespace("router")
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "LC_ALL": "C"}
+        with (self._settings.runtime / "wan.log").open("ab") as log:
+            process = subprocess.Popen(
+                ["nsenter", f"--net={namespace}", "--", sys.executable, "-m", "lifeboat_lab.wan_relay",
+                 str(self._socket)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=group.enter,
+            )  # fmt: skip
+
+        def answers() -> bool:
+            if process.poll() is not None:
+                raise LabError(f"the WAN's relay ended with {process.returncode}; see {log.name}")
+            return self.running
+
+        wait_for(answers, 20, 0.05)
+
+    def set(self, profile: Profile | str) -> Profile:
+        """Change the profile while running; what is on its way keeps its old delay."""
+        profile = parse_profile(profile) if isinstance(profile, str) else profile
+        self._ask({"command": "profile", "profile": profile.to_json()})
+        return profile
+
+    def cut(self, source: str | None = None, destination: str | None = None) -> None:
+        """Cut the WAN silently: all of it, what leaves `source`, what is sent to `destination`, or one direction."""
+        for site in (source, destination):
+            if site is not None and site not in SITE_NUMBERS:
+                raise LabError(f"site {site}: not known; use one of {', '.join(SITE_NUMBERS)}")
+        pairs = [
+            (a, b)
+            for a in SITE_NUMBERS
+            for b in SITE_NUMBERS
+            if a != b and source in {None, a} and destination in {None, b}
+        ]
+        self._ask({"command": "cut", "pairs": pairs})
+
+    def heal(self) -> None:
+        """Join every direction that was cut."""
+        self._ask({"command": "heal"})
+
+    def status(self) -> dict[str, Any]:
+        """Profile, cuts and the relay's own counters. Raises LabError when the relay does not answer."""
+        return self._ask({"command": "status"})
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """IP bytes and packets of each ordered pair of sites since the lab was built.
+
+        `sent_bytes` is what a site gave to the WAN, `delivered_bytes` what came out at the other; counted
+        by the router's kernel, with and without a profile. A cut WAN counts nothing as sent.
+        """
+        namespace = NAMESPACES / self._settings.namespace("router")
+        text = run(["nsenter", f"--net={namespace}", "nft", "-j", "list", "counters", "table", "inet", "lab"]).stdout
+        result: dict[str, dict[str, int]] = {}
+        for entry in json.loads(text)["nftables"]:
+            if "counter" in entry:
+                pair, _, kind = entry["counter"]["name"].rpartition("-")
+                values = result.setdefault(pair, {})
+                values[f"{kind}_bytes"] = int(entry["counter"]["bytes"])
+                values[f"{kind}_packets"] = int(entry["counter"]["packets"])
+        return result
+
+    def check(self, source: str, destination: str, *, seconds: float = 8) -> Check:
+        """Measure between the namespaces of two hosts at different sites. Takes some 10 s and fills the link."""
+        status = self.status()
+        profile = Profile.from_json(status["now"])
+        address = _address_of(destination)
+        into = lambda member: ["nsenter", f"--net={NAMESPACES / self._settings.namespace(member)}"]  # noqa: E731
+        # Neighbours and routes are found by the first packet.
+        run([*into(source), "ping", "-6", "-c", "1", "-W", "3", address])
+        ping = run([*into(source), "ping", "-6", "-q", "-c", "20", "-i", "0.05", "-W", "3", address]).stdout
+        match = re.search(r"= ([0-9.]+)/([0-9.]+)/", ping)
+        if match is None:
+            raise LabError(f"ping from {source} to {destination}: no answer to measure: {ping.splitlines()[-2:]}")
+        server = subprocess.Popen(
+            [*into(destination), "iperf3", "--server", "--one-off", "--port", "5299"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            time.sleep(0.3)
+            before, begun = self.status()["processor_seconds"], time.monotonic()
+            warm_up_seconds = 2 if profile.round_trip_seconds < 0.1 else 5
+            report = run([
+                *into(source), "iperf3", "--client", address, "--port", "5299", "--json", "--parallel", "4",
+                "--time", f"{seconds:g}", "--omit", str(warm_up_seconds),
+            ], timeout_seconds=seconds + 60).stdout  # fmt: skip
+            share = (self.status()["processor_seconds"] - before) / (time.monotonic() - begun)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait()
+        return Check(
+            profile=profile.name,
+            round_trip_seconds=float(match.group(2)) / 1000,
+            expected_round_trip_seconds=profile.round_trip_seconds,
+            goodput_bits_per_second=json.loads(report)["end"]["sum_received"]["bits_per_second"],
+            expected_bits_per_second=profile.rate_bits_per_second,
+            relay_processor_share=share,
+        )
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.settimeout(ANSWER_SECONDS)
+            try:
+                client.connect(str(self._socket))
+                client.sendall(json.dumps(request).encode())
+                answer: dict[str, Any] = json.loads(client.recv(1 << 20))
+            except OSError as error:
+                raise LabError(
+                    f"the WAN of lab {self._settings.name}: its relay does not answer ({error}); run `make lab-up`"
+                ) from error
+        if "error" in answer:
+            raise LabError(f"the WAN of lab {self._settings.name}: {answer['error']}")
+        return answer
+
+
+def _address_of(member: str) -> str:
+    from lifeboat_lab.settings import CLIENT_ADDRESS, HOSTS
+
+    return CLIENT_ADDRESS if member == "client" else HOSTS[member].address

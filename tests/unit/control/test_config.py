@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from precache_proxy import config
 from precache_proxy.errors import ConfigurationError
 
@@ -117,7 +118,7 @@ def test_same_peer_twice_is_a_fault() -> None:
         ('name = "a"\nsite = "s"\npeers = 3\n', "list of tables"),
         ('name = "a"\nsite = "s"\nlisten = 3\n', "not a table"),
         ('name = "../a"\nsite = "s"\n', "as in a host name"),
-        ('name="a"\nsite="s"\n[[peers]]\nname="b"\naddress="b"\n[[peers.windows]]\nstart="25:00"\nend=1\n', "time of"),
+        ('name="a"\nsite="s"\n[[peers]]\nname="b"\naddress="b"\n[[peers.windows]]\nstart="25:00"', "time of"),
     ],
 )  # fmt: skip
 def test_unfit_text_is_one_clear_error(text: str, words: str) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from datetime import time
 from pathlib import Path
 
-from precache_proxy.config_reader import REQUIRED, Reader
 from precache_proxy.errors import ConfigurationError, Finding
+from precache_proxy.typed_reader import REQUIRED, Reader
 from precache_proxy.units import GIB, MIB
 
 DEFAULT_PATH = Path("/etc/lifeboat/precache_proxy.toml")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Typed reading of one TOML table: what is wrong becomes a finding, and reading goes on."""
+"""Typed reading of one TOML table or JSON object: what is wrong becomes a finding, and reading goes on."""
 
 from __future__ import annotations
 
@@ -27,20 +27,25 @@ class Reader:
     """One table. Every method takes the key's default; a bad value is noted and the default stands in."""
 
     def __init__(
-        self, values: Mapping[str, Any], file_name: str, prefix: str, findings: list[Finding]
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        prefix: str,
+        findings: list[Finding],
+        cause: str = "configuration",
     ) -> None:
         self._values = values
-        self._file_name = file_name
+        self._where = where
         self._prefix = prefix
         self._findings = findings
+        self._cause = cause
         self._known: set[str] = set()
         self._children: list[Reader] = []
 
     def _note(self, key: str, fact: str, way_out: str) -> None:
-        subject = f"{self._file_name}: {self._prefix}{key}"
-        self._findings.append(Finding(subject, fact, way_out, "configuration"))
+        self._findings.append(Finding(f"{self._where}: {self._prefix}{key}", fact, way_out, self._cause))
 
-    def _value(self, key: str) -> Any:  # noqa: ANN401 what TOML held, judged by the caller
+    def _value(self, key: str) -> Any:
         self._known.add(key)
         return self._values.get(key)
 
@@ -64,14 +69,15 @@ class Reader:
             yield self._child(item, f"{self._prefix}{key}[{index}].")
 
     def _child(self, values: Mapping[str, Any], prefix: str) -> Reader:
-        child = Reader(values, self._file_name, prefix, self._findings)
+        child = Reader(values, self._where, prefix, self._findings, self._cause)
         self._children.append(child)
         return child
 
     def finish(self) -> None:
         """Note every key that nothing reads, here and below."""
         for key in self._values.keys() - self._known:
-            near = get_close_matches(key, self._known, 1)
+            longer = sorted(known for known in self._known if known.startswith(f"{key}_"))
+            near = longer or get_close_matches(key, self._known, 1)
             way_out = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(self._known))}"
             self._note(key, "no such setting", way_out)
         for child in self._children:
@@ -114,6 +120,30 @@ class Reader:
             self._note(key, f"is {value!r}", f"write a whole number from {low} to {high}")
             return default
         return value
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self._value(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self._note(key, f"is {value!r}", "write true or false")
+            return default
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        """A list of texts, None where the key is missing."""
+        value = self._value(key)
+        if value is None:
+            return None
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(isinstance(item, str) and item for item in value)
+        ):
+            self._note(key, f"is {value!r}", "write a list of texts, or leave it out")
+            return None
+        return tuple(value)
 
     def duration(self, key: str, default: float, low: float, high: float) -> float:
         """Seconds in ``low..high``."""

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the control API says about the proxy and its parts: plain JSON values, units in the names."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import Any
+
+from precache_proxy import __version__
+from precache_proxy.control.certificate import expires_at
+from precache_proxy.control.parts import Parts
+from precache_proxy.errors import LifeboatError, NotFound
+
+Answer = dict[str, Any]
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON has it: records become objects, enumerations words, sets sorted lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        told = {
+            field.name: as_json(getattr(value, field.name)) for field in fields(value) if field.name[0] != "_"
+        }
+        return told
+    if isinstance(value, LifeboatError):
+        return value.as_dict()
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(as_json(key)): as_json(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(as_json(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def vm_answer(status: Any) -> Answer:
+    """A protected VM, with ``rpo_kept``: None while there is no sealed generation to be late behind."""
+    told: Answer = as_json(status)
+    lag, rpo = told.get("lag_seconds"), told.get("rpo_seconds")
+    told["rpo_kept"] = None if lag is None or not rpo or not told.get("generation") else lag <= rpo
+    return told
+
+
+def vms_answer(parts: Parts) -> list[Answer]:
+    """Every VM that is protected here, by name."""
+    return sorted(
+        (vm_answer(status) for status in parts.source.statuses()), key=lambda vm: str(vm.get("name"))
+    )
+
+
+def find_vm(parts: Parts, vm: str) -> Answer:
+    """The protected VM of that name or UUID. Raises NotFound with those that there are."""
+    known = vms_answer(parts)
+    for told in known:
+        if vm in {told.get("uuid"), told.get("name")}:
+            return told
+    names = ", ".join(str(told.get("name")) for told in known) or "none"
+    raise NotFound(f"VM {vm!r}: not protected on {parts.config.name}; protected here: {names}")
+
+
+def link_answer(parts: Parts, peer: str) -> Answer:
+    """The link to one peer. Raises NotFound."""
+    link = parts.channel.links.get(peer)
+    if link is None:
+        names = ", ".join(sorted(parts.channel.links)) or "none"
+        raise NotFound(
+            f"peer {peer!r}: {parts.config.name} has no such peer; it has: {names}; "
+            "add it to the inventory and run site_setup"
+        )
+    configured = parts.config.peer(peer)
+    return {
+        "peer": peer,
+        "address": configured.address if configured else None,
+        "port": configured.port if configured else None,
+        "state": link.state,
+        "cause": link.cause,
+        "sentence": link.sentence,
+        "round_trip_seconds": link.round_trip_seconds,
+        "rate_bytes_per_second": link.rate_bytes_per_second,
+        "connections": configured.connections if configured else None,
+        "counters": as_json(link.counters()),
+    }
+
+
+def links_answer(parts: Parts) -> list[Answer]:
+    """The links to all peers, by name."""
+    return [link_answer(parts, peer) for peer in sorted(parts.channel.links)]
+
+
+async def replicas_answer(parts: Parts) -> list[Answer]:
+    """Every replica that is kept here."""
+    return [as_json(status) for status in await parts.store.statuses()]
+
+
+def jobs_answer(parts: Parts) -> list[Answer]:
+    """Every evacuation job that is remembered here, oldest first."""
+    return [as_json(job) for job in parts.evacuation.jobs()]
+
+
+def arrivals_answer(parts: Parts) -> list[Answer]:
+    """Every arrival of a VM that is remembered here."""
+    return [as_json(arrival) for arrival in parts.evacuation.arrivals()]
+
+
+def certificate_answer(parts: Parts) -> Answer:
+    """Until when this proxy's certificate is good; ``seconds_left`` is None for one that cannot be read."""
+    path = parts.config.tls.certificate
+    try:
+        end = expires_at(path)
+    except LifeboatError as error:
+        return {"path": str(path), "expires_at": None, "seconds_left": None, "sentence": error.message}
+    left = end - time.time()
+    sentence = f"good for {left / 86400:.0f} more days" if left > 0 else "has expired"
+    return {"path": str(path), "expires_at": end, "seconds_left": left, "sentence": sentence}
+
+
+def _space(directory: Path) -> Answer:
+    try:
+        usage = shutil.disk_usage(directory)
+    except OSError:
+        return {"directory": str(directory), "size_bytes": None, "free_bytes": None}
+    return {"directory": str(directory), "size_bytes": usage.total, "free_bytes": usage.free}
+
+
+def scratch_files(parts: Parts) -> list[Path]:
+    """Files in the scratch directory."""
+    try:
+        return sorted(path for path in parts.config.source.scratch_directory.iterdir() if path.is_file())
+    except OSError:
+        return []
+
+
+def _disk_answers(parts: Parts) -> tuple[Answer, Answer, Answer]:
+    """Store, scratch and certificate: all touch a disk, hence in a thread."""
+    store = _space(parts.config.store.directory)
+    store["minimum_free_bytes"] = parts.config.store.minimum_free_bytes
+    scratch = _space(parts.config.source.scratch_directory)
+    files = scratch_files(parts)
+    # Sparse files: what they take, not what they could take.
+    scratch["used_bytes"] = sum(path.stat().st_blocks * 512 for path in files if path.exists())
+    scratch["files"] = len(files)
+    scratch["limit_bytes"] = parts.config.source.scratch_limit_bytes
+    return store, scratch, certificate_answer(parts)
+
+
+async def proxy_answer(parts: Parts) -> Answer:
+    """The whole proxy: GET /v1/status."""
+    store, scratch, certificate = await asyncio.to_thread(_disk_answers, parts)
+    return {
+        "version": __version__,
+        "name": parts.config.name,
+        "site": parts.config.site,
+        "state": parts.state,
+        "started_at": parts.started_at,
+        "uptime_seconds": time.time() - parts.started_at,
+        "hypervisor": {
+            "uri": parts.config.hypervisor.uri,
+            "connected": parts.hypervisor.connected,
+            "sentence": parts.hypervisor.sentence,
+        },
+        "certificate": certificate,
+        "store": store,
+        "scratch": scratch,
+        "links": links_answer(parts),
+        "vms": vms_answer(parts),
+        "replicas": await replicas_answer(parts),
+        "evacuations": jobs_answer(parts),
+        "arrivals": arrivals_answer(parts),
+    }

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Prometheus metrics, made from one answer of the proxy about itself (so they say what the API says)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from precache_proxy.control.answers import Answer
+
+# Documented name, what it is, where it stands in a protected VM's answer.
+_VM_GAUGES = (
+    ("lag_bytes", "Bytes changed since the last sealed generation", "lag_bytes"),
+    ("lag_seconds", "Age of the oldest change that is not yet at the peer", "lag_seconds"),
+    ("coverage_ratio", "Share of the allocated bytes that the replica holds", "coverage"),
+    ("rpo_seconds", "The lag in seconds that the operator asked for", "rpo_seconds"),
+    ("rpo_kept", "1 while the lag is within the RPO", "rpo_kept"),
+    ("generation", "Number of the last sealed generation", "generation"),
+    ("generation_age_seconds", "Age of the last sealed generation", "generation_age_seconds"),
+    ("pass_open", "1 while a backup job is open in QEMU", "pass_open"),
+)
+_VM_COUNTERS = (
+    ("passes", "Passes that sealed a generation", "passes_total"),
+    ("failed_passes", "Passes that failed", "failed_passes_total"),
+    ("pass_open_seconds", "Time for which a backup job was open in QEMU", "pass_open_seconds_total"),
+    ("pass_seconds", "Time that passes took", "pass_seconds_total"),
+    ("sent_data_bytes", "Changed bytes sent, before compression", "data_bytes_total"),
+    ("scrub_differing_blocks", "Blocks that a scrub found to differ", "scrub_differing_blocks_total"),
+)
+
+
+class ProxyCollector(Collector):
+    """Metrics of one answer."""
+
+    def __init__(self, status: Answer) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric family of the proxy."""
+        yield from self._proxy()
+        yield from self._vms()
+        yield from self._links()
+        yield from self._replicas()
+        yield from self._jobs()
+
+    def _proxy(self) -> Iterator[Metric]:
+        status = self._status
+        info = InfoMetricFamily("lifeboat_proxy", "Which proxy this is")
+        info.add_metric([], {key: status[key] for key in ("version", "name", "site")})
+        yield info
+        plain = (
+            ("uptime_seconds", "Time since the proxy started", status["uptime_seconds"]),
+            ("libvirt_connected", "1 while libvirt answers", status["hypervisor"]["connected"]),
+            (
+                "certificate_expires_at_seconds",
+                "When our certificate ends",
+                status["certificate"]["expires_at"],
+            ),
+            ("store_free_bytes", "Free space under the store", status["store"]["free_bytes"]),
+            ("store_size_bytes", "Size of the file system under the store", status["store"]["size_bytes"]),
+            ("scratch_used_bytes", "Space that scratch files take", status["scratch"]["used_bytes"]),
+            ("scratch_free_bytes", "Free space under the scratch directory", status["scratch"]["free_bytes"]),
+            ("scratch_files", "Scratch files", status["scratch"]["files"]),
+        )
+        for name, text, value in plain:
+            if value is not None:
+                yield GaugeMetricFamily(f"lifeboat_{name}", text, value=float(value))
+
+    def _vms(self) -> Iterator[Metric]:
+        labels = ("vm", "uuid", "peer")
+        vms = self._status["vms"]
+        for name, text, key in _VM_GAUGES:
+            yield _family(GaugeMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, vms, key)
+        for name, text, key in _VM_COUNTERS:
+            yield _family(CounterMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, vms, key)
+        yield _states("lifeboat_vm_state", "1 for the state that a protected VM is in", labels, vms)
+
+    def _links(self) -> Iterator[Metric]:
+        links = self._status["links"]
+        labels = ("peer",)
+        yield _states("lifeboat_link_state", "1 for the state that a link is in", labels, links)
+        for key, text in (
+            ("round_trip_seconds", "Last measured round trip"),
+            ("rate_bytes_per_second", "Rate limit; absent without one"),
+        ):
+            yield _family(GaugeMetricFamily(f"lifeboat_link_{key}", text, labels=labels), labels, links, key)
+        byte_labels = ("peer", "class", "direction", "kind")
+        counted = CounterMetricFamily(
+            "lifeboat_link_bytes",
+            "Bytes per class; kind raw is payload, wire is frames before TLS",
+            labels=byte_labels,
+        )
+        for link in links:
+            for traffic_class, tally in link["counters"].get("classes", {}).items():
+                for key, value in tally.items():
+                    direction, kind, _ = key.split("_")
+                    counted.add_metric([link["peer"], traffic_class, direction, kind], float(value))
+        yield counted
+
+    def _replicas(self) -> Iterator[Metric]:
+        labels = ("vm", "uuid")
+        replicas = self._status["replicas"]
+        yield _states("lifeboat_replica_state", "1 for the state that a replica is in", labels, replicas)
+        for key, text in (
+            ("allocated_bytes", "Space that a replica takes"),
+            ("chain_length", "Longest chain of images of a replica's disks"),
+        ):
+            yield _family(
+                GaugeMetricFamily(f"lifeboat_replica_{key}", text, labels=labels), labels, replicas, key
+            )
+        sealed = GaugeMetricFamily("lifeboat_replica_generation", "Last sealed generation", labels=labels)
+        for replica in replicas:
+            if replica.get("sealed"):
+                sealed.add_metric(_values(labels, replica), float(replica["sealed"]["generation"]))
+        yield sealed
+
+    def _jobs(self) -> Iterator[Metric]:
+        for name, jobs in (("evacuations", "evacuations"), ("arrivals", "arrivals")):
+            family = GaugeMetricFamily(
+                f"lifeboat_{name}", f"Remembered {name} by verdict", labels=("verdict",)
+            )
+            counts: dict[str, int] = {"running": 0, "undecided": 0}
+            for job in self._status[jobs]:
+                verdict = str(job.get("verdict") or "running")
+                counts[verdict] = counts.get(verdict, 0) + 1
+            for verdict, count in sorted(counts.items()):
+                family.add_metric([verdict], float(count))
+            yield family
+
+
+def _values(labels: Iterable[str], thing: Answer) -> list[str]:
+    names = {"vm": "name", "uuid": "uuid" if "uuid" in thing else "vm"}
+    return [str(thing.get(names.get(label, label), "")) for label in labels]
+
+
+def _family(family: Any, labels: Iterable[str], things: Iterable[Answer], key: str) -> Metric:
+    """Add one sample per thing that has a value under ``key``."""
+    for thing in things:
+        if thing.get(key) is not None:
+            family.add_metric(_values(labels, thing), float(thing[key]))
+    told: Metric = family
+    return told
+
+
+def _states(name: str, text: str, labels: tuple[str, ...], things: Iterable[Answer]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=(*labels, "state"))
+    for thing in things:
+        family.add_metric([*_values(labels, thing), str(thing.get("state"))], 1.0)
+    return family
+
+
+def render(status: Answer) -> bytes:
+    """The text that Prometheus reads."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ProxyCollector(status))
+    return bytes(generate_latest(registry))

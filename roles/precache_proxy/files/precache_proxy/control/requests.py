@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Bodies of requests to the control API, read with every fault told at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from precache_proxy.control.answers import Answer
+from precache_proxy.control.parts import Parts
+from precache_proxy.errors import Finding, InvalidInput, NotFound
+from precache_proxy.typed_reader import REQUIRED, Reader
+
+HIGHEST_PRIORITY = 100
+DEFAULT_PRIORITY = 50
+DECISIONS = ("source-dead", "keep-at-source")
+RPO_SECONDS_RANGE = (1.0, 30 * 86400.0)
+# The longest that one request may be held; clients ask again.
+LONGEST_WAIT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What PUT /v1/vms/{vm} asks for, gaps filled from what holds already."""
+
+    vm: str
+    peer: str
+    rpo_seconds: float
+    priority: int
+    disks: tuple[str, ...] | None
+    raw_overlay_consent: bool
+
+
+async def body(request: web.Request) -> Mapping[str, Any]:
+    """The JSON object that a request carries; none is an empty one. Raises InvalidInput."""
+    content = await request.read()
+    if not content.strip():
+        return {}
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise InvalidInput(f"request body: not JSON ({error}); nothing was changed") from error
+    if not isinstance(value, dict):
+        raise InvalidInput("request body: not a JSON object; nothing was changed")
+    return value
+
+
+def reader(values: Mapping[str, Any], findings: list[Finding]) -> Reader:
+    """A typed reader of a request's fields."""
+    return Reader(values, "request", "", findings, "invalid")
+
+
+def conclude(told: Reader, findings: list[Finding]) -> None:
+    """Raise InvalidInput when anything was wrong with the fields read."""
+    told.finish()
+    if findings:
+        raise InvalidInput(
+            "; ".join(str(finding) for finding in findings) + "; nothing was changed", findings
+        )
+
+
+def protection(vm: str, values: Mapping[str, Any], present: Answer | None, parts: Parts) -> Protection:
+    """The protection that a request means. Raises InvalidInput; NotFound for a peer we do not have."""
+    findings: list[Finding] = []
+    told = reader(values, findings)
+    present = present or {}
+    peer = told.text("peer", "", empty=True) or str(present.get("peer") or "")
+    names = [configured.name for configured in parts.config.peers]
+    if not peer and len(names) == 1:
+        peer = names[0]
+    wanted = Protection(
+        vm=vm,
+        peer=peer,
+        rpo_seconds=told.duration(
+            "rpo_seconds", present.get("rpo_seconds", parts.config.source.rpo_seconds), *RPO_SECONDS_RANGE
+        ),
+        priority=told.integer("priority", present.get("priority", DEFAULT_PRIORITY), 0, HIGHEST_PRIORITY),
+        disks=told.texts("disks"),
+        raw_overlay_consent=told.boolean("raw_overlay_consent", default=False),
+    )
+    listed = ", ".join(names) or "none; add one to the inventory"
+    if peer == parts.config.name:
+        fact = f"peer {peer} is this proxy itself: a replica here would go down with the VM"
+        findings.append(Finding(f"VM {vm}", fact, f"name a peer at another site: {listed}", "invalid"))
+    elif not peer:
+        findings.append(Finding(f"VM {vm}", "no peer was named", f"name one of: {listed}", "invalid"))
+    conclude(told, findings)
+    if peer not in names:
+        raise NotFound(
+            f"peer {peer!r}: {parts.config.name} has no such peer; it has: {listed}; nothing was changed"
+        )
+    return wanted
+
+
+def evacuation(values: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The VM that a request wants evacuated and the bandwidth it may use. Raises InvalidInput."""
+    findings: list[Finding] = []
+    told = reader(values, findings)
+    vm = told.text("vm", REQUIRED)
+    bandwidth = told.rate("bandwidth_bytes_per_second")
+    conclude(told, findings)
+    return vm, bandwidth
+
+
+def wait_seconds(request: web.Request) -> float:
+    """How long the client lets us hold the request. Raises InvalidInput."""
+    text = request.query.get("wait_seconds", "0")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
+        raise InvalidInput(
+            f"wait_seconds {text!r}: give 0 to {LONGEST_WAIT_SECONDS:.0f} and ask again after that"
+        )
+    return seconds
+
+
+def flag(request: web.Request, name: str, *, default: bool) -> bool:
+    """A true/false query parameter. Raises InvalidInput."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if text.lower() not in {"true", "false"}:
+        raise InvalidInput(f"{name}={text!r}: write true or false")
+    return text.lower() == "true"

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Small real parts behind a real control API: they keep what they are told, in memory, and nothing more.
+
+For tests of what lies above the rooms (API, command line, modules); the rooms have tests of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from precache_proxy.config import Config, parse
+from precache_proxy.control.api import ControlServer
+from precache_proxy.control.parts import Parts
+from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, PeerUnreachable
+
+CONFIGURATION = """
+name = "home1"
+site = "home"
+[tls]
+certificate = "{directory}/host.crt"
+[paths]
+state = "{directory}/state"
+run = "{directory}/run"
+[control]
+group = "root"
+[hypervisor]
+uri = "test:///default"
+[[peers]]
+name = "backup1"
+address = "backup1.example"
+rate_bytes_per_second = "400Mbit/s"
+[[peers]]
+name = "backup2"
+address = "backup2.example"
+"""
+
+WEB = "11111111-1111-4111-8111-111111111111"
+DATABASE = "22222222-2222-4222-8222-222222222222"
+KNOWN = {WEB: "web1", DATABASE: "Datenbank für Köln"}
+
+
+@dataclass
+class Hypervisor:
+    """Always there."""
+
+    connected: bool = True
+    sentence: str = "connected"
+
+
+@dataclass
+class Link:
+    """A link that answers calls with our own clock."""
+
+    peer: str
+    state: str = "up"
+    cause: str = ""
+    sentence: str = ""
+    round_trip_seconds: float | None = 0.0402
+    rate_bytes_per_second: float | None = None
+    clock_offset_seconds: float = 0.0
+
+    def set_rate(self, bytes_per_second: float | None) -> None:
+        self.rate_bytes_per_second = bytes_per_second
+
+    def counters(self) -> dict[str, Any]:
+        tally = {
+            "sent_raw_bytes": 2_000_000,
+            "sent_wire_bytes": 1_000_000,
+            "received_raw_bytes": 10,
+            "received_wire_bytes": 20,
+        }
+        return {"classes": {"precache": tally}, "sent_wire_bytes": 1_000_000, "received_wire_bytes": 20}
+
+    async def call(self, method: str, _: dict[str, Any], *, timeout_seconds: float) -> dict[str, Any]:
+        if self.state != "up":
+            raise PeerUnreachable(f"peer {self.peer}: {self.sentence}")
+        assert method == "control.clock"
+        assert timeout_seconds > 0
+        return {"time_seconds": time.time() + self.clock_offset_seconds}
+
+
+@dataclass
+class Channel:
+    """Two links."""
+
+    links: dict[str, Link] = field(
+        default_factory=lambda: {name: Link(name) for name in ("backup1", "backup2")}
+    )
+
+
+@dataclass
+class Store:
+    """The replicas that it was given."""
+
+    replicas: list[dict[str, Any]] = field(default_factory=list)
+
+    async def statuses(self) -> list[dict[str, Any]]:
+        return self.replicas
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A protected VM as the source room tells it."""
+
+    uuid: str
+    name: str
+    peer: str
+    rpo_seconds: float
+    priority: int
+    disks: tuple[str, ...]
+    raw_overlay_consent: bool
+    state: str = "protected"
+    cause: str = ""
+    sentence: str = ""
+    generation: int | None = 7
+    epoch: int = 1
+    coverage: float = 1.0
+    lag_bytes: int = 65536
+    lag_seconds: float = 4.2
+    scrub: dict[str, Any] = field(default_factory=dict)
+
+
+class Source:
+    """Protection that is kept in memory; ``changes`` counts what was changed."""
+
+    def __init__(self) -> None:
+        self.protected: dict[str, Protected] = {}
+        self.changes: list[str] = []
+        self.equal = True
+
+    @staticmethod
+    def identify(vm: str) -> tuple[str, str]:
+        for uuid, name in KNOWN.items():
+            if vm in {uuid, name}:
+                return uuid, name
+        raise NotFound(f"VM {vm!r}: libvirt knows none such; see `virsh list --all`")
+
+    def statuses(self) -> list[Protected]:
+        return list(self.protected.values())
+
+    async def check(self, spec: Any) -> None:
+        uuid, name = self.identify(spec.vm)
+        present = self.protected.get(uuid)
+        if present and present.peer != spec.peer:
+            raise Conflict(f"VM {name}: already protected to {present.peer}; unprotect it first")
+
+    async def protect(self, spec: Any) -> Protected:
+        await self.check(spec)
+        uuid, name = self.identify(spec.vm)
+        disks = tuple(spec.disks or ("vda",))
+        wanted = Protected(
+            uuid, name, spec.peer, spec.rpo_seconds, spec.priority, disks, spec.raw_overlay_consent
+        )
+        if self.protected.get(uuid) != wanted:
+            self.protected[uuid] = wanted
+            self.changes.append(f"protect {name}")
+        return self.protected[uuid]
+
+    async def unprotect(self, vm: str, *, keep_replica: bool) -> None:
+        del self.protected[vm]
+        self.changes.append(f"unprotect {KNOWN[vm]} keep_replica={keep_replica}")
+
+    async def run_pass(self, vm: str, *, reason: str) -> dict[str, Any]:
+        self.changes.append(f"pass {KNOWN[vm]} {reason}")
+        return {"generation": 8, "data_bytes": 65536}
+
+    async def verify(self, vm: str) -> dict[str, Any]:
+        return {
+            "vm": vm,
+            "equal": self.equal,
+            "generation": 7,
+            "compared_bytes": 1 << 30,
+            "total_seconds": 2.5,
+        }
+
+    async def resync(self, vm: str) -> dict[str, Any]:
+        return {"generation": 9, "data_bytes": 0}
+
+
+@dataclass(frozen=True)
+class Job:
+    """An evacuation job as the evacuation room tells it."""
+
+    id: str
+    vm: str
+    name: str
+    peer: str
+    step: str
+    verdict: str | None = None
+    cause: str = ""
+    sentence: str = ""
+    eviction_seconds: float | None = None
+    downtime_seconds: float | None = None
+
+
+class Evacuation:
+    """Jobs that take one step each time they are looked at for ``step_seconds``."""
+
+    steps = ("preflight", "catch-up", "freeze", "residual", "prepare", "migrate", "confirm", "done")
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.remembered: dict[str, Job] = {}
+        self.begun: list[str] = []
+        self.findings: list[Finding] = []
+        self.step_seconds = 0.05
+        self.verdict = "evacuated"
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.rate: float | None = None
+
+    async def begin(self, vm: str, **_: Any) -> Job:
+        uuid, name = self.source.identify(vm)
+        for job in self.remembered.values():
+            if job.vm == uuid and job.verdict in {None, "evacuated"}:
+                return job
+        protected = self.source.protected.get(uuid)
+        if protected is None:
+            raise InvalidInput(f"VM {name}: not protected; protect it first")
+        job = Job(f"job-{len(self.remembered) + 1}", uuid, name, protected.peer, self.steps[0])
+        self.remembered[job.id] = job
+        self.begun.append(name)
+        task = asyncio.create_task(self._run(job.id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return job
+
+    async def _run(self, identifier: str) -> None:
+        for step in self.steps[1:]:
+            await asyncio.sleep(self.step_seconds)
+            if self.remembered[identifier].verdict:
+                return
+            self.remembered[identifier] = replace(self.remembered[identifier], step=step)
+        self.remembered[identifier] = replace(
+            self.remembered[identifier], verdict=self.verdict, eviction_seconds=4.5, downtime_seconds=0.3
+        )
+        if self.verdict == "evacuated":
+            self.source.protected.pop(self.remembered[identifier].vm, None)
+
+    def jobs(self) -> list[Job]:
+        return list(self.remembered.values())
+
+    def arrivals(self) -> list[Job]:
+        return []
+
+    def job(self, identifier: str) -> Job:
+        for job in self.remembered.values():
+            if identifier in {job.id, job.vm, job.name}:
+                return job
+        raise NotFound(f"job {identifier!r}: none such; see `precache-proxy status`")
+
+    async def cancel(self, identifier: str) -> Job:
+        job = self.job(identifier)
+        if job.verdict:
+            raise Conflict(f"job {job.id}: has ended ({job.verdict}); there is nothing to cancel")
+        self.remembered[job.id] = replace(job, step="rollback", verdict="stayed", sentence="cancelled")
+        return self.remembered[job.id]
+
+    async def steer(self, identifier: str, rate: float | None) -> Job:
+        self.rate = rate
+        return self.job(identifier)
+
+    async def settle(self, identifier: str, decision: str) -> Job:
+        job = self.job(identifier)
+        self.remembered[job.id] = replace(job, verdict="stayed", sentence=f"settled: {decision}")
+        return self.remembered[job.id]
+
+    async def check(self, vm: str) -> list[Finding]:
+        self.source.identify(vm)
+        return self.findings
+
+
+def small_parts(directory: Path) -> Parts:
+    """Parts with everything well, state running."""
+    config: Config = parse(CONFIGURATION.format(directory=directory))
+    for path in (config.paths.run, config.store.directory, config.source.scratch_directory):
+        path.mkdir(parents=True, exist_ok=True)
+    source = Source()
+    return Parts(config, Hypervisor(), Channel(), Store(), source, Evacuation(source), state="running")
+
+
+@contextlib.contextmanager
+def serving(parts: Parts) -> Iterator[Path]:
+    """The real control API for these parts, in a thread with an event loop of its own; gives its socket."""
+    loop = asyncio.new_event_loop()
+    started, ended = threading.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        server = ControlServer(parts)
+        await server.start()
+        started.set()
+        await ended.wait()
+        parts.state = "stopping"
+        await server.stop()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+    thread.start()
+    if not started.wait(10):
+        raise LifeboatError("the control API did not start")
+    try:
+        yield parts.config.paths.control_socket
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(10)
+        loop.close()
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens on a socket."""
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.connect(str(path))
+        return True
+    return False

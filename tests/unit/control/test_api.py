@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The control API over its real socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import stat
+from typing import Any
+
+import pytest
+
+from precache_proxy.control.client import Client, ProxyDown, segment
+from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, NotFound
+from small_parts.parts import DATABASE, KNOWN, WEB
+
+LONG_NAME = KNOWN[DATABASE]
+
+
+def protect(client: Client, vm: str = "web1", **body: Any) -> Any:
+    return client.request("PUT", f"/v1/vms/{segment(vm)}", {"peer": "backup1", **body})
+
+
+def test_socket_is_not_open_to_others(served: Any) -> None:
+    assert stat.S_IMODE(served.socket.stat().st_mode) == 0o660
+
+
+def test_socket_goes_when_the_server_ends(served: Any) -> None:
+    assert served.socket.exists()
+    # The fixture's end is covered by test_daemon; here: a second server replaces a leftover socket.
+    leftover = served.socket.with_name("other.sock")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(leftover))
+    with pytest.raises(ProxyDown, match="does not answer"):
+        Client(leftover).request("GET", "/v1/status")
+
+
+def test_vm_is_protected_changed_and_unprotected(served: Any) -> None:
+    told = protect(served.client, rpo_seconds="30s", priority=70)
+    assert (told["uuid"], told["peer"], told["rpo_seconds"], told["priority"]) == (WEB, "backup1", 30.0, 70)
+    assert told["rpo_kept"] is True
+    again = served.client.request("PUT", f"/v1/vms/{WEB}", {"priority": 10})
+    assert (again["rpo_seconds"], again["priority"]) == (30.0, 10), "what is not named stays as it was"
+    assert served.client.request("GET", "/v1/vms")["vms"] == [again]
+    gone = served.client.request("DELETE", "/v1/vms/web1?keep_replica=false")
+    assert gone == {"uuid": WEB, "name": "web1", "state": "unprotected", "replica_kept": False}
+    assert served.client.request("GET", "/v1/vms")["vms"] == []
+
+
+def test_names_with_spaces_and_letters_beyond_ascii(served: Any) -> None:
+    protect(served.client, LONG_NAME)
+    assert served.client.request("GET", f"/v1/vms/{segment(LONG_NAME)}")["uuid"] == DATABASE
+    assert served.client.request("POST", f"/v1/vms/{segment(LONG_NAME)}/pass")["generation"] == 8
+
+
+def test_replica_is_kept_unless_told_otherwise(served: Any) -> None:
+    protect(served.client)
+    served.client.request("DELETE", "/v1/vms/web1")
+    assert served.parts.source.changes[-1] == "unprotect web1 keep_replica=True"
+
+
+def test_check_only_changes_nothing(served: Any) -> None:
+    told = served.client.request("PUT", "/v1/vms/web1?check_only=true", {"peer": "backup1"})
+    assert told["state"] == "unprotected"
+    with pytest.raises(NotFound, match="libvirt knows none such"):
+        served.client.request("PUT", "/v1/vms/nosuch?check_only=true", {"peer": "backup1"})
+    assert served.parts.source.changes == []
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "words"),
+    [
+        ({"peer": "home1"}, InvalidInput, "is this proxy itself"),
+        ({"peer": "nowhere"}, NotFound, "it has: backup1, backup2"),
+        ({}, InvalidInput, "no peer was named; name one of: backup1, backup2"),
+        ({"peer": "backup1", "rpo_seconds": 0}, InvalidInput, "give 1.0 s to"),
+        ({"peer": "backup1", "rpo": 5, "priority": 500}, InvalidInput, "did you mean"),
+        ({"peer": "backup1", "disks": []}, InvalidInput, "write a list of texts"),
+    ],
+)
+def test_bad_protection_is_told_and_changes_nothing(
+    served: Any, body: dict[str, Any], error: type[LifeboatError], words: str
+) -> None:
+    with pytest.raises(error, match="nothing was changed") as caught:
+        served.client.request("PUT", "/v1/vms/web1", body)
+    assert words in caught.value.message
+    assert served.parts.source.changes == []
+
+
+def test_all_faults_of_a_request_are_told_at_once(served: Any) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        served.client.request(
+            "PUT", "/v1/vms/web1", {"rpo": 5, "priority": 500, "raw_overlay_consent": "yes"}
+        )
+    assert [finding.subject for finding in caught.value.findings] == [
+        "request: priority",
+        "request: raw_overlay_consent",
+        "VM web1",
+        "request: rpo",
+    ]
+
+
+def test_vm_already_protected_to_another_peer(served: Any) -> None:
+    protect(served.client)
+    with pytest.raises(Conflict, match="already protected to backup1"):
+        protect(served.client, peer="backup2")
+
+
+def test_unknown_vm_names_those_that_there_are(served: Any) -> None:
+    protect(served.client)
+    with pytest.raises(NotFound, match="protected here: web1"):
+        served.client.request("GET", "/v1/vms/nosuch")
+
+
+def test_job_is_begun_once_and_waited_for(served: Any) -> None:
+    protect(served.client)
+    job = served.client.request("POST", "/v1/evacuations", {"vm": "web1"})
+    assert job["verdict"] is None
+    assert served.client.request("POST", "/v1/evacuations", {"vm": WEB})["id"] == job["id"]
+    moved = served.client.request("GET", f"/v1/evacuations/{job['id']}?wait_seconds=5&step={job['step']}")
+    assert moved["step"] != job["step"]
+    ended = served.client.request("GET", f"/v1/evacuations/{job['id']}?wait_seconds=10")
+    assert (ended["verdict"], ended["eviction_seconds"]) == ("evacuated", 4.5)
+    assert served.parts.evacuation.begun == ["web1"]
+    listed = served.client.request("GET", "/v1/evacuations?vm=web1")["evacuations"]
+    assert [told["id"] for told in listed] == [job["id"]]
+
+
+def test_wait_is_bounded(served: Any) -> None:
+    with pytest.raises(InvalidInput, match="give 0 to 300"):
+        served.client.request("GET", "/v1/evacuations/x?wait_seconds=9999")
+
+
+def test_job_is_steered_cancelled_and_settled(served: Any) -> None:
+    served.parts.evacuation.step_seconds = 30
+    protect(served.client)
+    job = served.client.request("POST", "/v1/evacuations", {"vm": "web1"})["id"]
+    served.client.request("POST", f"/v1/evacuations/{job}/steer", {"bandwidth_bytes_per_second": "80Mbit/s"})
+    assert served.parts.evacuation.rate == 10_000_000
+    assert served.client.request("POST", f"/v1/evacuations/{job}/cancel")["verdict"] == "stayed"
+    with pytest.raises(Conflict, match="nothing to cancel"):
+        served.client.request("POST", f"/v1/evacuations/{job}/cancel")
+    with pytest.raises(InvalidInput, match="source-dead, keep-at-source"):
+        served.client.request("POST", f"/v1/evacuations/{job}/settle", {"decision": "maybe"})
+    settled = served.client.request("POST", f"/v1/evacuations/{job}/settle", {"decision": "keep-at-source"})
+    assert settled["sentence"] == "settled: keep-at-source"
+
+
+def test_links_are_told_and_throttled(served: Any) -> None:
+    told = served.client.request("PATCH", "/v1/links/backup1", {"rate_bytes_per_second": "8Mbit/s"})
+    assert told["rate_bytes_per_second"] == 1_000_000
+    lifted = served.client.request("PATCH", "/v1/links/backup1", {"rate_bytes_per_second": None})
+    assert lifted["rate_bytes_per_second"] is None
+    with pytest.raises(InvalidInput, match="nothing could be sent"):
+        served.client.request("PATCH", "/v1/links/backup1", {"rate_bytes_per_second": 0})
+    with pytest.raises(NotFound, match="has no such peer"):
+        served.client.request("PATCH", "/v1/links/nosuch", {"rate_bytes_per_second": 1})
+    assert [link["peer"] for link in served.client.request("GET", "/v1/links")["links"]] == [
+        "backup1",
+        "backup2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/v2/status", None, 404),
+        ("POST", "/v1/status", None, 405),
+        ("PUT", "/v1/vms/web1", b"{", 400),
+        ("PUT", "/v1/vms/web1", b"[1]", 400),
+        ("PUT", "/v1/vms/web1", b"\xff\xfe", 400),
+        ("PUT", "/v1/vms/web1", b" " * (2 << 20), 413),
+    ],
+)
+def test_every_refusal_is_json_with_a_cause(
+    served: Any, method: str, path: str, body: bytes | None, status: int
+) -> None:
+    connection = http.client.HTTPConnection("localhost", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(served.socket))
+    connection.request(method, path, body)
+    response = connection.getresponse()
+    told = json.loads(response.read())
+    connection.close()
+    assert response.status == status
+    assert set(told) == {"cause", "message", "findings"}
+    assert told["cause"]
+    assert "Traceback" not in told["message"]
+
+
+def test_a_fault_inside_is_one_sentence(served: Any) -> None:
+    served.parts.source.statuses = None
+    with pytest.raises(LifeboatError, match="failed inside the proxy; see journalctl"):
+        served.client.request("GET", "/v1/vms")
+
+
+def test_status_has_every_part(served: Any) -> None:
+    protect(served.client)
+    told = served.client.request("GET", "/v1/status")
+    assert (told["name"], told["site"], told["state"]) == ("home1", "home", "running")
+    assert told["certificate"]["seconds_left"] is None, "there is no certificate in this test"
+    assert "cannot be read" in told["certificate"]["sentence"]
+    assert told["store"]["free_bytes"] > 0
+    assert [vm["name"] for vm in told["vms"]] == ["web1"]
+    assert told["scratch"]["files"] == 0
+    assert os.path.isabs(told["scratch"]["directory"])

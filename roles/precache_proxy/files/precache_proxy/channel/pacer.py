@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One rate for all that goes to a peer, whichever session carries it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from precache_proxy.channel.rate import TokenBucket
+
+_LEAST_WAIT_SECONDS = 0.001
+
+
+class Pacer:
+    """A token bucket that calls ``wake`` when something may be sent again."""
+
+    def __init__(self, rate_bytes_per_second: float | None, wake: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._bucket = TokenBucket(rate_bytes_per_second, self._loop.time())
+        self._wake = wake
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def rate_bytes_per_second(self) -> float | None:
+        """The rate in force."""
+        return self._bucket.rate_bytes_per_second
+
+    def set_rate(self, rate_bytes_per_second: float | None) -> None:
+        """Change it now. Raises InvalidInput on 0 or less."""
+        self._bucket.set_rate(rate_bytes_per_second, self._loop.time())
+        self.stop()
+        self._wake()
+
+    def may_send(self) -> bool:
+        """False: not now; ``wake`` will be called."""
+        wait = self._bucket.wait_seconds(self._loop.time())
+        if wait <= 0:
+            return True
+        if self._timer is None:
+            self._timer = self._loop.call_later(max(wait, _LEAST_WAIT_SECONDS), self._due)
+        return False
+
+    def take(self, count_bytes: int) -> None:
+        """So much was sent; what may not wait for the rate is paid for by what comes after it."""
+        self._bucket.take(count_bytes)
+
+    def stop(self) -> None:
+        """No more calls."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _due(self) -> None:
+        self._timer = None
+        self._wake()

@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A session: the streams that one side opened, and the TCP connections that carry them.
+
+It outlives its connections. What was sent on a connection that broke, and is not acknowledged, goes again on another;
+a new connection carries numbered frames only after each side has told what it has (acknowledgements, then SYNC).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, Protocol
+
+from precache_proxy.channel.connection import Connection
+from precache_proxy.channel.counters import LinkCounters
+from precache_proxy.channel.frames import (
+    HEADER,
+    SEQUENCED,
+    Frame,
+    FrameFlag,
+    FrameType,
+    pack,
+    pack_acknowledge,
+    pack_header,
+    pack_json,
+    pack_u64,
+    unpack_json,
+    unpack_u64,
+)
+from precache_proxy.channel.identifiers import IdentifierSet
+from precache_proxy.channel.pacer import Pacer
+from precache_proxy.channel.scheduler import Scheduler
+from precache_proxy.channel.settings import CLASS_LIMITS, TrafficClass
+from precache_proxy.channel.stream import Stream
+from precache_proxy.channel.window import INITIAL_WINDOW_BYTES, ReceiveWindow, RoundTrip
+from precache_proxy.errors import Conflict, LifeboatError, ProtocolError, from_dict
+from precache_proxy.units import KIB
+
+log = logging.getLogger(__name__)
+
+MAXIMUM_STREAMS = 4096
+_ACKNOWLEDGE_SECONDS = 0.01
+_SMALLEST_CHUNK_BYTES = 16 * KIB
+_FIRST_CHUNK_BYTES = 64 * KIB
+_LARGEST_CHUNK_BYTES = 512 * KIB
+# A chunk is what a message of a higher class may have to wait behind on one connection.
+_CHUNK_SECONDS = 0.008
+
+
+class SessionOwner(Protocol):
+    """What a session needs of its link."""
+
+    def stream_opened(self, stream: Stream) -> None:
+        """The peer has opened a stream."""
+
+    def connection_lost(self, session: Session, connection: Connection, error: BaseException | None) -> None:
+        """A connection is gone; the session still knows its streams."""
+
+    def connection_synced(self, session: Session) -> None:
+        """A connection carries streams now."""
+
+    def said_goodbye(self, session: Session, error: LifeboatError) -> None:
+        """The peer's process ends in order."""
+
+
+class Session:
+    """``dialed``: we dialled it and open its streams; else the peer did, and opens them."""
+
+    def __init__(
+        self,
+        identifier: str,
+        peer: str,
+        *,
+        dialed: bool,
+        owner: SessionOwner,
+        counters: LinkCounters,
+        pacer: Pacer,
+        floor_share: float,
+    ) -> None:
+        self.identifier = identifier
+        self.peer = peer
+        self.dialed = dialed
+        self.peer_instance = ""  # set by the first connection
+        self.connections: dict[int, Connection] = {}
+        self.streams: dict[int, Stream] = {}
+        self.round_trip = RoundTrip()
+        self.closed = False
+        self.empty_since = time.monotonic()
+        self.congestion_control = ""
+        self._owner = owner
+        self._counters = counters
+        self._pacer = pacer
+        self._loop = asyncio.get_running_loop()
+        self._scheduler = Scheduler(floor_share)
+        self._next_identifier = 1
+        self._seen = IdentifierSet()
+        self._owed: dict[int, Stream] = {}
+        self._due: dict[int, Stream] = {}
+        self._owed_timer: asyncio.TimerHandle | None = None
+        self._resetting: dict[int, bytes] = {}
+        self._resets_due: dict[int, bytes] = {}
+        self._pumping = False
+        self._chunk_bytes = _FIRST_CHUNK_BYTES
+        self._rate = 0.0
+        self._rate_mark = (time.monotonic(), 0)
+        self._sent_wire_bytes = 0
+
+    # -- streams
+
+    def open_stream(
+        self,
+        kind: str,
+        traffic_class: TrafficClass,
+        header: dict[str, Any],
+        label: str,
+        window_bytes: int | None,
+    ) -> Stream:
+        """A new stream of ours. Raises Conflict when too many are open."""
+        if len(self.streams) >= MAXIMUM_STREAMS:
+            raise Conflict(
+                f"{len(self.streams)} streams to {self.peer} are open: no more are allowed; let some end"
+            )
+        payload = pack_json({"kind": kind, "header": header, "label": label, "window_bytes": window_bytes})
+        identifier, self._next_identifier = self._next_identifier, self._next_identifier + 1
+        stream = self._make(identifier, traffic_class, label, window_bytes)
+        stream.kind, stream.header = kind, header
+        stream.begin(payload, traffic_class)
+        self.activate(stream)
+        return stream
+
+    def _make(
+        self, identifier: int, traffic_class: TrafficClass, label: str, window_bytes: int | None
+    ) -> Stream:
+        stream = Stream(
+            self,
+            identifier,
+            peer=self.peer,
+            window=ReceiveWindow(CLASS_LIMITS[traffic_class], self.round_trip, window_bytes),
+            peer_limit_bytes=INITIAL_WINDOW_BYTES,
+            tally=self._counters.label(label),
+        )
+        stream.label = label
+        self.streams[identifier] = stream
+        return stream
+
+    def activate(self, stream: Stream) -> None:
+        """The stream has something to send."""
+        if not self.closed and stream.has_work and self._scheduler.activate(stream):
+            self.wake()
+
+    def reclassify(self, stream: Stream, before: TrafficClass) -> None:
+        """The stream's class has changed."""
+        self._scheduler.remove(stream, before)
+        self.activate(stream)
+
+    def owe_acknowledgement(self, stream: Stream, *, soon: bool) -> None:
+        """Tell the peer what has arrived: at once, or with what else goes within 10 ms."""
+        if self.closed or stream.identifier not in self.streams:
+            return
+        if soon:
+            self._due[stream.identifier] = stream
+            self.wake()
+        else:
+            self._owed[stream.identifier] = stream
+            if self._owed_timer is None:
+                self._owed_timer = self._loop.call_later(_ACKNOWLEDGE_SECONDS, self._pay_owed)
+
+    def _pay_owed(self) -> None:
+        self._owed_timer = None
+        self._due.update(self._owed)
+        self._owed.clear()
+        self.wake()
+
+    def announce_reset(self, stream: Stream, error: LifeboatError) -> None:
+        """Tell the peer until it has confirmed."""
+        payload = pack_json(error.as_dict())
+        if len(payload) > 60 * KIB:
+            payload = pack_json({"cause": error.cause, "message": error.message[: 8 * KIB], "findings": []})
+        frame = pack(FrameType.RESET, payload, stream=stream.identifier)
+        self._drop(stream)
+        if not self.closed:
+            self._resetting[stream.identifier] = self._resets_due[stream.identifier] = frame
+            self.wake()
+
+    def forget(self, stream: Stream) -> None:
+        """Both halves are over: tell the peer so once more, then know it no longer."""
+        if stream.identifier in self.streams:
+            expected, limit = stream.acknowledgement()
+            self._drop(stream)
+            for connection in self.connections.values():
+                connection.urgent.append(pack_acknowledge(stream.identifier, expected, limit))
+                self.wake()
+                break
+
+    def _drop(self, stream: Stream) -> None:
+        self.streams.pop(stream.identifier, None)
+        self._owed.pop(stream.identifier, None)
+        self._due.pop(stream.identifier, None)
+        self._scheduler.remove(stream, stream.traffic_class)
+
+    def count_acknowledged(self, raw_bytes: int) -> None:
+        """The peer has these bytes."""
+        self._counters.acknowledged_raw_bytes += raw_bytes
+
+    # -- connections
+
+    def attach(self, connection: Connection) -> None:
+        """Take an established connection into its slot; tell the peer what we have, then SYNC."""
+        before = self.connections.pop(connection.slot, None)
+        if before is not None:
+            before.close(ConnectionResetError("replaced by a newer connection"))
+        self.connections[connection.slot] = connection
+        self.congestion_control = connection.congestion_control
+        for stream in self.streams.values():
+            if stream.opened:
+                connection.urgent.append(pack_acknowledge(stream.identifier, *stream.acknowledgement()))
+        connection.urgent.extend(self._resetting.values())
+        connection.urgent.append(pack(FrameType.SYNC))
+        self._ping(connection)
+        connection.start()
+
+    def connection_ended(self, connection: Connection, error: BaseException | None) -> None:
+        """Closed, by either side: what it carried and nobody acknowledged goes again."""
+        if self.connections.get(connection.slot) is connection:
+            del self.connections[connection.slot]
+        if self.closed:
+            return
+        if not self.connections:
+            self.empty_since = time.monotonic()
+        for stream in list(self.streams.values()):
+            stream.connection_lost(connection)
+            self._due[stream.identifier] = stream
+        self._resets_due.update(self._resetting)
+        self.wake()
+        self._owner.connection_lost(self, connection, error)
+
+    def fail(self, error: LifeboatError) -> None:
+        """The session is over: every stream is reset with this error."""
+        self.closed = True
+        for connection in list(self.connections.values()):
+            connection.close(error)
+        for stream in list(self.streams.values()):
+            stream.fail(error)
+        self.streams.clear()
+        self._due.clear()
+        self._owed.clear()
+        self._resetting.clear()
+        self._resets_due.clear()
+        if self._owed_timer is not None:
+            self._owed_timer.cancel()
+
+    def goodbye(self, error: LifeboatError) -> None:
+        """Tell the peer that this process ends, as far as the sockets take it now."""
+        frame = pack(FrameType.GOODBYE, pack_json(error.as_dict()))
+        for connection in list(self.connections.values()):
+            connection.urgent.append(frame)
+            if not connection.busy:
+                connection.pump()
+
+    # -- sending
+
+    @property
+    def highest_waiting(self) -> TrafficClass:
+        """For the link: whose session goes first when the rate allows something again."""
+        highest = self._scheduler.highest()
+        return TrafficClass.PRECACHE if highest is None else highest
+
+    def wake(self) -> None:
+        """There is something to send: ask the connections, once in this turn of the loop."""
+        if not self._pumping and self.connections:
+            self._pumping = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        # The one that heard from the peer last is the least likely to be stuck.
+        for connection in sorted(self.connections.values(), key=lambda each: -each.received_at):
+            if not connection.busy:
+                connection.pump()
+
+    def next_chunk(self, connection: Connection) -> bytes | None:
+        """What to send next on this connection: the link's own frames, then streams by class."""
+        pieces: list[bytes | memoryview] = []
+        if connection.urgent:
+            pieces.extend(connection.urgent)
+            connection.urgent.clear()
+        if self._due or self._owed:
+            if self._owed and self._scheduler.highest() is not None:
+                self._due.update(self._owed)
+                self._owed.clear()
+            pieces.extend(
+                pack_acknowledge(key, *stream.acknowledgement()) for key, stream in self._due.items()
+            )
+            self._due.clear()
+        if self._resets_due:
+            pieces.extend(self._resets_due.values())
+            self._resets_due.clear()
+        size = sum(map(len, pieces))
+        self._counters.link.sent_wire_bytes += size
+        if size:
+            self._pacer.take(size)
+        if connection.synced and self._scheduler.highest() is not None:
+            size += self._add_frames(connection, pieces)
+        if not pieces:
+            return None
+        self._sent_wire_bytes += size
+        return b"".join(pieces)
+
+    def _add_frames(self, connection: Connection, pieces: list[bytes | memoryview]) -> int:
+        size, target = 0, self._chunk_bytes
+        while size < target:
+            # What is urgent does not wait for the rate; it is paid for by what comes after it.
+            lowest = TrafficClass.PRECACHE if self._pacer.may_send() else TrafficClass.CONTROL
+            found = self._scheduler.next_frame(target, lowest)
+            if found is None:
+                break
+            stream, frame = found
+            frame.connection = connection
+            wire = HEADER.size + frame.length
+            pieces.append(
+                pack_header(
+                    frame.kind,
+                    frame.length,
+                    flags=frame.flags,
+                    traffic_class=frame.traffic_class,
+                    stream=stream.identifier,
+                    sequence=frame.sequence,
+                )
+            )
+            pieces.extend(frame.views)
+            self._pacer.take(wire)
+            if frame.resent:
+                self._counters.resent_wire_bytes += wire
+            self._counters.sent(frame.traffic_class, stream.tally, 0 if frame.resent else frame.length, wire)
+            size += wire
+        return size
+
+    # -- receiving
+
+    def frame_arrived(self, connection: Connection, frame: Frame) -> None:
+        """A whole frame. Raises ProtocolError, which ends the connection."""
+        kind = frame.type
+        if kind in SEQUENCED:
+            self._sequenced_arrived(connection, frame)
+            return
+        self._counters.link.received_wire_bytes += frame.wire_bytes
+        if kind is FrameType.ACKNOWLEDGE:
+            stream = self.streams.get(frame.stream)
+            if stream is not None:
+                gone = bool(frame.flags & FrameFlag.GONE)
+                stream.acknowledged(frame.sequence, unpack_u64(frame.payload), gone=gone)
+        elif kind is FrameType.PING:
+            connection.urgent.append(pack(FrameType.PONG, bytes(frame.payload)))
+            if not connection.busy:
+                connection.pump()
+        elif kind is FrameType.PONG:
+            now = time.monotonic_ns()
+            taken = (now - unpack_u64(frame.payload)) / 1e9
+            if 0 <= taken < 3600:
+                self.round_trip.sample(taken, now / 1e9)
+        elif kind is FrameType.RESET:
+            self._reset_arrived(connection, frame)
+        elif kind is FrameType.RESET_DONE:
+            self._resetting.pop(frame.stream, None)
+            self._resets_due.pop(frame.stream, None)
+        elif kind is FrameType.SYNC:
+            connection.synced = True
+            self.wake()
+            self._owner.connection_synced(self)
+        elif kind is FrameType.GOODBYE:
+            self._owner.said_goodbye(self, from_dict(unpack_json(frame.payload, "GOODBYE frame")))
+
+    def _sequenced_arrived(self, connection: Connection, frame: Frame) -> None:
+        stream = self.streams.get(frame.stream)
+        if stream is None:
+            stream = self._unknown_stream(connection, frame)
+            if stream is None:
+                return
+        traffic_class = TrafficClass(frame.traffic_class)
+        opened = False
+        if frame.type is FrameType.OPEN and not stream.opened:
+            self._fill_in(stream, frame)
+            opened = True
+        self._counters.received(traffic_class, stream.tally, len(frame.payload), frame.wire_bytes)
+        if not self.dialed and frame.sequence >= stream.steered_sequence:
+            stream.steered_sequence = frame.sequence
+            if stream.traffic_class is not traffic_class:
+                stream.traffic_class = traffic_class
+        stream.arrived(frame)
+        if opened:
+            self._owner.stream_opened(stream)
+
+    def _unknown_stream(self, connection: Connection, frame: Frame) -> Stream | None:
+        identifier = frame.stream
+        if self.dialed:
+            if identifier == 0 or identifier >= self._next_identifier:
+                raise ProtocolError(f"{self.peer} sends on stream {identifier}, which we never opened")
+        elif identifier == 0:
+            raise ProtocolError(f"{self.peer} sends on stream 0, which cannot be")
+        elif identifier not in self._seen:
+            # Frames of a stream may overtake its OPEN on another connection.
+            if (
+                len(self.streams) >= 2 * MAXIMUM_STREAMS
+                or self._seen.missing_before(identifier) > 8 * MAXIMUM_STREAMS
+            ):
+                raise ProtocolError(f"{self.peer} opens stream {identifier}: too many at once")
+            self._seen.add(identifier)
+            return self._make(identifier, TrafficClass(frame.traffic_class), "", None)
+        if identifier not in self._resetting:
+            connection.urgent.append(pack_acknowledge(identifier, 0, 0, gone=True))
+            self.wake()
+        return None
+
+    def _fill_in(self, stream: Stream, frame: Frame) -> None:
+        if self.dialed:
+            raise ProtocolError(f"{self.peer} opens a stream in our session; it has its own")
+        content = unpack_json(frame.payload, "OPEN frame")
+        kind, header, label = content.get("kind"), content.get("header"), content.get("label")
+        window = content.get("window_bytes")
+        if not isinstance(kind, str) or not isinstance(header, dict) or not isinstance(label, str):
+            raise ProtocolError(f"OPEN frame of {self.peer} without kind, header or label")
+        if isinstance(window, int) and not isinstance(window, bool) and window > 0:
+            stream.window.maximum_bytes = window
+        stream.kind, stream.header, stream.label = kind, header, label
+        stream.tally = self._counters.label(label)
+        stream.opened = True
+
+    def _reset_arrived(self, connection: Connection, frame: Frame) -> None:
+        error = from_dict(unpack_json(frame.payload, "RESET frame"))
+        stream = self.streams.get(frame.stream)
+        if not self.dialed and frame.stream:
+            self._seen.add(frame.stream)
+        if stream is not None:
+            self._drop(stream)
+            stream.fail(error)
+        connection.urgent.append(pack(FrameType.RESET_DONE, stream=frame.stream))
+        self.wake()
+
+    # -- time
+
+    def tick(self, now: float, dead_seconds: float) -> None:
+        """Four times a second: pings, dead connections, how large chunks may be."""
+        for connection in list(self.connections.values()):
+            silent = now - connection.received_at
+            if silent > dead_seconds:
+                connection.close(TimeoutError(f"nothing heard for {silent:.0f} s"))
+            elif now - connection.pinged_at >= self._ping_seconds(dead_seconds):
+                self._ping(connection)
+                if not connection.busy:
+                    connection.pump()
+        at, sent = self._rate_mark
+        if now - at >= 0.2:
+            self._rate_mark = (now, self._sent_wire_bytes)
+            rate = (self._sent_wire_bytes - sent) / (now - at)
+            self._rate = max(rate, self._rate + 0.5 * (rate - self._rate))
+            self._size_chunks()
+
+    def _ping_seconds(self, dead_seconds: float) -> float:
+        return min(1.0 if self.streams else 2.5, dead_seconds / 4)
+
+    def _ping(self, connection: Connection) -> None:
+        connection.pinged_at = time.monotonic()
+        connection.urgent.append(pack(FrameType.PING, pack_u64(time.monotonic_ns())))
+
+    def _size_chunks(self) -> None:
+        if not self.connections:
+            return
+        each = self._rate / len(self.connections)
+        limit = self._pacer.rate_bytes_per_second
+        if limit is not None:
+            each = min(each, limit / len(self.connections))
+        self._chunk_bytes = int(min(max(each * _CHUNK_SECONDS, _SMALLEST_CHUNK_BYTES), _LARGEST_CHUNK_BYTES))
+        # The kernel must not run dry while the loop is busy elsewhere, nor hold much that cannot be overtaken.
+        low_water = int(min(max(each * 2 * _CHUNK_SECONDS, _SMALLEST_CHUNK_BYTES), 2 * _LARGEST_CHUNK_BYTES))
+        for connection in self.connections.values():
+            connection.set_low_water(low_water)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How much of a stream may be under way: the receive window, sized by what the reader really takes."""
+
+from __future__ import annotations
+
+from precache_proxy.channel.settings import ClassLimits
+from precache_proxy.units import KIB
+
+# Part of the protocol: what may be sent on a stream before the first acknowledgement.
+INITIAL_WINDOW_BYTES = 256 * KIB
+# Two event loops and their batching sit in the path beside the network.
+_LOOP_SECONDS = 0.02
+_SLACK_BYTES = 256 * KIB
+
+
+class RoundTrip:
+    """Round trip of a session: smoothed over recent samples, and the least of the last 15 to 30 seconds."""
+
+    def __init__(self) -> None:
+        self.smoothed_seconds: float | None = None
+        self._least = [float("inf"), float("inf")]
+        self._turn_at = 0.0
+
+    def sample(self, seconds: float, now: float) -> None:
+        """A ping came back."""
+        before = self.smoothed_seconds
+        self.smoothed_seconds = seconds if before is None else before + 0.25 * (seconds - before)
+        if now - self._turn_at > 15:
+            self._least = [seconds, self._least[0] if now - self._turn_at < 30 else seconds]
+            self._turn_at = now
+        self._least[0] = min(self._least[0], seconds)
+
+    @property
+    def least_seconds(self) -> float:
+        """The round trip without queues; 50 ms while nothing was measured."""
+        least = min(self._least)
+        return 0.05 if least == float("inf") else least
+
+
+class ReceiveWindow:
+    """Grows to about 2 x rate x round trip within the class's bounds (MIGRATION: 1 x, and a little)."""
+
+    def __init__(self, limits: ClassLimits, round_trip: RoundTrip, maximum_bytes: int | None = None) -> None:
+        self.limits = limits
+        self.initial_bytes = INITIAL_WINDOW_BYTES
+        self.size_bytes = INITIAL_WINDOW_BYTES
+        self.maximum_bytes = maximum_bytes
+        self._round_trip = round_trip
+        self._mark_at = 0.0
+        self._mark_bytes = 0
+
+    @property
+    def acknowledge_bytes(self) -> int:
+        """So much may arrive before an acknowledgement is due at once."""
+        return max(self.size_bytes // 16, 64 * KIB)
+
+    def consumed(self, total_bytes: int, now: float) -> None:
+        """The reader has taken ``total_bytes`` since the beginning."""
+        trip = self._round_trip.least_seconds + _LOOP_SECONDS
+        elapsed = now - self._mark_at
+        if elapsed < trip:
+            return
+        taken = total_bytes - self._mark_bytes
+        self._mark_at, self._mark_bytes = now, total_bytes
+        if elapsed > 4 * trip + 1:
+            return  # first sample, or an idle time lies between: it says nothing about the rate
+        flight = taken * trip / elapsed
+        # A window that was used up says nothing about how much would fit: try twice as much.
+        target = 2 * flight
+        if self.limits.short and flight < 0.9 * self.size_bytes:
+            target = flight + max(_SLACK_BYTES, flight / 6)
+        self._resize(target)
+
+    def _resize(self, target: float) -> None:
+        most = self.limits.maximum_window_bytes
+        if self.maximum_bytes is not None:
+            most = min(most, self.maximum_bytes)
+        least = min(self.limits.minimum_window_bytes, most)
+        # Down slowly: a pause of the reader (a flush, a seal) must not cost the next round trips.
+        target = max(target, self.size_bytes * 7 / 8)
+        self.size_bytes = int(min(max(target, least), most))

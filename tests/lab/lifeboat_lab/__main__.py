@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lifeboat_lab.errors import LabError
+from lifeboat_lab.guests import commands as guest_commands
 from lifeboat_lab.lab import Lab
 from lifeboat_lab.profiles import PROFILES
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         ("start-host", "switch a host on again"),
     ):
         commands.add_parser(name, help=text).add_argument("host")
+    guest_commands.add_parser(commands)
     wan = commands.add_parser(
         "wan",
         help=f"{', '.join(PROFILES)}, rate=..,rtt=..,loss=.. | cut | heal | status | counters | check",
@@ -67,6 +69,8 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(lab.status(), indent=2))
     elif options.command == "exec":
         return _exec(lab, options)
+    elif options.command == "guest":
+        return guest_commands.run(lab, options)
     elif options.command == "wan":
         return _wan(lab, options)
     elif options.command == "kill-host":

@@ -79,7 +79,7 @@ class Images:
             "downloaded": DOWNLOADED_PACKAGES,
             "files": FILES,
             "masked": MASKED_UNITS,
-            "steps": 3,  # raise when the code below changes what comes out
+            "steps": 4,  # raise when the code below changes what comes out
         }
         return cached(f"full-{self._settings.suite}", recipe, NEEDED_MIB["full"], self._build_full)
 
@@ -143,16 +143,30 @@ def customise(root: Path) -> None:
         mask.symlink_to("/dev/null")
     (root / PACKAGES_ON_HOST.lstrip("/")).mkdir(parents=True, exist_ok=True)
     (root / "var/log/journal").mkdir(exist_ok=True)
-    libvirt = root / "etc/libvirt"
-    if libvirt.is_dir():
+    if (root / "etc/libvirt").is_dir():
+        _customise_libvirt(root / "etc/libvirt")
+
+
+def _customise_libvirt(directory: Path) -> None:
+    for name, line in {
         # This kernel has no AppArmor; QEMU stays libvirt's unprivileged user with dynamic ownership, as by default.
-        with (libvirt / "qemu.conf").open("a") as file:
-            file.write('\n# set by the lab\nsecurity_driver = "none"\n')
+        "qemu.conf": 'security_driver = "none"',
         # All hosts see the same machine's firmware: without this they share one identity and libvirt refuses
         # to migrate "to the same host".
-        with (libvirt / "libvirtd.conf").open("a") as file:
-            file.write('\n# set by the lab\nhost_uuid_source = "machine-id"\n')
-        shutil.rmtree(libvirt / "qemu/networks/autostart", ignore_errors=True)
+        "libvirtd.conf": 'host_uuid_source = "machine-id"',
+        # What guests tell through a port goes into a file that the logging daemon must not cut up.
+        "virtlogd.conf": "max_size = 0",
+    }.items():
+        with (directory / name).open("a") as file:
+            file.write(f"\n# set by the lab\n{line}\n")
+    shutil.rmtree(directory / "qemu/networks/autostart", ignore_errors=True)
+    # The pool that virt-install makes on an ordinary host; plain `virsh migrate` creates images through it.
+    pool = directory / "storage/default.xml"
+    (pool.parent / "autostart").mkdir(parents=True, exist_ok=True)
+    pool.write_text(
+        "<pool type='dir'><name>default</name><target><path>/var/lib/libvirt/images</path></target></pool>\n"
+    )
+    (pool.parent / "autostart/default.xml").symlink_to("/etc/libvirt/storage/default.xml")
 
 
 def cached(kind: str, recipe: object, needed_mib: int, build: Callable[[Path], None]) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 from lifeboat_lab import preflight
 from lifeboat_lab.control_group import ControlGroup
 from lifeboat_lab.errors import LabError
+from lifeboat_lab.guests.guests import Guests
 from lifeboat_lab.hosts import Host, start_ticks
 from lifeboat_lab.images import Images
 from lifeboat_lab.inventory import inventory
@@ -45,6 +46,7 @@ class Lab:
         self.network = Network(self.settings)
         self.keys = Keys(self.settings)
         self.wan = Wan(self.settings)
+        self.guests = Guests(self)
 
     # --- building -----------------------------------------------------------------------------------------------
 
@@ -147,6 +149,10 @@ class Lab:
         if name not in hosts:
             raise LabError(f"host {name}: not in lab {self.settings.name}, which has {', '.join(hosts)}")
         return hosts[name]
+
+    def full_image(self) -> Path:
+        """The cached image that the hypervisors of this lab were made on."""
+        return Images(self.settings, self._say).full()
 
     def command(self, member: str, command: Sequence[str]) -> list[str]:
         """The command line that runs `command` on a host, or in the namespace of router, client or controller."""

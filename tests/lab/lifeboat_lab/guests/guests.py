@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Defining, starting, asking and checking guests on the lab's hosts."""
+
+import hashlib
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from lifeboat_lab.errors import LabError
+from lifeboat_lab.guests import kernel, records, verify
+from lifeboat_lab.guests.plan import BOOT_DIRECTORY, RECORDS_DIRECTORY, GuestPlan
+from lifeboat_lab.hosts import Host, wait_for
+
+if TYPE_CHECKING:
+    from lifeboat_lab.lab import Lab
+
+CONTENT_FILE_BYTES = 1 << 20
+ANSWER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a check: what the guest acknowledged, what the disks hold, and everything that is wrong."""
+
+    acknowledged: int
+    disks: tuple[verify.DiskReport, ...]
+    findings: tuple[str, ...]
+
+    @property
+    def intact(self) -> bool:
+        """Nothing lost, nothing damaged."""
+        return not self.findings
+
+
+class Guest:
+    """A guest of the lab; on which host its domain is, is asked of the hosts each time."""
+
+    def __init__(self, lab: "Lab", record: dict[str, Any]) -> None:
+        self._lab = lab
+        self.plan = GuestPlan(**record["plan"])
+        self.address: str = record["address"]
+        self.home: str = record["home"]
+        self.manifests: list[dict[str, str]] = record["manifests"]
+
+    @property
+    def name(self) -> str:
+        """Name of the domain."""
+        return self.plan.name
+
+    # --- its domain ---------------------------------------------------------------------------------------------
+
+    def states(self) -> dict[str, str]:
+        """State of the domain on every host that is on and knows it, as `virsh domstate` words it."""
+        found = {}
+        for name, host in self._lab.hosts.items():
+            if host.running and host.plan.image == "full":
+                answer = host.exec("virsh", "domstate", self.plan.uuid, check=False)
+                if answer.returncode == 0:
+                    found[name] = answer.stdout.strip()
+        return found
+
+    def running_on(self) -> list[str]:
+        """Hosts where the domain is executing instructions: more than one is the worst that can happen."""
+        return [host for host, state in self.states().items() if state == "running"]
+
+    def start(self, host: str | None = None) -> None:
+        """Start the domain on the host (default: where it was defined)."""
+        self._host(host).exec("virsh", "start", self.plan.uuid)
+
+    def destroy(self, host: str | None = None) -> None:
+        """Pull the plug of the guest."""
+        self._host(host).exec("virsh", "destroy", self.plan.uuid)
+
+    def wait_ready(self, timeout_seconds: float = 90, *, host: str | None = None) -> None:
+        """Wait until the guest of its newest start has booted and told its canary."""
+        place = self._host(host)
+        log = place.root / self.plan.record_path.lstrip("/")
+
+        def told() -> bool:
+            text = log.read_text(errors="replace") if log.exists() else ""
+            return "\ncanary " in text[text.rfind("boot ") :] and text.endswith("\n")
+
+        wait_for(told, timeout_seconds, 0.1)
+
+    def remove(self) -> None:
+        """Undefine the domain and delete its images and records wherever they are."""
+        for name, host in self._lab.hosts.items():
+            if not host.running or host.plan.image != "full":
+                continue
+            if name in self.states():
+                host.exec("virsh", "destroy", self.plan.uuid, check=False)
+                host.exec("virsh", "undefine", "--nvram", "--checkpoints-metadata", "--snapshots-metadata",
+                          self.plan.uuid)  # fmt: skip
+            paths = [self.plan.disk_path(target) for target in self.plan.targets]
+            host.exec("rm", "-f", self.plan.record_path, self.plan.cdrom_path, *paths)
+        self._lab.guests.forget(self)
+
+    # --- what it says -------------------------------------------------------------------------------------------
+
+    def ask(self, command: str, host: str | None = None) -> str:
+        """Send a line to the agent (canary | status | run COMMAND | poweroff) and return its answer.
+
+        Raises LabError when it does not answer within a minute.
+        """
+        place = self._host(host if host is not None else self._only_runner())
+        xml = ElementTree.fromstring(place.exec("virsh", "dumpxml", self.plan.uuid).stdout)
+        source = xml.find("./devices/channel[@type='unix']/source")
+        path = source.get("path") if source is not None else None
+        if path is None:
+            raise LabError(f"guest {self.name}: has no control channel on {place.name}; is it running there?")
+        text = b""
+        with _connected(place.root / path.lstrip("/")) as port:
+            try:
+                port.sendall(command.encode() + b"\n")
+                while not (text == b".\n" or text.endswith(b"\n.\n")):
+                    if not (got := port.recv(65536)):
+                        break
+                    text += got
+            except TimeoutError as error:
+                raise LabError(f"guest {self.name}: no answer to {command!r} within {ANSWER_SECONDS:g} s") from error
+        return text.decode(errors="replace").removesuffix(".\n").strip()
+
+    def canary(self, host: str | None = None) -> str:
+        """SHA-256 of the guest's random file in memory, computed now."""
+        return self.ask("canary", host)
+
+    def told(self) -> records.Told:
+        """Everything that the guest told, wherever it was at the time."""
+        texts = []
+        for host in self._lab.hosts.values():
+            path = self.plan.record_path.lstrip("/")
+            file = (host.root if host.running else host.upper) / path
+            if file.exists():
+                texts.append(file.read_text(errors="replace"))
+        return records.parse(texts)
+
+    # --- is everything there? -----------------------------------------------------------------------------------
+
+    def verify(
+        self,
+        host: str,
+        *,
+        images: dict[str, tuple[str, str]] | None = None,
+        acknowledged: int | None = None,
+        canary: str | None = None,
+    ) -> Verdict:
+        """Check disks on a host: fsck, content, every record that was acknowledged; one instant over all disks.
+
+        `images` is target -> (path, format); default: what the domain there uses now. `acknowledged` is the
+        highest record that must be there (default: the highest that the guest has told of before this call);
+        for a copy of an earlier instant, such as a replica, pass what had been told by then. With `canary`
+        the running guest's memory is compared too.
+        """
+        needed = self.told().highest_acknowledged if acknowledged is None else acknowledged
+        place = self._host(host)
+        images = images or self.images(host)
+        findings: list[str] = []
+        if canary is not None and (now := self.canary(host)) != canary:
+            findings.append(f"canary in memory was {canary[:16]}, is {now[:16]}")
+        has_log = "fsync-log" in self.plan.workload.split(",")
+        reports = [
+            verify.examine(place, *images[target], manifest, has_log=has_log)
+            for target, manifest in zip(self.plan.targets, self.manifests, strict=True)
+        ]
+        for report in reports:
+            findings += [f"{report.image}: {finding}" for finding in report.findings]
+            if has_log and report.records < needed:
+                findings.append(
+                    f"{report.image}: {report.records} records, but {needed} were acknowledged: "
+                    f"{needed - report.records} lost"
+                )
+        findings += [f"guest told: {error}" for error in self.told().errors]
+        return Verdict(needed, tuple(reports), tuple(findings))
+
+    def images(self, host: str) -> dict[str, tuple[str, str]]:
+        """target -> (path, format) of the disks as the domain on that host has them now."""
+        xml = ElementTree.fromstring(self._host(host).exec("virsh", "dumpxml", self.plan.uuid).stdout)
+        found = {}
+        for disk in xml.findall("./devices/disk[@device='disk']"):
+            target, source, driver = disk.find("target"), disk.find("source"), disk.find("driver")
+            if target is not None and source is not None and driver is not None:
+                path = source.get("file") or source.get("dev") or ""
+                found[target.get("dev", "")] = (path, driver.get("type", "raw"))
+        return found
+
+    def _host(self, name: str | None) -> Host:
+        return self._lab.host(name if name is not None else self.home)
+
+    def _only_runner(self) -> str:
+        running = self.running_on()
+        if len(running) != 1:
+            raise LabError(f"guest {self.name}: runs on {running or 'no host'}, not on one; it is {self.states()}")
+        return running[0]
+
+
+class Guests:
+    """All guests of a lab."""
+
+    def __init__(self, lab: "Lab") -> None:
+        self._lab = lab
+        self._directory = lab.settings.state / "guests"
+
+    def define(self, host: str, plan: GuestPlan) -> Guest:
+        """Make the guest's disks with real content on a host and define its domain there. Does not start it.
+
+        Every host that is on gets the kernel and an empty record file, so that the guest may arrive there.
+        Raises LabError when the name is taken.
+        """
+        if any(guest.name == plan.name for guest in self.all()):
+            raise LabError(f"guest {plan.name}: is there already; remove it first or choose another name")
+        place = self._lab.host(host)
+        self._prepare_hosts(plan)
+        address = self._free_address(place)
+        manifests = [make_disk(place, plan, index) for index in range(plan.disks)]
+        if plan.cdrom:
+            (place.root / plan.cdrom_path.lstrip("/")).write_bytes(os.urandom(1 << 20))
+        place.exec("virsh", "define", "/dev/stdin", stdin=plan.domain_xml(address))
+        record = {"plan": asdict(plan), "address": address, "home": host, "manifests": manifests}
+        self._directory.mkdir(parents=True, exist_ok=True)
+        (self._directory / f"{plan.uuid}.json").write_text(json.dumps(record))
+        return Guest(self._lab, record)
+
+    def all(self) -> list[Guest]:
+        """Every guest that was defined and not removed."""
+        found = [Guest(self._lab, json.loads(path.read_text())) for path in self._directory.glob("*.json")]
+        return sorted(found, key=lambda guest: guest.name)
+
+    def get(self, name: str) -> Guest:
+        """A guest by its name. Raises LabError naming those that there are."""
+        for guest in self.all():
+            if guest.name == name:
+                return guest
+        raise LabError(f"guest {name}: not known; there are {', '.join(g.name for g in self.all()) or 'none'}")
+
+    def forget(self, guest: Guest) -> None:
+        """Drop the record of a guest that is gone."""
+        (self._directory / f"{guest.plan.uuid}.json").unlink(missing_ok=True)
+
+    def _free_address(self, host: Host) -> str:
+        network = ipaddress.IPv6Network(host.plan.guest_prefix)
+        taken = {guest.address for guest in self.all()}
+        return next(str(network[n]) for n in range(0x100, 0x10000) if str(network[n]) not in taken)
+
+    def _prepare_hosts(self, plan: GuestPlan) -> None:
+        boot = kernel.build(self._lab.full_image())
+        for host in self._lab.hosts.values():
+            if not host.running or host.plan.image != "full":
+                continue
+            directory = host.root / BOOT_DIRECTORY.lstrip("/")
+            (directory / "records").mkdir(parents=True, exist_ok=True)
+            for name in ("vmlinuz", "initrd.img"):
+                source, target = boot / name, directory / name
+                if not target.exists() or target.stat().st_size != source.stat().st_size:
+                    shutil.copyfile(source, target.with_suffix(".new"))
+                    target.with_suffix(".new").rename(target)
+            # QEMU opens it on either side of a move; libvirt gives it to QEMU's user each time.
+            (host.root / plan.record_path.lstrip("/")).touch()
+
+
+def make_disk(host: Host, plan: GuestPlan, index: int) -> dict[str, str]:
+    """An ext4 image of incompressible files on a host; returns path below /content -> SHA-256."""
+    target = plan.targets[index]
+    work = Path(f"var/tmp/lab-make-{plan.uuid}-{index}")
+    outside = host.root / work
+    manifest: dict[str, str] = {}
+    content = outside / "tree/content"
+    content.mkdir(parents=True)
+    try:
+        for number in range(plan.content_mib):
+            data = os.urandom(CONTENT_FILE_BYTES)
+            file = content / f"{number // 100:03}" / f"{number:05}"
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(data)
+            manifest[str(file.relative_to(content))] = hashlib.sha256(data).hexdigest()
+        path = plan.disk_path(target)
+        host.exec("mkdir", "-p", plan.disk_directory)
+        raw = f"/{work}/disk.raw"
+        host.exec("mke2fs", "-q", "-t", "ext4", "-L", f"lab{index + 1}", "-E", "lazy_itable_init=1", "-d", f"/{work}/tree",
+                  raw, f"{plan.disk_mib}M", timeout_seconds=600)  # fmt: skip
+        if plan.disk_format == "raw":
+            host.exec("mv", raw, path)
+        else:
+            host.exec("qemu-img", "convert", "-f", "raw", "-O", plan.disk_format, raw, path, timeout_seconds=600)
+    finally:
+        shutil.rmtree(outside)
+    return manifest
+
+
+def _connected(path: Path) -> socket.socket:
+    port = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    port.settimeout(ANSWER_SECONDS)
+    # The path may be longer than an address of this family; a descriptor's name never is.
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        port.connect(f"/proc/self/fd/{directory}/{path.name}")
+    except OSError as error:
+        port.close()
+        raise LabError(f"guest's control port {path}: {error.strerror}") from error
+    finally:
+        os.close(directory)
+    return port

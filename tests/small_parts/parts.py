@@ -79,7 +79,7 @@ class Link:
         }
         return {"classes": {"precache": tally}, "sent_wire_bytes": 1_000_000, "received_wire_bytes": 20}
 
-    async def call(self, method: str, _: dict[str, Any], *, timeout_seconds: float) -> dict[str, Any]:
+    async def call(self, method: str, parameters: dict[str, Any], *, timeout_seconds: float) -> dict[str, Any]:
         if self.state != "up":
             raise PeerUnreachable(f"peer {self.peer}: {self.sentence}")
         assert method == "control.clock"
@@ -125,6 +125,7 @@ class Protected:
     coverage: float = 1.0
     lag_bytes: int = 65536
     lag_seconds: float = 4.2
+    asked_disks: tuple[str, ...] | None = None
     scrub: dict[str, Any] = field(default_factory=dict)
 
 
@@ -157,7 +158,14 @@ class Source:
         uuid, name = self.identify(spec.vm)
         disks = tuple(spec.disks or ("vda",))
         wanted = Protected(
-            uuid, name, spec.peer, spec.rpo_seconds, spec.priority, disks, spec.raw_overlay_consent
+            uuid,
+            name,
+            spec.peer,
+            spec.rpo_seconds,
+            spec.priority,
+            disks,
+            spec.raw_overlay_consent,
+            asked_disks=tuple(spec.disks) if spec.disks else None,
         )
         if self.protected.get(uuid) != wanted:
             self.protected[uuid] = wanted
@@ -200,6 +208,10 @@ class Job:
     eviction_seconds: float | None = None
     downtime_seconds: float | None = None
 
+    @property
+    def ended(self) -> bool:
+        return self.verdict not in {None, "undecided"}
+
 
 class Evacuation:
     """Jobs that take one step each time they are looked at for ``step_seconds``."""
@@ -216,10 +228,10 @@ class Evacuation:
         self._tasks: set[asyncio.Task[None]] = set()
         self.rate: float | None = None
 
-    async def begin(self, vm: str, **_: Any) -> Job:
+    async def begin(self, vm: str, *, options: Any) -> Job:
         uuid, name = self.source.identify(vm)
         for job in self.remembered.values():
-            if job.vm == uuid and job.verdict in {None, "evacuated"}:
+            if job.vm == uuid and job.verdict in {None, "evacuated", "undecided"}:
                 return job
         protected = self.source.protected.get(uuid)
         if protected is None:
@@ -263,13 +275,25 @@ class Evacuation:
         self.remembered[job.id] = replace(job, step="rollback", verdict="stayed", sentence="cancelled")
         return self.remembered[job.id]
 
+    def undecide(self, identifier: str) -> None:
+        """The contact is lost in the middle of confirm."""
+        job = self.remembered[identifier]
+        self.remembered[identifier] = replace(
+            job,
+            step="undecided",
+            verdict="undecided",
+            sentence="no contact with backup1 since it was released",
+        )
+
     async def steer(self, identifier: str, rate: float | None) -> Job:
         self.rate = rate
         return self.job(identifier)
 
     async def settle(self, identifier: str, decision: str) -> Job:
         job = self.job(identifier)
-        self.remembered[job.id] = replace(job, verdict="stayed", sentence=f"settled: {decision}")
+        self.remembered[job.id] = replace(
+            job, step="stayed", verdict="stayed", sentence=f"settled: {decision}"
+        )
         return self.remembered[job.id]
 
     async def check(self, vm: str) -> list[Finding]:

@@ -63,7 +63,8 @@ def test_replica_is_kept_unless_told_otherwise(served: Any) -> None:
 
 def test_check_only_changes_nothing(served: Any) -> None:
     told = served.client.request("PUT", "/v1/vms/web1?check_only=true", {"peer": "backup1"})
-    assert told["state"] == "unprotected"
+    assert told["present"] is None
+    assert (told["wanted"]["peer"], told["wanted"]["rpo_seconds"]) == ("backup1", 15.0)
     with pytest.raises(NotFound, match="libvirt knows none such"):
         served.client.request("PUT", "/v1/vms/nosuch?check_only=true", {"peer": "backup1"})
     assert served.parts.source.changes == []

@@ -184,7 +184,7 @@ class Reader:
         try:
             return float(parse(value))
         except InvalidInput as error:
-            fact, _, way_out = error.message.partition("; ")
+            fact, _mark, way_out = error.message.partition("; ")
             self._note(key, fact, way_out)
             return None
 

@@ -103,14 +103,21 @@ async def replicas_answer(parts: Parts) -> list[Answer]:
     return [as_json(status) for status in await parts.store.statuses()]
 
 
+def job_answer(job: Any) -> Answer:
+    """A job or an arrival, with ``ended``: whether anything more will be done by it."""
+    told: Answer = as_json(job)
+    told["ended"] = bool(job.ended)
+    return told
+
+
 def jobs_answer(parts: Parts) -> list[Answer]:
     """Every evacuation job that is remembered here, oldest first."""
-    return [as_json(job) for job in parts.evacuation.jobs()]
+    return [job_answer(job) for job in parts.evacuation.jobs()]
 
 
 def arrivals_answer(parts: Parts) -> list[Answer]:
     """Every arrival of a VM that is remembered here."""
-    return [as_json(arrival) for arrival in parts.evacuation.arrivals()]
+    return [job_answer(arrival) for arrival in parts.evacuation.arrivals()]
 
 
 def certificate_answer(parts: Parts) -> Answer:

@@ -90,14 +90,14 @@ class Api:
         )
         return application
 
-    async def _status(self, _: web.Request) -> web.Response:
+    async def _status(self, _request: web.Request) -> web.Response:
         return web.json_response(await answers.proxy_answer(self._parts))
 
-    async def _check(self, _: web.Request) -> web.Response:
+    async def _check(self, _request: web.Request) -> web.Response:
         results = await run_checks(self._parts)
         return web.json_response({"name": self._parts.config.name, "checks": answers.as_json(results)})
 
-    async def _vms(self, _: web.Request) -> web.Response:
+    async def _vms(self, _request: web.Request) -> web.Response:
         return web.json_response({"vms": answers.vms_answer(self._parts)})
 
     async def _vm(self, request: web.Request) -> web.Response:
@@ -111,10 +111,10 @@ class Api:
         except NotFound:
             present = None
         wanted = requests.protection(vm, values, present, self._parts)
-        check_only = requests.flag(request, "check_only", default=False)
-        if check_only:
+        if requests.flag(request, "check_only", default=False):
             await self._parts.source.check(wanted)
-            return web.json_response(present or {"name": vm, "state": "unprotected"})
+            plan = {"present": requests.present_protection(present), "wanted": requests.as_plan(wanted)}
+            return web.json_response(plan)
         status = await self._parts.source.protect(wanted)
         return web.json_response(answers.vm_answer(status), status=200 if present else 201)
 
@@ -139,7 +139,7 @@ class Api:
         vm = answers.find_vm(self._parts, request.match_info["vm"])
         return web.json_response(answers.as_json(await self._parts.source.resync(vm["uuid"])))
 
-    async def _replicas(self, _: web.Request) -> web.Response:
+    async def _replicas(self, _request: web.Request) -> web.Response:
         return web.json_response({"replicas": await answers.replicas_answer(self._parts)})
 
     async def _replica(self, request: web.Request) -> web.Response:
@@ -160,7 +160,7 @@ class Api:
         values = await requests.body(request)
         vm, options = requests.evacuation(values)
         job = await self._parts.evacuation.begin(vm, options=options)
-        return web.json_response(answers.as_json(job), status=202)
+        return web.json_response(answers.job_answer(job), status=202)
 
     async def _preflight(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []
@@ -175,16 +175,17 @@ class Api:
         identifier, step = request.match_info["job"], request.query.get("step")
         until = time.monotonic() + requests.wait_seconds(request)
         while True:
-            job = answers.as_json(self._parts.evacuation.job(identifier))
+            job = answers.job_answer(self._parts.evacuation.job(identifier))
             moved = step is not None and job["step"] != step
-            if job.get("verdict") or moved or time.monotonic() >= until or self._parts.state != "running":
+            # An undecided job may stay so for ever, until a person decides.
+            settled = job["ended"] or job["step"] == "undecided"
+            if settled or moved or time.monotonic() >= until or self._parts.state != "running":
                 return web.json_response(job)
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            answers.as_json(await self._parts.evacuation.cancel(request.match_info["job"])), status=202
-        )
+        job = await self._parts.evacuation.cancel(request.match_info["job"])
+        return web.json_response(answers.job_answer(job), status=202)
 
     async def _steer(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []
@@ -193,9 +194,8 @@ class Api:
         if rate is None and not findings:
             raise InvalidInput("bandwidth_bytes_per_second: is missing; give the rate that this job may use")
         requests.conclude(told, findings)
-        return web.json_response(
-            answers.as_json(await self._parts.evacuation.steer(request.match_info["job"], rate))
-        )
+        job = await self._parts.evacuation.steer(request.match_info["job"], rate)
+        return web.json_response(answers.job_answer(job))
 
     async def _settle(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []
@@ -206,9 +206,9 @@ class Api:
             findings.append(Finding("request: decision", f"is {decision!r}", way_out))
         requests.conclude(told, findings)
         settled = await self._parts.evacuation.settle(request.match_info["job"], decision)
-        return web.json_response(answers.as_json(settled))
+        return web.json_response(answers.job_answer(settled))
 
-    async def _links(self, _: web.Request) -> web.Response:
+    async def _links(self, _request: web.Request) -> web.Response:
         return web.json_response({"links": answers.links_answer(self._parts)})
 
     async def _set_link(self, request: web.Request) -> web.Response:
@@ -227,10 +227,10 @@ class Api:
         logger.info("rate to %s set to %s", peer, rate or "no limit", extra={"peer": peer})
         return web.json_response(answers.link_answer(self._parts, peer))
 
-    async def _arrivals(self, _: web.Request) -> web.Response:
+    async def _arrivals(self, _request: web.Request) -> web.Response:
         return web.json_response({"arrivals": answers.arrivals_answer(self._parts)})
 
-    async def _metrics(self, _: web.Request) -> web.Response:
+    async def _metrics(self, _request: web.Request) -> web.Response:
         text = metrics.render(await answers.proxy_answer(self._parts))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 

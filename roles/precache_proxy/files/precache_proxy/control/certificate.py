@@ -44,14 +44,14 @@ def _element(data: bytes, offset: int) -> tuple[int, int, int]:
 
 
 def _not_after(der: bytes) -> float:
-    _, certificate, _ = _element(der, 0)
-    _, position, _ = _element(der, certificate)
+    certificate = _element(der, 0)[1]
+    position = _element(der, certificate)[1]
     # version [0] (optional), serialNumber, signature, issuer come before validity.
     if der[position] == _VERSION:
         position = _element(der, position)[2]
-    for _ in range(3):
+    for _unused in range(3):
         position = _element(der, position)[2]
-    tag, start, _ = _element(der, position)
+    tag, start, _end = _element(der, position)
     if tag != _SEQUENCE:
         raise ValueError("no validity where it should be")
     after = _element(der, start)[2]

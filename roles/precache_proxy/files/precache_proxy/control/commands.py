@@ -114,7 +114,7 @@ def connect(path: Path) -> int:
         selector.register(source, selectors.EVENT_READ)
         selector.register(peer, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
+            for key, _mask in selector.select():
                 if key.fileobj is peer:
                     data = peer.recv(_CHUNK_BYTES)
                     if not data:

@@ -97,7 +97,7 @@ class ProxyCollector(Collector):
         for link in links:
             for traffic_class, tally in link["counters"].get("classes", {}).items():
                 for key, value in tally.items():
-                    direction, kind, _ = key.split("_")
+                    direction, kind, _unit = key.split("_")
                     counted.add_metric([link["peer"], traffic_class, direction, kind], float(value))
         yield counted
 

@@ -13,11 +13,13 @@ from aiohttp import web
 from precache_proxy.control.answers import Answer
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Finding, InvalidInput, NotFound
+from precache_proxy.evacuation.job import EvacuationOptions
 from precache_proxy.typed_reader import REQUIRED, Reader
 
 HIGHEST_PRIORITY = 100
 DEFAULT_PRIORITY = 50
 DECISIONS = ("source-dead", "keep-at-source")
+DOWNTIME_SECONDS_RANGE = (0.001, 60.0)
 RPO_SECONDS_RANGE = (1.0, 30 * 86400.0)
 # The longest that one request may be held; clients ask again.
 LONGEST_WAIT_SECONDS = 300.0
@@ -79,8 +81,10 @@ def protection(vm: str, values: Mapping[str, Any], present: Answer | None, parts
             "rpo_seconds", present.get("rpo_seconds", parts.config.source.rpo_seconds), *RPO_SECONDS_RANGE
         ),
         priority=told.integer("priority", present.get("priority", DEFAULT_PRIORITY), 0, HIGHEST_PRIORITY),
-        disks=told.texts("disks"),
-        raw_overlay_consent=told.boolean("raw_overlay_consent", default=False),
+        disks=told.texts("disks") if "disks" in values else present.get("asked_disks"),
+        raw_overlay_consent=told.boolean(
+            "raw_overlay_consent", default=bool(present.get("raw_overlay_consent"))
+        ),
     )
     listed = ", ".join(names) or "none; add one to the inventory"
     if peer == parts.config.name:
@@ -96,14 +100,47 @@ def protection(vm: str, values: Mapping[str, Any], present: Answer | None, parts
     return wanted
 
 
-def evacuation(values: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The VM that a request wants evacuated and the bandwidth it may use. Raises InvalidInput."""
+def as_plan(wanted: Protection) -> Answer:
+    """What would hold after the request."""
+    return {
+        "state": "protected",
+        "peer": wanted.peer,
+        "rpo_seconds": wanted.rpo_seconds,
+        "priority": wanted.priority,
+        "disks": sorted(wanted.disks) if wanted.disks else None,
+        "raw_overlay_consent": wanted.raw_overlay_consent,
+    }
+
+
+def present_protection(vm: Answer | None) -> Answer | None:
+    """What holds now, in the form of :func:`as_plan`."""
+    if vm is None:
+        return None
+    told = {key: vm.get(key) for key in ("peer", "rpo_seconds", "priority", "raw_overlay_consent")}
+    disks = vm.get("asked_disks")
+    return {"state": "protected", **told, "disks": sorted(disks) if disks else None}
+
+
+def evacuation(values: Mapping[str, Any]) -> tuple[str, EvacuationOptions]:
+    """The VM that a request wants evacuated, and how. Raises InvalidInput."""
     findings: list[Finding] = []
     told = reader(values, findings)
+    usual = EvacuationOptions()
     vm = told.text("vm", REQUIRED)
-    bandwidth = told.rate("bandwidth_bytes_per_second")
+    synchronous = (
+        told.boolean("synchronous_writes", default=False) if "synchronous_writes" in values else None
+    )
+    options = EvacuationOptions(
+        peer=told.text("peer", "", empty=True) or None,
+        bandwidth_bytes_per_second=told.rate("bandwidth_bytes_per_second"),
+        downtime_limit_seconds=told.duration(
+            "downtime_limit_seconds", usual.downtime_limit_seconds, *DOWNTIME_SECONDS_RANGE
+        ),
+        synchronous_writes=synchronous,
+        catch_up_passes_limit=told.integer("catch_up_passes_limit", usual.catch_up_passes_limit, 0, 100),
+    )
     conclude(told, findings)
-    return vm, bandwidth
+    return vm, options
 
 
 def wait_seconds(request: web.Request) -> float:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What must be known again after a power cut: a journal of keyed records, and a counter.
+
+The journal is a text file, one line per change: a checksum, a key, the record as JSON or ``null`` for "gone".
+Changes are appended and synced in groups, so that thousands of bindings cost a few syncs and not thousands.
+A last line that a power cut left half written is dropped: nobody was told yet that it was kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from mobility_agent.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+# Rewritten when this many lines say nothing that is still true.
+_SPARE_LINES = 4096
+
+
+def sync_directory(directory: Path) -> None:
+    """Make entries created, renamed or removed in ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace ``path`` so that after a power cut it holds either the old or the new content."""
+    beside = path.with_name(path.name + ".new")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    beside.replace(path)
+    sync_directory(path.parent)
+
+
+def raise_counter(path: Path) -> int:
+    """The number after the one in ``path`` (1 the first time), durable before it is returned."""
+    before = 0
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        before = int(path.read_text())
+    after = before % 0xFFFFFFFF + 1
+    write_whole(path, f"{after}\n".encode())
+    return after
+
+
+def _line(key: str, record: Record | None) -> bytes:
+    text = json.dumps([key, record], separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse(line: bytes) -> tuple[str, Record | None] | None:
+    sum_text, _, text = line.partition(b" ")
+    try:
+        if int(sum_text, 16) != zlib.crc32(text.rstrip(b"\n")):
+            return None
+        key, record = json.loads(text)
+    except ValueError:
+        return None
+    return str(key), record
+
+
+class Journal:
+    """Keyed records that survive. One process at a time; all calls from one event loop."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = -1
+        self._live: dict[str, bytes] = {}
+        self._lines = 0
+        self._waiting: list[bytes] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> dict[str, Record]:
+        """Read what is there and get ready to append. Raises ConfigurationError when it cannot be read."""
+        records: dict[str, Record] = {}
+        content = b""
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigurationError(f"{self._path}: cannot be read ({error}); run as root") from error
+        lines = content.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            parsed = _parse(line) if line.endswith(b"\n") else None
+            if parsed is None:
+                where = "the last line" if number == len(lines) else f"line {number}"
+                logger.warning("%s: %s is damaged and was left out", self._path, where)
+                continue
+            key, record = parsed
+            if record is None:
+                records.pop(key, None)
+            else:
+                records[key] = record
+        self._live = {key: _line(key, record) for key, record in records.items()}
+        self._rewrite()
+        return records
+
+    def _rewrite(self) -> None:
+        write_whole(self._path, b"".join(self._live.values()))
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._lines = len(self._live)
+
+    def put(self, key: str, record: Record) -> None:
+        """Remember ``record``; durable once :meth:`commit` returns."""
+        line = _line(key, record)
+        self._live[key] = line
+        self._waiting.append(line)
+
+    def remove(self, key: str) -> None:
+        """Forget ``key``; durable once :meth:`commit` returns."""
+        if self._live.pop(key, None) is not None:
+            self._waiting.append(_line(key, None))
+
+    async def commit(self) -> None:
+        """Return when everything put and removed so far is durable. Callers share one sync."""
+        while self._waiting or self._task is not None:
+            if self._task is None:
+                self._task = asyncio.create_task(self._write())
+            last = not self._waiting
+            await asyncio.shield(self._task)
+            if last:
+                return
+
+    async def _write(self) -> None:
+        batch, self._waiting = b"".join(self._waiting), []
+        try:
+            self._lines += batch.count(b"\n")
+            if self._lines > 2 * len(self._live) + _SPARE_LINES:
+                # In the loop's thread, and rare: nothing may be put while the file is replaced.
+                self._rewrite()
+            else:
+                await asyncio.to_thread(self._append, batch)
+        finally:
+            self._task = None
+
+    def _append(self, batch: bytes) -> None:
+        os.write(self._file, batch)
+        os.fdatasync(self._file)
+
+    def close(self) -> None:
+        """Write what is left and let go of the file."""
+        if self._file < 0:
+            return
+        if self._waiting:
+            self._append(b"".join(self._waiting))
+            self._waiting = []
+        os.close(self._file)
+        self._file = -1

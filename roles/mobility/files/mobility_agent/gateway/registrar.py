@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Telling every anchor where a VM is, until each has answered.
+
+Pure: the clock comes with each call, messages go out as values from :meth:`Registrar.due`. A claim is sent
+at once, again after one round trip and then ever more slowly, for as long as it takes: in a crisis an anchor
+that does not answer now may answer in a minute. What merely confirms (refresh, an anchor that restarted) keeps
+to a window of messages under way; a claim goes ahead of it, so that one hand-over among thousands of refreshes
+is as quick as alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from ipaddress import IPv6Address, IPv6Network
+
+from mobility_agent.messages.headers import Status
+from mobility_agent.messages.options import HandoffIndicator, Timestamp
+from mobility_agent.messages.registration import Acknowledgement, Registration
+
+_UNKNOWN_ROUND_TRIP_SECONDS = 0.25
+_MARGIN_SECONDS = 0.02
+_BACKOFF = 1.5
+_SLOWEST_RETRY_SECONDS = 3.0
+_REFUSED_RETRY_SECONDS = 30.0
+_WITHDRAWALS = 8
+_WINDOW = 256
+# Clocks nearer than this are left as they are: two gateways then order their claims by true time.
+_TOLERATED_OFFSET_SECONDS = 1.0
+_CORRECTIONS = 3
+
+
+class Phase(Enum):
+    """Where a VM's registration with one anchor stands."""
+
+    CLAIMING = "claiming"
+    REGISTERED = "registered"
+    REFUSED = "refused"
+    WITHDRAWING = "withdrawing"
+
+
+@dataclass(slots=True)
+class _Line:
+    """One VM at one anchor."""
+
+    vm: str
+    anchor: str
+    phase: Phase
+    handoff: HandoffIndicator
+    sequences: deque[int] = field(default_factory=lambda: deque(maxlen=8))
+    ticks: int = 0
+    attempts: int = 0
+    corrections: int = 0
+    under_way: bool = False
+    due_at: float = 0.0
+    acknowledged_at: float | None = None
+    sentence: str = ""
+
+    @property
+    def urgent(self) -> bool:
+        """A claim that no answer has come to yet."""
+        return self.phase is Phase.CLAIMING and self.handoff is not HandoffIndicator.UNCHANGED
+
+
+@dataclass(slots=True)
+class _Anchor:
+    """What is known of one anchor."""
+
+    name: str
+    round_trip_seconds: float | None = None
+    clock_offset_seconds: float = 0.0
+    sequence: int = 0
+    under_way: int = 0
+    backlog: deque[_Line] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class _Claim:
+    """What all anchors are to know of a VM."""
+
+    homes: tuple[IPv6Network, ...]
+    epoch: int
+    link_local: IPv6Address | None
+    evident: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message to send now."""
+
+    anchor: str
+    sequence: int
+    registration: Registration
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an answer meant.
+
+    ``kind``: registered (a claim was accepted), refreshed, withdrawn, corrected (sent again with the anchor's
+    time), raised (sent again with a newer epoch), lost (bound elsewhere: withdraw locally), refused, ignored.
+    """
+
+    kind: str
+    vm: str
+    anchor: str
+    sentence: str
+    epoch: int | None = None
+    holder: IPv6Address | None = None
+
+
+class Registrar:
+    """All registrations of one gateway."""
+
+    def __init__(self, anchors: Iterable[str], care_of: IPv6Address, lifetime_seconds: int) -> None:
+        self._anchors = {name: _Anchor(name) for name in anchors}
+        self._care_of = care_of
+        self._lifetime_seconds = lifetime_seconds
+        self._claims: dict[str, _Claim] = {}
+        self._lines: dict[tuple[str, str], _Line] = {}
+        self._queue: list[tuple[float, int, _Line]] = []
+        self._order = 0
+
+    def attach(
+        self,
+        vm: str,
+        homes: tuple[IPv6Network, ...],
+        epoch: int,
+        handoff: HandoffIndicator,
+        now: float,
+        *,
+        link_local: IPv6Address | None = None,
+        evident: bool = False,
+    ) -> None:
+        """Claim ``vm`` at every anchor. ``evident``: it surely runs here, so a newer epoch may be made up."""
+        self._claims[vm] = _Claim(homes, epoch, link_local, evident)
+        for anchor in self._anchors:
+            self._start(vm, anchor, Phase.CLAIMING, handoff, now)
+
+    def withdraw(self, vm: str, now: float) -> None:
+        """Take ``vm`` back from every anchor."""
+        if vm not in self._claims:
+            return
+        for anchor in self._anchors:
+            self._start(vm, anchor, Phase.WITHDRAWING, HandoffIndicator.UNCHANGED, now)
+
+    def forget(self, vm: str) -> None:
+        """Say no more of ``vm``."""
+        self._claims.pop(vm, None)
+        for anchor in self._anchors:
+            line = self._lines.pop((vm, anchor), None)
+            if line is not None:
+                self._settle(line)
+
+    def _start(self, vm: str, anchor: str, phase: Phase, handoff: HandoffIndicator, now: float) -> None:
+        line = self._lines.get((vm, anchor))
+        if line is None:
+            line = self._lines[vm, anchor] = _Line(vm, anchor, phase, handoff)
+        self._settle(line)
+        line.phase, line.handoff = phase, handoff
+        line.sequences.clear()
+        line.attempts = line.corrections = 0
+        self._schedule(line, now)
+
+    def _schedule(self, line: _Line, at: float) -> None:
+        line.due_at = at
+        self._order += 1
+        heapq.heappush(self._queue, (at, self._order, line))
+
+    def _settle(self, line: _Line) -> None:
+        if line.under_way:
+            line.under_way = False
+            self._anchors[line.anchor].under_way -= 1
+
+    def _current(self, line: _Line) -> bool:
+        return self._lines.get((line.vm, line.anchor)) is line
+
+    def due(self, now: float, wall: float) -> list[Outgoing]:
+        """What is to be sent now. ``now``: monotonic; ``wall``: seconds since 1970."""
+        outgoing: list[Outgoing] = []
+        for anchor in self._anchors.values():
+            while anchor.backlog and anchor.under_way < _WINDOW:
+                line = anchor.backlog.popleft()
+                if self._current(line) and line.due_at <= now and not line.under_way:
+                    outgoing += self._send(line, anchor, now, wall)
+        while self._queue and self._queue[0][0] <= now:
+            at, _, line = heapq.heappop(self._queue)
+            # Scheduled anew since, or forgotten: this entry says nothing any more.
+            if at != line.due_at or not self._current(line):
+                continue
+            anchor = self._anchors[line.anchor]
+            if line.under_way or line.urgent or anchor.under_way < _WINDOW:
+                outgoing += self._send(line, anchor, now, wall)
+            else:
+                anchor.backlog.append(line)
+        return outgoing
+
+    def _send(self, line: _Line, anchor: _Anchor, now: float, wall: float) -> list[Outgoing]:
+        claim = self._claims[line.vm]
+        withdrawing = line.phase is Phase.WITHDRAWING
+        if withdrawing and line.attempts >= _WITHDRAWALS:
+            # Its lifetime ends it there.
+            self._drop(line)
+            return []
+        anchor.sequence = (anchor.sequence + 1) & 0xFFFF
+        line.sequences.append(anchor.sequence)
+        line.ticks = max(line.ticks + 1, Timestamp.of_seconds(wall + anchor.clock_offset_seconds).ticks)
+        if not line.under_way:
+            line.under_way = True
+            anchor.under_way += 1
+        self._schedule(line, now + self._patience(anchor, line.attempts))
+        line.attempts += 1
+        registration = Registration(
+            vm=line.vm,
+            homes=claim.homes,
+            care_of=self._care_of,
+            epoch=claim.epoch,
+            ticks=line.ticks,
+            lifetime_seconds=0 if withdrawing else self._lifetime_seconds,
+            handoff=line.handoff,
+            link_local=claim.link_local,
+        )
+        return [Outgoing(anchor.name, anchor.sequence, registration)]
+
+    @staticmethod
+    def _patience(anchor: _Anchor, attempts: int) -> float:
+        known = anchor.round_trip_seconds
+        first = _UNKNOWN_ROUND_TRIP_SECONDS if known is None else known + _MARGIN_SECONDS
+        # Bounded before it is multiplied: an anchor may be silent for days.
+        return min(first * _BACKOFF ** min(attempts, 20), max(_SLOWEST_RETRY_SECONDS, first))
+
+    def _drop(self, line: _Line) -> None:
+        self._settle(line)
+        del self._lines[line.vm, line.anchor]
+        if not any((line.vm, anchor) in self._lines for anchor in self._anchors):
+            self._claims.pop(line.vm, None)
+
+    def next_due(self) -> float | None:
+        """When :meth:`due` will have something to send (monotonic seconds)."""
+        if any(anchor.backlog and anchor.under_way < _WINDOW for anchor in self._anchors.values()):
+            return 0.0
+        return self._queue[0][0] if self._queue else None
+
+    def acknowledge(self, anchor_name: str, answer: Acknowledgement, now: float) -> Outcome:
+        """Take an anchor's answer, already authenticated."""
+        anchor = self._anchors[anchor_name]
+        line = self._lines.get((answer.vm, anchor_name))
+        if line is None or answer.sequence not in line.sequences:
+            return Outcome(
+                "ignored", answer.vm, anchor_name, f"VM {answer.vm}: answer to nothing that was asked"
+            )
+        line.sequences.clear()
+        self._settle(line)
+        line.attempts = 0
+        if answer.accepted:
+            return self._accepted(line, answer, now)
+        if answer.status in {Status.TIMESTAMP_MISMATCH, Status.TIMESTAMP_TOO_LOW}:
+            corrected = self._correct(line, anchor, answer, now)
+            if corrected is not None:
+                return corrected
+        claim = self._claims[line.vm]
+        held_elsewhere = answer.holder is not None and answer.holder != self._care_of
+        if answer.epoch is not None and (answer.epoch > claim.epoch or held_elsewhere):
+            return self._held(line, claim, answer, now)
+        return self._refused(line, answer, now)
+
+    def _accepted(self, line: _Line, answer: Acknowledgement, now: float) -> Outcome:
+        if line.phase is Phase.WITHDRAWING:
+            self._drop(line)
+            return Outcome("withdrawn", line.vm, line.anchor, f"VM {line.vm}: withdrawn from {line.anchor}")
+        kind = "refreshed" if line.phase is Phase.REGISTERED else "registered"
+        line.phase, line.handoff = Phase.REGISTERED, HandoffIndicator.UNCHANGED
+        line.corrections = 0
+        line.acknowledged_at = now
+        line.sentence = f"VM {line.vm}: {kind} with {line.anchor}"
+        granted = answer.lifetime_seconds or self._lifetime_seconds
+        self._schedule(line, now + granted / 2)
+        return Outcome(kind, line.vm, line.anchor, line.sentence, answer.epoch, self._care_of)
+
+    def _correct(self, line: _Line, anchor: _Anchor, answer: Acknowledgement, now: float) -> Outcome | None:
+        if line.corrections >= _CORRECTIONS:
+            return None
+        line.corrections += 1
+        if answer.status == Status.TIMESTAMP_TOO_LOW:
+            # The answer carries the timestamp that is held; ours must come after it.
+            line.ticks = max(line.ticks, answer.ticks)
+            sentence = f"VM {line.vm}: {anchor.name} holds a later update; sent again with a later timestamp"
+        else:
+            sent_seconds = line.ticks / Timestamp.TICKS_PER_SECOND
+            offset = answer.ticks / Timestamp.TICKS_PER_SECOND - sent_seconds
+            anchor.clock_offset_seconds += offset
+            # Else the old timestamps would keep us in a future that the anchor does not accept.
+            line.ticks = min(line.ticks, answer.ticks)
+            sentence = (
+                f"clock of this host differs from {anchor.name}'s by {anchor.clock_offset_seconds:.1f} s; "
+                f"VM {line.vm} is registered with its time; set both by NTP"
+            )
+        self._schedule(line, now)
+        return Outcome("corrected", line.vm, line.anchor, sentence, answer.epoch, answer.holder)
+
+    def _held(self, line: _Line, claim: _Claim, answer: Acknowledgement, now: float) -> Outcome:
+        held = answer.epoch or 0
+        if line.phase is Phase.WITHDRAWING:
+            self._drop(line)
+            return Outcome("withdrawn", line.vm, line.anchor, f"VM {line.vm}: {line.anchor} has it elsewhere")
+        if claim.evident and line.handoff is not HandoffIndicator.UNCHANGED and held >= claim.epoch:
+            claim.epoch = held + 1
+            for anchor in self._anchors:
+                self._start(line.vm, anchor, Phase.CLAIMING, HandoffIndicator.BETWEEN_GATEWAYS, now)
+            sentence = (
+                f"VM {line.vm}: arrived by hand; {line.anchor} knew epoch {held}, claimed as {held + 1}"
+            )
+            return Outcome("raised", line.vm, line.anchor, sentence, claim.epoch, answer.holder)
+        sentence = (
+            f"VM {line.vm}: {line.anchor} has it at {answer.holder or 'no gateway'} in epoch {held}, "
+            f"this gateway claimed epoch {claim.epoch}: withdrawn here"
+        )
+        lost = Outcome("lost", line.vm, line.anchor, sentence, held, answer.holder)
+        self.forget(line.vm)
+        return lost
+
+    def _refused(self, line: _Line, answer: Acknowledgement, now: float) -> Outcome:
+        try:
+            word = Status(answer.status).name.lower().replace("_", " ")
+        except ValueError:
+            word = "status not known here"
+        line.phase = Phase.REFUSED if line.phase is not Phase.WITHDRAWING else Phase.WITHDRAWING
+        line.sentence = f"VM {line.vm}: {line.anchor} refused with {answer.status} ({word}); see its journal"
+        self._schedule(line, now + _REFUSED_RETRY_SECONDS)
+        return Outcome("refused", line.vm, line.anchor, line.sentence, answer.epoch, answer.holder)
+
+    def lost(self, vm: str, epoch: int) -> bool:
+        """An anchor has ``vm`` elsewhere in ``epoch``: whether that beats our claim, which then is forgotten."""
+        claim = self._claims.get(vm)
+        if claim is None or epoch < claim.epoch:
+            return False
+        self.forget(vm)
+        return True
+
+    def anchor_restarted(self, anchor_name: str, now: float) -> int:
+        """Confirm everything there at once; how many."""
+        count = 0
+        for (vm, name), line in list(self._lines.items()):
+            if name == anchor_name and line.phase in {Phase.REGISTERED, Phase.REFUSED}:
+                self._start(vm, name, Phase.CLAIMING, HandoffIndicator.UNCHANGED, now)
+                count += 1
+        return count
+
+    def anchor_answers(self, anchor_name: str, round_trip_seconds: float, offset_seconds: float) -> None:
+        """What a heartbeat measured: how far the anchor is, and how far its clock is from ours."""
+        anchor = self._anchors[anchor_name]
+        before = anchor.round_trip_seconds
+        anchor.round_trip_seconds = (
+            round_trip_seconds if before is None else before + (round_trip_seconds - before) / 4
+        )
+        anchor.clock_offset_seconds = (
+            offset_seconds if abs(offset_seconds) > _TOLERATED_OFFSET_SECONDS else 0.0
+        )
+
+    def anchor_returned(self, anchor_name: str, now: float) -> None:
+        """An anchor that was silent answers again: what it missed goes out now, not after the backoff."""
+        for (_, name), line in self._lines.items():
+            if (
+                name == anchor_name
+                and line.phase in {Phase.CLAIMING, Phase.WITHDRAWING}
+                and line.due_at > now
+            ):
+                line.attempts = 0
+                self._schedule(line, now)
+
+    def status(self, vm: str) -> Mapping[str, dict[str, str | int | float | None]]:
+        """For each anchor: phase, sentence, age of the last acknowledgement's clock reading."""
+        return {
+            anchor: {
+                "phase": line.phase.value,
+                "sentence": line.sentence,
+                "attempts": line.attempts,
+                "acknowledged_at": line.acknowledged_at,
+            }
+            for anchor in self._anchors
+            if (line := self._lines.get((vm, anchor))) is not None
+        }
+
+    def acknowledged(self, vm: str) -> list[str]:
+        """The anchors that hold the VM's current claim."""
+        return [
+            anchor
+            for anchor in self._anchors
+            if (line := self._lines.get((vm, anchor))) is not None and line.phase is Phase.REGISTERED
+        ]

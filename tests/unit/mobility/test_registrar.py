@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Gateways against anchors on a network that delays, loses and repeats, with a clock of its own."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from ipaddress import IPv6Address, IPv6Network
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mobility_agent.anchor.bindings import BindingTable, KnownGateway, Rules
+from mobility_agent.gateway.registrar import Outcome, Outgoing, Registrar
+from mobility_agent.messages.headers import Status
+from mobility_agent.messages.options import HandoffIndicator
+from mobility_agent.messages.registration import Acknowledgement
+
+VM = "11111111-2222-3333-4444-555555555555"
+HOMES = (IPv6Network("2001:db8:100::5/128"),)
+GATEWAYS = {
+    "old": (IPv6Address("2001:db8:1::2"), IPv6Address("2001:db8:1::d")),
+    "new": (IPv6Address("2001:db8:2::2"), IPv6Address("2001:db8:2::d")),
+}
+RULES = Rules(
+    prefixes=[IPv6Network("2001:db8:100::/48")],
+    gateways={address: KnownGateway(name, care_of) for name, (address, care_of) in GATEWAYS.items()},
+)
+ANCHORS = ("anchor1", "anchor2")
+WALL = 1_700_000_000.0
+REFRESH, HANDOFF = HandoffIndicator.UNCHANGED, HandoffIndicator.BETWEEN_GATEWAYS
+START = HandoffIndicator.NEW_INTERFACE
+
+
+class Net:
+    """Two gateways, two anchors, one clock."""
+
+    def __init__(self, seed: int = 0, delay: float = 0.04, loss: float = 0.0) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.delay, self.loss = delay, loss
+        self.tables = {name: BindingTable(RULES) for name in ANCHORS}
+        self.gateways = {name: Registrar(ANCHORS, care_of, 120) for name, (_, care_of) in GATEWAYS.items()}
+        self.clock_error = dict.fromkeys(GATEWAYS, 0.0)
+        self.down: set[str] = set()
+        self.outcomes: list[tuple[float, str, Outcome]] = []
+        self.sent: list[tuple[float, str, Outgoing]] = []
+        self._flying: list[tuple[float, int, str, object]] = []
+        self._order = 0
+
+    def _fly(self, gateway: str, what: object) -> None:
+        copies = 1 if self.random.random() >= self.loss else 0
+        copies += self.random.random() < self.loss / 2
+        for _ in range(copies):
+            self._order += 1
+            jitter = self.random.random() * self.loss * self.delay
+            heapq.heappush(self._flying, (self.now + self.delay / 2 + jitter, self._order, gateway, what))
+
+    def run(self, seconds: float) -> None:
+        """Let time pass."""
+        end = self.now + seconds
+        while True:
+            for name, registrar in self.gateways.items():
+                for outgoing in registrar.due(self.now, WALL + self.now + self.clock_error[name]):
+                    self.sent.append((self.now, name, outgoing))
+                    self._fly(name, outgoing)
+            times = [due for registrar in self.gateways.values() if (due := registrar.next_due()) is not None]
+            times += [self._flying[0][0]] if self._flying else []
+            following = max(min(times, default=end), self.now)
+            if following > end:
+                break
+            self.now = max(following, self.now + 1e-9)
+            while self._flying and self._flying[0][0] <= self.now:
+                _, _, gateway, what = heapq.heappop(self._flying)
+                self._arrive(gateway, what)
+        self.now = end
+
+    def _arrive(self, gateway: str, what: object) -> None:
+        if isinstance(what, Outgoing):
+            if what.anchor in self.down:
+                return
+            table = self.tables[what.anchor]
+            table.expire(self.now)
+            address = GATEWAYS[gateway][0]
+            verdict = table.register(
+                what.registration, address, what.sequence, now=self.now, wall=WALL + self.now
+            )
+            after = verdict.after
+            lifetime = after.lifetime_seconds if after is not None and verdict.accepted else 0
+            answer = Acknowledgement(
+                what.registration.vm,
+                verdict.status,
+                what.sequence,
+                lifetime,
+                verdict.ticks,
+                what.registration.homes,
+                None if after is None else after.epoch,
+                None if after is None or not after.active else after.care_of,
+            )
+            self._fly(gateway, (what.anchor, answer))
+            return
+        anchor, answer = what  # type: ignore[misc]
+        self.outcomes.append(
+            (self.now, gateway, self.gateways[gateway].acknowledge(anchor, answer, self.now))
+        )
+
+    def where(self, anchor: str = "anchor1", vm: str = VM) -> IPv6Address | None:
+        binding = self.tables[anchor].get(vm)
+        return binding.care_of if binding is not None and binding.active else None
+
+    def kinds(self, gateway: str) -> list[str]:
+        return [outcome.kind for _, name, outcome in self.outcomes if name == gateway]
+
+
+def test_a_claim_is_bound_at_every_anchor_after_half_a_round_trip() -> None:
+    net = Net(delay=0.2)
+    net.gateways["old"].attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(0.11)
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["old"][1]] * 2
+    assert net.gateways["old"].acknowledged(VM) == []
+    net.run(0.1)
+    assert net.gateways["old"].acknowledged(VM) == list(ANCHORS)
+    assert len(net.sent) == 2
+
+
+@pytest.mark.parametrize("round_trip", [0.0, 0.02, 0.08, 0.2])
+def test_a_lost_message_is_sent_again_after_one_round_trip(round_trip: float) -> None:
+    net = Net(delay=round_trip)
+    registrar = net.gateways["old"]
+    for anchor in ANCHORS:
+        registrar.anchor_answers(anchor, round_trip, 0.0)
+    net.down = {"anchor1"}
+    registrar.attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(10)
+    times = [at for at, _, outgoing in net.sent if outgoing.anchor == "anchor1"]
+    assert times[1] - times[0] == pytest.approx(round_trip + 0.02, abs=0.001)
+    gaps = [after - before for before, after in pairwise(times)]
+    assert gaps == sorted(gaps)
+    assert max(gaps) <= 3.001
+    net.down = set()
+    net.run(4)
+    assert net.where("anchor1") == GATEWAYS["old"][1]
+
+
+def test_a_registration_is_refreshed_before_it_ends() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(1000)
+    assert net.where() == GATEWAYS["old"][1]
+    # Two anchors, every 60 s.
+    assert 30 <= len(net.sent) <= 36
+    assert "refused" not in net.kinds("old")
+
+
+def test_the_loser_of_a_hand_off_is_told_at_its_next_refresh_at_the_latest() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(10)
+    net.gateways["new"].attach(VM, HOMES, 2, HANDOFF, net.now)
+    net.run(120)
+    assert net.kinds("old").count("lost") == 1
+    lost = next(outcome for _, _, outcome in net.outcomes if outcome.kind == "lost")
+    assert (lost.epoch, lost.holder) == (2, GATEWAYS["new"][1])
+    assert net.where() == GATEWAYS["new"][1]
+    assert "withdrawn here" in lost.sentence
+
+
+def test_what_was_moved_by_hand_is_claimed_with_a_made_up_epoch() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 7, HANDOFF, net.now)
+    net.run(1)
+    net.gateways["new"].attach(VM, HOMES, 0, HANDOFF, net.now, evident=True)
+    net.run(1)
+    assert "raised" in net.kinds("new")
+    for anchor in ANCHORS:
+        assert net.where(anchor) == GATEWAYS["new"][1]
+        binding = net.tables[anchor].get(VM)
+        assert binding is not None
+        assert binding.epoch == 8
+
+
+def test_without_evidence_no_epoch_is_made_up() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 7, HANDOFF, net.now)
+    net.run(1)
+    net.gateways["new"].attach(VM, HOMES, 3, START, net.now)
+    net.run(1)
+    assert "lost" in net.kinds("new")
+    assert net.where() == GATEWAYS["old"][1]
+
+
+@pytest.mark.parametrize("error", [-240.0, 240.0])
+def test_a_clock_off_by_minutes_is_told_and_the_vm_is_bound_all_the_same(error: float) -> None:
+    net = Net()
+    net.clock_error["old"] = error
+    net.gateways["old"].attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(1)
+    corrected = next(outcome for _, _, outcome in net.outcomes if outcome.kind == "corrected")
+    assert "set both by NTP" in corrected.sentence
+    assert all(net.where(anchor) == GATEWAYS["old"][1] for anchor in ANCHORS)
+    net.run(300)
+    assert net.kinds("old").count("corrected") == 2  # once for each anchor
+
+
+def test_a_clock_set_back_does_not_lock_a_gateway_out() -> None:
+    net = Net()
+    net.clock_error["old"] = 5.0
+    net.gateways["old"].attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(1)
+    # The agent starts anew with its clock right: its timestamps are lower than what the anchors hold.
+    net.gateways["old"] = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    net.clock_error["old"] = 0.0
+    net.gateways["old"].attach(VM, HOMES, 1, REFRESH, net.now)
+    net.run(1)
+    assert net.gateways["old"].acknowledged(VM) == list(ANCHORS)
+
+
+def test_a_withdrawal_reaches_the_anchors_and_is_then_forgotten() -> None:
+    net = Net()
+    registrar = net.gateways["old"]
+    registrar.attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(1)
+    registrar.withdraw(VM, net.now)
+    net.run(1)
+    assert net.where() is None
+    assert registrar.status(VM) == {}
+    sent = len(net.sent)
+    net.run(500)
+    assert len(net.sent) == sent
+
+
+def test_a_silent_anchor_does_not_keep_a_withdrawal_for_ever() -> None:
+    net = Net()
+    registrar = net.gateways["old"]
+    registrar.attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(1)
+    net.down = {"anchor2"}
+    registrar.withdraw(VM, net.now)
+    net.run(60)
+    assert registrar.status(VM) == {}
+    assert registrar.next_due() is None or registrar.next_due() > net.now + 1
+
+
+def test_a_restarted_anchor_gets_everything_back_at_once() -> None:
+    net = Net()
+    registrar = net.gateways["old"]
+    vms = [f"{number:08x}-0000-0000-0000-000000000000" for number in range(1000)]
+    for number, vm in enumerate(vms):
+        registrar.attach(vm, (IPv6Network((HOMES[0].network_address + number).packed),), 1, HANDOFF, net.now)
+    net.run(2)
+    net.tables["anchor2"] = BindingTable(RULES)
+    assert registrar.anchor_restarted("anchor2", net.now) == 1000
+    net.run(1)
+    assert len(net.tables["anchor2"]) == 1000
+
+
+def test_a_claim_goes_ahead_of_thousands_of_refreshes() -> None:
+    net = Net(delay=0.2)
+    registrar = net.gateways["old"]
+    vms = [f"{number:08x}-0000-0000-0000-000000000000" for number in range(3000)]
+    for number, vm in enumerate(vms):
+        registrar.attach(
+            vm, (IPv6Network((HOMES[0].network_address + 1 + number).packed),), 1, REFRESH, net.now
+        )
+    net.run(0.05)
+    registrar.attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(0.11)
+    assert net.where() == GATEWAYS["old"][1]
+    net.run(5)
+    assert len(net.tables["anchor1"]) == 3001
+
+
+def test_an_anchor_that_answers_again_hears_at_once_what_it_missed() -> None:
+    net = Net()
+    registrar = net.gateways["old"]
+    net.down = {"anchor2"}
+    registrar.attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(60.5)
+    net.down = set()
+    registrar.anchor_returned("anchor2", net.now)
+    net.run(0.05)
+    assert net.where("anchor2") == GATEWAYS["old"][1]
+
+
+def test_a_refusal_is_told_and_tried_again_later() -> None:
+    net = Net()
+    registrar = net.gateways["old"]
+    registrar.attach(VM, (IPv6Network("2001:db8:200::1/128"),), 1, HANDOFF, net.now)
+    net.run(20)
+    refused = [outcome for _, _, outcome in net.outcomes if outcome.kind == "refused"]
+    assert len(refused) == 2
+    assert "155 (not authorized for prefix)" in refused[0].sentence
+    net.run(20)
+    assert net.kinds("old").count("refused") == 4
+
+
+def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
+    registrar = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    stray = Acknowledgement(VM, Status.ACCEPTED, 1, 120, 0)
+    assert registrar.acknowledge("anchor1", stray, 0.0).kind == "ignored"
+    registrar.attach(VM, HOMES, 1, HANDOFF, 0.0)
+    registrar.due(0.0, WALL)
+    assert registrar.acknowledge("anchor1", Acknowledgement(VM, 0, 999, 120, 0), 0.0).kind == "ignored"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    loss=st.sampled_from([0.0, 0.1, 0.5]),
+    moves=st.lists(st.tuples(st.sampled_from(sorted(GATEWAYS)), st.floats(0.0, 3.0)), min_size=1, max_size=6),
+    errors=st.tuples(st.floats(-100, 100), st.floats(-100, 100)),
+)
+def test_in_the_end_every_anchor_knows_the_last_move(
+    seed: int, loss: float, moves: list[tuple[str, float]], errors: tuple[float, float]
+) -> None:
+    net = Net(seed, delay=0.1, loss=loss)
+    net.clock_error = dict(zip(sorted(GATEWAYS), errors, strict=True))
+    for epoch, (gateway, pause) in enumerate(moves, 1):
+        net.gateways[gateway].attach(VM, HOMES, epoch, HANDOFF, net.now)
+        net.run(pause)
+    net.run(300)
+    last = moves[-1][0]
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS[last][1]] * 2
+    assert net.gateways[last].acknowledged(VM) == list(ANCHORS)
+    for other in GATEWAYS.keys() - {last}:
+        assert net.gateways[other].status(VM) == {}

@@ -18,7 +18,10 @@ PYTEST := $(BIN)/pytest
 VERSION := $(shell sed -n 's/^version: *//p' galaxy.yml)
 ARCHIVE := $(BUILD)/lifeboat-evacuation-$(VERSION).tar.gz
 # The collection as a user has it: built, then installed. Tests run playbooks from here, not from the checkout.
-INSTALLED := $(BUILD)/installed
+# (LIFEBOAT_INSTALLED: elsewhere, for who works on something else in the same checkout meanwhile.)
+LIFEBOAT_INSTALLED ?= $(BUILD)/installed
+export LIFEBOAT_INSTALLED
+INSTALLED := $(LIFEBOAT_INSTALLED)
 PYTEST_ARGS ?=
 
 export PATH := $(BIN):$(PATH)
@@ -42,14 +45,9 @@ $(VENV)/.complete: requirements-dev.txt
 	@tests/frame/make-venv "$(SYSTEM_PYTHON)" "$(VENV)" requirements-dev.txt
 
 build: venv ## build the collection and install it under build/installed, as a user would
-	@mkdir -p "$(BUILD)"
-	@ansible-galaxy collection build --force --output-path "$(BUILD)" "$(ROOT)" >/dev/null
-	@# What an older build brought and this one no longer has must not serve the tests.
-	@rm -rf "$(INSTALLED)/ansible_collections/lifeboat"
-	@ansible-galaxy collection install --offline --force -p "$(INSTALLED)" "$(ARCHIVE)" >/dev/null
+	@tests/frame/build-collection "$(ARCHIVE)" "$(INSTALLED)"
 	@mkdir -p "$(BUILD)/checkout/ansible_collections/lifeboat"
 	@ln -sfn "$(ROOT)" "$(BUILD)/checkout/ansible_collections/lifeboat/evacuation"
-	@echo "build: $(notdir $(ARCHIVE)) built and installed"
 
 lint: venv build ## every check of the code that runs nothing of it; all findings, not the first check's only
 	@$(MAKE) --no-print-directory --keep-going lint-python lint-yaml lint-ansible introspect sanity
@@ -62,16 +60,16 @@ lint-python: ## ruff (rules and format) and mypy --strict
 lint-yaml: ## yamllint
 	yamllint --strict .
 
-lint-ansible: ## ansible-lint, profile production, and the changelog's fragments
+lint-ansible: build ## ansible-lint, profile production, and the changelog's fragments
 	ansible-lint --offline --strict
 	antsibull-changelog lint
 
-introspect: ## what an execution environment would install, read from the installed collection
+introspect: build ## what an execution environment would install, read from the installed collection
 	@ansible-builder introspect --sanitize "$(INSTALLED)" >"$(BUILD)/introspect.txt" || { cat "$(BUILD)/introspect.txt"; exit 1; }
 	@grep -q 'lifeboat.evacuation' "$(BUILD)/introspect.txt" || { cat "$(BUILD)/introspect.txt"; exit 1; }
 	@echo "introspect: requirements of the collection found"
 
-sanity: ## ansible-test sanity on the installed collection
+sanity: build ## ansible-test sanity on the installed collection
 	@tests/frame/run-sanity "$(INSTALLED)" "$(BUILD)" >"$(BUILD)/sanity.log" 2>&1 || \
 	  { grep -E '^(ERROR|FATAL|WARNING)' "$(BUILD)/sanity.log" || tail -40 "$(BUILD)/sanity.log"; exit 1; }
 	@echo "sanity: $$(grep -c '^Running sanity test' "$(BUILD)/sanity.log") tests passed"

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-INSTALLED = ROOT / "build" / "installed"
+INSTALLED = Path(os.environ.get("LIFEBOAT_INSTALLED", ROOT / "build" / "installed"))
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,13 @@ def run_playbook(
     check: bool = False,
     environment: Mapping[str, str] | None = None,
     options: tuple[str, ...] = (),
+    wrap: Callable[[list[str]], list[str]] = list,
     timeout_seconds: float = 240,
 ) -> PlaybookResult:
-    """Run a playbook (a path, an FQCN or plays) and parse its JSON result."""
+    """Run a playbook (a path, an FQCN or plays) and parse its JSON result.
+
+    ``wrap`` makes the command line that runs another one where the hosts can be reached.
+    """
     work.mkdir(parents=True, exist_ok=True)
     if isinstance(playbook, list):
         path = work / "playbook.yml"
@@ -86,7 +90,7 @@ def run_playbook(
     if check:
         command += ["--check", "--diff"]
     done = subprocess.run(
-        command,
+        wrap(command),
         cwd=work,
         capture_output=True,
         text=True,

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What tests on the lab share: the lab itself, and both sites set up by the collection's own playbook."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from integration.playbook_runner import ROOT, PlaybookResult, run_playbook
+from lifeboat_lab.errors import LabError
+from lifeboat_lab.lab import Lab
+
+INVENTORY = ROOT / "inventories" / "lab"
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """The running lab; one that is not there is built, and taken down afterwards."""
+    lab = Lab(say=print)
+    found = lab.built
+    try:
+        lab.up(owner=None if found else os.getpid())
+    except LabError as error:
+        pytest.fail(f"no lab: {error}")
+    yield lab
+    if not found:
+        lab.down()
+
+
+@pytest.fixture(scope="session")
+def lab_playbook(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PlaybookResult]:
+    """Runs a playbook of the installed collection on the lab: ``lab_playbook("site_setup", check=True)``."""
+    work = tmp_path_factory.mktemp("controller")
+
+    def run(playbook: str | list[dict[str, object]], **arguments: object) -> PlaybookResult:
+        if isinstance(playbook, str) and "." not in playbook:
+            playbook = f"lifeboat.evacuation.{playbook}"
+        # The authority goes with the lab: hosts refuse a new one.
+        authority = str(lab.settings.state / "pki")
+        variables = {"pki_ca_directory": authority, **arguments.pop("variables", {})}  # type: ignore[dict-item]
+        wrap = partial(lab.command, "controller")
+        return run_playbook(playbook, INVENTORY, work, variables=variables, wrap=wrap, **arguments)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def site_setup(lab_playbook: Callable[..., PlaybookResult]) -> PlaybookResult:
+    """Both sites set up; the result of that run."""
+    return lab_playbook("site_setup").require_success()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Named places where a test may kill this process, to see what a crash there leaves behind.
+
+Honoured only when the environment says ``LIFEBOAT_CRASH_AT=name`` (or ``name:3`` for the third time there) when
+the process starts. The table is the one list of them; docs/evacuation.md says what each line leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+from precache_proxy.errors import ConfigurationError
+
+VARIABLE: Final = "LIFEBOAT_CRASH_AT"
+
+CRASH_POINTS: Final[dict[str, str]] = {
+    # source side of an evacuation, in order
+    "departure-admitted": "the job's record is there, nothing was done",
+    "departure-before-freeze": "step freeze is durable, no overlay yet",
+    "departure-frozen": "overlays carry the guest's writes, the residual was not read",
+    "departure-residual-sealed": "the peer holds the frozen instant",
+    "departure-before-prepare": "step prepare is durable, the peer was not asked",
+    "departure-prepared": "the peer has overlays, guard and sockets",
+    "departure-migrating": "libvirt is copying RAM",
+    "departure-migrated": "libvirt says that it is over; nothing of ours is recorded",
+    "departure-before-tombstone": "step confirm is durable, no tombstone yet",
+    "departure-tombstoned": "the tombstone is durable, not released",
+    "departure-released": "released is durable here, the peer was not told",
+    "departure-activated": "the peer runs the VM, step finish is not recorded",
+    "departure-before-undefine": "step finish is durable, the domain is still defined",
+    "departure-undefined": "the domain is gone from libvirt, its image was not adopted",
+    "departure-adopted": "the image is the base for coming back, the job is not closed",
+    "rollback-begun": "step rollback is durable, nothing was undone",
+    "rollback-peer-cleaned": "the peer has dropped its arrival, the overlays are still on",
+    "rollback-merged": "the overlays are merged back, the job is not closed",
+    # destination side
+    "arrival-recorded": "the arrival's record is there, nothing else",
+    "arrival-guarded": "the guard forbids starts, no overlays yet",
+    "arrival-prepared": "everything stands for libvirt to come, the source has no answer",
+    "arrival-tracked": "the paused VM has its top overlay and checkpoint",
+    "arrival-released": "released is durable, the VM is still paused",
+    "arrival-resumed": "the VM runs, activated is not recorded",
+    "arrival-activated": "activated is durable, the guard still stands, the source has no answer",
+    "arrival-aborting": "aborting is durable, nothing was removed",
+    "landing-begun": "the way back is protected, no layer was collapsed",
+    "landing-collapsed": "layers are collapsed, the landing is not recorded",
+    # free for the rooms below
+    "pass-open": "a pull backup is open in QEMU",
+    "pass-sent": "a generation was sent, no acknowledgement yet",
+    "pass-sealed": "the peer has acknowledged, the old checkpoint still exists",
+    "store-before-seal": "all of a generation was written, nothing was synced",
+    "store-sealed": "the record is durable, the source was not told",
+    "store-committing": "a superseded generation is being committed into the base",
+    "store-generation-open": "overlays of a generation are created, nothing is written",
+    "store-flushed": "a generation's overlays are closed, not synced",
+    "store-synced": "a generation's overlays are synced, the record does not know them",
+    "store-mark": "seeded blocks are flushed, their mark is not recorded",
+    "store-marked": "the mark is durable, the source was not told",
+    "store-committed": "the base is synced, the overlay above still names the superseded one",
+    "store-rebased": "the overlay above names the base, the record does not know it",
+    "store-commit-recorded": "the record no longer names superseded overlays, their files are still there",
+    "store-recovering": "some leftovers of a crash are deleted, others not",
+    "store-removing": "a removed replica's record says so, its files are still there",
+}
+
+
+def _wanted() -> tuple[str, int]:
+    name, _, count = os.environ.get(VARIABLE, "").partition(":")
+    if name and name not in CRASH_POINTS:
+        raise ConfigurationError(f"{VARIABLE}={name}: no such crash point; the table is in crash_points.py")
+    return name, int(count) if count.isdigit() else 1
+
+
+_name, _remaining = _wanted()
+
+
+def crash_point(name: str) -> None:
+    """Die here by SIGKILL if the environment asked for it; otherwise nothing. KeyError on an unlisted name."""
+    global _remaining  # noqa: PLW0603  (how often we came by is a fact of the process)
+    CRASH_POINTS[name]
+    if name != _name:
+        return
+    _remaining -= 1
+    if _remaining <= 0:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The source gives its VM up: tombstone, released, and after the destination's word, the end of it here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+
+from precache_proxy.blocks.images import ImageReference
+from precache_proxy.crash_points import crash_point
+from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound
+from precache_proxy.evacuation import freeze
+from precache_proxy.evacuation.departure import Departure
+from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden
+from precache_proxy.evacuation.images import drop_own_bitmaps
+from precache_proxy.evacuation.job import Job, Step, Verdict
+from precache_proxy.evacuation.reconcile import Presence
+
+logger = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_SECONDS = 60.0
+
+
+def tombstone(job: Job) -> Forbidden:
+    """What forbids a start here after the release."""
+    sentence = (
+        f"VM {job.name} was evacuated to {job.peer} (job {job.id}, epoch {job.epoch}) and runs there. "
+        "Do not start the copy that stayed here; to bring the VM back, evacuate it from there."
+    )
+    return Forbidden(job.vm, TOMBSTONE, sentence, job.id, job.epoch)
+
+
+async def confirm(departure: Departure) -> None:
+    """From the source's shut-off domain to the release. Raises Conflict when the domain turns out to run."""
+    job, around = departure.job, departure.around
+    if job.step is not Step.CONFIRM:
+        await departure.enter(Step.CONFIRM)
+    crash_point("departure-before-tombstone")
+    await asyncio.to_thread(around.guard.forbid, tombstone(job))
+    crash_point("departure-tombstoned")
+    # Asked after the tombstone is durable: a start that the hook let through before it is visible by now.
+    presence = await around.domains.presence_at_source(job.vm)
+    if presence in {Presence.RUNNING, Presence.PAUSED, Presence.UNKNOWN}:
+        await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
+        raise Conflict(
+            f"VM {job.name}: it is {presence.value} here although libvirt had ended it; it is not released"
+        )
+    await departure.enter(Step.RELEASED)
+    crash_point("departure-released")
+
+
+async def release(departure: Departure) -> None:
+    """Tell the destination; on its word that it runs the VM, finish. Raises what the call raised."""
+    job = departure.job
+    if job.step is not Step.RELEASED:
+        await departure.enter(Step.RELEASED)
+    answer = await departure.call("release", {}, RELEASE_TIMEOUT_SECONDS)
+    job.memory_lost = bool(answer.get("memory_lost"))
+    departure.measure.activated(answer)
+    crash_point("departure-activated")
+    await finish(departure)
+
+
+async def finish(departure: Departure) -> None:
+    """The VM runs at the destination: forget it here, and keep its image as the base for coming back. Repeatable."""
+    job, around = departure.job, departure.around
+    if job.step is not Step.FINISH:
+        # Its memory is there with it: nothing was lost, whatever was asked for meanwhile.
+        job.owes_abort = False
+        await departure.enter(Step.FINISH)
+    crash_point("departure-before-undefine")
+    await asyncio.to_thread(around.guard.forbid, tombstone(job))
+    presence = await around.domains.presence_at_source(job.vm)
+    if presence is Presence.UNKNOWN:
+        raise HypervisorError(f"VM {job.name}: libvirt does not say what became of it here; asked again shortly")
+    if presence in {Presence.RUNNING, Presence.PAUSED}:
+        # Only after an operator's word, or time, that we were dead: there it runs with the newer epoch.
+        logger.critical(
+            "VM %s: activated at %s (epoch %d) while it was still active here; the old copy is ended now",
+            job.vm, job.peer, job.epoch,
+        )  # fmt: skip
+        job.explain("old-copy-ended", f"{job.peer} was told that this host is dead; the copy here was ended")
+        await around.domains.destroy(job.vm)
+    await asyncio.to_thread(freeze.restore_ownership, job.disks)
+    await around.domains.undefine(job.vm)
+    crash_point("departure-undefined")
+    await asyncio.to_thread(freeze.remove_overlays, job.disks)
+    await _keep_images(departure)
+    crash_point("departure-adopted")
+    with contextlib.suppress(NotFound):
+        await around.source.handed_over(job.vm)
+    job.verdict = Verdict.EVACUATED
+    if not job.sentence:
+        lost = " It had to be started anew there: its memory was lost." if job.memory_lost else ""
+        job.explain("", f"VM {job.name} runs at {job.peer}.{lost}")
+    await departure.enter(Step.DONE)
+
+
+async def _keep_images(departure: Departure) -> None:
+    """Make the image that stayed the base of a replica. A failure costs the way back a copy, not the VM."""
+    job, around = departure.job, departure.around
+    kept = {
+        key: ImageReference(Path(disk.image), disk.format, disk.size_bytes) for key, disk in job.disks.items()
+    }
+    try:
+        for image in kept.values():
+            await drop_own_bitmaps(str(image.path), image.format)
+        with contextlib.suppress(NotFound):
+            status = await around.store.status(job.vm)
+            if status.get("exists", True) and int(status.get("epoch") or 0) >= job.epoch:
+                return
+        await around.store.adopt(
+            job.vm,
+            name=job.name,
+            epoch=job.epoch,
+            generation=job.generation,
+            checkpoint="",
+            disks=kept,
+            definition="",
+        )
+    except LifeboatError as error:
+        logger.error("VM %s: what stayed here was not adopted, the way back will be a full copy: %s", job.vm, error)
+        job.explain(error.cause, f"VM {job.name} runs at {job.peer}; what stayed here was not adopted: {error}")

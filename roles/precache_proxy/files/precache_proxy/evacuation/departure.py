@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The source's side of one evacuation: the steps forward, each durable before it is begun."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from precache_proxy.blocks.images import ImageReference
+from precache_proxy.channel.settings import TrafficClass
+from precache_proxy.crash_points import crash_point
+from precache_proxy.errors import Cancelled, Conflict, Finding, InvalidInput, LifeboatError, NotFound, Stalled
+from precache_proxy.evacuation import freeze, layers, migrate, preflight, relay
+from precache_proxy.evacuation.domain_edit import destination_xml
+from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.guard import Guard
+from precache_proxy.evacuation.job import Job, Journal, Step
+from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
+from precache_proxy.hypervisor.domain_xml import Definition
+from precache_proxy.hypervisor.qemu_user import QemuUser
+from precache_proxy.units import MIB
+
+logger = logging.getLogger(__name__)
+
+# Another pass pays only while it is worth more than this, and shrinks what is left by at least so much.
+CATCH_UP_ENOUGH_BYTES = 8 * MIB
+CATCH_UP_SHRINK = 0.7
+PREPARE_TIMEOUT_SECONDS = 180.0
+CHECK_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What every job of this host works with."""
+
+    directory: Path
+    run_directory: Path
+    domains: Domains
+    guard: Guard
+    journal: Journal
+    links: Any
+    source: SourceRoom
+    store: StoreRoom
+    qemu_user: QemuUser
+    stall_seconds: float
+
+    @property
+    def fallback_overlay_directory(self) -> Path:
+        """For overlays that have no image file to lie beside."""
+        return self.directory / "disks"
+
+
+@dataclass(slots=True)
+class Departure:
+    """A job under way, with what only lives as long as this process."""
+
+    job: Job
+    around: Surroundings
+    measure: Measure
+    cancelled: bool = False
+    failure: LifeboatError | None = None
+    sockets: relay.JobSockets | None = field(default=None)
+
+    @property
+    def link(self) -> Any:
+        """The link to the destination. Raises NotFound for a peer that is not configured."""
+        link = self.around.links.get(self.job.peer)
+        if link is None:
+            raise NotFound(f"peer {self.job.peer}: not configured here; add it to precache_proxy.toml")
+        return link
+
+    async def enter(self, step: Step) -> None:
+        """Make the step durable; only then it is begun."""
+        await asyncio.to_thread(self.around.journal.enter, self.job, step)
+        logger.info("evacuation %s of VM %s: %s", self.job.id, self.job.vm, step.value)
+
+    async def save(self) -> None:
+        """Make what the record says now durable."""
+        await asyncio.to_thread(self.around.journal.save, self.job)
+
+    def check_cancelled(self) -> None:
+        """Raise Cancelled when the operator asked for it, or the relay's failure."""
+        if self.cancelled:
+            raise Cancelled(f"evacuation of {self.job.name}: cancelled on the operator's word; the VM stays here")
+        if self.failure is not None:
+            raise self.failure
+
+    async def call(self, method: str, parameters: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+        """Ask the destination about this job."""
+        complete = {"job": self.job.id, "vm": self.job.vm, **parameters}
+        answer: dict[str, Any] = await self.link.call(
+            f"evacuation.{method}", complete, timeout_seconds=timeout_seconds
+        )
+        return answer
+
+
+async def findings(
+    around: Surroundings, vm: str, peer: str, epoch: int
+) -> tuple[Definition, list[Finding], bool]:
+    """The definition, everything in the way on both sides, and whether the VM is at the peer already."""
+    definition = await around.domains.definition(vm)
+    presence = await around.domains.presence_at_source(vm)
+    try:
+        status: dict[str, Any] | None = around.source.status(vm)
+    except NotFound:
+        status = None
+    found = preflight.source_findings(definition, presence, status, peer)
+    found += await asyncio.to_thread(
+        preflight.overlay_findings, definition, around.fallback_overlay_directory
+    )
+    link = around.links.get(peer)
+    if link is None:
+        found.append(Finding(f"peer {peer}", "it is not configured here", "add it to precache_proxy.toml", "not-found"))
+        return definition, found, False
+    try:
+        answer = await link.call(
+            "evacuation.check",
+            {
+                "vm": vm,
+                "name": definition.name,
+                "epoch": epoch,
+                "definition": await around.domains.xml(vm, inactive=False),
+            },
+            timeout_seconds=CHECK_TIMEOUT_SECONDS,
+        )
+    except LifeboatError as error:
+        found.append(Finding(f"peer {peer}", str(error), "see `precache-proxy status` on both hosts", error.cause))
+        return definition, found, False
+    found += [Finding(**finding) for finding in answer["findings"]]
+    return definition, found, bool(answer.get("already_there"))
+
+
+async def run_forward(departure: Departure) -> None:
+    """From preflight to the end of migrate. Raises LifeboatError: then the job is to be decided and rolled back."""
+    if not await _preflight(departure):
+        return
+    await _catch_up(departure)
+    definition = await _freeze(departure)
+    await _residual(departure, definition)
+    paths = await _prepare(departure, definition)
+    await _migrate(departure, paths)
+
+
+async def _preflight(departure: Departure) -> bool:
+    """Whether to go on. What stands in the way is raised while nothing has been changed."""
+    job = departure.job
+    definition, found, already_there = await findings(departure.around, job.vm, job.peer, job.epoch)
+    if already_there:
+        return False
+    if found:
+        raise InvalidInput(f"VM {job.name} cannot be evacuated: {preflight.sentence(found)}", found)
+    departure.check_cancelled()
+    job.autostart = definition.autostart or bool(departure.around.source.status(job.vm).get("autostart"))
+    return True
+
+
+async def _catch_up(departure: Departure) -> None:
+    """Passes while each leaves clearly less to do: what is sent now is not sent while the guest waits."""
+    job, around = departure.job, departure.around
+    await departure.enter(Step.CATCH_UP)
+    await around.source.hold(job.vm, job.id)
+    before: int | None = None
+    for _ in range(job.options.catch_up_passes_limit):
+        departure.check_cancelled()
+        began = time.monotonic()
+        result = await around.source.run_pass(job.vm, reason="evacuation")
+        sent_bytes = int(result.data_bytes)
+        departure.measure.passed(sent_bytes, time.monotonic() - began)
+        if sent_bytes <= CATCH_UP_ENOUGH_BYTES or (before is not None and sent_bytes > before * CATCH_UP_SHRINK):
+            break
+        before = sent_bytes
+
+
+async def _freeze(departure: Departure) -> Definition:
+    job, around = departure.job, departure.around
+    departure.check_cancelled()
+    definition = await around.domains.definition(job.vm)
+    status = around.source.status(job.vm)
+    job.checkpoint = str(status.get("checkpoint") or f"lifeboat-e{status['epoch']}-g{status['generation']}")
+    # Planned before the step is entered: a crash after it finds the overlays' names in the record.
+    job.disks = await freeze.plan(
+        definition, preflight.covered_disks(definition), job.id, around.fallback_overlay_directory
+    )
+    await departure.enter(Step.FREEZE)
+    crash_point("departure-before-freeze")
+    await freeze.freeze(around.domains, job.vm, job.disks)
+    crash_point("departure-frozen")
+    return definition
+
+
+async def _residual(departure: Departure, definition: Definition) -> None:
+    job, around = departure.job, departure.around
+    departure.check_cancelled()
+    await departure.enter(Step.RESIDUAL)
+    frozen = {
+        key: ImageReference(Path(disk.image), disk.format, disk.size_bytes) for key, disk in job.disks.items()
+    }
+    xml = await around.domains.xml(job.vm, inactive=True)
+    began = time.monotonic()
+    result = await around.source.send_residual(job.vm, frozen, job.checkpoint, xml)
+    departure.measure.passed(int(result.data_bytes), time.monotonic() - began)
+    job.generation = int(result.generation)
+    job.bytes["residual_data_bytes"] = int(result.data_bytes)
+    del definition
+    crash_point("departure-residual-sealed")
+
+
+async def _prepare(departure: Departure, definition: Definition) -> dict[str, str]:
+    job, around = departure.job, departure.around
+    departure.check_cancelled()
+    job.owes_abort = True
+    await departure.enter(Step.PREPARE)
+    crash_point("departure-before-prepare")
+    status = around.source.status(job.vm)
+    answer = await departure.call(
+        "prepare",
+        {
+            "name": job.name,
+            "epoch": job.epoch,
+            "generation": job.generation,
+            "disks": {key: disk.size_bytes for key, disk in job.disks.items()},
+            "definition": await around.domains.xml(job.vm, inactive=False),
+            "autostart": job.autostart,
+            "bitmaps": [job.checkpoint],
+            "protection": {key: status[key] for key in ("rpo_seconds", "priority") if key in status},
+        },
+        PREPARE_TIMEOUT_SECONDS,
+    )
+    job.presumed_dead_after_seconds = answer.get("presumed_dead_after_seconds")
+    crash_point("departure-prepared")
+    del definition
+    return {str(key): str(path) for key, path in answer["disks"].items()}
+
+
+async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
+    job, around = departure.job, departure.around
+    departure.check_cancelled()
+    rate = departure.measure.channel_bytes_per_second
+    wanted = job.options.synchronous_writes
+    synchronous = (
+        migrate.needs_synchronous_writes(departure.measure.written_bytes_per_second, rate)
+        if wanted is None
+        else wanted
+    )
+    job.forecast = {
+        "channel_bytes_per_second": rate,
+        "written_bytes_per_second": departure.measure.written_bytes_per_second,
+        "synchronous_writes": synchronous,
+    }
+    await departure.enter(Step.MIGRATE)
+    departure.sockets = _sockets(departure)
+    await departure.sockets.listen()
+    plan = migrate.Plan(
+        sockets=departure.sockets.directory,
+        disks=tuple(paths),
+        destination_xml=destination_xml(await around.domains.xml(job.vm, inactive=False), paths),
+        persistent_xml=destination_xml(await around.domains.xml(job.vm, inactive=True), paths),
+        options=job.options,
+        channel_bytes_per_second=rate,
+        synchronous_writes=synchronous,
+    )
+
+    def on_progress(progress: dict[str, Any]) -> None:
+        job.progress = progress
+        departure.measure.migrating(progress)
+        crash_point("departure-migrating")
+
+    try:
+        await migrate.migrate(around.domains, job.vm, plan, on_progress)
+    except LifeboatError as error:
+        # The relay's own reason says more than libvirt's "broken pipe".
+        raise departure.failure or error from error
+    finally:
+        departure.measure.migrated(
+            departure.sockets.counters, await migrate.completed_statistics(around.domains, job.vm)
+        )
+        await departure.sockets.close()
+        departure.sockets = None
+    crash_point("departure-migrated")
+
+
+def _sockets(departure: Departure) -> relay.JobSockets:
+    job, around, link = departure.job, departure.around, departure.link
+
+    async def open_stream(socket: str) -> relay.RelayStream:
+        stream: relay.RelayStream = await link.open_stream(
+            relay.STREAM_KIND, TrafficClass.MIGRATION, relay.header(job.id, socket), label=job.vm
+        )
+        return stream
+
+    def on_failure(error: LifeboatError) -> None:
+        """A dead relay: cut both streams, tell libvirt to stop; QEMU alone would wait with the guest's writes."""
+        if departure.failure is None and departure.sockets is not None:
+            departure.failure = error if isinstance(error, Stalled) else departure.failure
+            departure.sockets.close_connections()
+            task = asyncio.create_task(migrate.abort(around.domains, job.vm))
+            _background.add(task)
+            task.add_done_callback(_background.discard)
+
+    return relay.JobSockets(
+        around.run_directory / "jobs" / job.id,
+        (around.qemu_user.uid, around.qemu_user.gid),
+        open_stream,
+        stall_seconds=around.stall_seconds,
+        link_up=lambda: bool(link.state == "up"),
+        on_failure=on_failure,
+    )
+
+
+_background: set[asyncio.Task[None]] = set()
+
+
+async def cancel(departure: Departure) -> None:
+    """Ask a job to stop. Raises Conflict once the VM has stopped here: then it goes forward or is settled."""
+    job = departure.job
+    if job.ended or job.step in {Step.CONFIRM, Step.RELEASED, Step.FINISH, Step.UNDECIDED, Step.ROLLBACK}:
+        raise Conflict(
+            f"evacuation {job.id} of {job.name}: at step {job.step.value} it cannot be cancelled any more; "
+            "wait for its verdict, or settle it if it stays undecided"
+        )
+    departure.cancelled = True
+    if job.step is Step.MIGRATE:
+        await migrate.abort(departure.around.domains, job.vm)
+
+
+async def clear_local_leftovers(departure: Departure) -> None:
+    """What a migration that did not end well may have left in our QEMU and run directory."""
+    job, around = departure.job, departure.around
+    if departure.sockets is not None:
+        await departure.sockets.close()
+        departure.sockets = None
+    with contextlib.suppress(LifeboatError):
+        await around.domains.wait_not_migrating(job.vm, around.stall_seconds * 2)
+        definition = await around.domains.definition(job.vm)
+        mirrored = [
+            key for key in job.disks if (disk := definition.disk(key)) is not None and disk.mirror == "copy"
+        ]
+        await layers.cancel_block_jobs(around.domains, job.vm, mirrored)
+    await asyncio.to_thread(relay.remove_job_directory, around.run_directory / "jobs" / job.id)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What an evacuation asks of libvirt about one domain, as coroutines over the blocking binding."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import libvirt
+
+from precache_proxy.errors import HypervisorError, NotFound
+from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.hypervisor.connection import Hypervisor
+from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
+
+T = TypeVar("T")
+
+_WANTED_OFF = {libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED}
+_ALIVE = {
+    libvirt.VIR_DOMAIN_RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED,
+    libvirt.VIR_DOMAIN_SHUTDOWN,
+}
+UNDEFINE_FLAGS = (
+    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    # The variable store went along in the migration stream; kept here it is what a return overwrites.
+    | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+)
+_KEEP_TPM = getattr(libvirt, "VIR_DOMAIN_UNDEFINE_KEEP_TPM", 0)
+
+
+def presence_of(state: int, reason: int, job_type: int) -> Presence:
+    """libvirt's state, reason and kind of job under way, in our words."""
+    if state in _ALIVE:
+        return Presence.RUNNING
+    if state == libvirt.VIR_DOMAIN_PAUSED:
+        # An incoming migration that is not over: it vanishes by itself if its source gives up.
+        if reason in {libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP}:
+            return Presence.INCOMING
+        if job_type not in {libvirt.VIR_DOMAIN_JOB_NONE, libvirt.VIR_DOMAIN_JOB_COMPLETED}:
+            return Presence.INCOMING
+        return Presence.ARRIVED
+    if state in {libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED}:
+        off_on_purpose = state == libvirt.VIR_DOMAIN_SHUTOFF and reason in _WANTED_OFF
+        return Presence.ENDED if off_on_purpose else Presence.SHUT_OFF
+    return Presence.UNKNOWN
+
+
+class Domains:
+    """libvirt on this host, as an evacuation needs it. ``vm`` is a UUID everywhere."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self.hypervisor = hypervisor
+
+    async def run(
+        self, vm: str, function: Callable[[Any], T], *, timeout_seconds: float | None = 60.0
+    ) -> T:
+        """Run a blocking function on the domain. Raises NotFound, HypervisorError."""
+        connection = self.hypervisor.connection
+
+        def work() -> T:
+            return function(connection.lookupByUUIDString(vm))
+
+        return await self.hypervisor.call(work, subject=f"VM {vm}", timeout_seconds=timeout_seconds)
+
+    async def presence(self, vm: str) -> Presence:
+        """What libvirt says of the VM here; UNKNOWN when libvirt does not answer."""
+
+        def ask(domain: Any) -> Presence:
+            state, reason = domain.state()
+            job_type = libvirt.VIR_DOMAIN_JOB_NONE
+            if state == libvirt.VIR_DOMAIN_PAUSED:
+                with contextlib.suppress(libvirt.libvirtError):
+                    job_type = domain.jobInfo()[0]
+            return presence_of(state, reason, job_type)
+
+        try:
+            return await self.run(vm, ask, timeout_seconds=20)
+        except NotFound:
+            return Presence.ABSENT
+        except HypervisorError:
+            return Presence.UNKNOWN
+
+    async def presence_at_source(self, vm: str) -> Presence:
+        """:meth:`presence` for the side that the VM leaves: a paused VM there is just a paused one."""
+        found = await self.presence(vm)
+        return Presence.PAUSED if found in {Presence.ARRIVED, Presence.INCOMING} else found
+
+    async def migrating(self, vm: str) -> bool:
+        """Whether libvirt still has a migration of the VM under way here."""
+
+        def ask(domain: Any) -> bool:
+            statistics = domain.jobStats()
+            return bool(statistics.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+
+        with contextlib.suppress(HypervisorError, NotFound):
+            return await self.run(vm, ask, timeout_seconds=20)
+        return False
+
+    async def wait_not_migrating(self, vm: str, timeout_seconds: float) -> None:
+        """Wait until libvirt has ended a migration that is under way; end it ourselves when it takes too long."""
+        deadline = time.monotonic() + timeout_seconds
+        while await self.migrating(vm):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(HypervisorError, NotFound):
+                    await self.run(vm, lambda domain: domain.abortJob())
+                deadline = time.monotonic() + timeout_seconds
+            await asyncio.sleep(0.2)
+
+    async def definition(self, vm: str, *, inactive: bool = False) -> Definition:
+        """The VM's definition with what libvirt says of autostart."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
+
+        def read(domain: Any) -> Definition:
+            autostart = bool(domain.isPersistent() and domain.autostart())
+            return parse_definition(domain.XMLDesc(flags), autostart=autostart)
+
+        return await self.run(vm, read)
+
+    async def xml(self, vm: str, *, inactive: bool) -> str:
+        """The migratable definition with its secrets, live or persistent."""
+        flags = libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE
+        if inactive:
+            flags |= libvirt.VIR_DOMAIN_XML_INACTIVE
+        return await self.run(vm, lambda domain: str(domain.XMLDesc(flags)))
+
+    async def resume(self, vm: str) -> None:
+        """Let a paused VM run; one that runs already is no error."""
+        await self.run(vm, lambda domain: None if domain.state()[0] in _ALIVE else domain.resume())
+
+    async def suspend(self, vm: str) -> None:
+        """Pause a running VM."""
+        await self.run(vm, lambda domain: domain.suspend() if domain.state()[0] in _ALIVE else None)
+
+    async def start(self, vm: str, *, paused: bool = False) -> None:
+        """Start a VM that is shut off (the guard and the hook have their say); an active one is no error."""
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        await self.run(
+            vm, lambda domain: None if domain.isActive() else domain.createWithFlags(flags), timeout_seconds=120
+        )
+
+    async def destroy(self, vm: str) -> None:
+        """End the VM's QEMU process; none there is no error."""
+
+        def work(domain: Any) -> None:
+            if domain.isActive():
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.abortJob()
+                if domain.isActive():
+                    domain.destroy()
+
+        with contextlib.suppress(NotFound):
+            await self.run(vm, work)
+
+    async def undefine(self, vm: str) -> None:
+        """Forget the VM's definition; its files stay. One that is not defined is no error."""
+
+        def work(domain: Any) -> None:
+            if domain.isPersistent():
+                domain.undefineFlags(UNDEFINE_FLAGS | _KEEP_TPM)
+
+        with contextlib.suppress(NotFound):
+            await self.run(vm, work)
+
+    async def set_autostart(self, vm: str, autostart: bool) -> None:
+        """Whether libvirt starts the VM with the host."""
+        await self.run(vm, lambda domain: domain.setAutostart(1 if autostart else 0))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Who must not start here: durable files that the libvirt hook reads.
+
+``guard/<uuid>.json`` forbids every start of that VM on this host: a tombstone (it was released to another host) or an
+arrival that was not yet activated. ``arriving/<uuid>`` lives on tmpfs and lets one thing through in spite of it:
+the incoming migration itself. After a reboot it is gone, the guard is not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from precache_proxy import durable
+
+TOMBSTONE: Final = "moved-away"
+ARRIVAL: Final = "arrival"
+FENCED: Final = "fenced"
+
+
+@dataclass(frozen=True, slots=True)
+class Forbidden:
+    """Why a VM must not start here. ``sentence`` is what the operator sees when virsh is refused."""
+
+    vm: str
+    cause: str
+    sentence: str
+    job: str
+    epoch: int
+    since: float = field(default_factory=time.time)
+
+
+class Guard:
+    """The guard files under ``directory`` and the passes for arrivals under ``run_directory`` (blocking calls)."""
+
+    def __init__(self, directory: Path, run_directory: Path) -> None:
+        self.directory = directory / "guard"
+        self.arriving_directory = run_directory / "arriving"
+
+    def prepare_directories(self) -> None:
+        """Make both directories; the guard's is synced so that its entries can be durable."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        self.arriving_directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        durable.sync_directory(self.directory.parent)
+
+    def _path(self, vm: str) -> Path:
+        return self.directory / f"{vm}.json"
+
+    def forbid(self, forbidden: Forbidden) -> None:
+        """No start of that VM here from the return of this call on, power cut or not."""
+        durable.write_json(self._path(forbidden.vm), asdict(forbidden), mode=0o644)
+
+    def allow(self, vm: str, *, job: str) -> None:
+        """Lift what ``job`` forbade; what another job has forbidden since stays."""
+        found = self.forbidden(vm)
+        if found is not None and found.job == job:
+            durable.remove(self._path(vm))
+
+    def forbidden(self, vm: str) -> Forbidden | None:
+        """What forbids a start of the VM, or None. Raises IntegrityError on a broken file: that forbids, too."""
+        data: dict[str, Any] | None = durable.read_json(self._path(vm))
+        if data is None:
+            return None
+        return Forbidden(**{key: data[key] for key in ("vm", "cause", "sentence", "job", "epoch", "since")})
+
+    def all(self) -> Iterator[Forbidden]:
+        """Everything that is forbidden here."""
+        for path in sorted(self.directory.glob("*.json")) if self.directory.is_dir() else ():
+            found = self.forbidden(path.stem)
+            if found is not None:
+                yield found
+
+    def let_arrive(self, vm: str) -> None:
+        """Let the incoming migration of the VM pass the hook, until :meth:`arrived` or a reboot."""
+        self.arriving_directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        (self.arriving_directory / vm).touch(mode=0o644)
+
+    def arrived(self, vm: str) -> None:
+        """The exception is over: from now on the guard holds for every start."""
+        (self.arriving_directory / vm).unlink(missing_ok=True)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The record of one evacuation at its source, and which step may follow which.
+
+The record is durable before the step that it names is begun: after a crash it says at least as much as was done.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from precache_proxy import durable
+from precache_proxy.errors import Conflict, Finding, IntegrityError
+
+
+class Step(StrEnum):
+    """Where an evacuation stands. DONE and STAYED are its two ends; UNDECIDED waits for the other side."""
+
+    PREFLIGHT = "preflight"
+    CATCH_UP = "catch-up"
+    FREEZE = "freeze"
+    RESIDUAL = "residual"
+    PREPARE = "prepare"
+    MIGRATE = "migrate"
+    CONFIRM = "confirm"
+    RELEASED = "released"
+    FINISH = "finish"
+    DONE = "done"
+    ROLLBACK = "rollback"
+    UNDECIDED = "undecided"
+    STAYED = "stayed"
+
+
+class Verdict(StrEnum):
+    """What became of the VM."""
+
+    EVACUATED = "evacuated"
+    ALREADY_THERE = "already-there"
+    RESTARTED_FROM_REPLICA = "restarted-from-replica"
+    STAYED = "stayed"
+    UNDECIDED = "undecided"
+    FAILED = "failed"
+
+
+FOLLOWING: Final[Mapping[Step, frozenset[Step]]] = {
+    Step.PREFLIGHT: frozenset({Step.CATCH_UP, Step.DONE, Step.STAYED}),
+    Step.CATCH_UP: frozenset({Step.FREEZE, Step.ROLLBACK}),
+    Step.FREEZE: frozenset({Step.RESIDUAL, Step.ROLLBACK}),
+    Step.RESIDUAL: frozenset({Step.PREPARE, Step.ROLLBACK}),
+    Step.PREPARE: frozenset({Step.MIGRATE, Step.ROLLBACK}),
+    Step.MIGRATE: frozenset({Step.CONFIRM, Step.ROLLBACK, Step.UNDECIDED, Step.FINISH}),
+    # Released before told: from RELEASED on only the destination's word, or the operator's, leads back.
+    Step.CONFIRM: frozenset({Step.RELEASED, Step.ROLLBACK, Step.UNDECIDED, Step.FINISH}),
+    Step.RELEASED: frozenset({Step.FINISH, Step.UNDECIDED, Step.ROLLBACK}),
+    Step.UNDECIDED: frozenset({Step.CONFIRM, Step.RELEASED, Step.FINISH, Step.ROLLBACK}),
+    # A VM that was activated on the operator's word while we rolled back: the newer epoch is right.
+    Step.ROLLBACK: frozenset({Step.STAYED, Step.UNDECIDED, Step.FINISH}),
+    Step.FINISH: frozenset({Step.DONE}),
+    Step.DONE: frozenset(),
+    Step.STAYED: frozenset(),
+}
+ENDS: Final = frozenset({Step.DONE, Step.STAYED})
+# The guest's writes go to overlays of ours from FREEZE on.
+BEFORE_FREEZE: Final = frozenset({Step.PREFLIGHT, Step.CATCH_UP})
+
+
+@dataclass(frozen=True, slots=True)
+class EvacuationOptions:
+    """What the operator may ask of one evacuation.
+
+    ``synchronous_writes`` None: decided by the forecast. ``bandwidth_bytes_per_second`` None: no limit of ours.
+    """
+
+    peer: str | None = None
+    bandwidth_bytes_per_second: float | None = None
+    downtime_limit_seconds: float = 0.3
+    synchronous_writes: bool | None = None
+    catch_up_passes_limit: int = 5
+
+
+@dataclass(slots=True)
+class FrozenDisk:
+    """A disk since the freeze: the image that stands still and the overlay that takes the writes."""
+
+    image: str
+    format: str
+    overlay: str
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class StepTime:
+    """When a step was begun and ended, seconds since 1970 by this host's clock."""
+
+    step: str
+    started_at: float
+    ended_at: float | None = None
+
+
+@dataclass(slots=True)
+class Job:
+    """One evacuation, at its source. ``epoch`` is the one that the hand-off raises the VM to."""
+
+    id: str
+    vm: str
+    name: str
+    peer: str
+    epoch: int
+    step: Step = Step.PREFLIGHT
+    steps: list[StepTime] = field(default_factory=list)
+    options: EvacuationOptions = field(default_factory=EvacuationOptions)
+    commanded_at: float = 0.0
+    ended_at: float | None = None
+    verdict: Verdict | None = None
+    cause: str = ""
+    sentence: str = ""
+    findings: list[dict[str, str]] = field(default_factory=list)
+    autostart: bool = False
+    disks: dict[str, FrozenDisk] = field(default_factory=dict)
+    checkpoint: str = ""
+    generation: int = 0
+    # the step that was left for UNDECIDED: says what may still be assumed
+    undecided_from: Step | None = None
+    # the destination was asked to prepare and has not yet said that it cleaned up
+    owes_abort: bool = False
+    # the operator's word (settle), durable before it is acted upon
+    settled: str = ""
+    # the destination activates by itself after that long without us (its operator's setting), or None
+    presumed_dead_after_seconds: float | None = None
+    # the VM had to be started anew: its memory is lost, its disks are whole
+    memory_lost: bool = False
+    eviction_seconds: float | None = None
+    downtime_seconds: float | None = None
+    bytes: dict[str, Any] = field(default_factory=dict)
+    bound: dict[str, Any] = field(default_factory=dict)
+    forecast: dict[str, Any] = field(default_factory=dict)
+    # changes all the time and is not worth a sync: written along with the next step
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will be done by this job."""
+        return self.step in ENDS
+
+    @property
+    def effective_step(self) -> Step:
+        """The step whose promises still bind us: that before UNDECIDED, else the current one."""
+        if self.step is Step.UNDECIDED and self.undecided_from is not None:
+            return self.undecided_from
+        return self.step
+
+    def advance(self, step: Step, now: float) -> None:
+        """Go on to ``step``. Raises Conflict where it may not follow; then nothing was changed."""
+        if step not in FOLLOWING[self.step]:
+            raise Conflict(
+                f"evacuation {self.id} of {self.name}: step {step.value} cannot follow {self.step.value}; "
+                "this is a defect: report it with the job's record"
+            )
+        if step is Step.UNDECIDED:
+            self.undecided_from = self.step
+        if self.steps and self.steps[-1].ended_at is None:
+            self.steps[-1].ended_at = now
+        self.step = step
+        if step in ENDS:
+            self.ended_at = now
+        else:
+            self.steps.append(StepTime(step.value, now))
+
+    def explain(self, cause: str, sentence: str, findings: tuple[Finding, ...] = ()) -> None:
+        """Say why the job is where it is."""
+        self.cause, self.sentence = cause, sentence
+        self.findings = [asdict(finding) for finding in findings]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON holds it and the control API shows it."""
+        return asdict(self)
+
+
+def new_job(vm: str, name: str, peer: str, epoch: int, options: EvacuationOptions, now: float) -> Job:
+    """A job at its first step."""
+    job = Job(uuid.uuid4().hex[:12], vm, name, peer, epoch, options=options, commanded_at=now)
+    job.steps.append(StepTime(Step.PREFLIGHT.value, now))
+    return job
+
+
+def job_from_dict(data: Mapping[str, Any]) -> Job:
+    """What :meth:`Job.as_dict` gave. Unknown keys (of a newer version) are dropped. Raises IntegrityError."""
+    known = {item.name for item in fields(Job)}
+    values = {key: value for key, value in data.items() if key in known}
+    try:
+        values["step"] = Step(values["step"])
+        values["steps"] = [StepTime(**item) for item in values.get("steps", [])]
+        values["options"] = EvacuationOptions(**values.get("options", {}))
+        values["disks"] = {key: FrozenDisk(**disk) for key, disk in values.get("disks", {}).items()}
+        if values.get("verdict") is not None:
+            values["verdict"] = Verdict(values["verdict"])
+        if values.get("undecided_from") is not None:
+            values["undecided_from"] = Step(values["undecided_from"])
+        return Job(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"evacuation record {data.get('id', '?')}: not understood ({error}); it was written by another version: "
+            "install that one again, or move the record away once you know where the VM runs"
+        ) from error
+
+
+class Journal:
+    """The jobs of this host, one durable file each in ``directory``."""
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        self.directory = directory
+        self.clock = clock
+
+    def path(self, job_id: str) -> Path:
+        """Where the record of a job is."""
+        return self.directory / f"{job_id}.json"
+
+    def save(self, job: Job) -> None:
+        """Make the record durable (blocking)."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        durable.write_json(self.path(job.id), job.as_dict())
+
+    def enter(self, job: Job, step: Step) -> None:
+        """Advance and make that durable; only then may the step be begun (blocking)."""
+        job.advance(step, self.clock())
+        self.save(job)
+
+    def load(self) -> list[Job]:
+        """Every job on record, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        records = (durable.read_json(path) for path in sorted(self.directory.glob("*.json")))
+        return sorted((job_from_dict(record) for record in records if record), key=lambda job: job.commanded_at)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""After the hand-off, at the destination: the way back is protected, then the chain collapses into one image.
+
+The layer that arrived is what the old home lacks: it is not merged before the old home has it sealed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from precache_proxy import durable
+from precache_proxy.blocks.images import ImageReference
+from precache_proxy.crash_points import crash_point
+from precache_proxy.errors import LifeboatError, NotFound
+from precache_proxy.evacuation import layers
+from precache_proxy.evacuation.arrival import Arrival, ArrivalState
+from precache_proxy.evacuation.arrivals import Arrivals
+from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.images import backing_chain
+from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
+
+logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 2.0
+RETRY_SECONDS = 30.0
+
+
+class Landing:
+    """Lands arrivals in the background, one task each."""
+
+    def __init__(
+        self,
+        arrivals: Arrivals,
+        domains: Domains,
+        source: SourceRoom,
+        store: StoreRoom,
+        kept_images: Callable[[str], Mapping[str, str]],
+    ) -> None:
+        self._arrivals = arrivals
+        self._domains = domains
+        self._source = source
+        self._store = store
+        # vm -> what it left here when it went away: a return collapses into that and no deeper
+        self._kept_images = kept_images
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self, arrival: Arrival) -> None:
+        """Land an activated arrival, unless that is under way."""
+        task = self._tasks.get(arrival.id)
+        if arrival.state is ArrivalState.ACTIVATED and (task is None or task.done()):
+            self._tasks[arrival.id] = asyncio.create_task(self._run(arrival), name=f"landing-{arrival.id}")
+
+    async def leave(self, vm: str) -> None:
+        """The VM moves on: stop merging its layers. What is on record stays; the next hand-off takes the chain along."""
+        for arrival in [item for item in self._arrivals.all() if item.vm == vm]:
+            task = self._tasks.pop(arrival.id, None)
+            if task is not None and not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await layers.cancel_block_jobs(self._domains, vm, arrival.disks)
+
+    async def stop(self) -> None:
+        """End the tasks; landings carry on at the next start."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def _run(self, arrival: Arrival) -> None:
+        while arrival.state is ArrivalState.ACTIVATED:
+            try:
+                await self.land(arrival)
+            except LifeboatError as error:
+                logger.warning("landing of VM %s: %s; tried again", arrival.vm, error)
+                arrival.sentence = f"landing: {error}"
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def land(self, arrival: Arrival) -> None:
+        """All of it, each part repeatable."""
+        if not arrival.landing:
+            await self._protect_way_back(arrival)
+        crash_point("landing-begun")
+        await self._wait_until_home_has_it(arrival)
+        if await self._domains.presence(arrival.vm) is Presence.ABSENT:
+            arrival.landing = "left"
+        else:
+            await self._collapse(arrival)
+            arrival.landing = "collapsed"
+        crash_point("landing-collapsed")
+        async with self._arrivals.lock(arrival.vm):
+            await self._arrivals.enter(arrival, ArrivalState.LANDED)
+
+    async def _protect_way_back(self, arrival: Arrival) -> None:
+        with contextlib.suppress(NotFound):
+            await self._store.detach(arrival.vm)
+        await layers.drop_stray_bitmaps(
+            self._domains, arrival.vm, {name: list(arrival.disks) for name in arrival.stray_bitmaps}
+        )
+        overlays = {
+            key: ImageReference(Path(disk.overlay), "qcow2", disk.size_bytes)
+            for key, disk in arrival.disks.items()
+        }
+        await self._source.adopt_for_return(
+            arrival.vm,
+            peer=arrival.peer,
+            epoch=arrival.epoch,
+            generation=arrival.generation,
+            checkpoint=arrival.checkpoint,
+            overlays=overlays,
+            **arrival.protection,
+        )
+        arrival.landing = "way-back-protected"
+        await self._arrivals.save(arrival)
+
+    async def _wait_until_home_has_it(self, arrival: Arrival) -> None:
+        """Until the old home has sealed what arrived here. A home that is gone keeps the chain as it is."""
+        while True:
+            try:
+                status = self._source.status(arrival.vm)
+            except NotFound:
+                # Not protected any more (the operator's choice): nobody needs the layer.
+                return
+            if int(status.get("generation") or 0) > arrival.generation and int(status["epoch"]) >= arrival.epoch:
+                return
+            await asyncio.sleep(WAIT_SECONDS)
+
+    async def _collapse(self, arrival: Arrival) -> None:
+        """Merge every layer into the lowest image that is ours; the VM's disk has its old name again."""
+        vm = arrival.vm
+        if await self._domains.presence(vm) is not Presence.RUNNING:
+            while await self._domains.presence(vm) not in {Presence.RUNNING, Presence.ABSENT}:
+                await asyncio.sleep(RETRY_SECONDS)
+        kept = self._kept_images(vm)
+        for key, disk in arrival.disks.items():
+            definition = await self._domains.definition(vm)
+            current = definition.disk(key)
+            if current is None:
+                continue
+            chain = [current.path, *(image.path for image in current.backing)]
+            base = kept.get(key)
+            if base not in chain:
+                base = (await backing_chain(disk.replica, disk.replica_format))[-1]
+            if base not in chain or current.path == base:
+                continue
+            await layers.commit(self._domains, vm, key, top=None, base=base)
+            await layers.wait_for_layer(self._domains, vm, key, base)
+            for path in chain[: chain.index(base)]:
+                # Generations of the replica and our overlays: their content is in the base now.
+                await asyncio.to_thread(durable.remove, Path(path))

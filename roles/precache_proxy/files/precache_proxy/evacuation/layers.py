@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Layers of a running VM's disks: put an overlay on, merge layers, drop bitmaps that nobody follows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+
+import libvirt
+
+from precache_proxy.errors import HypervisorError, NotFound
+from precache_proxy.evacuation.domains import Domains
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+_SNAPSHOT_FLAGS = (
+    libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+)
+
+
+def _snapshot_xml(overlays: Mapping[str, str], all_targets: Iterable[str]) -> str:
+    lines = ["<domainsnapshot><disks>"]
+    for target in all_targets:
+        if target in overlays:
+            lines.append(
+                f"<disk name={quoteattr(target)} snapshot='external' type='file'><driver type='qcow2'/>"
+                f"<source file={quoteattr(overlays[target])}/></disk>"
+            )
+        else:
+            lines.append(f"<disk name={quoteattr(target)} snapshot='no'/>")
+    return "".join([*lines, "</disks></domainsnapshot>"])
+
+
+async def put_overlays(domains: Domains, vm: str, overlays: Mapping[str, str]) -> None:
+    """One atomic external snapshot: from now on each disk of ``overlays`` writes to its overlay.
+
+    The bitmaps of known checkpoints go on in the overlays; what stood before stands still, flushed.
+    Raises HypervisorError; then libvirt has changed nothing.
+    """
+    definition = await domains.definition(vm)
+    targets = [disk.target for disk in definition.disks]
+    xml = _snapshot_xml(overlays, targets)
+    await domains.run(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
+
+
+async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Iterable[str]) -> None:
+    """Track the VM's writes from this instant under ``name``; one that exists is no error."""
+    wanted = set(targets)
+    definition = await domains.definition(vm)
+    disks = "".join(
+        f"<disk name={quoteattr(disk.target)} checkpoint='{'bitmap' if disk.target in wanted else 'no'}'/>"
+        for disk in definition.disks
+    )
+    xml = f"<domaincheckpoint><name>{escape(name)}</name><disks>{disks}</disks></domaincheckpoint>"
+
+    def work(domain: Any) -> None:
+        if any(checkpoint.getName() == name for checkpoint in domain.listAllCheckpoints(0)):
+            return
+        domain.checkpointCreateXML(xml, 0)
+
+    await domains.run(vm, work)
+
+
+async def drop_stray_bitmaps(domains: Domains, vm: str, names: Mapping[str, Iterable[str]]) -> None:
+    """Remove bitmaps (name -> targets that carry it) of which libvirt has no checkpoint, in all layers.
+
+    libvirt forgets checkpoints when a VM moves, but the bitmaps travel along. They are introduced to it again as
+    checkpoints and deleted with its own means; a bitmap that is on fewer disks than thought only costs a warning.
+    """
+    for name, targets in names.items():
+        wanted = set(targets)
+
+        def work(domain: Any, name: str = name, wanted: set[str] = wanted) -> None:
+            known = {checkpoint.getName() for checkpoint in domain.listAllCheckpoints(0)}
+            if name not in known:
+                disks = "".join(
+                    f"<disk name={quoteattr(target)} checkpoint='bitmap' bitmap={quoteattr(name)}/>"
+                    for target in sorted(wanted)
+                )
+                xml = (
+                    f"<domaincheckpoint><name>{escape(name)}</name><creationTime>1</creationTime>"
+                    f"<disks>{disks}</disks>{domain.XMLDesc(0)}</domaincheckpoint>"
+                )
+                domain.checkpointCreateXML(xml, libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
+            domain.checkpointLookupByName(name).delete(0)
+
+        try:
+            await domains.run(vm, work)
+        except (HypervisorError, NotFound) as error:
+            logger.warning("VM %s: stray bitmap %s stays: %s", vm, name, error)
+            await _forget_checkpoint(domains, vm, name)
+
+
+async def _forget_checkpoint(domains: Domains, vm: str, name: str) -> None:
+    def work(domain: Any) -> None:
+        domain.checkpointLookupByName(name).delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+
+    with contextlib.suppress(HypervisorError, NotFound):
+        await domains.run(vm, work)
+
+
+async def commit(
+    domains: Domains, vm: str, target: str, *, top: str | None, base: str, bandwidth_bytes_per_second: int = 0
+) -> None:
+    """Merge the layers from ``top`` (None: the active one) down into ``base`` while the VM runs.
+
+    A job that an earlier attempt left behind is carried on with. Ends when the layer ``base`` has taken their place.
+    Raises HypervisorError; the chain is then as before or as after, never between.
+    """
+    active = top is None
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+    if active:
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+
+    def begin(domain: Any) -> None:
+        if not domain.blockJobInfo(target, 0):
+            domain.blockCommit(target, base, top, bandwidth_bytes_per_second, flags)
+
+    await domains.run(vm, begin)
+    await _finish_block_job(domains, vm, target)
+
+
+async def _finish_block_job(domains: Domains, vm: str, target: str) -> None:
+    """Wait for the block job on a disk; pivot when it has caught up and is one that needs that."""
+
+    def step(domain: Any) -> bool:
+        information = domain.blockJobInfo(target, 0)
+        if not information:
+            return True
+        caught_up = information["end"] > 0 and information["cur"] == information["end"]
+        if caught_up and information["type"] in {
+            libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT,
+            libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY,
+        }:
+            try:
+                domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+            except libvirt.libvirtError as error:
+                # QEMU says "ready" a moment after the figures do: ask again then.
+                if error.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
+                    raise
+                return False
+            return True
+        return False
+
+    while not await domains.run(vm, step, timeout_seconds=120):
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def cancel_block_jobs(domains: Domains, vm: str, targets: Iterable[str]) -> None:
+    """End block jobs (a mirror of a failed migration, a commit of a landing) without taking their result."""
+    for target in targets:
+
+        def work(domain: Any, target: str = target) -> None:
+            if domain.blockJobInfo(target, 0):
+                domain.blockJobAbort(target, 0)
+
+        with contextlib.suppress(HypervisorError, NotFound):
+            await domains.run(vm, work)
+
+
+async def wait_for_layer(domains: Domains, vm: str, target: str, path: str, timeout_seconds: float = 30) -> None:
+    """Wait until ``path`` is the disk's active layer. Raises HypervisorError when it does not become so."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        definition = await domains.definition(vm)
+        disk = definition.disk(target)
+        if disk is not None and disk.path == path and not disk.mirror:
+            return
+        if time.monotonic() > deadline:
+            found = "no such disk" if disk is None else disk.path
+            raise HypervisorError(
+                f"VM {definition.name}, disk {target}: its active layer is {found}, not {path}, "
+                f"{timeout_seconds:.0f} s after the merge; see `virsh domblklist` and `virsh blockjob`"
+            )
+        await asyncio.sleep(POLL_SECONDS)

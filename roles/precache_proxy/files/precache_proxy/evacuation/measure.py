@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What an evacuation cost, from counters and clocks; nothing here is estimated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from precache_proxy.evacuation.job import Job
+from precache_proxy.evacuation.relay import DISK, LIBVIRT, RAM, RelayCounters
+
+
+class Measure:
+    """Collects the figures of one job while it runs; lost by a crash, and then said to be unknown."""
+
+    def __init__(self, job: Job, link: Any, lag_bytes: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._job = job
+        self._link = link
+        self._clock = clock
+        self._began = clock()
+        self._counters_before = self._label()
+        self._arrived_at: float | None = None
+        self._first_pass_bytes = 0
+        # False after a restart: durations would lack what passed before it
+        self.whole = True
+        self.written_bytes_per_second = 0.0
+        job.bound = {
+            "lag_bytes_at_command": lag_bytes,
+            "round_trip_seconds": getattr(link, "least_round_trip_seconds", None),
+            "rate_bytes_per_second": getattr(link, "rate_bytes_per_second", None),
+        }
+
+    @classmethod
+    def resumed(cls, job: Job, link: Any) -> Measure:
+        """For a job of an earlier process: its figures from before are lost, what is on record stays."""
+        bound, lag = dict(job.bound), job.bound.get("lag_bytes_at_command")
+        measure = cls(job, link, lag)
+        measure.whole = False
+        job.bound |= bound
+        return measure
+
+    def _label(self) -> dict[str, int]:
+        counters = self._link.counters() if self._link is not None else {}
+        return dict(counters.get("labels", {}).get(self._job.vm, {}))
+
+    @property
+    def channel_bytes_per_second(self) -> float | None:
+        """What the channel can send: its limit where there is one, else what it has just carried; None unknown."""
+        if self._link is None:
+            return None
+        limit = getattr(self._link, "rate_bytes_per_second", None)
+        goodput = float(self._link.counters().get("goodput_bytes_per_second") or 0.0)
+        if limit:
+            return float(limit)
+        return goodput or None
+
+    def passed(self, data_bytes: int, seconds: float) -> None:
+        """A pass that sent so much: what the guest wrote since the one before."""
+        if seconds > 0:
+            self.written_bytes_per_second = data_bytes / seconds
+
+    def migrating(self, progress: dict[str, Any]) -> None:
+        """A look at the migration under way: pages sent in the first turn over RAM were sent once each."""
+        if progress.get("memory_iteration", 0) <= 1:
+            self._first_pass_bytes = max(self._first_pass_bytes, int(progress.get("memory_normal_bytes", 0)))
+
+    def migrated(self, counters: RelayCounters, statistics: dict[str, Any]) -> None:
+        """The migration has ended (well or not)."""
+        self._arrived_at = self._clock()
+        raw, packed = counters.raw_bytes, counters.packed_bytes
+        self._job.bytes |= {
+            "ram_stream_bytes": raw[RAM],
+            "ram_sent_bytes": packed[RAM],
+            "disk_stream_bytes": raw[DISK],
+            "disk_sent_bytes": packed[DISK],
+            "libvirt_sent_bytes": packed[LIBVIRT],
+            "ram_normal_bytes": statistics.get("memory_normal_bytes"),
+        }
+        ratio = packed[RAM] / raw[RAM] if raw[RAM] else None
+        self._job.bound |= {
+            "ram_first_turn_bytes": self._first_pass_bytes or statistics.get("memory_normal_bytes"),
+            "ram_packed_ratio": ratio,
+        }
+        milliseconds = statistics.get("downtime_milliseconds")
+        if milliseconds is not None:
+            self._job.downtime_seconds = milliseconds / 1000
+
+    def activated(self, answer: dict[str, Any]) -> None:
+        """The destination runs the VM: the source may lose power from now on, every block is durable there."""
+        now = self._clock()
+        if self.whole:
+            self._job.eviction_seconds = now - self._began
+        if self._arrived_at is not None and self._job.downtime_seconds is not None:
+            # Until our question came back, less the time that it already ran there by then.
+            waited = now - self._arrived_at - float(answer.get("running_seconds", 0.0))
+            half_way = (getattr(self._link, "least_round_trip_seconds", None) or 0.0) / 2
+            self._job.downtime_seconds += max(0.0, waited - half_way)
+        after = self._label()
+        self._job.bytes |= {
+            f"channel_{key}": value - self._counters_before.get(key, 0) for key, value in after.items()
+        }

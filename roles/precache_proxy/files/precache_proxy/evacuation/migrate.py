@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""libvirt's peer-to-peer migration over the job's sockets: the destination arrives paused, the source stays defined."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from precache_proxy.errors import HypervisorError, NotFound
+from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.job import EvacuationOptions
+from precache_proxy.units import MIB
+
+PROGRESS_SECONDS = 0.5
+# Figures of libvirt's job statistics that tell people and the coordinator something (bytes unless named otherwise).
+_SHOWN = (
+    "memory_total", "memory_processed", "memory_remaining", "memory_bps", "memory_dirty_rate", "memory_page_size",
+    "memory_iteration", "memory_normal_bytes", "memory_constant", "disk_total", "disk_processed", "disk_remaining",
+    "disk_bps", "downtime", "setup_time", "time_elapsed",
+)  # fmt: skip
+FLAGS = (
+    libvirt.VIR_MIGRATE_LIVE
+    | libvirt.VIR_MIGRATE_PEER2PEER
+    | libvirt.VIR_MIGRATE_PERSIST_DEST
+    | libvirt.VIR_MIGRATE_NON_SHARED_INC
+    | libvirt.VIR_MIGRATE_ABORT_ON_ERROR
+    # Paused there and still defined here: if libvirt's last reply is lost, *we* decide who runs the VM.
+    | libvirt.VIR_MIGRATE_PAUSED
+)
+_BANDWIDTH_FOR_SWITCH_OVER = getattr(libvirt, "VIR_MIGRATE_PARAM_BANDWIDTH_AVAIL_SWITCHOVER", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that libvirt is told. Rates in bytes per second, None: unknown or unlimited."""
+
+    sockets: Path
+    disks: tuple[str, ...]
+    destination_xml: str
+    persistent_xml: str
+    options: EvacuationOptions
+    channel_bytes_per_second: float | None
+    synchronous_writes: bool
+
+    @property
+    def flags(self) -> int:
+        """The flags of the migration call."""
+        return FLAGS | (libvirt.VIR_MIGRATE_NON_SHARED_SYNCHRONOUS_WRITES if self.synchronous_writes else 0)
+
+    @property
+    def libvirt_uri(self) -> str:
+        """The destination's libvirt as the source's libvirt connects to it."""
+        return f"qemu+unix:///system?socket={self.sockets / 'libvirt.sock'}"
+
+    def parameters(self) -> dict[str, Any]:
+        """The typed parameters of the migration call."""
+        parameters: dict[str, Any] = {
+            libvirt.VIR_MIGRATE_PARAM_URI: f"unix://{self.sockets / 'ram.sock'}",
+            libvirt.VIR_MIGRATE_PARAM_DISKS_URI: f"unix://{self.sockets / 'disk.sock'}",
+            libvirt.VIR_MIGRATE_PARAM_DEST_XML: self.destination_xml,
+            libvirt.VIR_MIGRATE_PARAM_PERSIST_XML: self.persistent_xml,
+            libvirt.VIR_MIGRATE_PARAM_MIGRATE_DISKS: list(self.disks),
+        }
+        limit = self.options.bandwidth_bytes_per_second
+        if limit is not None:
+            parameters[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = mebibytes(limit)
+        if _BANDWIDTH_FOR_SWITCH_OVER and self.channel_bytes_per_second:
+            # Without it QEMU judges by what it happened to see, and stops the guest too early or too late.
+            parameters[_BANDWIDTH_FOR_SWITCH_OVER] = mebibytes(self.channel_bytes_per_second)
+        return parameters
+
+
+def mebibytes(bytes_per_second: float) -> int:
+    """A rate in libvirt's MiB/s, at least 1 (0 would mean no limit)."""
+    return max(1, round(bytes_per_second / MIB))
+
+
+def needs_synchronous_writes(written_bytes_per_second: float, channel_bytes_per_second: float | None) -> bool:
+    """Whether background mirroring would run after the guest for ever: it writes more than half of what can be sent."""
+    if not channel_bytes_per_second:
+        return False
+    return written_bytes_per_second > channel_bytes_per_second / 2
+
+
+async def migrate(domains: Domains, vm: str, plan: Plan, on_progress: Callable[[dict[str, Any]], None]) -> None:
+    """Run the migration to its end. Raises HypervisorError: then *who runs the VM is not said*, ask both sides."""
+
+    def work(domain: Any) -> None:
+        with contextlib.suppress(libvirt.libvirtError):
+            # Persists in QEMU's parameters until the job; refused where the driver wants a running job for it.
+            domain.migrateSetMaxDowntime(max(1, round(plan.options.downtime_limit_seconds * 1000)), 0)
+        domain.migrateToURI3(plan.libvirt_uri, plan.parameters(), plan.flags)
+
+    watch = asyncio.create_task(_watch(domains, vm, on_progress))
+    try:
+        await domains.run(vm, work, timeout_seconds=None)
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
+async def _watch(domains: Domains, vm: str, on_progress: Callable[[dict[str, Any]], None]) -> None:
+    while True:
+        await asyncio.sleep(PROGRESS_SECONDS)
+        with contextlib.suppress(HypervisorError, NotFound):
+            on_progress(shown(await domains.run(vm, lambda domain: dict(domain.jobStats()))))
+
+
+def shown(statistics: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a migration job that we report, with units in their names."""
+    renamed = {
+        "memory_bps": "memory_bytes_per_second",
+        "disk_bps": "disk_bytes_per_second",
+        "memory_dirty_rate": "memory_dirty_pages_per_second",
+        "downtime": "downtime_milliseconds",
+        "setup_time": "setup_milliseconds",
+        "time_elapsed": "elapsed_milliseconds",
+    }
+    result: dict[str, Any] = {}
+    for key in _SHOWN:
+        if key in statistics:
+            name = renamed.get(key, key)
+            if key in {"memory_total", "memory_processed", "memory_remaining"} or key.startswith("disk_"):
+                name = name if name.endswith("_second") else f"{name}_bytes"
+            result[name] = statistics[key]
+    return result
+
+
+async def completed_statistics(domains: Domains, vm: str) -> dict[str, Any]:
+    """What libvirt kept of the migration that has just ended; {} where it kept nothing."""
+
+    def work(domain: Any) -> dict[str, Any]:
+        flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+        return shown(dict(domain.jobStats(flags)))
+
+    with contextlib.suppress(HypervisorError, NotFound):
+        return await domains.run(vm, work)
+    return {}
+
+
+async def abort(domains: Domains, vm: str) -> None:
+    """End a migration under way; none under way is no error."""
+    with contextlib.suppress(HypervisorError, NotFound):
+        await domains.run(vm, lambda domain: domain.abortJob())
+
+
+async def steer(domains: Domains, vm: str, bytes_per_second: float) -> None:
+    """Change the bandwidth of a migration under way. Raises HypervisorError."""
+    await domains.run(vm, lambda domain: domain.migrateSetMaxSpeed(mebibytes(bytes_per_second), 0))

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Everything that stands in the way of an evacuation, found on both sides before anything is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import libvirt
+from lxml import etree
+
+from precache_proxy.errors import Finding, HypervisorError, NotFound
+from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.guard import TOMBSTONE, Guard
+from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
+from precache_proxy.units import MIB, format_bytes
+
+# What an overlay may take at least: a guest goes on writing while RAM crosses.
+OVERLAY_RESERVE_BYTES = 256 * MIB
+# QEMU's own need beside the guest's memory.
+QEMU_OVERHEAD_BYTES = 128 * MIB
+
+
+def covered_disks(definition: Definition) -> list[str]:
+    """Target names of the disks that must go along."""
+    return [disk.target for disk in definition.disks if disk.is_writable_disk]
+
+
+def source_findings(
+    definition: Definition, presence: Presence, status: Mapping[str, Any] | None, peer: str | None
+) -> list[Finding]:
+    """What the source itself can see. ``status`` None: the VM is not protected."""
+    vm = f"VM {definition.name}"
+    found: list[Finding] = []
+    if presence is Presence.PAUSED:
+        found.append(Finding(vm, "it is paused", "resume it, or shut it off and fail it over", "conflict"))
+    elif presence is not Presence.RUNNING:
+        found.append(
+            Finding(vm, "it does not run", "start it, or fail it over from its replica instead", "conflict")
+        )
+    for device in definition.hostdevs:
+        found.append(
+            Finding(vm, f"host device {device.description} cannot go along", "detach it first", "unsupported")
+        )
+    for filesystem in definition.filesystems:
+        found.append(
+            Finding(vm, f"shared folder {filesystem} cannot go along", "remove it first", "unsupported")
+        )
+    if status is None:
+        found.append(Finding(vm, "it is not protected", "protect it first (playbooks/protect.yml)", "not-found"))
+        return found
+    if peer is not None and status.get("peer") != peer:
+        found.append(
+            Finding(
+                vm,
+                f"its replica is at {status.get('peer')}, not at {peer}",
+                f"evacuate it to {status.get('peer')}, or protect it at {peer} first",
+                "invalid",
+            )
+        )
+    if not status.get("generation"):
+        found.append(
+            Finding(
+                vm,
+                f"its replica has no sealed generation yet (state {status.get('state')})",
+                "wait until seeding is done, see `precache-proxy status`",
+                "conflict",
+            )
+        )
+    protected = set(status.get("disks") or covered_disks(definition))
+    for key in covered_disks(definition):
+        disk = definition.disk(key)
+        if key not in protected:
+            found.append(
+                Finding(vm, f"disk {key} is not protected", "protect the VM anew with all its disks", "conflict")
+            )
+        if disk is not None and disk.mirror:
+            found.append(
+                Finding(
+                    vm,
+                    f"a block job ({disk.mirror}) runs on disk {key}",
+                    "wait for it or end it (`virsh blockjob`)",
+                    "conflict",
+                )
+            )
+    return found
+
+
+def overlay_findings(definition: Definition, fallback_directory: Path) -> list[Finding]:
+    """Room for the writes between freeze and switch-over, at the source (blocking)."""
+    found: list[Finding] = []
+    for key in covered_disks(definition):
+        disk = definition.disk(key)
+        if disk is None:
+            continue
+        directory = Path(disk.path).parent if disk.image.kind == "file" else fallback_directory
+        found.extend(space_findings(f"VM {definition.name}, disk {key}", directory, OVERLAY_RESERVE_BYTES))
+    return found
+
+
+def space_findings(subject: str, directory: Path, needed_bytes: int) -> list[Finding]:
+    """Whether a file system has room (blocking)."""
+    try:
+        status = os.statvfs(directory)
+    except OSError as error:
+        return [Finding(subject, f"{directory} cannot be read ({error.strerror})", "make it accessible", "no-space")]
+    free_bytes = status.f_bavail * status.f_frsize
+    if free_bytes >= needed_bytes:
+        return []
+    fact = f"{format_bytes(needed_bytes)} needed on {directory}, {format_bytes(free_bytes)} free"
+    return [Finding(subject, fact, "free space there", "no-space")]
+
+
+async def destination_findings(
+    domains: Domains, guard: Guard, definition_xml: str, disks_directory: Path
+) -> list[Finding]:
+    """What the destination sees: name and UUID, machine, CPU, memory, networks, files, reach of QEMU's user."""
+    definition = parse_definition(definition_xml)
+    found = await _clashes(domains, guard, definition)
+    found += await _machine(domains, definition, definition_xml)
+    found += await _memory(domains, definition)
+    found += await _networks(domains, definition)
+    found += _files(definition)
+    found += _reach(disks_directory)
+    found += space_findings(
+        f"VM {definition.name}", disks_directory, OVERLAY_RESERVE_BYTES * max(1, len(covered_disks(definition)))
+    )
+    return found
+
+
+async def _clashes(domains: Domains, guard: Guard, definition: Definition) -> list[Finding]:
+    found: list[Finding] = []
+    presence = await domains.presence(definition.uuid)
+    if presence is not Presence.ABSENT:
+        found.append(
+            Finding(
+                f"VM {definition.name}",
+                f"a domain with its UUID {definition.uuid} is defined at the destination ({presence.value})",
+                "remove that one (`virsh undefine`) if it is a leftover",
+                "conflict",
+            )
+        )
+    try:
+        other = await domains.hypervisor.lookup(definition.name)
+        uuid = await domains.hypervisor.call(other.UUIDString, subject=f"VM {definition.name}")
+        if uuid != definition.uuid:
+            found.append(
+                Finding(
+                    f"VM {definition.name}",
+                    f"another domain ({uuid}) has its name at the destination",
+                    "rename one of them (`virsh domrename`)",
+                    "conflict",
+                )
+            )
+    except NotFound:
+        pass
+    forbidden = guard.forbidden(definition.uuid)
+    if forbidden is not None and forbidden.cause != TOMBSTONE:
+        found.append(
+            Finding(
+                f"VM {definition.name}",
+                f"an earlier arrival at the destination is not settled (job {forbidden.job})",
+                "see `precache-proxy status` there and settle it",
+                "conflict",
+            )
+        )
+    return found
+
+
+async def _machine(domains: Domains, definition: Definition, xml: str) -> list[Finding]:
+    vm = f"VM {definition.name}"
+    connection = domains.hypervisor.connection
+
+    def capabilities() -> str:
+        return str(
+            connection.getDomainCapabilities(None, definition.arch, definition.machine, definition.type, 0)
+        )
+
+    try:
+        await domains.hypervisor.call(capabilities, subject=vm)
+    except HypervisorError as error:
+        return [
+            Finding(
+                vm,
+                f"machine type {definition.machine} ({definition.type}, {definition.arch}) is not known at the "
+                f"destination: {error}",
+                "install the QEMU of the source there, or give the VM a machine type that both know",
+                "unsupported",
+            )
+        ]
+    return await _cpu(domains, definition, xml)
+
+
+async def _cpu(domains: Domains, definition: Definition, xml: str) -> list[Finding]:
+    cpu = etree.fromstring(xml.encode()).find("cpu")
+    if cpu is None or cpu.get("mode") in {"host-model", "maximum"}:
+        # host-model is expanded in the live definition; a live XML that still says so has nothing to compare
+        return []
+    connection = domains.hypervisor.connection
+    text = etree.tostring(cpu, encoding="unicode")
+
+    def compare() -> int:
+        return int(
+            connection.compareHypervisorCPU(
+                None, definition.arch, definition.machine, definition.type, text, 0
+            )
+        )
+
+    try:
+        result = await domains.hypervisor.call(compare, subject=f"VM {definition.name}")
+    except HypervisorError as error:
+        # host-passthrough and emulated CPUs cannot always be compared: libvirt itself decides at the migration
+        if cpu.get("mode") == "host-passthrough" or definition.type == "qemu":
+            return []
+        return [_cpu_finding(definition, str(error))]
+    if result == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE:
+        return [_cpu_finding(definition, "the destination's processor lacks features of it")]
+    return []
+
+
+def _cpu_finding(definition: Definition, fact: str) -> Finding:
+    return Finding(
+        f"VM {definition.name}",
+        f"its CPU model {definition.cpu or 'host'} does not fit: {fact}",
+        "give the VM a CPU model that both hosts have and restart it",
+        "unsupported",
+    )
+
+
+async def _memory(domains: Domains, definition: Definition) -> list[Finding]:
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        available = next(line for line in text.splitlines() if line.startswith("MemAvailable:"))
+        available_bytes = int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        connection = domains.hypervisor.connection
+        available_bytes = int(await domains.hypervisor.call(connection.getFreeMemory, subject="memory"))
+    needed_bytes = definition.memory_bytes + QEMU_OVERHEAD_BYTES
+    if available_bytes >= needed_bytes:
+        return []
+    fact = f"{format_bytes(needed_bytes)} of memory needed at the destination, {format_bytes(available_bytes)} free"
+    return [Finding(f"VM {definition.name}", fact, "end something there or evacuate it elsewhere", "no-space")]
+
+
+async def _networks(domains: Domains, definition: Definition) -> list[Finding]:
+    found: list[Finding] = []
+    connection = domains.hypervisor.connection
+    for interface in definition.interfaces:
+        vm = f"VM {definition.name}, interface {interface.mac}"
+        if interface.kind == "network":
+
+            def active(name: str = interface.source) -> bool:
+                return bool(connection.networkLookupByName(name).isActive())
+
+            try:
+                if await domains.hypervisor.call(active, subject=f"network {interface.source}"):
+                    continue
+                fact, way_out = f"network {interface.source} is not active", f"`virsh net-start {interface.source}`"
+            except HypervisorError:
+                fact, way_out = f"there is no network {interface.source}", "define it there"
+            found.append(Finding(vm, f"{fact} at the destination", way_out, "not-found"))
+        elif interface.kind in {"bridge", "direct"} and not Path("/sys/class/net", interface.source).exists():
+            what = "bridge" if interface.kind == "bridge" else "device"
+            found.append(
+                Finding(vm, f"there is no {what} {interface.source} at the destination", "make one there", "not-found")
+            )
+    return found
+
+
+def _files(definition: Definition) -> list[Finding]:
+    paths = [(f"disk {disk.target}", disk.path) for disk in definition.disks if not disk.is_writable_disk and disk.path]
+    paths += [("boot file", path) for path in definition.kernel_files]
+    return [
+        Finding(
+            f"VM {definition.name}, {what}",
+            f"{path} is not there at the destination",
+            "copy it there, or eject the medium",
+            "not-found",
+        )
+        for what, path in paths
+        if not Path(path).exists()
+    ]
+
+
+def _reach(directory: Path) -> list[Finding]:
+    """QEMU runs as a user of its own and must be able to walk to its disks (blocking)."""
+    return [
+        Finding(
+            str(parent),
+            "QEMU's user cannot pass through it",
+            f"`chmod o+x {parent}`",
+            "invalid",
+        )
+        for parent in (directory, *directory.parents)
+        if parent.exists() and not parent.stat().st_mode & 0o001
+    ]
+
+
+def sentence(findings: Iterable[Finding]) -> str:
+    """All findings as one text."""
+    return "\n".join(str(finding) for finding in findings)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The job's UNIX sockets, carried over the channel: libvirt's RPC, the RAM stream and the disk stream.
+
+The source listens, the destination connects; libvirt and QEMU on both sides see local sockets at the same path.
+What the source's QEMU sends is compressed on the way (zstd, flushed with every piece, so nothing is held back).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import zstandard
+
+from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
+from precache_proxy.units import KIB
+
+logger = logging.getLogger(__name__)
+
+LIBVIRT: Final = "libvirt"
+RAM: Final = "ram"
+DISK: Final = "disk"
+SOCKETS: Final = (LIBVIRT, RAM, DISK)
+STREAM_KIND: Final = "relay"
+LIBVIRT_SOCKET: Final = Path("/run/libvirt/libvirt-sock")
+# Large enough for a good ratio, small enough that QEMU's estimate of the bandwidth follows the link.
+PIECE_BYTES: Final = 128 * KIB
+_RAW: Final = b"\x00"
+_ZSTD: Final = b"\x01"
+_COMPRESSION_LEVEL: Final = 1
+# A run of pieces that shrank by less than this is followed by some that are not tried.
+_WORTHWHILE_RATIO: Final = 0.95
+_GIVE_UP_AFTER_PIECES: Final = 8
+_NOT_TRIED_PIECES: Final = 64
+
+
+class RelayStream(Protocol):
+    """What a relay needs of a stream of the channel."""
+
+    @property
+    def idle_seconds(self) -> float: ...  # noqa: D102
+    async def send(self, *parts: bytes | bytearray | memoryview) -> None: ...  # noqa: D102
+    async def receive(self) -> bytes | None: ...  # noqa: D102
+    async def close(self) -> None: ...  # noqa: D102
+    async def drained(self) -> None: ...  # noqa: D102
+    def reset(self, error: LifeboatError) -> None: ...  # noqa: D102
+
+
+class Packer:
+    """Pieces of a byte stream as messages, compressed where that pays."""
+
+    def __init__(self) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL).compressobj()
+        self._poor = 0
+        self._skip = 0
+
+    def pack(self, piece: bytes) -> tuple[bytes, bytes]:
+        """The message for ``piece`` in two parts (marker, payload)."""
+        if self._skip:
+            self._skip -= 1
+            return _RAW, piece
+        packed = self._compressor.compress(piece) + self._compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        # Short pieces say nothing about the content.
+        if len(piece) >= PIECE_BYTES // 4:
+            self._poor = self._poor + 1 if len(packed) > len(piece) * _WORTHWHILE_RATIO else 0
+            if self._poor >= _GIVE_UP_AFTER_PIECES:
+                self._poor, self._skip = 0, _NOT_TRIED_PIECES
+        return _ZSTD, packed
+
+
+class Unpacker:
+    """The other end of :class:`Packer`."""
+
+    def __init__(self) -> None:
+        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+
+    def unpack(self, message: bytes) -> bytes:
+        """The piece that a message carries. Raises ProtocolError."""
+        marker, payload = message[:1], message[1:]
+        if marker == _RAW:
+            return payload
+        if marker != _ZSTD:
+            raise ProtocolError(f"relay: a message of unknown form {marker!r}; are both proxies of one version?")
+        try:
+            return self._decompressor.decompress(payload)
+        except zstandard.ZstdError as error:
+            raise ProtocolError(f"relay: a message that does not decompress ({error})") from error
+
+
+@dataclass(slots=True)
+class RelayCounters:
+    """Bytes of one job by socket: as QEMU sees them (raw) and as sent to the peer (packed)."""
+
+    raw_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOCKETS, 0))
+    packed_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOCKETS, 0))
+    received_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOCKETS, 0))
+
+
+class RelayedConnection:
+    """One connection of libvirt or QEMU, and the stream that carries it."""
+
+    def __init__(
+        self,
+        socket: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        stream: RelayStream,
+        counters: RelayCounters,
+        *,
+        stall_seconds: float,
+        link_up: Callable[[], bool],
+    ) -> None:
+        self.socket = socket
+        self._reader = reader
+        self._writer = writer
+        self._stream = stream
+        self._counters = counters
+        self._stall_seconds = stall_seconds
+        self._link_up = link_up
+        self._writing_since: float | None = None
+
+    async def run(self) -> None:
+        """Carry both directions until both have ended. Raises Stalled, or the stream's reset."""
+        tasks = [
+            asyncio.create_task(self._outward()),
+            asyncio.create_task(self._inward()),
+        ]
+        watch = asyncio.create_task(self._watch())
+        try:
+            pending: set[asyncio.Task[None]] = {*tasks, watch}
+            while not all(task.done() for task in tasks):
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        except (OSError, LifeboatError) as error:
+            reason = error if isinstance(error, LifeboatError) else self._broken(error)
+            self._stream.reset(reason)
+            raise reason from error
+        finally:
+            for task in (*tasks, watch):
+                task.cancel()
+            await asyncio.gather(*tasks, watch, return_exceptions=True)
+            self.abort()
+
+    def abort(self) -> None:
+        """Close the local socket now, whatever is queued."""
+        with contextlib.suppress(RuntimeError):
+            self._writer.transport.abort()
+
+    def _broken(self, error: OSError) -> LifeboatError:
+        return ProtocolError(f"relay of the {self.socket} socket: the local side broke off ({error})")
+
+    async def _outward(self) -> None:
+        packer = Packer()
+        while piece := await self._reader.read(PIECE_BYTES):
+            parts = packer.pack(piece)
+            self._counters.raw_bytes[self.socket] += len(piece)
+            self._counters.packed_bytes[self.socket] += len(parts[1]) + 1
+            await self._stream.send(*parts)
+        await self._stream.close()
+
+    async def _inward(self) -> None:
+        unpacker = Unpacker()
+        loop = asyncio.get_running_loop()
+        while (message := await self._stream.receive()) is not None:
+            piece = unpacker.unpack(message)
+            self._counters.received_bytes[self.socket] += len(piece)
+            self._writing_since = loop.time()
+            self._writer.write(piece)
+            await self._writer.drain()
+            self._writing_since = None
+        if self._writer.can_write_eof():
+            self._writer.write_eof()
+
+    async def _watch(self) -> None:
+        """Raise Stalled when something is owed and nothing has moved for too long. An idle stream is no stall."""
+        loop = asyncio.get_running_loop()
+        drained: asyncio.Task[None] | None = None
+        down_since: float | None = None
+        try:
+            while True:
+                await asyncio.sleep(min(1.0, self._stall_seconds / 4))
+                now = loop.time()
+                if drained is None or drained.done():
+                    drained = asyncio.create_task(self._stream.drained())
+                    await asyncio.sleep(0)
+                down_since = None if self._link_up() else (down_since or now)
+                owed = not drained.done() and self._stream.idle_seconds > self._stall_seconds
+                down = down_since is not None and now - down_since > self._stall_seconds
+                stuck = self._writing_since is not None and now - self._writing_since > self._stall_seconds
+                if owed or down or stuck:
+                    where = "the local side takes nothing" if stuck else "the peer acknowledges nothing"
+                    raise Stalled(
+                        f"relay of the {self.socket} socket: no progress for {self._stall_seconds:.0f} s, {where}; "
+                        "it was closed so that the guest does not hang: see the link and try again"
+                    )
+        finally:
+            if drained is not None:
+                drained.cancel()
+                await asyncio.gather(drained, return_exceptions=True)
+
+
+class JobSockets:
+    """The source's side: listens on the job's sockets and carries each connection to the peer."""
+
+    def __init__(
+        self,
+        directory: Path,
+        owner: tuple[int, int],
+        open_stream: Callable[[str], Awaitable[RelayStream]],
+        *,
+        stall_seconds: float,
+        link_up: Callable[[], bool],
+        on_failure: Callable[[LifeboatError], None],
+    ) -> None:
+        self.directory = directory
+        self.counters = RelayCounters()
+        self._owner = owner
+        self._open_stream = open_stream
+        self._stall_seconds = stall_seconds
+        self._link_up = link_up
+        self._on_failure = on_failure
+        self._servers: list[asyncio.Server] = []
+        self._connections: dict[asyncio.Task[None], str] = {}
+
+    def path(self, socket: str) -> Path:
+        """Where a socket of the job is, here and at the destination."""
+        return self.directory / f"{socket}.sock"
+
+    async def listen(self) -> None:
+        """Open the three sockets: libvirt's for root only, the others for QEMU's user as well."""
+        await asyncio.to_thread(make_job_directory, self.directory, self._owner)
+        for socket in SOCKETS:
+            path = self.path(socket)
+            path.unlink(missing_ok=True)
+
+            async def accept(
+                reader: asyncio.StreamReader, writer: asyncio.StreamWriter, socket: str = socket
+            ) -> None:
+                task = asyncio.current_task()
+                assert task is not None  # noqa: S101  (a started coroutine always has one)
+                self._connections[task] = socket
+                try:
+                    await self._carry(socket, reader, writer)
+                finally:
+                    self._connections.pop(task, None)
+
+            server = await asyncio.start_unix_server(accept, path, limit=PIECE_BYTES)
+            self._servers.append(server)
+            path.chmod(0o600)
+            if socket != LIBVIRT:
+                os.chown(path, *self._owner)
+
+    async def _carry(self, socket: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            stream = await self._open_stream(socket)
+            connection = RelayedConnection(
+                socket,
+                reader,
+                writer,
+                stream,
+                self.counters,
+                stall_seconds=self._stall_seconds,
+                link_up=self._link_up,
+            )
+            await connection.run()
+        except LifeboatError as error:
+            logger.warning("relay of the %s socket ended: %s", socket, error)
+            writer.transport.abort()
+            if socket != LIBVIRT or isinstance(error, Stalled):
+                # One dead stream leaves QEMU waiting in the other: all go.
+                self._on_failure(error)
+        except asyncio.CancelledError:
+            writer.transport.abort()
+
+    def close_connections(self) -> None:
+        """Cut what is open, so that neither libvirt nor QEMU waits for what will not come."""
+        for task in list(self._connections):
+            task.cancel()
+
+    async def close(self) -> None:
+        """Close and remove the sockets."""
+        for server in self._servers:
+            server.close()
+        self.close_connections()
+        tasks = list(self._connections)
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
+        self._servers.clear()
+        await asyncio.to_thread(remove_job_directory, self.directory)
+
+
+def make_job_directory(directory: Path, owner: tuple[int, int]) -> None:
+    """The job's directory, writable for QEMU's user only (blocking): QEMU at the destination binds there."""
+    for parent in (directory.parent.parent, directory.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        parent.chmod(0o711)
+    directory.mkdir(exist_ok=True, mode=0o700)
+    directory.chmod(0o700)
+    os.chown(directory, *owner)
+
+
+def remove_job_directory(directory: Path) -> None:
+    """Remove the job's sockets and directory (blocking)."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.iterdir():
+            path.unlink(missing_ok=True)
+        directory.rmdir()
+
+
+async def connect_locally(
+    socket: str, path: Path, libvirt_socket: Path = LIBVIRT_SOCKET
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The destination's side of a socket: libvirt's own, or the one that QEMU has opened for this job."""
+    target = libvirt_socket if socket == LIBVIRT else path
+    try:
+        return await asyncio.open_unix_connection(target, limit=PIECE_BYTES)
+    except OSError as error:
+        raise ProtocolError(
+            f"relay of the {socket} socket: {target} does not accept ({error}); see libvirt's log at the destination"
+        ) from error
+
+
+def header(job_id: str, socket: str) -> dict[str, Any]:
+    """The header of a relay's stream."""
+    return {"job": job_id, "socket": socket}

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What an evacuation needs of the rooms beside it. They satisfy this by their shape; tests may stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class ImageLike(Protocol):
+    """An image file or device."""
+
+    @property
+    def path(self) -> Any: ...  # noqa: D102
+    @property
+    def format(self) -> str: ...  # noqa: D102
+    @property
+    def size_bytes(self) -> int: ...  # noqa: D102
+
+
+class StoreRoom(Protocol):
+    """The replicas held here."""
+
+    async def status(self, vm: str) -> dict[str, Any]:
+        """State of a replica."""
+
+    async def freeze_for_arrival(self, vm: str, generation: int, epoch: int) -> Mapping[str, ImageLike]:
+        """Close our writers; the top of each disk's sealed chain."""
+
+    async def thaw(self, vm: str) -> None:
+        """Take generations again."""
+
+    async def adopt(
+        self,
+        vm: str,
+        *,
+        name: str,
+        epoch: int,
+        generation: int,
+        checkpoint: str,
+        disks: Mapping[str, Any],
+        definition: str,
+    ) -> None:
+        """Take images that a VM left behind as the base of a replica, untouched."""
+
+    async def detach(self, vm: str) -> Mapping[str, Any]:
+        """Let the replica's files be the VM's own from now on; its chains, base last or first (see landing)."""
+
+
+class SourceRoom(Protocol):
+    """The protection of the VMs that run here."""
+
+    def status(self, vm: str) -> dict[str, Any]:
+        """State of a protection. Raises NotFound."""
+
+    async def run_pass(self, vm: str, *, reason: str) -> Any:
+        """One pass; its PassResult."""
+
+    async def hold(self, vm: str, holder: str) -> None:
+        """No periodic passes while held."""
+
+    async def release(self, vm: str, holder: str) -> None:
+        """Periodic passes again."""
+
+    async def send_residual(self, vm: str, frozen: Mapping[str, Any], bitmap: str, definition: str) -> Any:
+        """What the frozen images hold beyond the last generation; its PassResult."""
+
+    async def after_rollback(self, vm: str) -> None:
+        """The VM runs on here: protect it as before."""
+
+    async def handed_over(self, vm: str) -> None:
+        """The VM has left: forget its protection."""
+
+    async def adopt_for_return(self, vm: str, **what: Any) -> Any:
+        """Protect a VM that has arrived towards its old home."""

@@ -7,8 +7,9 @@ import asyncio
 import os
 
 import pytest
-from precache_proxy.channel import MAX_MESSAGE_BYTES, Stream, StreamReset, TrafficClass
-from precache_proxy.errors import InvalidInput, NoSpace, NotFound
+
+from precache_proxy.channel import MAX_MESSAGE_BYTES, Stream, TrafficClass
+from precache_proxy.errors import NotFound
 
 from .conftest import PairFactory
 

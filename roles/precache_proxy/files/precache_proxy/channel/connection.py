@@ -8,11 +8,14 @@ socket is written only when it can take a chunk, so that a message of a higher c
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 import ssl
+import struct
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 from precache_proxy.channel.frames import Frame, FrameParser
@@ -43,6 +46,23 @@ def tune(raw: socket.socket, *, dead_seconds: float) -> str:
     return raw.getsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, 16).split(b"\0")[0].decode(errors="replace")
 
 
+@dataclass(frozen=True, slots=True)
+class TcpState:
+    """What the kernel knows of a connection (struct tcp_info, linux/tcp.h)."""
+
+    serial: int
+    round_trip_seconds: float
+    least_round_trip_seconds: float
+    unacknowledged: int
+    acknowledged_bytes: int
+
+
+_serials = itertools.count(1)
+# tcpi_snd_mss at 16, _unacked 24, _sacked 28, _rtt 68, _bytes_acked 120, _min_rtt 148; microseconds.
+_TCP_INFO = struct.Struct("=16xI4xII36xI48xQ20xI")
+_TCP_INFO_BYTES = _TCP_INFO.size
+
+
 class ConnectionOwner(Protocol):
     """What a connection needs of its session."""
 
@@ -63,6 +83,7 @@ class Connection:
         self, tls: ssl.SSLSocket, slot: int, congestion_control: str, owner: ConnectionOwner
     ) -> None:
         self.slot = slot
+        self.serial = next(_serials)
         self.congestion_control = congestion_control
         self.synced = False  # the peer has told what it has; numbered frames may go
         self.urgent: deque[bytes] = deque()
@@ -86,6 +107,14 @@ class Connection:
         # TLS may already hold decrypted bytes that came with the hello: the poll would not tell.
         self._loop.call_soon(self._on_readable)
         self.pump()
+
+    def tcp_state(self) -> TcpState:
+        """Round trip and progress as the kernel sees them."""
+        info = self._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        segment, unacknowledged, selectively, round_trip, acknowledged, least = _TCP_INFO.unpack_from(info)
+        # Behind a loss the cumulative acknowledgement stands still, although most of it arrives.
+        acknowledged += selectively * segment
+        return TcpState(self.serial, round_trip / 1e6, least / 1e6, unacknowledged, acknowledged)
 
     @property
     def busy(self) -> bool:

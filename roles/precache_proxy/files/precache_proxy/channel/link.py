@@ -18,6 +18,7 @@ from precache_proxy import __version__
 from precache_proxy.channel import rpc
 from precache_proxy.channel.connection import Connection, tune
 from precache_proxy.channel.counters import LinkCounters
+from precache_proxy.channel.governor import Governor, Sample
 from precache_proxy.channel.handshake import receive_hello, send_hello, start_tls
 from precache_proxy.channel.identity import explain, peer_names, refused
 from precache_proxy.channel.pacer import Pacer
@@ -37,6 +38,8 @@ from precache_proxy.errors import (
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
+_GOVERN_SECONDS = 0.025
+_BUSY_BYTES = 16 * 1024  # sent within a tick: worth looking closely
 _REFUSED_FACTOR = 3  # a refusal does not heal by itself: ask less often
 _GOODPUT_SECONDS = 2.0
 
@@ -64,6 +67,7 @@ class Link:
         self._connections = self._checked_connections(address.connections)
         self._chosen_rate: float | None = None
         self._rate_chosen = False
+        self._governor = Governor()
         self._pacer = Pacer(self._rate_by_clock(), self._wake)
         self._session = self._new_session()
         self._accepted: Session | None = None
@@ -73,6 +77,8 @@ class Link:
         self._ticker: asyncio.Task[None] | None = None
         self._failures = 0
         self._error: LifeboatError = PeerUnreachable(f"peer {peer}: not tried yet; wait a moment")
+        self._acknowledged: dict[int, int] = {}
+        self._acknowledged_before = 0
         self._goodput = 0.0
         self._goodput_mark = (time.monotonic(), 0)
         self._stopping = False
@@ -119,8 +125,8 @@ class Link:
 
     @property
     def rate_bytes_per_second(self) -> float | None:
-        """The limit in force; None = none."""
-        return self._pacer.rate_bytes_per_second
+        """The limit that was set; None = none."""
+        return self._pacer.limit_bytes_per_second
 
     def status(self) -> dict[str, Any]:
         """JSON form of the link's state."""
@@ -138,6 +144,8 @@ class Link:
             "connections_accepted": len(self._accepted.connections) if self._accepted else 0,
             "congestion_control": self._session.congestion_control,
             "rate_bytes_per_second": self.rate_bytes_per_second,
+            "paced_bytes_per_second": self._pacer.rate_bytes_per_second,
+            "queue_seconds": self._governor.queue_seconds,
             "rate_by": "operator" if self._rate_chosen else "configuration",
             "goodput_bytes_per_second": self._goodput,
             "streams": len(self._session.streams) + (len(self._accepted.streams) if self._accepted else 0),
@@ -188,14 +196,14 @@ class Link:
 
     def set_rate(self, bytes_per_second: float | None) -> None:
         """Limit what is sent to this peer, from now until :meth:`follow_configuration`; None = no limit."""
-        self._pacer.set_rate(bytes_per_second)
+        self._pacer.set_limit(bytes_per_second)
         self._rate_chosen = True
         self._chosen_rate = bytes_per_second
 
     def follow_configuration(self) -> None:
         """Forget :meth:`set_rate`: the configured rate and its windows hold again."""
         self._rate_chosen = False
-        self._pacer.set_rate(self._rate_by_clock())
+        self._pacer.set_limit(self._rate_by_clock())
 
     def set_connections(self, connections: int) -> None:
         """How many TCP connections we keep. Raises InvalidInput."""
@@ -445,9 +453,16 @@ class Link:
         return rate_at(self.address.rate_bytes_per_second, self.address.windows, datetime.now().astimezone())
 
     async def _tick(self) -> None:
+        beat = sent = 0
         while True:
-            await asyncio.sleep(_TICK_SECONDS)
+            sent, before = sum(session.sent_wire_bytes for session in self._sessions()), sent
+            sending = sent > before + _BUSY_BYTES or any(session.has_backlog for session in self._sessions())
+            await asyncio.sleep(_GOVERN_SECONDS if sending else _TICK_SECONDS)
             now = time.monotonic()
+            self._govern(now)
+            beat += 1
+            if sending and beat % 10:
+                continue
             for session in self._sessions():
                 session.tick(now, self._config.dead_peer_seconds)
                 if not session.connections and now - session.empty_since > self._config.session_grace_seconds:
@@ -458,9 +473,32 @@ class Link:
                 self._goodput_mark = (now, self._counters.acknowledged_raw_bytes)
             if not self._rate_chosen and self.address.windows:
                 rate = self._rate_by_clock()
-                if rate != self._pacer.rate_bytes_per_second:
+                if rate != self._pacer.limit_bytes_per_second:
                     log.info("rate to %s is now %s bytes per second", self.peer, rate)
-                    self._pacer.set_rate(rate)
+                    self._pacer.set_limit(rate)
+
+    def _govern(self, now: float) -> None:
+        states = [
+            connection.tcp_state() for session in self._sessions() for connection in session.connections.values()
+        ]
+        self._acknowledged.update({state.serial: state.acknowledged_bytes for state in states})
+        busy = [state for state in states if state.unacknowledged] or states
+        if not busy:
+            return
+        if len(self._acknowledged) > 2 * len(states) + 8:
+            # Connections that have gone stay in the sum, which must not go down.
+            gone = self._acknowledged.keys() - {state.serial for state in states}
+            self._acknowledged_before += sum(self._acknowledged.pop(serial) for serial in gone)
+        rate = self._governor.sample(
+            Sample(
+                now,
+                self._acknowledged_before + sum(self._acknowledged.values()),
+                sum(state.round_trip_seconds for state in busy) / len(busy),
+                min(state.least_round_trip_seconds for state in states),
+                any(session.has_backlog for session in self._sessions()),
+            )
+        )
+        self._pacer.govern(rate)
 
     def _give_up(self, session: Session) -> None:
         error = LinkLost(

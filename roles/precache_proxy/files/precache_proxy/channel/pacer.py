@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 
 from precache_proxy.channel.rate import TokenBucket
+from precache_proxy.errors import InvalidInput
 
 _LEAST_WAIT_SECONDS = 0.001
 
@@ -16,18 +17,41 @@ class Pacer:
 
     def __init__(self, rate_bytes_per_second: float | None, wake: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
+        self._limit = rate_bytes_per_second
+        self._governed: float | None = None
         self._bucket = TokenBucket(rate_bytes_per_second, self._loop.time())
         self._wake = wake
         self._timer: asyncio.TimerHandle | None = None
 
     @property
+    def limit_bytes_per_second(self) -> float | None:
+        """The limit that an operator or the configuration set; None = none."""
+        return self._limit
+
+    @property
     def rate_bytes_per_second(self) -> float | None:
-        """The rate in force."""
+        """The rate in force: the limit, or what the path carries where that is less."""
         return self._bucket.rate_bytes_per_second
 
-    def set_rate(self, rate_bytes_per_second: float | None) -> None:
-        """Change it now. Raises InvalidInput on 0 or less."""
-        self._bucket.set_rate(rate_bytes_per_second, self._loop.time())
+    def set_limit(self, rate_bytes_per_second: float | None) -> None:
+        """Change the limit now. Raises InvalidInput on 0 or less."""
+        if rate_bytes_per_second is not None and rate_bytes_per_second <= 0:
+            raise InvalidInput(
+                f"rate of {rate_bytes_per_second} bytes per second: nothing could be sent; "
+                "give a rate above 0 or none for no limit"
+            )
+        self._limit = rate_bytes_per_second
+        self._apply()
+
+    def govern(self, rate_bytes_per_second: float | None) -> None:
+        """What the path carries, as the governor sees it; None = unknown."""
+        if rate_bytes_per_second != self._governed:
+            self._governed = rate_bytes_per_second
+            self._apply()
+
+    def _apply(self) -> None:
+        rates = [rate for rate in (self._limit, self._governed) if rate is not None]
+        self._bucket.set_rate(min(rates, default=None), self._loop.time())
         self.stop()
         self._wake()
 

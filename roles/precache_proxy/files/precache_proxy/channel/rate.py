@@ -29,14 +29,16 @@ class TokenBucket:
         return self._rate
 
     def set_rate(self, rate_bytes_per_second: float | None, now: float) -> None:
-        """Change the rate. A debt made at the old rate is forgiven. Raises InvalidInput on 0 or less."""
+        """Change the rate; a debt stays. Raises InvalidInput on 0 or less."""
         if rate_bytes_per_second is not None and rate_bytes_per_second <= 0:
             raise InvalidInput(
                 f"rate of {rate_bytes_per_second} bytes per second: nothing could be sent; "
                 "give a rate above 0 or none for no limit"
             )
+        self.wait_seconds(now)
+        if self._rate is None or rate_bytes_per_second is None:
+            self._tokens = 0.0
         self._rate = rate_bytes_per_second
-        self._tokens = 0.0
         self._at = now
 
     def wait_seconds(self, now: float) -> float:

@@ -266,6 +266,16 @@ class Session:
         highest = self._scheduler.highest()
         return TrafficClass.PRECACHE if highest is None else highest
 
+    @property
+    def sent_wire_bytes(self) -> int:
+        """Since the session began."""
+        return self._sent_wire_bytes
+
+    @property
+    def has_backlog(self) -> bool:
+        """Something waits to be sent."""
+        return self._scheduler.highest() is not None and bool(self.connections)
+
     def wake(self) -> None:
         """There is something to send: ask the connections, once in this turn of the loop."""
         if not self._pumping and self.connections:
@@ -425,6 +435,8 @@ class Session:
         stream.kind, stream.header, stream.label = kind, header, label
         stream.tally = self._counters.label(label)
         stream.opened = True
+        stream.window.limits = CLASS_LIMITS[TrafficClass(frame.traffic_class)]
+        stream.window.begin()
 
     def _reset_arrived(self, connection: Connection, frame: Frame) -> None:
         error = from_dict(unpack_json(frame.payload, "RESET frame"))

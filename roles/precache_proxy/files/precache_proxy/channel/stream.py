@@ -257,6 +257,7 @@ class Stream:
         """Opener: queue the OPEN frame."""
         self._traffic_class = traffic_class
         self.window.limits = CLASS_LIMITS[traffic_class]
+        self.window.begin()
         self.opened = True
         self._pending.append(SentFrame(FrameType.OPEN, 0, 0, [memoryview(payload)], len(payload)))
 
@@ -395,7 +396,13 @@ class Stream:
             following = self._early.pop(self._expected, None)
             if following is not None:
                 self._early_charge -= len(following.payload) + FRAME_CHARGE_BYTES
-        pressing = self._arrived_charge - self._acknowledged_charge >= self.window.acknowledge_bytes
+        if not self._messages:
+            # The reader waits for the rest of the message: that it has not taken it yet is not its fault.
+            self.window.consumed(self._consumed_charge + self._parts_charge, self._progress_at)
+        pressing = (
+            self._arrived_charge - self._acknowledged_charge >= self.window.acknowledge_bytes
+            or self.window.size_bytes - self.window.initial_bytes > self._advertised
+        )
         self._owner.owe_acknowledgement(self, soon=pressing)
         if self.over:
             self._owner.forget(self)

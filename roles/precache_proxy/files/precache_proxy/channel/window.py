@@ -18,6 +18,7 @@ class RoundTrip:
 
     def __init__(self) -> None:
         self.smoothed_seconds: float | None = None
+        self.flight_bytes = 0.0  # what streams had under way lately: new ones need not find out again
         self._least = [float("inf"), float("inf")]
         self._turn_at = 0.0
 
@@ -49,6 +50,11 @@ class ReceiveWindow:
         self._mark_at = 0.0
         self._mark_bytes = 0
 
+    def begin(self) -> None:
+        """Class and maximum are known: start from what other streams of the session found."""
+        if self._round_trip.flight_bytes > self.size_bytes:
+            self._resize(self._target(self._round_trip.flight_bytes))
+
     @property
     def acknowledge_bytes(self) -> int:
         """So much may arrive before an acknowledgement is due at once."""
@@ -65,11 +71,13 @@ class ReceiveWindow:
         if elapsed > 4 * trip + 1:
             return  # first sample, or an idle time lies between: it says nothing about the rate
         flight = taken * trip / elapsed
-        # A window that was used up says nothing about how much would fit: try twice as much.
-        target = 2 * flight
-        if self.limits.short and flight < 0.9 * self.size_bytes:
-            target = flight + max(_SLACK_BYTES, flight / 6)
-        self._resize(target)
+        self._round_trip.flight_bytes = max(flight, self._round_trip.flight_bytes * 0.98)
+        # A window that was used up says nothing about how much would fit.
+        used_up = flight > (0.8 if self.limits.short else 0.6) * self.size_bytes
+        self._resize(4 * flight if used_up else self._target(flight))
+
+    def _target(self, flight: float) -> float:
+        return flight + max(_SLACK_BYTES, flight / 3) if self.limits.short else 2 * flight
 
     def _resize(self, target: float) -> None:
         most = self.limits.maximum_window_bytes

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How fast a path can be filled without making its queue long.
+
+The kernel's congestion control fills the bottleneck's queue: several BBR connections keep up to one bandwidth-delay
+product in it, Reno all of it, and then a call waits behind a copy however strict our classes are, and a short queue
+overflows. So what is sent is paced here to what the path is seen to deliver, steered to a small queueing delay.
+Pure: samples and clock come in, a rate comes out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+# A queue of about this is kept, so that the link never runs dry.
+_TARGET_SECONDS = 0.01
+# Shorter paths than this are local: there the processors are the limit, and delays say nothing.
+_LOCAL_SECONDS = 0.003
+_FIRST_RATE = 2_000_000.0
+_LEAST_RATE = 64_000.0
+_BASE_SECONDS = 30.0
+_FOREIGN_SECONDS = 5.0
+_PAUSE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """All connections to a peer together: bytes acknowledged since ever, round trip now, and is there a backlog?"""
+
+    at: float
+    acknowledged_bytes: int
+    round_trip_seconds: float
+    least_round_trip_seconds: float
+    backlog: bool
+
+
+class Governor:
+    """Give it a sample every 25 to 50 ms; it says what rate (bytes per second) to keep, None = no limit."""
+
+    def __init__(self) -> None:
+        self.rate_bytes_per_second: float | None = None
+        self.queue_seconds = 0.0
+        self._rate = _FIRST_RATE
+        self._starting = True
+        self._mark: Sample | None = None
+        self._backlogged = True
+        self._delivered: deque[float] = deque(maxlen=6)
+        self._base: deque[tuple[float, float]] = deque()
+        self._calm = 0
+        self._foreign_since: float | None = None
+        self._paused_until = 0.0
+        self._peak = 0.0
+
+    def sample(self, now: Sample) -> float | None:
+        """The new rate."""
+        base = self._base_seconds(now)
+        if base < _LOCAL_SECONDS:
+            self._mark = now
+            self.rate_bytes_per_second = None
+            return None
+        mark = self._mark
+        if mark is None:
+            self._mark = now
+        else:
+            self._backlogged = self._backlogged and now.backlog
+            if now.at - mark.at >= max(base, 0.05):
+                self._step(mark, now, base)
+                self._mark = now
+                self._backlogged = now.backlog
+        self.rate_bytes_per_second = None if now.at < self._paused_until else self._rate
+        return self.rate_bytes_per_second
+
+    def _base_seconds(self, now: Sample) -> float:
+        # Least round trip of the last half minute, in a monotonic queue: a path that became longer is believed.
+        value = min(now.round_trip_seconds, now.least_round_trip_seconds) if not self._base else now.round_trip_seconds
+        while self._base and self._base[-1][1] >= value:
+            self._base.pop()
+        self._base.append((now.at, value))
+        while len(self._base) > 1 and now.at - self._base[0][0] > _BASE_SECONDS:
+            self._base.popleft()
+        return self._base[0][1]
+
+    def _step(self, mark: Sample, now: Sample, base: float) -> None:
+        delivered = (now.acknowledged_bytes - mark.acknowledged_bytes) / (now.at - mark.at)
+        self.queue_seconds = queue = max(0.0, now.round_trip_seconds - base)
+        if not self._backlogged and delivered < (0.5 if queue > 2 * _TARGET_SECONDS else 0.9) * self._rate:
+            self._calm = 0  # nobody wanted more: it says nothing about the path
+            return
+        self._delivered.append(delivered)
+        capacity = max(self._delivered)
+        self._peak = max(self._peak * 0.999, capacity)
+        if self._starting:
+            if queue < max(2 * _TARGET_SECONDS, base / 8):
+                # As slow start does, but each step only when the step before is seen to arrive.
+                self._rate = max(self._rate, delivered * 2)
+                return
+            self._starting = False
+            self._delivered.clear()
+            self._delivered.append(delivered)
+            capacity = delivered
+        if queue > 4 * _TARGET_SECONDS:
+            # The path has become slower, or we came in too fast: forget older figures and empty the queue.
+            self._delivered.clear()
+            self._delivered.append(delivered)
+            capacity = delivered
+        # First order: the queue approaches its target within about two round trips.
+        settle = 2 * base + 0.1
+        gain = max(-0.25, min((_TARGET_SECONDS - queue) / settle, 0.1))
+        self._calm = self._calm + 1 if queue < _TARGET_SECONDS / 3 else 0
+        if self._calm >= 4:
+            gain = 0.25  # no queue at all although we press: the path has become faster
+        self._rate = max(capacity * (1 + gain), _LEAST_RATE)
+        self._watch_for_others(now.at, queue)
+
+    def _watch_for_others(self, at: float, queue: float) -> None:
+        # A queue that does not shrink although we went down a long way is somebody else's, who would take all.
+        if queue > 3 * _TARGET_SECONDS and self._rate < 0.6 * self._peak:
+            if self._foreign_since is None:
+                self._foreign_since = at
+            elif at - self._foreign_since > _FOREIGN_SECONDS:
+                self._paused_until = at + _PAUSE_SECONDS
+                self._foreign_since = None
+                self._peak = self._rate
+                self._base.clear()
+        else:
+            self._foreign_since = None

@@ -212,7 +212,7 @@ class BindingTable:
         now: float,
         wall: float,
     ) -> Verdict:
-        elsewhere = before is not None and before.active and before.care_of != asked.care_of
+        elsewhere = before is not None and before.care_of != asked.care_of
         if before is None or (elsewhere and asked.epoch <= before.epoch):
             sentence = f"VM {asked.vm}: withdrawn by a gateway that does not hold it; nothing changed"
             return Verdict(Status.ACCEPTED, "not-held", sentence, before, before, asked.ticks)

@@ -3,9 +3,9 @@
 
 Pure: the clock comes with each call, messages go out as values from :meth:`Registrar.due`. A claim is sent
 at once, again after one round trip and then ever more slowly, for as long as it takes: in a crisis an anchor
-that does not answer now may answer in a minute. What merely confirms (refresh, an anchor that restarted) keeps
-to a window of messages under way; a claim goes ahead of it, so that one hand-over among thousands of refreshes
-is as quick as alone.
+that does not answer now may answer in a minute. What merely confirms (refresh, an anchor that restarted)
+keeps to a window of messages under way; a claim goes ahead of it, so that one hand-over among thousands of
+refreshes is as quick as alone.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ class Registrar:
         return Outcome("refused", line.vm, line.anchor, line.sentence, answer.epoch, answer.holder)
 
     def lost(self, vm: str, epoch: int) -> bool:
-        """An anchor has ``vm`` elsewhere in ``epoch``: whether that beats our claim, which then is forgotten."""
+        """An anchor has ``vm`` elsewhere in ``epoch``: whether that beats our claim, which is then dropped."""
         claim = self._claims.get(vm)
         if claim is None or epoch < claim.epoch:
             return False

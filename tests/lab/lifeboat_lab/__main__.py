@@ -17,8 +17,8 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(
         prog="lab",
-        description="A two-site lab on this machine. LIFEBOAT_LAB names it (default lab), LIFEBOAT_LAB_HOSTS chooses "
-        "hosts, LIFEBOAT_LAB_SUITE is trixie or bookworm.",
+        description="A two-site lab on this machine. LIFEBOAT_LAB names it (default lab), "
+        "LIFEBOAT_LAB_HOSTS chooses hosts, LIFEBOAT_LAB_SUITE is trixie or bookworm.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("up", help="build the lab, or what is missing of it, and switch everything on")
@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     )
     wan.add_argument("action")
     wan.add_argument("--from", dest="source", help="cut: only what leaves this site; check: from this host")
-    wan.add_argument("--to", dest="destination", help="cut: only what is sent to this site; check: to this host")
+    wan.add_argument(
+        "--to", dest="destination", help="cut: only what is sent to this site; check: to this host"
+    )
     return top
 
 
@@ -113,7 +115,8 @@ def _wan(lab: Lab, options: argparse.Namespace) -> int:
             f"(profile {check.expected_round_trip_seconds * 1000:g}), goodput "
             f"{check.goodput_bits_per_second / 1e6:.1f} Mbit/s "
             f"(profile {check.expected_bits_per_second / 1e6 or 'unlimited'}), relay "
-            f"{check.relay_processor_share:.0%} of one processor: {'holds' if check.holds else 'DOES NOT HOLD'}"
+            f"{check.relay_processor_share:.0%} of one processor: "
+            f"{'holds' if check.holds else 'DOES NOT HOLD'}"
         )
         return 0 if check.holds else 1
     else:

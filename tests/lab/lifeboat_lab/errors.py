@@ -3,4 +3,5 @@
 
 
 class LabError(Exception):
-    """One sentence that names the thing, the fact and the way out; the command line prints it and ends with 1."""
+    """One sentence that names the thing, the fact and the way out; the command line prints it and ends with
+    1."""

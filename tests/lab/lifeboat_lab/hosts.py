@@ -128,7 +128,9 @@ class Host:
         group.create()
         self._network.connect(self.plan)
         self._record.parent.mkdir(parents=True, exist_ok=True)
-        devices = [f"--bind={path}" for path in ("/dev/net/tun", "/dev/kvm", "/dev/fuse") if Path(path).exists()]
+        devices = [
+            f"--bind={path}" for path in ("/dev/net/tun", "/dev/kvm", "/dev/fuse") if Path(path).exists()
+        ]
         environment = HOST_ENVIRONMENT | {
             "GROUP": str(group.path),
             "LOWER": str(self._lower),
@@ -216,7 +218,9 @@ class Host:
 
     def _booted(self, process: "subprocess.Popen[bytes]") -> bool:
         self._still_booting(process)
-        answer = self.exec("systemctl", "is-system-running", "--wait", check=False, timeout_seconds=BOOT_SECONDS)
+        answer = self.exec(
+            "systemctl", "is-system-running", "--wait", check=False, timeout_seconds=BOOT_SECONDS
+        )
         return answer.stdout.strip() in {"running", "degraded"}
 
     def _still_booting(self, process: "subprocess.Popen[bytes]") -> None:

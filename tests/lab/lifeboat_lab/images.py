@@ -22,8 +22,8 @@ NEEDED_MIB = {"full": 3000, "bare": 800, "guest": 200}
 PACKAGES_ON_HOST = "/srv/lab-packages"
 
 SYSTEM_PACKAGES = (
-    "systemd", "systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "python3", "iproute2", "iputils-ping",
-    "procps",
+    "systemd", "systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "python3", "iproute2",
+    "iputils-ping", "procps",
 )  # fmt: skip
 FULL_PACKAGES = (
     *SYSTEM_PACKAGES,
@@ -35,8 +35,8 @@ FULL_PACKAGES = (
     "python3-xxhash", "python3-systemd", "python3-cryptography", "python3-msgpack", "python3-lxml",
     "python3-pyroute2", "python3-apt",
     # what an operator and our tests look with
-    "rsync", "sudo", "nftables", "e2fsprogs", "strace", "socat", "tcpdump", "iperf3", "openssl", "ca-certificates",
-    "libnbd-bin", "zstd", "jq", "psmisc", "less", "util-linux-extra", "busybox-static",
+    "rsync", "sudo", "nftables", "e2fsprogs", "strace", "socat", "tcpdump", "iperf3", "openssl",
+    "ca-certificates", "libnbd-bin", "zstd", "jq", "psmisc", "less", "util-linux-extra", "busybox-static",
 )  # fmt: skip
 # Not installed on hosts: kernel and modules of the guests, taken from the packages.
 DOWNLOADED_PACKAGES = ("linux-image-cloud-amd64",)
@@ -84,11 +84,15 @@ class Images:
         return cached(f"full-{self._settings.suite}", recipe, NEEDED_MIB["full"], self._build_full)
 
     def bare(self) -> Path:
-        """Directory of the image that has only systemd, ssh and python3; built from the full image's packages."""
+        """Directory of the image that has only systemd, ssh and python3; built from the full image's
+        packages."""
         full = self.full()
         recipe = {"from": full.name, "packages": SYSTEM_PACKAGES, "steps": 1}
         return cached(
-            f"bare-{self._settings.suite}", recipe, NEEDED_MIB["bare"], lambda target: self._build_bare(full, target)
+            f"bare-{self._settings.suite}",
+            recipe,
+            NEEDED_MIB["bare"],
+            lambda target: self._build_bare(full, target),
         )
 
     def _build_full(self, target: Path) -> None:
@@ -96,8 +100,8 @@ class Images:
         packages = target / "packages"
         packages.mkdir()
         command = [
-            "mmdebstrap", "--mode=root", "--variant=minbase", "--skip=essential/unlink", "--architectures=amd64",
-            f"--include={','.join(FULL_PACKAGES)}",
+            "mmdebstrap", "--mode=root", "--variant=minbase", "--skip=essential/unlink",
+            "--architectures=amd64", f"--include={','.join(FULL_PACKAGES)}",
             '--customize-hook=env APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get --yes --download-only '
             f"--no-install-recommends install {' '.join(DOWNLOADED_PACKAGES)}",
             f'--customize-hook=mv "$1"/var/cache/apt/archives/*.deb {packages}/',
@@ -106,7 +110,9 @@ class Images:
         if self._settings.mirror:
             command.append(self._settings.mirror)
         run(command, timeout_seconds=1800)
-        index = run(["dpkg-scanpackages", "--multiversion", str(packages), "/dev/null"], timeout_seconds=300).stdout
+        index = run(
+            ["dpkg-scanpackages", "--multiversion", str(packages), "/dev/null"], timeout_seconds=300
+        ).stdout
         (packages / "Packages").write_text(index.replace(f"Filename: {packages}/", "Filename: ./"))
         customise(target / "root")
 
@@ -118,7 +124,8 @@ class Images:
                 "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
                 f"--include={','.join(SYSTEM_PACKAGES)}",
                 f'--setup-hook=mkdir -p "$1{packages}" && mount --bind -o ro {packages} "$1{packages}"',
-                f'--customize-hook=umount "$1{packages}" && rmdir -p --ignore-fail-on-non-empty "$1{packages}"',
+                f'--customize-hook=umount "$1{packages}"',
+                f'--customize-hook=rmdir -p --ignore-fail-on-non-empty "$1{packages}"',
                 self._settings.suite, str(target / "root"), f"deb [trusted=yes] file:{packages} ./",
             ],
             timeout_seconds=900,
@@ -127,7 +134,8 @@ class Images:
 
 
 def customise(root: Path) -> None:
-    """What all hosts share beyond the packages: settings that make a host quick to boot and unable to get out."""
+    """What all hosts share beyond the packages: settings that make a host quick to boot and unable to get
+    out."""
     for old in ("etc/apt/sources.list", "etc/machine-id"):
         (root / old).unlink(missing_ok=True)
     for key in (root / "etc/ssh").glob("ssh_host_*"):
@@ -149,7 +157,8 @@ def customise(root: Path) -> None:
 
 def _customise_libvirt(directory: Path) -> None:
     for name, line in {
-        # This kernel has no AppArmor; QEMU stays libvirt's unprivileged user with dynamic ownership, as by default.
+        # This kernel has no AppArmor; QEMU stays libvirt's unprivileged user with dynamic ownership, as by
+        # default.
         "qemu.conf": 'security_driver = "none"',
         # All hosts see the same machine's firmware: without this they share one identity and libvirt refuses
         # to migrate "to the same host".
@@ -186,8 +195,8 @@ def cached(kind: str, recipe: object, needed_mib: int, build: Callable[[Path], N
         free_mib = shutil.disk_usage(CACHE).free >> 20
         if free_mib < needed_mib:
             raise LabError(
-                f"{CACHE}: {needed_mib} MiB needed for the image {kind}, {free_mib} MiB free; free space or mount "
-                "a larger file system there"
+                f"{CACHE}: {needed_mib} MiB needed for the image {kind}, {free_mib} MiB free; free space "
+                "or mount a larger file system there"
             )
         target = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=CACHE))
         try:

@@ -35,7 +35,8 @@ class Keys:
         """known_hosts and ssh configuration for the hosts that there are; hosts learn each other's keys."""
         hosts = list(hosts)
         known = "".join(
-            f"{host.name},{host.plan.address},{host.plan.management_address} {host.host_key}\n" for host in hosts
+            f"{host.name},{host.plan.address},{host.plan.management_address} {host.host_key}\n"
+            for host in hosts
         )
         self.known_hosts.write_text(known)
         for host in hosts:

@@ -35,8 +35,8 @@ def silent(_text: str) -> None:
 class Lab:
     """One lab by its settings. Making the object changes nothing; `up` builds, `down` removes.
 
-    A lab with an `owner` (a process id) is removed by any later `up` once that process is gone: test runs that
-    make labs of their own name themselves as the owner.
+    A lab with an `owner` (a process id) is removed by any later `up` once that process is gone: test runs
+    that make labs of their own name themselves as the owner.
     """
 
     def __init__(self, settings: Settings | None = None, *, say: Callable[[str], None] = silent) -> None:
@@ -48,7 +48,7 @@ class Lab:
         self.wan = Wan(self.settings)
         self.guests = Guests(self)
 
-    # --- building -----------------------------------------------------------------------------------------------
+    # --- building ------------------------------------------------------------------------------
 
     def up(self, *, owner: int | None = None) -> bool:
         """Build what is missing and switch on what is off. Returns False when there was nothing to do.
@@ -65,8 +65,8 @@ class Lab:
                 record = None
             if record is not None and record["suite"] != self.settings.suite:
                 raise LabError(
-                    f"lab {self.settings.name}: is built from {record['suite']}, not {self.settings.suite}; run "
-                    "`make lab-down` first or choose another name with LIFEBOAT_LAB"
+                    f"lab {self.settings.name}: is built from {record['suite']}, not {self.settings.suite}; "
+                    "run `make lab-down` first or choose another name with LIFEBOAT_LAB"
                 )
             if record is not None and self._all_running(record):
                 return False
@@ -116,7 +116,8 @@ class Lab:
                 directory.rmdir()
 
     def _end_visitors(self, member: str) -> None:
-        """End what somebody started inside a namespace of ours and left there; never this process's own line."""
+        """End what somebody started inside a namespace of ours and left there; never this process's own
+        line."""
         own = set()
         pid = os.getpid()
         while pid > 1:
@@ -127,7 +128,7 @@ class Lab:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
 
-    # --- using --------------------------------------------------------------------------------------------------
+    # --- using ---------------------------------------------------------------------------------
 
     @property
     def built(self) -> bool:
@@ -155,7 +156,8 @@ class Lab:
         return Images(self.settings, self._say).full()
 
     def command(self, member: str, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` on a host, or in the namespace of router, client or controller."""
+        """The command line that runs `command` on a host, or in the namespace of router, client or
+        controller."""
         if member in NETWORK_MEMBERS:
             if not self.network.exists(member):
                 raise LabError(f"lab {self.settings.name}: is not built; run `make lab-up`")
@@ -163,7 +165,12 @@ class Lab:
         return self.host(member).enter(command)
 
     def exec(
-        self, member: str, *command: str, check: bool = True, stdin: str | None = None, timeout_seconds: float = 120
+        self,
+        member: str,
+        *command: str,
+        check: bool = True,
+        stdin: str | None = None,
+        timeout_seconds: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end and return what it printed; LabError when it fails."""
         return run(self.command(member, command), check=check, stdin=stdin, timeout_seconds=timeout_seconds)
@@ -202,7 +209,7 @@ class Lab:
             "wan": self.wan.status() if self.wan.running else None,
         }
 
-    # --- the record ---------------------------------------------------------------------------------------------
+    # --- the record ----------------------------------------------------------------------------
 
     def _images(self, known: dict[str, list[str]]) -> dict[str, list[str]]:
         """Image and packages directories per host: hosts that exist keep the image that they were made on."""

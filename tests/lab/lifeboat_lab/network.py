@@ -69,7 +69,8 @@ class Network:
         self._write_names()
 
     def connect(self, plan: HostPlan) -> None:
-        """A host's namespace with its two links and the bridge for its guests; replaces one left by a dead host."""
+        """A host's namespace with its two links and the bridge for its guests; replaces one left by a dead
+        host."""
         self.disconnect(plan)
         router, controller = self._settings.namespace("router"), self._settings.namespace("controller")
         host = self._settings.namespace(plan.name)
@@ -97,7 +98,8 @@ class Network:
         ip(router, [f"route replace {guest_network} via {plan.address} dev br-{plan.site}"])
 
     def disconnect(self, plan: HostPlan) -> None:
-        """Take a host off the network: first its links, so that no peer hears a reset from it, as in a power cut."""
+        """Take a host off the network: first its links, so that no peer hears a reset from it, as in a power
+        cut."""
         for member in ("router", "controller"):
             if self.exists(member):
                 run(["ip", "-n", self._settings.namespace(member), "link", "del", plan.name], check=False)
@@ -119,7 +121,9 @@ class Network:
         """Process ids inside a member's namespace."""
         if not self.exists(member):
             return []
-        return [int(pid) for pid in run(["ip", "netns", "pids", self._settings.namespace(member)]).stdout.split()]
+        return [
+            int(pid) for pid in run(["ip", "netns", "pids", self._settings.namespace(member)]).stdout.split()
+        ]
 
     def _add_namespace(self, member: str) -> None:
         name = self._settings.namespace(member)
@@ -148,15 +152,22 @@ class Network:
                     f'iifname {{ "br-{source}", "wan-{source}" }} oifname "br-{destination}" '
                     f'counter name "{pair}-delivered"',
                 ]
-        table = "table inet lab {\n" + "\n".join(counters) + (
-            "\nchain forward { type filter hook forward priority 0; policy accept;\n" + "\n".join(rules) + "\n}\n}\n"
+        table = (
+            "table inet lab {\n"
+            + "\n".join(counters)
+            + (
+                "\nchain forward { type filter hook forward priority 0; policy accept;\n"
+                + "\n".join(rules)
+                + "\n}\n}\n"
+            )
         )
         in_namespace = ["nsenter", f"--net={NAMESPACES / self._settings.namespace('router')}"]
         run([*in_namespace, "nft", "-f", "-"], stdin=table)
 
 
 def hosts_file(*, management: bool) -> str:
-    """/etc/hosts: by the sites' addresses for hosts and client, by the management network for the controller."""
+    """/etc/hosts: by the sites' addresses for hosts and client, by the management network for the
+    controller."""
     lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]
     for plan in HOSTS.values():
         lines.append(f"{plan.management_address if management else plan.address} {plan.name}")

@@ -25,7 +25,10 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "gcc": "gcc",
 }
-FILES = {"/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring", "/usr/lib/x86_64-linux-gnu/libc.a": "libc6-dev"}
+FILES = {
+    "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
+    "/usr/lib/x86_64-linux-gnu/libc.a": "libc6-dev",
+}
 KERNEL_NEEDS = {"overlay": "overlayfs", "cgroup2": "unified control groups"}
 NEEDED_MIB = {CACHE: 500, STATE: 2000}
 
@@ -37,7 +40,9 @@ def check() -> None:
     release = Path("/etc/os-release").read_text() if Path("/etc/os-release").exists() else ""
     if not any(line.split("=", 1)[-1].strip('"').split() == ["debian"]
                for line in release.splitlines() if line.startswith("ID=")):  # fmt: skip
-        raise LabError("this machine is not Debian: the lab builds its hosts with Debian's tools; use Debian 12 or 13")
+        raise LabError(
+            "this machine is not Debian: the lab builds its hosts with Debian's tools; use Debian 12 or 13"
+        )
     findings = _kernel_findings() + _space_findings()
     if findings:
         raise LabError("; ".join(findings))

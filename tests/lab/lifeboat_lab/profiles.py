@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the WAN is like: rate, delay and loss, by a name of BENCHMARKS or spelled out."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,8 +19,9 @@ _TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 class Profile:
     """One state of the WAN, the same in both directions and between every two sites.
 
-    `rate_bits_per_second` counts IP bytes as the interfaces' counters do (0: no limit); `loss` is the chance of
-    each packet, each way; `steps` are (seconds, rate) that follow each other for ever, instead of one rate.
+    `rate_bits_per_second` counts IP bytes as the interfaces' counters do (0: no limit); `loss` is the chance
+    of each packet, each way; `steps` are (seconds, rate) that follow each other for ever, instead of one
+    rate.
     """
 
     name: str = "none"
@@ -52,6 +54,17 @@ class Profile:
             left -= seconds
         return replace(self, rate_bits_per_second=self.steps[-1][1])
 
+    def seconds_to_next_step(self, elapsed_seconds: float) -> float:
+        """How long the profile stays as it is; infinite without steps."""
+        if not self.steps:
+            return math.inf
+        left = elapsed_seconds % sum(seconds for seconds, _ in self.steps)
+        for seconds, _ in self.steps:
+            if left < seconds:
+                return seconds - left
+            left -= seconds
+        return 0.0
+
     def to_json(self) -> dict[str, Any]:
         """As it travels to the relay and is shown by status."""
         return asdict(self)
@@ -77,14 +90,17 @@ PROFILES = {
 
 
 def parse_profile(text: str) -> Profile:
-    """A name of PROFILES, or `rate=50mbit,rtt=180ms,loss=0.1%` in any part; `delay=` is one way, half of `rtt=`.
+    """A name of PROFILES, or `rate=50mbit,rtt=180ms,loss=0.1%` in any part; `delay=` is one way, half of
+    `rtt=`.
 
     Raises LabError naming the part that cannot be used.
     """
     if text in PROFILES:
         return PROFILES[text]
     if "=" not in text:
-        raise LabError(f"WAN profile {text!r}: not known; use one of {', '.join(PROFILES)} or rate=..,rtt=..,loss=..")
+        raise LabError(
+            f"WAN profile {text!r}: not known; use one of {', '.join(PROFILES)} or rate=..,rtt=..,loss=.."
+        )
     profile = Profile(name=text)
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
@@ -106,7 +122,9 @@ def _rate(value: str) -> float:
         return 0.0
     number, unit = _number(f"rate={value}", value.lower())
     if unit not in _RATE_UNITS or number <= 0:
-        raise LabError(f"WAN profile: rate={value}: must be above 0, in bit, kbit, mbit or gbit, or `unlimited`")
+        raise LabError(
+            f"WAN profile: rate={value}: must be above 0, in bit, kbit, mbit or gbit, or `unlimited`"
+        )
     return number * _RATE_UNITS[unit]
 
 

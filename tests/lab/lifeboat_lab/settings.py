@@ -82,8 +82,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9-]{0,20}", self.name):
             raise LabError(
-                f"lab name {self.name!r}: must be 1 to 21 lower-case letters, digits or hyphens and begin with "
-                "a letter; set LIFEBOAT_LAB"
+                f"lab name {self.name!r}: must be 1 to 21 lower-case letters, digits or hyphens and begin "
+                "with a letter; set LIFEBOAT_LAB"
             )
         if self.suite not in SUITES:
             raise LabError(
@@ -103,12 +103,17 @@ class Settings:
         Raises LabError naming the variable whose value cannot be used.
         """
         values: dict[str, object] = {}
-        for key, variable in (("name", "LIFEBOAT_LAB"), ("suite", "LIFEBOAT_LAB_SUITE"),
-                              ("mirror", "LIFEBOAT_LAB_MIRROR")):
+        for key, variable in (
+            ("name", "LIFEBOAT_LAB"),
+            ("suite", "LIFEBOAT_LAB_SUITE"),
+            ("mirror", "LIFEBOAT_LAB_MIRROR"),
+        ):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
         if os.environ.get("LIFEBOAT_LAB_HOSTS"):
-            values["hosts"] = tuple(h.strip() for h in os.environ["LIFEBOAT_LAB_HOSTS"].split(",") if h.strip())
+            values["hosts"] = tuple(
+                h.strip() for h in os.environ["LIFEBOAT_LAB_HOSTS"].split(",") if h.strip()
+            )
         return cls(**(values | overrides))  # type: ignore[arg-type]
 
     @cached_property

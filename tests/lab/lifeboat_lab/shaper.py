@@ -1,75 +1,116 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One direction of the WAN between two sites: when does a packet that arrives now come out at the other end?
+"""The WAN's inner loop, `tests/lab/wan/shaper.c`, built once and loaded as a library."""
 
-Pure arithmetic on a clock that is passed in, so that the rate and the queue can be tested to the byte.
-"""
-
-import random
-from collections import deque
+import ctypes
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+from lifeboat_lab.images import cached
 from lifeboat_lab.profiles import Profile
+from lifeboat_lab.shell import run
 
-# A path without a rate limit still may not hold more than this in memory.
-IN_FLIGHT_LIMIT_BYTES = 256 << 20
-
-
-@dataclass
-class Counters:
-    """What happened to the packets of one direction."""
-
-    delivered_bytes: int = 0
-    delivered_packets: int = 0
-    dropped_queue_full: int = 0
-    dropped_loss: int = 0
-    dropped_cut: int = 0
+SOURCE = Path(__file__).resolve().parent.parent / "wan" / "shaper.c"
+FLAGS = ("-O2", "-Wall", "-Wextra", "-std=gnu11", "-shared", "-fPIC")
+VNET_HEADER_BYTES = 10
+LARGEST_PACKET_BYTES = 65536 + 128
+PREFIX_BYTES = 6
 
 
-class Path:
-    """Delay, rate and loss of one direction; packets never overtake each other."""
+class _Counters(ctypes.Structure):
+    _fields_ = (
+        ("delivered_bytes", ctypes.c_uint64),
+        ("delivered_packets", ctypes.c_uint64),
+        ("dropped_queue_full", ctypes.c_uint64),
+        ("dropped_loss", ctypes.c_uint64),
+        ("dropped_cut", ctypes.c_uint64),
+    )
 
-    def __init__(self, random_source: random.Random) -> None:
-        self.counters = Counters()
-        self._random = random_source
-        self._waiting: deque[tuple[float, bytes]] = deque()
-        self._held_bytes = 0
-        self._line_free_at = 0.0
-        self._last_due = 0.0
 
-    def offer(self, packet: bytes, size_bytes: int, now: float, profile: Profile) -> None:
-        """Take in a packet; it is dropped when the queue is full or by chance."""
-        if profile.loss and self._random.random() < profile.loss:
-            self.counters.dropped_loss += 1
-            return
-        line_free_at = max(self._line_free_at, now)
-        rate_bytes = profile.rate_bits_per_second / 8
-        if (rate_bytes and (line_free_at - now) * rate_bytes + size_bytes > profile.queue_bytes) or (
-            self._held_bytes + len(packet) > IN_FLIGHT_LIMIT_BYTES
-        ):
-            self.counters.dropped_queue_full += 1
-            return
-        self._line_free_at = line_free_at + (size_bytes / rate_bytes if rate_bytes else 0.0)
-        # A delay that was just shortened must not let this packet pass those that are on their way.
-        self._last_due = max(self._last_due, self._line_free_at + profile.round_trip_seconds / 2)
-        self._waiting.append((self._last_due, packet))
-        self._held_bytes += len(packet)
+@dataclass(frozen=True)
+class Site:
+    """A site as the loop knows it: its device and the first 48 bits of its addresses."""
 
-    @property
-    def next_due(self) -> float | None:
-        """When the first packet comes out; None when there is none."""
-        return self._waiting[0][0] if self._waiting else None
+    device: int
+    prefix: bytes
 
-    def take_due(self, now: float) -> bytes | None:
+
+def _compile(target: Path) -> None:
+    run(["gcc", *FLAGS, "-o", str(target / "shaper.so"), str(SOURCE), "-lm"])
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled loop, from the cache unless its source changed. LabError if it will not compile."""
+    built = cached(
+        "wan",
+        {"source": SOURCE.read_text(), "flags": FLAGS},
+        10,
+        _compile,
+    )
+    loaded = ctypes.CDLL(str(built / "shaper.so"), use_errno=True)
+    path = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    loaded.shaper_new.restype = ctypes.c_void_p
+    loaded.shaper_new.argtypes = (ctypes.c_uint64,)
+    loaded.shaper_add_site.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    loaded.shaper_set.restype = None
+    loaded.shaper_set.argtypes = (ctypes.c_void_p, *[ctypes.c_double] * 4)
+    loaded.shaper_offer.argtypes = (*path, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_double)
+    loaded.shaper_take.restype = ctypes.c_size_t
+    loaded.shaper_take.argtypes = (*path, ctypes.c_char_p, ctypes.c_double)
+    loaded.shaper_clear.restype = None
+    loaded.shaper_clear.argtypes = path
+    loaded.shaper_counters.restype = None
+    loaded.shaper_counters.argtypes = (*path, ctypes.POINTER(_Counters))
+    loaded.shaper_run.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_double)
+    return loaded
+
+
+class Shaper:
+    """Delay, rate and loss between any two sites, each direction on its own line; order is kept."""
+
+    def __init__(self, sites: Sequence[Site], *, seed: int = 1) -> None:
+        self._library = library()
+        self._shaper = self._library.shaper_new(seed)
+        for site in sites:
+            if (
+                len(site.prefix) != PREFIX_BYTES
+                or self._library.shaper_add_site(self._shaper, site.device, site.prefix) < 0
+            ):
+                raise ValueError(f"{len(sites)} sites, or a prefix of {len(site.prefix)} bytes")
+
+    def set(self, profile: Profile) -> None:
+        """Shape by this profile from now on (its steps are the caller's to follow)."""
+        self._library.shaper_set(
+            self._shaper,
+            profile.rate_bits_per_second / 8,
+            profile.round_trip_seconds / 2,
+            profile.loss,
+            profile.queue_bytes,
+        )
+
+    def offer(self, source: int, destination: int, packet: bytes, now: float) -> bool:
+        """Take in a packet with its virtio header; False when it is dropped."""
+        return bool(self._library.shaper_offer(self._shaper, source, destination, packet, len(packet), now))
+
+    def take(self, source: int, destination: int, now: float) -> bytes | None:
         """The next packet whose time has come."""
-        if not self._waiting or self._waiting[0][0] > now:
-            return None
-        packet = self._waiting.popleft()[1]
-        self._held_bytes -= len(packet)
-        return packet
+        buffer = ctypes.create_string_buffer(LARGEST_PACKET_BYTES)
+        length = self._library.shaper_take(self._shaper, source, destination, buffer, now)
+        return buffer.raw[:length] if length else None
 
-    def clear(self) -> None:
-        """Lose everything that is on its way, as a cut cable does; also after a change of profile to a faster one."""
-        self.counters.dropped_cut += len(self._waiting)
-        self._waiting.clear()
-        self._held_bytes = 0
-        self._line_free_at = self._last_due = 0.0
+    def clear(self, source: int, destination: int) -> None:
+        """Lose everything that is on its way, as a cut cable does."""
+        self._library.shaper_clear(self._shaper, source, destination)
+
+    def counters(self, source: int, destination: int) -> dict[str, int]:
+        """What happened to the packets of one direction."""
+        counters = _Counters()
+        self._library.shaper_counters(self._shaper, source, destination, ctypes.byref(counters))
+        return {name: int(getattr(counters, name)) for name, _ in _Counters._fields_}
+
+    def run(self, control: int, until: float = math.inf) -> bool:
+        """Relay between the devices; True when `control` can be read, False at `until` (monotonic clock)."""
+        return int(self._library.shaper_run(self._shaper, control, until)) == 1

@@ -4,7 +4,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -19,10 +18,14 @@ from lifeboat_lab.errors import LabError
 from lifeboat_lab.hosts import wait_for
 from lifeboat_lab.network import NAMESPACES
 from lifeboat_lab.profiles import Profile, parse_profile
-from lifeboat_lab.settings import SITE_NUMBERS, Settings
+from lifeboat_lab.settings import CLIENT_ADDRESS, HOSTS, SITE_NUMBERS, Settings
 from lifeboat_lab.shell import run
 
 ANSWER_SECONDS = 10.0
+CHECK_PORT = 5299
+DATAGRAM_LIMIT_BITS_PER_SECOND = 100e6
+DATAGRAM_BYTES = 1400
+DATAGRAM_HEADER_BYTES = 48
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Wan:
         return profile
 
     def cut(self, source: str | None = None, destination: str | None = None) -> None:
-        """Cut the WAN silently: all of it, what leaves `source`, what is sent to `destination`, or one direction."""
+        """Cut the WAN silently: all of it, what leaves `source`, what is sent to `destination`, or one
+        direction."""
         for site in (source, destination):
             if site is not None and site not in SITE_NUMBERS:
                 raise LabError(f"site {site}: not known; use one of {', '.join(SITE_NUMBERS)}")
@@ -123,7 +127,9 @@ class Wan:
         by the router's kernel, with and without a profile. A cut WAN counts nothing as sent.
         """
         namespace = NAMESPACES / self._settings.namespace("router")
-        text = run(["nsenter", f"--net={namespace}", "nft", "-j", "list", "counters", "table", "inet", "lab"]).stdout
+        text = run(
+            ["nsenter", f"--net={namespace}", "nft", "-j", "list", "counters", "table", "inet", "lab"]
+        ).stdout
         result: dict[str, dict[str, int]] = {}
         for entry in json.loads(text)["nftables"]:
             if "counter" in entry:
@@ -133,42 +139,63 @@ class Wan:
                 values[f"{kind}_packets"] = int(entry["counter"]["packets"])
         return result
 
-    def check(self, source: str, destination: str, *, seconds: float = 8) -> Check:
-        """Measure between the namespaces of two hosts at different sites. Takes some 10 s and fills the link."""
-        status = self.status()
-        profile = Profile.from_json(status["now"])
-        address = _address_of(destination)
-        into = lambda member: ["nsenter", f"--net={NAMESPACES / self._settings.namespace(member)}"]  # noqa: E731
-        # Neighbours and routes are found by the first packet.
-        run([*into(source), "ping", "-6", "-c", "1", "-W", "3", address])
-        ping = run([*into(source), "ping", "-6", "-q", "-c", "20", "-i", "0.05", "-W", "3", address]).stdout
-        match = re.search(r"= ([0-9.]+)/([0-9.]+)/", ping)
+    def check(self, source: str, destination: str, *, seconds: float = 3) -> Check:
+        """Measure between two hosts at different sites: pings while the link is idle, then fill it.
+
+        Slow links with datagrams: connections would still be finding out their rate. Fast ones with four
+        connections: this machine cannot make so many datagrams beside everything else.
+        """
+        profile = Profile.from_json(self.status()["now"])
+        address = CLIENT_ADDRESS if destination == "client" else HOSTS[destination].address
+        # Neighbours and routes are found by the first packets.
+        ping = [*self._inside(source), "ping", "-6", "-q", "-W", "3"]
+        run([*ping, "-c", "2", "-i", "0.2", address], check=False)
+        answer = run([*ping, "-c", "20", "-i", "0.05", address]).stdout
+        match = re.search(r"= ([0-9.]+)/([0-9.]+)/", answer)
         if match is None:
-            raise LabError(f"ping from {source} to {destination}: no answer to measure: {ping.splitlines()[-2:]}")
+            raise LabError(f"ping from {source} to {destination}: no answer: {answer.splitlines()[-2:]}")
+        rate = profile.rate_bits_per_second
+        if 0 < rate <= DATAGRAM_LIMIT_BITS_PER_SECOND:
+            load = ["--udp", "--bitrate", f"{rate * 1.1:.0f}", "--length", str(DATAGRAM_BYTES), "--omit", "1"]
+        else:
+            load = ["--parallel", "4", "--omit", "8" if profile.round_trip_seconds >= 0.1 else "2"]
         server = subprocess.Popen(
-            [*into(destination), "iperf3", "--server", "--one-off", "--port", "5299"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [*self._inside(destination), "iperf3", "--server", "--one-off", "--port", str(CHECK_PORT)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             time.sleep(0.3)
             before, begun = self.status()["processor_seconds"], time.monotonic()
-            warm_up_seconds = 2 if profile.round_trip_seconds < 0.1 else 5
-            report = run([
-                *into(source), "iperf3", "--client", address, "--port", "5299", "--json", "--parallel", "4",
-                "--time", f"{seconds:g}", "--omit", str(warm_up_seconds),
-            ], timeout_seconds=seconds + 60).stdout  # fmt: skip
+            command = [
+                "iperf3",
+                "--client",
+                address,
+                "--port",
+                str(CHECK_PORT),
+                "--json",
+                "--time",
+                f"{seconds:g}",
+            ]
+            report = json.loads(
+                run([*self._inside(source), *command, *load], timeout_seconds=seconds + 60).stdout
+            )
             share = (self.status()["processor_seconds"] - before) / (time.monotonic() - begun)
         finally:
-            server.send_signal(signal.SIGTERM)
+            server.terminate()
             server.wait()
         return Check(
             profile=profile.name,
             round_trip_seconds=float(match.group(2)) / 1000,
             expected_round_trip_seconds=profile.round_trip_seconds,
-            goodput_bits_per_second=json.loads(report)["end"]["sum_received"]["bits_per_second"],
-            expected_bits_per_second=profile.rate_bits_per_second,
+            goodput_bits_per_second=_received(report),
+            expected_bits_per_second=rate * (1 - profile.loss),
             relay_processor_share=share,
         )
+
+    def _inside(self, member: str) -> list[str]:
+        return ["nsenter", f"--net={NAMESPACES / self._settings.namespace(member)}"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
@@ -179,14 +206,17 @@ class Wan:
                 answer: dict[str, Any] = json.loads(client.recv(1 << 20))
             except OSError as error:
                 raise LabError(
-                    f"the WAN of lab {self._settings.name}: its relay does not answer ({error}); run `make lab-up`"
+                    f"the WAN of lab {self._settings.name}: its relay does not answer ({error}); "
+                    "run `make lab-up`"
                 ) from error
         if "error" in answer:
             raise LabError(f"the WAN of lab {self._settings.name}: {answer['error']}")
         return answer
 
 
-def _address_of(member: str) -> str:
-    from lifeboat_lab.settings import CLIENT_ADDRESS, HOSTS
-
-    return CLIENT_ADDRESS if member == "client" else HOSTS[member].address
+def _received(report: dict[str, Any]) -> float:
+    """Bits per second that the receiver of an iperf3 test got; of datagrams with their headers."""
+    received = float(report["end"]["sum_received"]["bits_per_second"])
+    if "packets" not in report["end"]["sum_received"]:
+        return received
+    return received * (DATAGRAM_BYTES + DATAGRAM_HEADER_BYTES) / DATAGRAM_BYTES

@@ -1,43 +1,36 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The WAN itself: a process in the router's namespace that holds every packet between two sites for its delay.
+"""The WAN itself: a process in the router's namespace that holds every packet between two sites.
 
 This kernel need not have netem. Each site's traffic to the others is routed into a TUN device of that site;
 we write it back to the same device when its time has come, and the router delivers it. With IFF_VNET_HDR and
-segmentation offload a "packet" is up to 64 KiB that the kernel never split, which is what lets plain Python
-carry 400 Mbit/s. Without a profile the rules that route into the devices go away and nothing passes here.
+segmentation offload a "packet" is up to 64 KiB that the kernel never split, which makes the detour cheap.
+Without a profile the rules that route into the devices go away and nothing passes here.
 """
 
 import fcntl
-import gc
 import ipaddress
 import json
 import os
-import random
-import select
 import signal
 import socket
 import struct
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.profiles import Profile
 from lifeboat_lab.settings import SITE_NUMBERS, site_prefix
-from lifeboat_lab.shaper import Path as WanPath
+from lifeboat_lab.shaper import PREFIX_BYTES, Shaper, Site
 from lifeboat_lab.shell import run
 
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 0x01, 0x02, 0x04
-VNET_HEADER_BYTES = 10
-LARGEST_PACKET_BYTES = 65535 + VNET_HEADER_BYTES + 64
-# Packets read from one device before those that are due are looked at again.
-BATCH = 32
 MESSAGE_BYTES = 65536
+SITES = list(SITE_NUMBERS)
 
 
 def open_tun(name: str) -> int:
@@ -56,62 +49,21 @@ class Relay:
         self._profile = Profile()
         self._profile_set_at = time.monotonic()
         self._cuts: set[tuple[str, str]] = set()
-        self._tuns = {site: open_tun(f"wan-{site}") for site in SITE_NUMBERS}
-        self._sites = {descriptor: site for site, descriptor in self._tuns.items()}
-        source = random.Random(1)
-        self._paths = {
-            (a, b): WanPath(source) for a in SITE_NUMBERS for b in SITE_NUMBERS if a != b
-        }
-        # 2001:db8:N::/48 in the destination address, after the virtio and the first 24 bytes of the IPv6 header.
-        self._prefixes = {
-            ipaddress.ip_network(site_prefix(site)).network_address.packed[:6]: site for site in SITE_NUMBERS
-        }
+        self._devices = {site: open_tun(f"wan-{site}") for site in SITES}
+        self._shaper = Shaper([Site(self._devices[site], _prefix(site)) for site in SITES])
         self._segmentation: bool | None = None
-        for site in SITE_NUMBERS:
+        for site in SITES:
             run(["ip", "link", "set", f"wan-{site}", "mtu", "1500", "txqueuelen", "5000", "up"])
         self._apply_profile()
 
     def serve(self) -> None:
-        """Relay until told to stop."""
-        descriptors = [self._control.fileno(), *self._sites]
+        """Relay and answer until told to stop."""
         while True:
             now = time.monotonic()
-            due = min((d for path in self._paths.values() if (d := path.next_due) is not None), default=None)
-            timeout = None if due is None else max(0.0, due - now)
-            # select, not poll: its timeout has microseconds.
-            readable, _, _ = select.select(descriptors, [], [], timeout)
-            profile = self._profile.at(time.monotonic() - self._profile_set_at)
-            for descriptor in readable:
-                if descriptor in self._sites:
-                    self._take_in(descriptor, profile)
-                else:
-                    self._answer()
-            self._give_out()
-
-    def _take_in(self, descriptor: int, profile: Profile) -> None:
-        source = self._sites[descriptor]
-        for _ in range(BATCH):
-            try:
-                packet = os.read(descriptor, LARGEST_PACKET_BYTES)
-            except BlockingIOError:
-                return
-            at = VNET_HEADER_BYTES + 24
-            path = self._paths.get((source, self._prefixes.get(packet[at : at + 6], source)))
-            if path is None:  # not IPv6, or to nowhere in the lab
-                continue
-            path.offer(packet, len(packet) - VNET_HEADER_BYTES, time.monotonic(), profile)
-
-    def _give_out(self) -> None:
-        now = time.monotonic()
-        for (source, _), path in self._paths.items():
-            while (packet := path.take_due(now)) is not None:
-                # A full device queue or a packet that the kernel refuses is a packet lost, as on any WAN.
-                with suppress(OSError):
-                    os.write(self._tuns[source], packet)
-                    path.counters.delivered_bytes += len(packet) - VNET_HEADER_BYTES
-                    path.counters.delivered_packets += 1
-
-    # --- control ------------------------------------------------------------------------------------------------
+            elapsed = now - self._profile_set_at
+            self._shaper.set(self._profile.at(elapsed))
+            if self._shaper.run(self._control.fileno(), now + self._profile.seconds_to_next_step(elapsed)):
+                self._answer()
 
     def _answer(self) -> None:
         client, _ = self._control.accept()
@@ -144,7 +96,14 @@ class Relay:
             "profile": self._profile.to_json(),
             "now": self._profile.at(time.monotonic() - self._profile_set_at).to_json(),
             "cut": [f"{source}-{destination}" for source, destination in sorted(self._cuts)],
-            "paths": {f"{a}-{b}": asdict(path.counters) for (a, b), path in self._paths.items()},
+            "paths": {
+                f"{source}-{destination}": self._shaper.counters(
+                    SITES.index(source), SITES.index(destination)
+                )
+                for source in SITES
+                for destination in SITES
+                if source != destination
+            },
             "processor_seconds": time.process_time(),
         }
 
@@ -153,7 +112,7 @@ class Relay:
             return
         run(["ip", "-6", "rule", "add", *self._cut_rule(source, destination)])
         self._cuts.add((source, destination))
-        self._paths[source, destination].clear()
+        self._shaper.clear(SITES.index(source), SITES.index(destination))
 
     @staticmethod
     def _cut_rule(source: str, destination: str) -> list[str]:
@@ -165,10 +124,10 @@ class Relay:
         segmentation = not self._profile.loss
         if segmentation != self._segmentation:
             offload = TUN_F_CSUM | (TUN_F_TSO4 | TUN_F_TSO6 if segmentation else 0)
-            for descriptor in self._sites:
+            for descriptor in self._devices.values():
                 fcntl.ioctl(descriptor, TUNSETOFFLOAD, offload)
             self._segmentation = segmentation
-        for number, site in enumerate(SITE_NUMBERS, start=101):
+        for number, site in enumerate(SITES, start=101):
             inside = ["pref", "150", "iif", f"br-{site}", "to", site_prefix(site), "lookup", "main"]
             through = ["pref", "200", "iif", f"br-{site}", "lookup", str(number)]
             for rule in (inside, through):
@@ -179,6 +138,10 @@ class Relay:
                 run(["ip", "-6", "route", "replace", "default", "dev", f"wan-{site}", "table", str(number)])
 
 
+def _prefix(site: str) -> bytes:
+    return ipaddress.IPv6Network(site_prefix(site)).network_address.packed[:PREFIX_BYTES]
+
+
 def main() -> int:
     """`wan_relay SOCKET`: serve on that control socket until SIGTERM."""
     path = Path(sys.argv[1])
@@ -187,8 +150,6 @@ def main() -> int:
         # Delay is what we sell: be woken before the guests that take the processors.
         os.nice(-15)
         relay = Relay(control)
-        gc.freeze()
-        gc.disable()
         control.bind(str(path))
         control.listen(16)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -5,19 +5,19 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import shutil
 import socket
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests import kernel, records, verify
-from lifeboat_lab.guests.plan import BOOT_DIRECTORY, RECORDS_DIRECTORY, GuestPlan
+from lifeboat_lab.guests.collector import Collector
+from lifeboat_lab.guests.plan import BOOT_DIRECTORY, GuestPlan
 from lifeboat_lab.hosts import Host, wait_for
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 CONTENT_FILE_BYTES = 1 << 20
 ANSWER_SECONDS = 60.0
+STARTED = "started"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a check: what the guest acknowledged, what the disks hold, and everything that is wrong."""
+    """The result of a check: what the guest acknowledged, what the disks hold, and everything that is
+    wrong."""
 
     acknowledged: int
     disks: tuple[verify.DiskReport, ...]
@@ -56,7 +58,7 @@ class Guest:
         """Name of the domain."""
         return self.plan.name
 
-    # --- its domain ---------------------------------------------------------------------------------------------
+    # --- its domain ----------------------------------------------------------------------------
 
     def states(self) -> dict[str, str]:
         """State of the domain on every host that is on and knows it, as `virsh domstate` words it."""
@@ -74,7 +76,11 @@ class Guest:
 
     def start(self, host: str | None = None) -> None:
         """Start the domain on the host (default: where it was defined)."""
-        self._host(host).exec("virsh", "start", self.plan.uuid)
+        place = self._host(host)
+        # What an earlier run told must not be taken for this one's.
+        with (place.root / self.plan.record_path.lstrip("/")).open("a") as log:
+            log.write(f"\n{STARTED}\n")
+        place.exec("virsh", "start", self.plan.uuid)
 
     def destroy(self, host: str | None = None) -> None:
         """Pull the plug of the guest."""
@@ -87,7 +93,10 @@ class Guest:
 
         def told() -> bool:
             text = log.read_text(errors="replace") if log.exists() else ""
-            return "\ncanary " in text[text.rfind("boot ") :] and text.endswith("\n")
+            return (
+                re.search(r"^canary [0-9a-f]{64}$", text[max(text.rfind(STARTED), 0) :], re.MULTILINE)
+                is not None
+            )
 
         wait_for(told, timeout_seconds, 0.1)
 
@@ -104,7 +113,7 @@ class Guest:
             host.exec("rm", "-f", self.plan.record_path, self.plan.cdrom_path, *paths)
         self._lab.guests.forget(self)
 
-    # --- what it says -------------------------------------------------------------------------------------------
+    # --- what it says --------------------------------------------------------------------------
 
     def ask(self, command: str, host: str | None = None) -> str:
         """Send a line to the agent (canary | status | run COMMAND | poweroff) and return its answer.
@@ -126,7 +135,9 @@ class Guest:
                         break
                     text += got
             except TimeoutError as error:
-                raise LabError(f"guest {self.name}: no answer to {command!r} within {ANSWER_SECONDS:g} s") from error
+                raise LabError(
+                    f"guest {self.name}: no answer to {command!r} within {ANSWER_SECONDS:g} s"
+                ) from error
         return text.decode(errors="replace").removesuffix(".\n").strip()
 
     def canary(self, host: str | None = None) -> str:
@@ -143,7 +154,7 @@ class Guest:
                 texts.append(file.read_text(errors="replace"))
         return records.parse(texts)
 
-    # --- is everything there? -----------------------------------------------------------------------------------
+    # --- is everything there? ------------------------------------------------------------------
 
     def verify(
         self,
@@ -152,13 +163,16 @@ class Guest:
         images: dict[str, tuple[str, str]] | None = None,
         acknowledged: int | None = None,
         canary: str | None = None,
+        one_instant: bool = False,
     ) -> Verdict:
-        """Check disks on a host: fsck, content, every record that was acknowledged; one instant over all disks.
+        """Check disks on a host: fsck, content, every record that was acknowledged; one instant over all
+        disks.
 
         `images` is target -> (path, format); default: what the domain there uses now. `acknowledged` is the
         highest record that must be there (default: the highest that the guest has told of before this call);
         for a copy of an earlier instant, such as a replica, pass what had been told by then. With `canary`
-        the running guest's memory is compared too.
+        the running guest's memory is compared too. `one_instant`: the disks stand still and must be of one
+        instant, as those of a replica or of a guest that is off.
         """
         needed = self.told().highest_acknowledged if acknowledged is None else acknowledged
         place = self._host(host)
@@ -178,11 +192,16 @@ class Guest:
                     f"{report.image}: {report.records} records, but {needed} were acknowledged: "
                     f"{needed - report.records} lost"
                 )
+        counts = [report.records for report in reports] if has_log and one_instant else []
+        if any(not 0 <= earlier - later <= 1 for earlier, later in pairwise(counts)):
+            findings.append(
+                f"disks are not of one instant: they hold {counts} records, in order of the disks"
+            )
         findings += [f"guest told: {error}" for error in self.told().errors]
         return Verdict(needed, tuple(reports), tuple(findings))
 
     def images(self, host: str) -> dict[str, tuple[str, str]]:
-        """target -> (path, format) of the disks as the domain on that host has them now."""
+        """Target -> (path, format) of the disks as the domain on that host has them now."""
         xml = ElementTree.fromstring(self._host(host).exec("virsh", "dumpxml", self.plan.uuid).stdout)
         found = {}
         for disk in xml.findall("./devices/disk[@device='disk']"):
@@ -198,7 +217,9 @@ class Guest:
     def _only_runner(self) -> str:
         running = self.running_on()
         if len(running) != 1:
-            raise LabError(f"guest {self.name}: runs on {running or 'no host'}, not on one; it is {self.states()}")
+            raise LabError(
+                f"guest {self.name}: runs on {running or 'no host'}, not on one; it is {self.states()}"
+            )
         return running[0]
 
 
@@ -207,6 +228,7 @@ class Guests:
 
     def __init__(self, lab: "Lab") -> None:
         self._lab = lab
+        self.collector = Collector(lab)
         self._directory = lab.settings.state / "guests"
 
     def define(self, host: str, plan: GuestPlan) -> Guest:
@@ -219,6 +241,7 @@ class Guests:
             raise LabError(f"guest {plan.name}: is there already; remove it first or choose another name")
         place = self._lab.host(host)
         self._prepare_hosts(plan)
+        self.collector.start()
         address = self._free_address(place)
         manifests = [make_disk(place, plan, index) for index in range(plan.disks)]
         if plan.cdrom:
@@ -239,7 +262,9 @@ class Guests:
         for guest in self.all():
             if guest.name == name:
                 return guest
-        raise LabError(f"guest {name}: not known; there are {', '.join(g.name for g in self.all()) or 'none'}")
+        raise LabError(
+            f"guest {name}: not known; there are {', '.join(g.name for g in self.all()) or 'none'}"
+        )
 
     def forget(self, guest: Guest) -> None:
         """Drop the record of a guest that is gone."""
@@ -284,12 +309,15 @@ def make_disk(host: Host, plan: GuestPlan, index: int) -> dict[str, str]:
         path = plan.disk_path(target)
         host.exec("mkdir", "-p", plan.disk_directory)
         raw = f"/{work}/disk.raw"
-        host.exec("mke2fs", "-q", "-t", "ext4", "-L", f"lab{index + 1}", "-E", "lazy_itable_init=1", "-d", f"/{work}/tree",
+        host.exec("mke2fs", "-q", "-t", "ext4", "-L", f"lab{index + 1}", "-E", "lazy_itable_init=1",
+                  "-d", f"/{work}/tree",
                   raw, f"{plan.disk_mib}M", timeout_seconds=600)  # fmt: skip
         if plan.disk_format == "raw":
             host.exec("mv", raw, path)
         else:
-            host.exec("qemu-img", "convert", "-f", "raw", "-O", plan.disk_format, raw, path, timeout_seconds=600)
+            host.exec(
+                "qemu-img", "convert", "-f", "raw", "-O", plan.disk_format, raw, path, timeout_seconds=600
+            )
     finally:
         shutil.rmtree(outside)
     return manifest

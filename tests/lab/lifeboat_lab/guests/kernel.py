@@ -52,7 +52,9 @@ def _build(full_image: Path, target: Path) -> None:
             if applet != "busybox":
                 archive.link(f"bin/{applet}", "busybox")
         for module in MODULES:
-            archive.file(f"modules/{module}.order", "".join(f"{name}\n" for name in modules.order(module)).encode())
+            archive.file(
+                f"modules/{module}.order", "".join(f"{name}\n" for name in modules.order(module)).encode()
+            )
         for module, content in modules.contents.items():
             archive.file(f"modules/{module}.ko", content)
         compressor = zlib.compressobj(6, wbits=31)
@@ -86,7 +88,8 @@ class Modules:
 
 
 class Archive:
-    """A cpio archive in the "newc" format that the kernel unpacks (Documentation/driver-api/early-userspace)."""
+    """A cpio archive in the "newc" format that the kernel unpacks (Documentation/driver-api/early-
+    userspace)."""
 
     def __init__(self) -> None:
         self._data = bytearray()

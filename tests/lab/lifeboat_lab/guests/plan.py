@@ -21,7 +21,8 @@ SMALLEST_DISK_MIB = 16
 
 @dataclass(frozen=True)
 class GuestPlan:
-    """A guest before there is one. Sizes in MiB; `workload` is one of WORKLOADS or several joined by commas."""
+    """A guest before there is one. Sizes in MiB; `workload` is one of WORKLOADS or several joined by
+    commas."""
 
     name: str
     workload: str = "fsync-log"
@@ -99,7 +100,9 @@ class GuestPlan:
             "address": address,
             "collector": CLIENT_ADDRESS,
             "disks": self.disks,
-            "modules": ",".join(["virtio_net", *BUS_MODULES[self.bus], *(CDROM_MODULES if self.cdrom else ())]),
+            "modules": ",".join(
+                ["virtio_net", *BUS_MODULES[self.bus], *(CDROM_MODULES if self.cdrom else ())]
+            ),
             "workload": self.workload,
             "canary_mib": self.canary_mib,
             "heartbeat_milliseconds": self.heartbeat_milliseconds,
@@ -108,7 +111,9 @@ class GuestPlan:
             "dirty_mib": self.dirty_mib,
             "files_per_second": self.files_per_second,
         }
-        return "console=ttyS0 quiet panic=-1 " + " ".join(f"lab.{key}={value}" for key, value in settings.items())
+        return "console=ttyS0 quiet panic=-1 " + " ".join(
+            f"lab.{key}={value}" for key, value in settings.items()
+        )
 
     def domain_xml(self, address: str) -> str:
         """The domain as libvirt is told; `address` is the guest's own."""

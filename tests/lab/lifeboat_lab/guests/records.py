@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What a guest told (its record file, one on every host) and what it wrote (its log on disk)."""
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -41,11 +42,12 @@ class Told:
     def longest_gap_seconds(self) -> float:
         """Largest time between two consecutive heartbeats by the guest's real-time clock."""
         times = [beat.real_seconds for beat in self.beats]
-        return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
+        return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
 
 
 def parse(texts: Iterable[str]) -> Told:
-    """Join the record files of all hosts, in any order; a line that a power cut left unfinished is skipped."""
+    """Join the record files of all hosts, in any order; a line that a power cut left unfinished is
+    skipped."""
     told = Told()
     beats: dict[int, Beat] = {}
     boots: set[int] = set()
@@ -113,7 +115,12 @@ def read_log(data: bytes) -> DiskLog:
     whole, left = divmod(len(data), RECORD.size)
     for index in range(whole):
         magic, number, _, length, checksum, payload = RECORD.unpack_from(data, index * RECORD.size)
-        wrong = magic != MAGIC or number != index + 1 or length != PAYLOAD_BYTES or zlib.crc32(payload) != checksum
+        wrong = (
+            magic != MAGIC
+            or number != index + 1
+            or length != PAYLOAD_BYTES
+            or zlib.crc32(payload) != checksum
+        )
         if wrong or payload != expected_payload(number):
             # A record that was never acknowledged may be torn, but only the last one can be such.
             if index == whole - 1:

@@ -20,7 +20,9 @@ class DiskReport:
     findings: tuple[str, ...]
 
 
-def examine(host: Host, image: str, image_format: str, manifest: dict[str, str], *, has_log: bool) -> DiskReport:
+def examine(
+    host: Host, image: str, image_format: str, manifest: dict[str, str], *, has_log: bool
+) -> DiskReport:
     """Examine an image on a running host.
 
     `manifest` is path below /content -> SHA-256 of what the disk was made with.

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Images of shut-off VMs: what they look like from outside, and the bitmaps in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from precache_proxy.blocks import images
+from precache_proxy.errors import TrackingLost
+from precache_proxy.hypervisor.domain_xml import Disk
+from precache_proxy.source.tracker import VmReference, parse_checkpoint_name
+
+
+def path(name: str) -> Path:
+    """Libvirt's text for a file as a path."""
+    return Path(name)
+
+
+def inode(name: str) -> int:
+    """The inode's number, 0 where there is no such file."""
+    try:
+        return os.stat(name).st_ino
+    except OSError:
+        return 0
+
+
+def stamp(name: str) -> str:
+    """Changes whenever the file was written or exchanged; "" where there is none."""
+    try:
+        status = os.stat(name)
+    except OSError:
+        return ""
+    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def allocated_bytes(name: str) -> int:
+    """What an image takes on its file system; the whole of a block device."""
+    try:
+        status = os.stat(name)
+    except OSError:
+        return 0
+    return status.st_blocks * 512
+
+
+async def check_bitmaps(vm: VmReference, disks: Mapping[str, Disk], bitmap: str) -> None:
+    """Raise TrackingLost where an image does not hold the bitmap, or not a consistent one."""
+    for target, disk in disks.items():
+        described = (await images.info(path(disk.path), disk.format, in_use=True))[0]
+        if not bitmap or bitmap not in described.bitmaps or bitmap in described.inconsistent_bitmaps:
+            fact = "inconsistent" if bitmap in described.inconsistent_bitmaps else "not there"
+            raise TrackingLost(
+                f"{vm} disk {target}: the bitmap {bitmap or '-'} in {disk.path} is {fact}; "
+                "what differs is found by digest"
+            )
+
+
+async def replace_bitmaps(vm: VmReference, disks: Mapping[str, Disk], bitmap: str | None) -> None:
+    """Remove our bitmaps from closed images and begin ``bitmap`` where one is named.
+
+    Raises Conflict where the image is open: the VM was started meanwhile.
+    """
+    del vm
+    for disk in disks.values():
+        described = (await images.info(path(disk.path), disk.format, in_use=True))[0]
+        for name in described.bitmaps:
+            if parse_checkpoint_name(name) is not None:
+                await images.remove_bitmap(path(disk.path), name)
+        if bitmap is not None:
+            await images.add_bitmap(path(disk.path), bitmap)

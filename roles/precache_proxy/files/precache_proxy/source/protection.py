@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One protected VM: what it is at, what comes next, and why it is late when it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from precache_proxy.errors import (
+    Conflict,
+    HypervisorError,
+    LifeboatError,
+    NoSpace,
+    NotFound,
+    PeerUnreachable,
+    StaleEpoch,
+    TrackingLost,
+)
+from precache_proxy.source.environment import Environment
+from precache_proxy.source.passes import PassResult
+from precache_proxy.source.record import ProtectionRecord
+from precache_proxy.source.replication import Replication
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# After a failure: the first retry, and the longest wait between two.
+RETRY_SECONDS = (2.0, 5.0, 15.0, 30.0, 60.0)
+# Errors that no waiting heals: the operator has to do something first. Looked at again this often.
+STOPPED_RETRY_SECONDS = 60.0
+_UNREACHABLE = {"unreachable", "link-lost", "peer-restarted", "stalled", "refused"}
+
+
+class Protection:
+    """The task of one VM, and what is known of it."""
+
+    def __init__(self, record: ProtectionRecord, environment: Environment) -> None:
+        self.record = record
+        self.replication = Replication(record, environment)
+        self.state = "starting"
+        self.cause = "starting"
+        self.sentence = "the proxy has just started"
+        self.last_pass: PassResult | None = None
+        self.last_pass_at: float | None = None
+        self._environment = environment
+        self._holders: set[str] = set()
+        # one piece of work on the VM at a time
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._work: asyncio.Task[Any] | None = None
+        self._failures = 0
+        self._duration_seconds = 0.0
+        self._next_at = 0.0
+        self._last_scrub_at = time.monotonic()
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to work."""
+        if self._task is None:
+            self._set_at_rest()
+            self._task = asyncio.create_task(self._run(), name=f"protection-{self.record.name}")
+
+    async def stop(self) -> None:
+        """End what is under way in order; the record stays."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        await self._cut_work()
+
+    def wake(self, *, soon: bool = True) -> None:
+        """Something changed: look now instead of when the next pass is due."""
+        if soon:
+            self._next_at = 0.0
+        self._wake.set()
+
+    # -- holds -------------------------------------------------------------------------------------
+
+    @property
+    def held_by(self) -> list[str]:
+        """Who keeps periodic passes from running."""
+        return sorted(self._holders)
+
+    async def hold(self, holder: str) -> None:
+        """No work of our own from now on; returns when none is under way."""
+        self._holders.add(holder)
+        if self.replication.record.sealed is None or self.replication.record.resync_cause:
+            # a first copy or a resync takes long, and goes on where it stood
+            await self._cut_work()
+        async with self._lock:
+            pass
+        self._set("held", "held", f"held by {', '.join(self.held_by)}")
+
+    def release(self, holder: str) -> None:
+        """Work again, once nobody else holds."""
+        self._holders.discard(holder)
+        if not self._holders:
+            self._set_at_rest()
+            self.wake()
+
+    # -- work --------------------------------------------------------------------------------------
+
+    async def exclusive(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run ``work`` on this VM when nothing else does."""
+        async with self._lock:
+            return await work()
+
+    async def run_pass(self, *, reason: str, compare_all: bool = False) -> PassResult:
+        """One pass now. Raises what stands in its way; a lost tracking puts the VM into resync."""
+
+        async def work() -> PassResult:
+            if self.replication.needs_reconcile:
+                await self.replication.reconcile()
+            await self._require_seeded()
+            return await self._pass(reason=reason, compare_all=compare_all)
+
+        return await self.exclusive(work)
+
+    async def _require_seeded(self) -> None:
+        record = self.record
+        if record.sealed is None and not (self.replication.seeding and self.replication.seeding.finished):
+            raise Conflict(
+                f"VM {record.name}: its first copy is not complete ({self.coverage:.0%}); "
+                "wait until it is protected"
+            )
+        if record.resync_cause:
+            raise Conflict(f"VM {record.name}: a resync is under way ({record.resync_cause}); wait for it")
+
+    async def _pass(self, *, reason: str, compare_all: bool = False, scrub_bytes: int = 0) -> PassResult:
+        record = self.record
+        gate = self._environment.long_work if compare_all else self._environment.passes
+        async with gate.turn(record.priority):
+            try:
+                result = await self.replication.run_pass(
+                    reason=reason, compare_all=compare_all, scrub_bytes=scrub_bytes
+                )
+            except TrackingLost as error:
+                record.resync_cause = error.message
+                await self.replication.save()
+                raise
+        if not result.skipped:
+            self.last_pass, self.last_pass_at = result, time.time()
+            self._duration_seconds = 0.6 * self._duration_seconds + 0.4 * result.total_seconds
+        return result
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                if self._holders:
+                    await self._sleep(None)
+                    continue
+                await self._wait_for_link()
+                delay = await self._turn()
+                self._failures = 0
+            except LifeboatError as error:
+                delay = self._failed(error)
+            except Exception as error:
+                logger.exception("VM %s: a pass failed in a way that nobody foresaw", self.record.name)
+                delay = self._failed(HypervisorError(f"VM {self.record.name}: {error!r}; see the journal"))
+            await self._sleep(delay)
+
+    async def _sleep(self, seconds: float | None) -> None:
+        self._next_at = float("inf") if seconds is None else time.monotonic() + seconds
+        while True:
+            self._wake.clear()
+            left = self._next_at - time.monotonic()
+            if left <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), None if left == float("inf") else left)
+
+    async def _wait_for_link(self) -> None:
+        link = self._environment.link(self.record.peer)
+        if link.state == "up":
+            return
+        self._set("unreachable", link.cause, f"peer {self.record.peer}: {link.sentence}")
+        await link.wait_up(None)
+        self.replication.needs_reconcile = True
+        self._set_at_rest()
+
+    async def _turn(self) -> float:
+        """One piece of work; returns in how many seconds the next is due."""
+        async with self._lock:
+            if self._holders:
+                return 0.0
+            self._work = asyncio.create_task(self._do())
+            try:
+                await asyncio.shield(self._work)
+            except asyncio.CancelledError:
+                if not self._work.cancelled():
+                    raise  # it is us who are to end
+                return 0.0  # cut by a hold
+            finally:
+                if not self._work.done():
+                    self._work.cancel()
+                    await asyncio.gather(self._work, return_exceptions=True)
+                self._work = None
+        return self._pause_seconds()
+
+    async def _cut_work(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
+
+    async def _do(self) -> None:
+        record, replication = self.record, self.replication
+        if replication.needs_reconcile:
+            await replication.reconcile()
+        if record.sealed is None and not record.resync_cause:
+            self._set("seeding", "first-copy", f"the first copy to {record.peer} is under way")
+            async with self._environment.long_work.turn(record.priority):
+                await replication.seed()
+            await self._pass(reason="first")
+        elif record.resync_cause:
+            self._set("resync", "tracking-lost", record.resync_cause)
+            await self._pass(reason="resync", compare_all=True)
+        else:
+            await self._pass(reason="periodic", scrub_bytes=self._scrub_bytes())
+        self._set_at_rest()
+
+    def _scrub_bytes(self) -> int:
+        settings = self._environment.settings
+        if time.monotonic() - self._last_scrub_at < settings.scrub_interval_seconds:
+            return 0
+        self._last_scrub_at = time.monotonic()
+        return settings.scrub_slice_bytes
+
+    def _pause_seconds(self) -> float:
+        """Until the next pass: the RPO less what a pass takes, so that its seal comes in time."""
+        rpo = self.record.rpo_seconds
+        period = min(max(rpo - 1.5 * self._duration_seconds - 0.5, rpo / 4), rpo * 0.9)
+        # the phase is the VM's own: passes of many VMs do not come at once
+        phase = int.from_bytes(hashlib.sha256(self.record.uuid.encode()).digest()[:4], "big") / 2**32
+        now = time.monotonic()
+        ahead = (phase * period - now) % period
+        return ahead if ahead > period / 4 else ahead + period if ahead + period <= rpo * 0.9 else period
+
+    def _failed(self, error: LifeboatError) -> float:
+        record = self.record
+        cause = getattr(error, "cause", "error")
+        delay = RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)]
+        self._failures += 1
+        if isinstance(error, TrackingLost):
+            self._set("resync", "tracking-lost", error.message)
+            return 0.1 if self._failures < 3 else delay
+        if isinstance(error, PeerUnreachable) or cause in _UNREACHABLE:
+            self._set("unreachable", cause, error.message)
+            self.replication.needs_reconcile = True
+        elif isinstance(error, NoSpace) or cause == "no-space":
+            self._set("no-space", "no-space", error.message)
+        elif isinstance(error, NotFound | StaleEpoch) or cause in {"not-found", "stale-epoch", "unsupported"}:
+            self._set("stopped", cause, error.message)
+            self.replication.needs_reconcile = True
+            delay = STOPPED_RETRY_SECONDS
+        else:
+            self._set("failing", cause, error.message)
+            self.replication.needs_reconcile = True
+        logger.warning("VM %s: %s: %s", record.name, self.state, error.message)
+        return delay
+
+    # -- what is told ------------------------------------------------------------------------------
+
+    def _set(self, state: str, cause: str, sentence: str) -> None:
+        self.state, self.cause, self.sentence = state, cause, sentence
+
+    def _set_at_rest(self) -> None:
+        record = self.record
+        if self._holders:
+            self._set("held", "held", f"held by {', '.join(self.held_by)}")
+        elif record.resync_cause:
+            self._set("resync", "tracking-lost", record.resync_cause)
+        elif record.sealed is None:
+            self._set("seeding", "first-copy", f"the first copy to {record.peer} is not complete")
+        elif self.replication.refused_disks:
+            disks = ", ".join(self.replication.refused_disks)
+            self._set("protected", "disk-left-out", f"disk {disks} cannot be protected and is left out")
+        else:
+            self._set("protected", "ok", f"generation {record.sealed.generation} is sealed at {record.peer}")
+
+    @property
+    def coverage(self) -> float:
+        """Share of the allocated bytes that the peer holds."""
+        if self.record.sealed is not None:
+            return 1.0
+        return 0.0 if self.replication.seeding is None else self.replication.seeding.coverage
+
+    @property
+    def lag_seconds(self) -> float | None:
+        """Age of the oldest change that the peer may not hold, as of the last look; None before the first."""
+        replication = self.replication
+        if self.record.sealed is None:
+            return None
+        if replication.clean_at is None:
+            return max(0.0, time.time() - self.record.sealed.source_time)
+        quiet = not replication.dirty_bytes and self.state in {"protected", "held"}
+        return 0.0 if quiet and replication.generation is None else time.monotonic() - replication.clean_at
+
+    def status(self) -> dict[str, Any]:
+        """Everything for the control API."""
+        record, replication = self.record, self.replication
+        sealed = record.sealed
+        return {
+            "uuid": record.uuid,
+            "name": record.name,
+            "peer": record.peer,
+            "state": self.state,
+            "cause": self.cause,
+            "sentence": self.sentence,
+            "rpo_seconds": record.rpo_seconds,
+            "priority": record.priority,
+            "disks": record.only_disks,
+            "raw_overlay_consent": record.raw_overlay_consent,
+            "autostart": record.autostart,
+            "generation": 0 if sealed is None else sealed.generation,
+            "checkpoint": "" if sealed is None else sealed.checkpoint,
+            "epoch": record.epoch,
+            "sealed_at": None if sealed is None else sealed.sealed_at,
+            "coverage": self.coverage,
+            "lag_bytes": replication.dirty_bytes,
+            "lag_seconds": self.lag_seconds,
+            "last_pass": None
+            if self.last_pass is None
+            else {**self.last_pass.as_dict(), "at": self.last_pass_at},
+            "pass_open": replication.generation is not None,
+            "held_by": self.held_by,
+            "scrub": {
+                "turns": record.scrub_turns,
+                "different_blocks": record.scrub_differences,
+                "offsets": dict(record.scrub_offsets),
+            },
+            "disk_paths": {target: disk.path for target, disk in record.disks.items()},
+            "refused_disks": replication.refused_disks,
+        }
+
+    async def measure_lag(self) -> None:
+        """Ask QEMU how much changed since the last sealed generation."""
+        sealed = self.record.sealed
+        if sealed is None or not sealed.checkpoint or self.replication.generation is not None:
+            return
+        with contextlib.suppress(LifeboatError):
+            dirty = await self._environment.tracker.dirty_bytes(self.replication.vm, sealed.checkpoint)
+            self.replication.dirty_bytes = sum(dirty.values())

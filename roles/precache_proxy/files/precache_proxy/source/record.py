@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The durable record of a protected VM: /var/lib/lifeboat/source/<uuid>.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from precache_proxy import durable
+from precache_proxy.errors import IntegrityError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class DiskRecord:
+    """A disk that goes along. ``tracked``: its changes are counted; else it is sent whole when it changes.
+
+    ``inode`` tells an image that was swapped under the same name; ``stamp`` is an untracked image's
+    modification (nanoseconds) and size when it was last sent.
+    """
+
+    path: str
+    size_bytes: int
+    tracked: bool = True
+    inode: int = 0
+    stamp: str = ""
+
+
+@dataclass
+class Sealed:
+    """The generation that the peer holds for sure, and the checkpoint that counts from its instant."""
+
+    generation: int
+    checkpoint: str
+    sealed_at: float
+    # when its instant was, by this host's clock
+    source_time: float
+    digest: str = ""
+    # disks that the checkpoint covers
+    disks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ProtectionRecord:
+    """What must survive a restart of the proxy. Written whole at every change of meaning."""
+
+    uuid: str
+    name: str
+    peer: str
+    rpo_seconds: float
+    priority: int = 0
+    epoch: int = 0
+    # None: all disks, whichever the VM has
+    only_disks: list[str] | None = None
+    raw_overlay_consent: bool = False
+    autostart: bool = False
+    # seeding: the checkpoint that counts since before the first block was read
+    seeding_checkpoint: str = ""
+    seeding_offsets: dict[str, int] = field(default_factory=dict)
+    # resync: why tracking was lost, "" where it was not
+    resync_cause: str = ""
+    sealed: Sealed | None = None
+    disks: dict[str, DiskRecord] = field(default_factory=dict)
+    attachments: dict[str, str] = field(default_factory=dict)
+    # a shut-off VM: what its images looked like when they were last passed
+    passed_off: dict[str, str] = field(default_factory=dict)
+    scrub_offsets: dict[str, int] = field(default_factory=dict)
+    scrub_turns: int = 0
+    scrub_differences: int = 0
+    # the way back, until its first generation is sealed: per disk the image (path, format, bytes) whose own
+    # clusters are that generation, the generation that the old home kept, and what counts since
+    return_overlays: dict[str, list[Any]] = field(default_factory=dict)
+    return_generation: int = 0
+    return_checkpoint: str = ""
+    # where raw disks got their overlays
+    raw_overlays: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT_VERSION
+
+    @property
+    def next_generation(self) -> int:
+        """The number of the generation that the next pass makes."""
+        return 1 if self.sealed is None else self.sealed.generation + 1
+
+    def write(self, directory: Path) -> None:
+        """Make it durable (blocking)."""
+        durable.write_json(directory / f"{self.uuid}.json", asdict(self))
+
+    def remove(self, directory: Path) -> None:
+        """Forget it for good (blocking)."""
+        durable.remove(directory / f"{self.uuid}.json")
+
+    @classmethod
+    def read(cls, path: Path) -> ProtectionRecord | None:
+        """The record in ``path`` or None. Raises IntegrityError where it is none of ours."""
+        value = durable.read_json(path)
+        if value is None:
+            return None
+        try:
+            return cls.from_dict(value)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise IntegrityError(
+                f"{path}: not a record of this version ({error}); move it away and protect the VM again"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> ProtectionRecord:
+        """From the JSON form; keys of newer versions are dropped."""
+        known = {item.name for item in fields(cls)}
+        data = {key: content for key, content in value.items() if key in known}
+        if data.get("sealed") is not None:
+            data["sealed"] = Sealed(**data["sealed"])
+        data["disks"] = {key: DiskRecord(**content) for key, content in data.get("disks", {}).items()}
+        return cls(**data)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A VM's disks at one instant, wherever that can be read: a pull backup of a running VM, or closed images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from precache_proxy.blocks.export import open_export
+from precache_proxy.blocks.images import ImageReference
+from precache_proxy.blocks.nbd import NbdClient
+from precache_proxy.source.reader import DiskReader
+from precache_proxy.source.tracker import EXPORT_BITMAP, Backup, Tracker, VmReference
+
+
+@dataclass
+class View:
+    """Readers per disk. ``over()``: the slice shall end; ``cut()``: errors of readers mean just that."""
+
+    readers: dict[str, DiskReader]
+    over: Callable[[], bool] = field(default=lambda: False)
+    cut: Callable[[], bool] = field(default=lambda: False)
+    reason: Callable[[], str] = field(default=lambda: "")
+
+
+class ViewSource(Protocol):
+    """Opens one view after another. ``sliced``: a view may end before all was read."""
+
+    sliced: bool
+
+    def open(
+        self, since: Mapping[str, str], checkpoint: str | None
+    ) -> contextlib.AbstractAsyncContextManager[View]:
+        """A view now. ``since``: per disk what changes are counted from; ``checkpoint`` begins with it."""
+
+
+class RunningVm:
+    """Views of a running (or paused) VM by pull backups."""
+
+    sliced = True
+
+    def __init__(
+        self, tracker: Tracker, vm: VmReference, disks: list[str], absent: list[str], *, limit_seconds: float
+    ) -> None:
+        self._tracker = tracker
+        self._vm = vm
+        self._disks = disks
+        self._absent = absent
+        self._limit_seconds = limit_seconds
+
+    @contextlib.asynccontextmanager
+    async def open(self, since: Mapping[str, str], checkpoint: str | None) -> AsyncIterator[View]:
+        """See :class:`ViewSource`. Raises TrackingLost, NoSpace, Conflict, HypervisorError."""
+        async with (
+            self._tracker.backup(
+                self._vm,
+                disks=self._disks,
+                absent=self._absent,
+                incremental=since,
+                checkpoint=checkpoint,
+                limit_seconds=self._limit_seconds,
+            ) as backup,
+            _backup_readers(self._vm, backup) as readers,
+        ):
+            lease = backup.lease
+            yield View(readers, lease.over.is_set, lambda: lease.aborted, lambda: lease.reason)
+
+
+@contextlib.asynccontextmanager
+async def _backup_readers(vm: VmReference, backup: Backup) -> AsyncIterator[dict[str, DiskReader]]:
+    async with contextlib.AsyncExitStack() as stack:
+        readers: dict[str, DiskReader] = {}
+        for disk in backup.disks:
+            bitmap = EXPORT_BITMAP if disk in backup.incremental else None
+            client = await NbdClient.connect(
+                backup.socket, disk, DiskReader.contexts(bitmap), subject=f"{vm} disk {disk}"
+            )
+            await stack.enter_async_context(client)
+            readers[disk] = DiskReader(client, bitmap)
+        yield readers
+
+
+class ClosedImages:
+    """Views of images that no QEMU writes to: shut-off VMs, frozen layers. They last until they are read.
+
+    Who wants to open such an image for writing has to end our readers first: while they run, their process
+    numbers stand in ``readers_path``, where the libvirt hook finds them.
+    """
+
+    sliced = False
+
+    def __init__(
+        self,
+        vm: VmReference,
+        images: Mapping[str, ImageReference],
+        *,
+        socket_directory: Path,
+        readers_path: Path | None = None,
+    ) -> None:
+        self._vm = vm
+        self._images = dict(images)
+        self._socket_directory = socket_directory
+        self._readers_path = readers_path
+        self._pids: list[int] = []
+
+    @contextlib.asynccontextmanager
+    async def open(self, since: Mapping[str, str], checkpoint: str | None) -> AsyncIterator[View]:
+        """See :class:`ViewSource`; ``since`` names bitmaps in the images, ``checkpoint`` is not made here."""
+        del checkpoint
+        readers: dict[str, DiskReader] = {}
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                for disk, image in self._images.items():
+                    bitmap = since.get(disk)
+                    export = await open_export(
+                        image.path,
+                        format=image.format,
+                        socket_directory=self._socket_directory,
+                        bitmap=bitmap,
+                        name="read",
+                    )
+                    self._note(export.pid)
+                    stack.push_async_callback(export.kill)
+                    client = await NbdClient.connect(
+                        export.socket, "", DiskReader.contexts(bitmap), subject=f"{self._vm} disk {disk}"
+                    )
+                    await stack.enter_async_context(client)
+                    readers[disk] = DiskReader(client, bitmap)
+                yield View(readers)
+        finally:
+            self._pids.clear()
+            if self._readers_path is not None:
+                self._readers_path.unlink(missing_ok=True)
+
+    def _note(self, pid: int) -> None:
+        self._pids.append(pid)
+        if self._readers_path is None:
+            return
+        self._readers_path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        beside = self._readers_path.with_name(f".{self._readers_path.name}.new")
+        beside.write_text(json.dumps({"pids": self._pids}))
+        beside.rename(self._readers_path)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,83 @@ def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "pki")
 
 
+class Cable:
+    """A TCP relay in front of a port, that can be cut, frozen and healed like the way between two sites."""
+
+    def __init__(self, target_port: int) -> None:
+        self.port = free_port()
+        self.carried_bytes = 0
+        self._target = target_port
+        self._server: asyncio.Server | None = None
+        self._pairs: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begin to relay."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+
+    async def refuse(self) -> None:
+        """Accept no new connections."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def cut(self, count: int | None = None) -> int:
+        """Reset ``count`` connections (all); what the kernel holds of them is lost. Says how many."""
+        pairs, self._pairs = self._pairs[:count], [] if count is None else self._pairs[count:]
+        for both in pairs:
+            for writer in both:
+                raw = writer.get_extra_info("socket")
+                if raw is not None and raw.fileno() >= 0:
+                    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                writer.transport.abort()
+        return len(pairs)
+
+    def freeze(self) -> None:
+        """Carry nothing, but close nothing either: what a dead router does."""
+        self._flowing.clear()
+
+    def thaw(self) -> None:
+        """Carry again."""
+        self._flowing.set()
+
+    async def stop(self) -> None:
+        """End everything."""
+        await self.refuse()
+        self.cut()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._flowing.wait()
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._pairs.append((writer, far_writer))
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(self._carry(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                await self._flowing.wait()
+                self.carried_bytes += len(data)
+                sink.write(data)
+                await sink.drain()
+        except OSError:
+            pass
+        sink.transport.abort()
+
+
+Start = Callable[[Channel], Awaitable[Channel]]
+WiredFactory = Callable[..., Awaitable[tuple[Channel, Channel, Cable]]]
 PairFactory = Callable[..., Awaitable[tuple[Channel, Channel]]]
 
 
@@ -101,6 +180,62 @@ def make_config(
         "reconnect_maximum_seconds": 0.5,
     }
     return ChannelConfig(**(values | options))
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Starts channels that are stopped at the end."""
+    started: list[Channel] = []
+
+    async def begin(channel: Channel) -> Channel:
+        started.append(channel)
+        await channel.start()
+        return channel
+
+    yield begin
+    for channel in started:
+        await channel.stop()
+
+
+@pytest.fixture
+async def wired(
+    authority: Authority, start: Start
+) -> AsyncIterator[WiredFactory]:
+    """``home`` dials ``backup`` through a Cable; both are up."""
+    cables: list[Cable] = []
+
+    async def make(**options: Any) -> tuple[Channel, Channel, Cable]:
+        ports = free_port(), free_port()
+        connections = options.pop("connections", 4)
+        cable = Cable(ports[1])
+        cables.append(cable)
+        await cable.start()
+        home = Channel(
+            make_config(
+                authority, "home", ports[0], {"backup": PeerAddress("127.0.0.1", cable.port, connections)}, **options
+            )
+        )
+        backup = Channel(
+            make_config(
+                authority, "backup", ports[1], {"home": PeerAddress("127.0.0.1", ports[0], connections)}, **options
+            )
+        )
+        await start(home)
+        await start(backup)
+        await home.links["backup"].wait_up(10)
+        await until(lambda: home.links["backup"].status()["connections"] == connections)
+        return home, backup, cable
+
+    yield make
+    for cable in cables:
+        await cable.stop()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something to become true."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture

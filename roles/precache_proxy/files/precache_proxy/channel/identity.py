@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from typing import Any
@@ -81,9 +82,11 @@ def make_context(config: ChannelConfig, *, server: bool) -> ssl.SSLContext:
 
 
 def _plain(error: OSError) -> str:
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return "connection closed"
     if isinstance(error, ssl.SSLError):
         return (error.reason or str(error)).replace("_", " ").lower()
-    return error.strerror or str(error)
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def peer_names(certificate: dict[str, Any] | None) -> list[str]:
@@ -110,7 +113,7 @@ def explain(peer: str, where: str, error: BaseException) -> LifeboatError:
             error.verify_code, f"is refused ({error.verify_message}); renew it (role pki)"
         )
         return PeerRefused(f"peer {peer} at {where}: its certificate {way_out}")
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         reason = (error.reason or "").upper()
         for alert, way_out in _ALERTS.items():
             if "ALERT" in reason and reason.endswith(alert):

@@ -48,7 +48,8 @@ class TokenBucket:
         burst = max(self._rate * _BURST_SECONDS, _MINIMUM_BURST_BYTES)
         self._tokens = min(burst, self._tokens + (now - self._at) * self._rate)
         self._at = now
-        return 0.0 if self._tokens >= 0 else -self._tokens / self._rate
+        # Less than a byte short is not short: waiting for it could round to no time at all.
+        return 0.0 if self._tokens > -1 else -self._tokens / self._rate
 
     def take(self, count_bytes: int) -> None:
         """``count_bytes`` were sent."""

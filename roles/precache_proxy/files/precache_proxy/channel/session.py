@@ -342,7 +342,8 @@ class Session:
             self._pacer.take(wire)
             if frame.resent:
                 self._counters.resent_wire_bytes += wire
-            self._counters.sent(frame.traffic_class, stream.tally, 0 if frame.resent else frame.length, wire)
+            raw = frame.length if frame.kind is FrameType.DATA and not frame.resent else 0
+            self._counters.sent(frame.traffic_class, stream.tally, raw, wire)
             size += wire
         return size
 
@@ -392,12 +393,13 @@ class Session:
         if frame.type is FrameType.OPEN and not stream.opened:
             self._fill_in(stream, frame)
             opened = True
-        self._counters.received(traffic_class, stream.tally, len(frame.payload), frame.wire_bytes)
         if not self.dialed and frame.sequence >= stream.steered_sequence:
             stream.steered_sequence = frame.sequence
             if stream.traffic_class is not traffic_class:
                 stream.traffic_class = traffic_class
-        stream.arrived(frame)
+        fresh = stream.arrived(frame) and frame.type is FrameType.DATA
+        raw = len(frame.payload) if fresh else 0
+        self._counters.received(traffic_class, stream.tally, raw, frame.wire_bytes)
         if opened:
             self._owner.stream_opened(stream)
 

@@ -374,12 +374,12 @@ class Stream:
         if self.over:
             self._owner.forget(self)
 
-    def arrived(self, frame: Frame) -> None:
-        """A numbered frame, in whatever order. Raises ProtocolError when the peer overran its credit."""
+    def arrived(self, frame: Frame) -> bool:
+        """A numbered frame, in whatever order; False: it was here before. Raises ProtocolError on overrun credit."""
         charge = len(frame.payload) + FRAME_CHARGE_BYTES
         if frame.sequence < self._expected or frame.sequence in self._early:
             self._owner.owe_acknowledgement(self, soon=True)
-            return
+            return False
         if self._arrived_charge + self._early_charge + charge > self._advertised + FRAME_CHARGE_BYTES:
             raise ProtocolError(
                 f"stream {self.identifier} ({self.kind}): {charge} bytes beyond the credit of {self._advertised}"
@@ -387,7 +387,7 @@ class Stream:
         if frame.sequence != self._expected:
             self._early[frame.sequence] = frame
             self._early_charge += charge
-            return
+            return True
         self._progress_at = time.monotonic()
         following: Frame | None = frame
         while following is not None:
@@ -406,6 +406,7 @@ class Stream:
         self._owner.owe_acknowledgement(self, soon=pressing)
         if self.over:
             self._owner.forget(self)
+        return True
 
     def acknowledgement(self) -> tuple[int, int]:
         """(next frame expected, limit in bytes) to tell the peer now."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Named places where a test may kill this process, to see what a crash there leaves behind.
 
-Honoured only when the environment says ``LIFEBOAT_CRASH_AT=name`` (or ``name:3`` for the third time there) when
+Honoured only when the environment says ``LIFEBOAT_CRASH_AT=name`` (or ``name:3`` for the third time there)
+when
 the process starts. The table is the one list of them; docs/evacuation.md says what each line leaves.
 """
 
@@ -77,7 +78,8 @@ _name, _remaining = _wanted()
 
 
 def crash_point(name: str) -> None:
-    """Die here by SIGKILL if the environment asked for it; otherwise nothing. KeyError on an unlisted name."""
+    """Die here by SIGKILL if the environment asked for it; otherwise nothing. KeyError on an unlisted
+    name."""
     global _remaining  # noqa: PLW0603  (how often we came by is a fact of the process)
     CRASH_POINTS[name]
     if name != _name:

@@ -40,7 +40,8 @@ RUNS_HERE: Final = frozenset({ArrivalState.ACTIVATED, ArrivalState.LANDED})
 
 @dataclass(slots=True)
 class ArrivalDisk:
-    """A disk of an arrival: the replica's top, the overlay that libvirt fills, and the one from activation on.
+    """A disk of an arrival: the replica's top, the overlay that libvirt fills, and the one from activation
+    on.
 
     ``size_bytes`` is the guest-visible size.
     """
@@ -50,11 +51,14 @@ class ArrivalDisk:
     overlay: str
     top: str
     size_bytes: int
+    # the lowest image of the chain that is ours: landing collapses into it and no deeper; "" until then
+    base: str = ""
 
 
 @dataclass(slots=True)
 class Arrival:
-    """One evacuation, at its destination. ``id`` is the source's job id, ``epoch`` the one it raises the VM to."""
+    """One evacuation, at its destination. ``id`` is the source's job id, ``epoch`` the one it raises the VM
+    to."""
 
     id: str
     vm: str
@@ -93,7 +97,8 @@ class Arrival:
         """Go on to ``state``. Raises Conflict where it may not follow."""
         if state not in FOLLOWING[self.state]:
             raise Conflict(
-                f"arrival {self.id} of {self.name}: it is {self.state.value} and cannot become {state.value}; "
+                f"arrival {self.id} of {self.name}: it is {self.state.value} and cannot become "
+                f"{state.value}; "
                 "see `precache-proxy status` here and at the source"
             )
         self.state = state
@@ -113,7 +118,8 @@ def arrival_from_dict(data: Mapping[str, Any]) -> Arrival:
         return Arrival(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
-            f"arrival record {data.get('id', '?')}: not understood ({error}); it was written by another version: "
+            f"arrival record {data.get('id', '?')}: not understood ({error}); it was written by another "
+            f"version: "
             "install that one again, or move the record away once you know where the VM runs"
         ) from error
 
@@ -139,4 +145,6 @@ class ArrivalJournal:
         if not self.directory.is_dir():
             return []
         records = (durable.read_json(path) for path in sorted(self.directory.glob("*.json")))
-        return sorted((arrival_from_dict(record) for record in records if record), key=lambda item: item.since)
+        return sorted(
+            (arrival_from_dict(record) for record in records if record), key=lambda item: item.since
+        )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The destination's side: prepares for an arrival, activates it on the source's release, or clears it away.
 
-One lock per VM orders everything that is done to it. The rule that all of this serves: the VM is resumed or started
+One lock per VM orders everything that is done to it. The rule that all of this serves: the VM is resumed or
+started
 here only after RELEASED is durable, and RELEASED is entered only on the source's word or the operator's.
 """
 
@@ -86,7 +87,9 @@ class Arrivals:
     def latest_of(self, vm: str) -> Arrival | None:
         """The newest arrival of a VM, or None."""
         return max(
-            (item for item in self._arrivals.values() if item.vm == vm), key=lambda item: item.epoch, default=None
+            (item for item in self._arrivals.values() if item.vm == vm),
+            key=lambda item: item.epoch,
+            default=None,
         )
 
     def lock(self, vm: str) -> asyncio.Lock:
@@ -124,7 +127,12 @@ class Arrivals:
             await self._store.status(vm)
         except NotFound:
             findings.append(
-                Finding(f"VM {parameters.get('name', vm)}", f"{peer}'s replica is not here", "protect it anew", "not-found")
+                Finding(
+                    f"VM {parameters.get('name', vm)}",
+                    f"{peer}'s replica is not here",
+                    "protect it anew",
+                    "not-found",
+                )
             )
         return {"already_there": False, "findings": [asdict(finding) for finding in findings]}
 
@@ -149,14 +157,17 @@ class Arrivals:
         for other in [item for item in self._arrivals.values() if item.vm == vm]:
             if other.epoch > epoch or (other.epoch == epoch and other.state in RUNS_HERE):
                 raise StaleEpoch(
-                    f"VM {other.name}: it arrived here with epoch {other.epoch}, this is an evacuation to epoch "
+                    f"VM {other.name}: it arrived here with epoch {other.epoch}, this is an evacuation to "
+                    f"epoch "
                     f"{epoch}; the copy that wants to come is an old one: do not start it again"
                 )
             if other.state in {ArrivalState.PREPARED, ArrivalState.ABORTING} and other.peer == peer:
                 # The source has one job at a time: the earlier one is over there, it only could not tell us.
                 await self._clear(other)
             elif not other.ended and other.state is not ArrivalState.ACTIVATED:
-                raise Conflict(f"VM {other.name}: arrival {other.id} is {other.state.value} here; settle it first")
+                raise Conflict(
+                    f"VM {other.name}: arrival {other.id} is {other.state.value} here; settle it first"
+                )
 
     async def _prepare(self, peer: str, parameters: Mapping[str, Any]) -> Arrival:
         job_id, vm, name = (str(parameters[key]) for key in ("job", "vm", "name"))
@@ -209,7 +220,8 @@ class Arrivals:
 
     async def _set_up(self, arrival: Arrival, directory: Path) -> None:
         sentence = (
-            f"VM {arrival.name} is arriving from {arrival.peer} (job {arrival.id}) and was not released by it yet; "
+            f"VM {arrival.name} is arriving from {arrival.peer} (job {arrival.id}) and was not released by "
+            f"it yet; "
             f"it may run there. Wait, or settle it: precache-proxy settle {arrival.id} source-dead"
         )
         forbidden = Forbidden(arrival.vm, ARRIVAL, sentence, arrival.id, arrival.epoch)
@@ -238,7 +250,8 @@ class Arrivals:
                 presence = await self._domains.presence(vm)
                 if presence not in {Presence.ARRIVED, Presence.RUNNING}:
                     raise Conflict(
-                        f"VM {arrival.name}: it did not arrive whole here ({presence.value}); it stays at {peer}"
+                        f"VM {arrival.name}: it did not arrive whole here ({presence.value}); it stays at "
+                        f"{peer}"
                     )
                 await self._track(arrival)
                 await self.enter(arrival, ArrivalState.RELEASED)
@@ -246,7 +259,9 @@ class Arrivals:
             if arrival.state is ArrivalState.RELEASED:
                 await self._activate_whichever(arrival)
             if arrival.state not in RUNS_HERE:
-                raise Conflict(f"VM {arrival.name}: its arrival {job_id} is {arrival.state.value}; it will not run here")
+                raise Conflict(
+                    f"VM {arrival.name}: its arrival {job_id} is {arrival.state.value}; it will not run here"
+                )
             now = time.monotonic()
             resumed = arrival.timings.get("resumed_monotonic", now)
             return {
@@ -292,7 +307,9 @@ class Arrivals:
     def _known(self, job_id: str, peer: str) -> Arrival:
         arrival = self._arrivals.get(job_id)
         if arrival is None or arrival.peer != peer:
-            raise NotFound(f"job {job_id}: no arrival from {peer} by that number here; see `precache-proxy status`")
+            raise NotFound(
+                f"job {job_id}: no arrival from {peer} by that number here; see `precache-proxy status`"
+            )
         return arrival
 
     # -- doing it
@@ -300,7 +317,8 @@ class Arrivals:
     async def _watch_arrival(self, arrival: Arrival) -> None:
         """When the VM stands here complete and paused: end the hook's exception, and track it already.
 
-        Tracking needs no release, for it changes nothing that the guest can see; done now, it is not downtime.
+        Tracking needs no release, for it changes nothing that the guest can see; done now, it is not
+        downtime.
         """
         with contextlib.suppress(LifeboatError):
             while arrival.state is ArrivalState.PREPARED:
@@ -315,9 +333,11 @@ class Arrivals:
                     return
 
     async def _track(self, arrival: Arrival) -> None:
-        """Put the top overlays on and the checkpoint in, while paused: the way back is tracked from the first instant.
+        """Put the top overlays on and the checkpoint in, while paused: the way back is tracked from the first
+        instant.
 
-        What arrived stands still below, flushed and synced. A failure costs the way back its bitmap, not the VM its run.
+        What arrived stands still below, flushed and synced. A failure costs the way back its bitmap, not the
+        VM its run.
         """
         if arrival.checkpoint:
             return
@@ -330,7 +350,9 @@ class Arrivals:
                 await layers.put_overlays(self._domains, arrival.vm, tops)
             await layers.create_checkpoint(self._domains, arrival.vm, checkpoint, tops)
         except LifeboatError as error:
-            logger.error("VM %s: the way back is not tracked and will need a comparison: %s", arrival.vm, error)
+            logger.error(
+                "VM %s: the way back is not tracked and will need a comparison: %s", arrival.vm, error
+            )
             arrival.cause, arrival.sentence = "tracking-lost", str(error)
         else:
             arrival.checkpoint = checkpoint
@@ -364,7 +386,8 @@ class Arrivals:
         await self.settle_down(arrival)
 
     async def _activate_cold(self, arrival: Arrival) -> None:
-        """The memory is gone, the disks are whole: ACTIVATED is durable first, for the guard must go before a start."""
+        """The memory is gone, the disks are whole: ACTIVATED is durable first, for the guard must go before a
+        start."""
         arrival.memory_lost = True
         await self._install_network(arrival)
         await self.enter(arrival, ArrivalState.ACTIVATED)
@@ -379,7 +402,8 @@ class Arrivals:
             arrival.cause, arrival.sentence = "network", str(error)
 
     async def settle_down(self, arrival: Arrival) -> None:
-        """After ACTIVATED, repeatable: lift the guard, run if it has to be started, autostart, close the sockets."""
+        """After ACTIVATED, repeatable: lift the guard, run if it has to be started, autostart, close the
+        sockets."""
         await asyncio.to_thread(self._guard.arrived, arrival.vm)
         await asyncio.to_thread(self._guard.allow, arrival.vm, job=arrival.id)
         if arrival.memory_lost and "started_at" not in arrival.timings:
@@ -391,9 +415,6 @@ class Arrivals:
             await self._domains.start(arrival.vm)
             arrival.timings["started_at"] = time.time()
             await self.save(arrival)
-        if arrival.autostart:
-            with contextlib.suppress(LifeboatError):
-                await self._domains.set_autostart(arrival.vm, True)
         await asyncio.to_thread(remove_job_directory, self.sockets_directory / arrival.id)
         logger.info("VM %s runs here since the release by %s", arrival.vm, arrival.peer)
 
@@ -431,7 +452,11 @@ class Arrivals:
         """Carry out what :func:`decide_at_destination` said. The VM's lock is held by the caller."""
         if decision is ArrivalDecision.ABORT:
             await self._clear(arrival)
-        elif decision in {ArrivalDecision.ACTIVATE, ArrivalDecision.ACTIVATE_COLD, ArrivalDecision.RECORD_ACTIVATED}:
+        elif decision in {
+            ArrivalDecision.ACTIVATE,
+            ArrivalDecision.ACTIVATE_COLD,
+            ArrivalDecision.RECORD_ACTIVATED,
+        }:
             if arrival.state is ArrivalState.PREPARED:
                 arrival.activated_by = on_whose_word
                 await self._track(arrival)

@@ -64,24 +64,28 @@ async def release(departure: Departure) -> None:
 
 
 async def finish(departure: Departure) -> None:
-    """The VM runs at the destination: forget it here, and keep its image as the base for coming back. Repeatable."""
+    """The VM runs at the destination: forget it here, and keep its image as the base for coming back.
+    Repeatable."""
     job, around = departure.job, departure.around
     if job.step is not Step.FINISH:
         # Its memory is there with it: nothing was lost, whatever was asked for meanwhile.
         job.owes_abort = False
+        job.progress.pop("contact_lost_at", None)
         await departure.enter(Step.FINISH)
     crash_point("departure-before-undefine")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))
     presence = await around.domains.presence_at_source(job.vm)
     if presence is Presence.UNKNOWN:
-        raise HypervisorError(f"VM {job.name}: libvirt does not say what became of it here; asked again shortly")
+        raise HypervisorError(
+            f"VM {job.name}: libvirt does not say what became of it here; asked again shortly"
+        )
     if presence in {Presence.RUNNING, Presence.PAUSED}:
         # Only after an operator's word, or time, that we were dead: there it runs with the newer epoch.
         logger.critical(
             "VM %s: activated at %s (epoch %d) while it was still active here; the old copy is ended now",
             job.vm, job.peer, job.epoch,
         )  # fmt: skip
-        job.explain("old-copy-ended", f"{job.peer} was told that this host is dead; the copy here was ended")
+        job.warning = f"{job.peer} was told that this host is dead; the old copy here was ended."
         await around.domains.destroy(job.vm)
     await asyncio.to_thread(freeze.restore_ownership, job.disks)
     await around.domains.undefine(job.vm)
@@ -92,9 +96,11 @@ async def finish(departure: Departure) -> None:
     with contextlib.suppress(NotFound):
         await around.source.handed_over(job.vm)
     job.verdict = Verdict.EVACUATED
-    if not job.sentence:
+    if not job.warning:
         lost = " It had to be started anew there: its memory was lost." if job.memory_lost else ""
         job.explain("", f"VM {job.name} runs at {job.peer}.{lost}")
+    else:
+        job.explain("warning", f"VM {job.name} runs at {job.peer}. {job.warning}")
     await departure.enter(Step.DONE)
 
 
@@ -107,10 +113,6 @@ async def _keep_images(departure: Departure) -> None:
     try:
         for image in kept.values():
             await drop_own_bitmaps(str(image.path), image.format)
-        with contextlib.suppress(NotFound):
-            status = await around.store.status(job.vm)
-            if status.get("exists", True) and int(status.get("epoch") or 0) >= job.epoch:
-                return
         await around.store.adopt(
             job.vm,
             name=job.name,
@@ -118,8 +120,11 @@ async def _keep_images(departure: Departure) -> None:
             generation=job.generation,
             checkpoint="",
             disks=kept,
-            definition="",
+            definition=job.definition,
+            peer=job.peer,
         )
     except LifeboatError as error:
-        logger.error("VM %s: what stayed here was not adopted, the way back will be a full copy: %s", job.vm, error)
-        job.explain(error.cause, f"VM {job.name} runs at {job.peer}; what stayed here was not adopted: {error}")
+        logger.error(
+            "VM %s: what stayed here was not adopted, the way back will be a full copy: %s", job.vm, error
+        )
+        job.warning = f"What stayed here was not adopted, the way back will be a full copy: {error}"

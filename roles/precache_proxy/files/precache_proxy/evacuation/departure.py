@@ -87,7 +87,9 @@ class Departure:
     def check_cancelled(self) -> None:
         """Raise Cancelled when the operator asked for it, or the relay's failure."""
         if self.cancelled:
-            raise Cancelled(f"evacuation of {self.job.name}: cancelled on the operator's word; the VM stays here")
+            raise Cancelled(
+                f"evacuation of {self.job.name}: cancelled on the operator's word; the VM stays here"
+            )
         if self.failure is not None:
             raise self.failure
 
@@ -116,7 +118,9 @@ async def findings(
     )
     link = around.links.get(peer)
     if link is None:
-        found.append(Finding(f"peer {peer}", "it is not configured here", "add it to precache_proxy.toml", "not-found"))
+        found.append(
+            Finding(f"peer {peer}", "it is not configured here", "add it to precache_proxy.toml", "not-found")
+        )
         return definition, found, False
     try:
         answer = await link.call(
@@ -130,14 +134,17 @@ async def findings(
             timeout_seconds=CHECK_TIMEOUT_SECONDS,
         )
     except LifeboatError as error:
-        found.append(Finding(f"peer {peer}", str(error), "see `precache-proxy status` on both hosts", error.cause))
+        found.append(
+            Finding(f"peer {peer}", str(error), "see `precache-proxy status` on both hosts", error.cause)
+        )
         return definition, found, False
     found += [Finding(**finding) for finding in answer["findings"]]
     return definition, found, bool(answer.get("already_there"))
 
 
 async def run_forward(departure: Departure) -> None:
-    """From preflight to the end of migrate. Raises LifeboatError: then the job is to be decided and rolled back."""
+    """From preflight to the end of migrate. Raises LifeboatError: then the job is to be decided and rolled
+    back."""
     if not await _preflight(departure):
         return
     await _catch_up(departure)
@@ -156,6 +163,7 @@ async def _preflight(departure: Departure) -> bool:
     if found:
         raise InvalidInput(f"VM {job.name} cannot be evacuated: {preflight.sentence(found)}", found)
     departure.check_cancelled()
+    # While a VM is protected libvirt's own mark is off and the protection remembers it.
     job.autostart = definition.autostart or bool(departure.around.source.status(job.vm).get("autostart"))
     return True
 
@@ -172,7 +180,9 @@ async def _catch_up(departure: Departure) -> None:
         result = await around.source.run_pass(job.vm, reason="evacuation")
         sent_bytes = int(result.data_bytes)
         departure.measure.passed(sent_bytes, time.monotonic() - began)
-        if sent_bytes <= CATCH_UP_ENOUGH_BYTES or (before is not None and sent_bytes > before * CATCH_UP_SHRINK):
+        if sent_bytes <= CATCH_UP_ENOUGH_BYTES or (
+            before is not None and sent_bytes > before * CATCH_UP_SHRINK
+        ):
             break
         before = sent_bytes
 
@@ -201,7 +211,7 @@ async def _residual(departure: Departure, definition: Definition) -> None:
     frozen = {
         key: ImageReference(Path(disk.image), disk.format, disk.size_bytes) for key, disk in job.disks.items()
     }
-    xml = await around.domains.xml(job.vm, inactive=True)
+    job.definition = xml = await around.domains.xml(job.vm, inactive=True)
     began = time.monotonic()
     result = await around.source.send_residual(job.vm, frozen, job.checkpoint, xml)
     departure.measure.passed(int(result.data_bytes), time.monotonic() - began)
@@ -295,7 +305,8 @@ def _sockets(departure: Departure) -> relay.JobSockets:
         return stream
 
     def on_failure(error: LifeboatError) -> None:
-        """A dead relay: cut both streams, tell libvirt to stop; QEMU alone would wait with the guest's writes."""
+        """A dead relay: cut both streams, tell libvirt to stop; QEMU alone would wait with the guest's
+        writes."""
         if departure.failure is None and departure.sockets is not None:
             departure.failure = error if isinstance(error, Stalled) else departure.failure
             departure.sockets.close_connections()

@@ -16,7 +16,8 @@ _HOST_ONLY = ("backingStore", "mirror")
 def destination_xml(xml: str, overlays: Mapping[str, str]) -> str:
     """``xml`` with each disk of ``overlays`` (target name -> path) as a qcow2 file at its new place.
 
-    ``<backingStore>`` goes away: libvirt at the destination reads the chain from the overlay itself, and the source's
+    ``<backingStore>`` goes away: libvirt at the destination reads the chain from the overlay itself, and the
+    source's
     chain would be wrong there. Everything that the guest can see stays as it is, or libvirt refuses.
     """
     root = parse_element(xml)
@@ -51,7 +52,8 @@ def _point_source(disk: etree._Element, path: str) -> None:
 
 
 def replaced_paths(xml: str, paths: Mapping[str, tuple[str, str]]) -> str:
-    """``xml`` with each disk of ``paths`` (target -> path, format) at that place, for a definition of this host."""
+    """``xml`` with each disk of ``paths`` (target -> path, format) at that place, for a definition of this
+    host."""
     root = parse_element(xml)
     for disk in root.iterfind("devices/disk"):
         target = disk.find("target")

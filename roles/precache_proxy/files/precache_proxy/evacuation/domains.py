@@ -36,7 +36,7 @@ _KEEP_TPM = getattr(libvirt, "VIR_DOMAIN_UNDEFINE_KEEP_TPM", 0)
 
 
 def presence_of(state: int, reason: int, job_type: int) -> Presence:
-    """libvirt's state, reason and kind of job under way, in our words."""
+    """Libvirt's state, reason and kind of job under way, in our words."""
     if state in _ALIVE:
         return Presence.RUNNING
     if state == libvirt.VIR_DOMAIN_PAUSED:
@@ -58,9 +58,7 @@ class Domains:
     def __init__(self, hypervisor: Hypervisor) -> None:
         self.hypervisor = hypervisor
 
-    async def run(
-        self, vm: str, function: Callable[[Any], T], *, timeout_seconds: float | None = 60.0
-    ) -> T:
+    async def run(self, vm: str, function: Callable[[Any], T], *, timeout_seconds: float | None = 60.0) -> T:
         """Run a blocking function on the domain. Raises NotFound, HypervisorError."""
         connection = self.hypervisor.connection
 
@@ -104,7 +102,8 @@ class Domains:
         return False
 
     async def wait_not_migrating(self, vm: str, timeout_seconds: float) -> None:
-        """Wait until libvirt has ended a migration that is under way; end it ourselves when it takes too long."""
+        """Wait until libvirt has ended a migration that is under way; end it ourselves when it takes too
+        long."""
         deadline = time.monotonic() + timeout_seconds
         while await self.migrating(vm):
             if time.monotonic() > deadline:
@@ -142,7 +141,9 @@ class Domains:
         """Start a VM that is shut off (the guard and the hook have their say); an active one is no error."""
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
         await self.run(
-            vm, lambda domain: None if domain.isActive() else domain.createWithFlags(flags), timeout_seconds=120
+            vm,
+            lambda domain: None if domain.isActive() else domain.createWithFlags(flags),
+            timeout_seconds=120,
         )
 
     async def destroy(self, vm: str) -> None:

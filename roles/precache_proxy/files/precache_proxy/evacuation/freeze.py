@@ -20,7 +20,8 @@ from precache_proxy.hypervisor.domain_xml import Definition, Disk
 
 
 def overlay_path(disk: Disk, job_id: str, fallback_directory: Path) -> Path:
-    """Where the overlay of a disk goes: beside an image file, so that the same QEMU reaches it and the space is known.
+    """Where the overlay of a disk goes: beside an image file, so that the same QEMU reaches it and the space
+    is known.
 
     A block device has no room beside it: then ``fallback_directory``.
     """
@@ -38,7 +39,9 @@ async def plan(
     for key in covered:
         disk = definition.disk(key)
         if disk is None:
-            raise HypervisorError(f"VM {definition.name}: disk {key} is gone; protect the VM anew and try again")
+            raise HypervisorError(
+                f"VM {definition.name}: disk {key} is gone; protect the VM anew and try again"
+            )
         overlay = overlay_path(disk, job_id, fallback_directory)
         size_bytes = await image_size_bytes(disk.path, disk.format)
         disks[key] = FrozenDisk(disk.path, disk.format, str(overlay), size_bytes)
@@ -62,7 +65,8 @@ def _path(definition: Definition, key: str) -> str:
 async def merge_back(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk], presence: Presence) -> None:
     """Undo the freeze: every write of the overlays goes into the images, and the images are the disks again.
 
-    For a VM that is not active it is started *paused* for that and ended again: only a running QEMU carries the dirty
+    For a VM that is not active it is started *paused* for that and ended again: only a running QEMU carries
+    the dirty
     bitmaps over, and without them the next pass would have to compare everything. Repeating it is no error.
     """
     started_here = presence not in {Presence.RUNNING, Presence.PAUSED}
@@ -99,7 +103,8 @@ def remove_overlays(disks: Mapping[str, FrozenDisk]) -> None:
 
 
 async def point_at_images(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk]) -> None:
-    """Make the persistent definition name the images again (the VM is not active and has lost its overlays)."""
+    """Make the persistent definition name the images again (the VM is not active and has lost its
+    overlays)."""
     xml = await domains.xml(vm, inactive=True)
     paths = {key: (frozen.image, frozen.format) for key, frozen in disks.items()}
     edited = replaced_paths(xml, paths)
@@ -108,9 +113,11 @@ async def point_at_images(domains: Domains, vm: str, disks: Mapping[str, FrozenD
 
 
 def restore_ownership(disks: Mapping[str, FrozenDisk]) -> None:
-    """Give each kept image the owner that libvirt gave back to the overlay on it when the VM stopped (blocking).
+    """Give each kept image the owner that libvirt gave back to the overlay on it when the VM stopped
+    (blocking).
 
-    libvirt moves what it remembers of the owner to a snapshot's overlay and restores only that: the images below
+    libvirt moves what it remembers of the owner to a snapshot's overlay and restores only that: the images
+    below
     would stay with QEMU's user.
     """
     for frozen in disks.values():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Who must not start here: durable files that the libvirt hook reads.
 
-``guard/<uuid>.json`` forbids every start of that VM on this host: a tombstone (it was released to another host) or an
-arrival that was not yet activated. ``arriving/<uuid>`` lives on tmpfs and lets one thing through in spite of it:
+``guard/<uuid>.json`` forbids every start of that VM on this host: a tombstone (it was released to another
+host) or an
+arrival that was not yet activated. ``arriving/<uuid>`` lives on tmpfs and lets one thing through in spite of
+it:
 the incoming migration itself. After a reboot it is gone, the guard is not.
 """
 
@@ -34,7 +36,8 @@ class Forbidden:
 
 
 class Guard:
-    """The guard files under ``directory`` and the passes for arrivals under ``run_directory`` (blocking calls)."""
+    """The guard files under ``directory`` and the passes for arrivals under ``run_directory`` (blocking
+    calls)."""
 
     def __init__(self, directory: Path, run_directory: Path) -> None:
         self.directory = directory / "guard"
@@ -60,7 +63,8 @@ class Guard:
             durable.remove(self._path(vm))
 
     def forbidden(self, vm: str) -> Forbidden | None:
-        """What forbids a start of the VM, or None. Raises IntegrityError on a broken file: that forbids, too."""
+        """What forbids a start of the VM, or None. Raises IntegrityError on a broken file: that forbids,
+        too."""
         data: dict[str, Any] | None = durable.read_json(self._path(vm))
         if data is None:
             return None

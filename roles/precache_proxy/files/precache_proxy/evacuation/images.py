@@ -15,11 +15,6 @@ async def image_size_bytes(path: str, image_format: str) -> int:
     return (await images.info(Path(path), image_format, in_use=True))[0].size_bytes
 
 
-async def backing_chain(path: str, image_format: str) -> list[str]:
-    """Paths from the image itself down to its lowest backing file."""
-    return [str(image.path) for image in await images.info(Path(path), image_format, in_use=True)]
-
-
 async def drop_own_bitmaps(path: str, image_format: str) -> None:
     """Remove the bitmaps of our checkpoints from an image that no VM has open any more."""
     if image_format != "qcow2":

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The record of one evacuation at its source, and which step may follow which.
 
-The record is durable before the step that it names is begun: after a crash it says at least as much as was done.
+The record is durable before the step that it names is begun: after a crash it says at least as much as was
+done.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ BEFORE_FREEZE: Final = frozenset({Step.PREFLIGHT, Step.CATCH_UP})
 class EvacuationOptions:
     """What the operator may ask of one evacuation.
 
-    ``synchronous_writes`` None: decided by the forecast. ``bandwidth_bytes_per_second`` None: no limit of ours.
+    ``synchronous_writes`` None: decided by the forecast. ``bandwidth_bytes_per_second`` None: no limit of
+    ours.
     """
 
     peer: str | None = None
@@ -122,6 +124,8 @@ class Job:
     findings: list[dict[str, str]] = field(default_factory=list)
     autostart: bool = False
     disks: dict[str, FrozenDisk] = field(default_factory=dict)
+    # the persistent definition at the freeze: what stays here is kept with it
+    definition: str = field(default="", repr=False)
     checkpoint: str = ""
     generation: int = 0
     # the step that was left for UNDECIDED: says what may still be assumed
@@ -134,6 +138,8 @@ class Job:
     presumed_dead_after_seconds: float | None = None
     # the VM had to be started anew: its memory is lost, its disks are whole
     memory_lost: bool = False
+    # it went well, but the operator should know this
+    warning: str = ""
     eviction_seconds: float | None = None
     downtime_seconds: float | None = None
     bytes: dict[str, Any] = field(default_factory=dict)
@@ -204,7 +210,8 @@ def job_from_dict(data: Mapping[str, Any]) -> Job:
         return Job(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
-            f"evacuation record {data.get('id', '?')}: not understood ({error}); it was written by another version: "
+            f"evacuation record {data.get('id', '?')}: not understood ({error}); it was written by another "
+            f"version: "
             "install that one again, or move the record away once you know where the VM runs"
         ) from error
 
@@ -235,4 +242,6 @@ class Journal:
         if not self.directory.is_dir():
             return []
         records = (durable.read_json(path) for path in sorted(self.directory.glob("*.json")))
-        return sorted((job_from_dict(record) for record in records if record), key=lambda job: job.commanded_at)
+        return sorted(
+            (job_from_dict(record) for record in records if record), key=lambda job: job.commanded_at
+        )

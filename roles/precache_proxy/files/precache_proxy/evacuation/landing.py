@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from precache_proxy import durable
@@ -20,7 +19,6 @@ from precache_proxy.evacuation import layers
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.domains import Domains
-from precache_proxy.evacuation.images import backing_chain
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
 
@@ -28,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 2.0
 RETRY_SECONDS = 30.0
+DEFAULT_RPO_SECONDS = 15.0
 
 
 class Landing:
@@ -39,14 +38,11 @@ class Landing:
         domains: Domains,
         source: SourceRoom,
         store: StoreRoom,
-        kept_images: Callable[[str], Mapping[str, str]],
     ) -> None:
         self._arrivals = arrivals
         self._domains = domains
         self._source = source
         self._store = store
-        # vm -> what it left here when it went away: a return collapses into that and no deeper
-        self._kept_images = kept_images
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, arrival: Arrival) -> None:
@@ -56,7 +52,8 @@ class Landing:
             self._tasks[arrival.id] = asyncio.create_task(self._run(arrival), name=f"landing-{arrival.id}")
 
     async def leave(self, vm: str) -> None:
-        """The VM moves on: stop merging its layers. What is on record stays; the next hand-off takes the chain along."""
+        """The VM moves on: stop merging its layers. What is on record stays; the next hand-off takes the
+        chain along."""
         for arrival in [item for item in self._arrivals.all() if item.vm == vm]:
             task = self._tasks.pop(arrival.id, None)
             if task is not None and not task.done():
@@ -90,15 +87,14 @@ class Landing:
         if await self._domains.presence(arrival.vm) is Presence.ABSENT:
             arrival.landing = "left"
         else:
-            await self._collapse(arrival)
+            await self._collapse_between_passes(arrival)
             arrival.landing = "collapsed"
         crash_point("landing-collapsed")
         async with self._arrivals.lock(arrival.vm):
             await self._arrivals.enter(arrival, ArrivalState.LANDED)
 
     async def _protect_way_back(self, arrival: Arrival) -> None:
-        with contextlib.suppress(NotFound):
-            await self._store.detach(arrival.vm)
+        await self._take_over_files(arrival)
         await layers.drop_stray_bitmaps(
             self._domains, arrival.vm, {name: list(arrival.disks) for name in arrival.stray_bitmaps}
         )
@@ -108,27 +104,52 @@ class Landing:
         }
         await self._source.adopt_for_return(
             arrival.vm,
+            name=arrival.name,
             peer=arrival.peer,
             epoch=arrival.epoch,
             generation=arrival.generation,
             checkpoint=arrival.checkpoint,
             overlays=overlays,
-            **arrival.protection,
+            autostart_wanted=arrival.autostart,
+            **{"rpo_seconds": DEFAULT_RPO_SECONDS, **arrival.protection},
         )
         arrival.landing = "way-back-protected"
         await self._arrivals.save(arrival)
 
+    async def _take_over_files(self, arrival: Arrival) -> None:
+        """The replica's files are the VM's own from now on; remember how deep they go."""
+        with contextlib.suppress(NotFound):
+            chains = await self._store.detach(arrival.vm)
+            for key, chain in chains.items():
+                if key in arrival.disks and chain:
+                    arrival.disks[key].base = str(chain[-1].path)
+            await self._arrivals.save(arrival)
+
     async def _wait_until_home_has_it(self, arrival: Arrival) -> None:
         """Until the old home has sealed what arrived here. A home that is gone keeps the chain as it is."""
-        while True:
+        while True:  # noqa: ASYNC110  (the source tells no one; every few seconds is soon enough)
             try:
                 status = self._source.status(arrival.vm)
             except NotFound:
                 # Not protected any more (the operator's choice): nobody needs the layer.
                 return
-            if int(status.get("generation") or 0) > arrival.generation and int(status["epoch"]) >= arrival.epoch:
+            if (
+                int(status.get("generation") or 0) > arrival.generation
+                and int(status["epoch"]) >= arrival.epoch
+            ):
                 return
             await asyncio.sleep(WAIT_SECONDS)
+
+    async def _collapse_between_passes(self, arrival: Arrival) -> None:
+        """libvirt refuses a backup while a block job runs, and the other way round: the passes wait for us."""
+        holder = f"landing-{arrival.id}"
+        with contextlib.suppress(NotFound):
+            await self._source.hold(arrival.vm, holder)
+        try:
+            await self._collapse(arrival)
+        finally:
+            with contextlib.suppress(NotFound):
+                await self._source.release(arrival.vm, holder)
 
     async def _collapse(self, arrival: Arrival) -> None:
         """Merge every layer into the lowest image that is ours; the VM's disk has its old name again."""
@@ -136,16 +157,13 @@ class Landing:
         if await self._domains.presence(vm) is not Presence.RUNNING:
             while await self._domains.presence(vm) not in {Presence.RUNNING, Presence.ABSENT}:
                 await asyncio.sleep(RETRY_SECONDS)
-        kept = self._kept_images(vm)
         for key, disk in arrival.disks.items():
             definition = await self._domains.definition(vm)
             current = definition.disk(key)
             if current is None:
                 continue
             chain = [current.path, *(image.path for image in current.backing)]
-            base = kept.get(key)
-            if base not in chain:
-                base = (await backing_chain(disk.replica, disk.replica_format))[-1]
+            base = disk.base
             if base not in chain or current.path == base:
                 continue
             await layers.commit(self._domains, vm, key, top=None, base=base)

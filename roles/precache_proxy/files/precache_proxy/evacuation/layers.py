@@ -72,8 +72,10 @@ async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Itera
 async def drop_stray_bitmaps(domains: Domains, vm: str, names: Mapping[str, Iterable[str]]) -> None:
     """Remove bitmaps (name -> targets that carry it) of which libvirt has no checkpoint, in all layers.
 
-    libvirt forgets checkpoints when a VM moves, but the bitmaps travel along. They are introduced to it again as
-    checkpoints and deleted with its own means; a bitmap that is on fewer disks than thought only costs a warning.
+    libvirt forgets checkpoints when a VM moves, but the bitmaps travel along. They are introduced to it again
+    as
+    checkpoints and deleted with its own means; a bitmap that is on fewer disks than thought only costs a
+    warning.
     """
     for name, targets in names.items():
         wanted = set(targets)
@@ -112,7 +114,8 @@ async def commit(
 ) -> None:
     """Merge the layers from ``top`` (None: the active one) down into ``base`` while the VM runs.
 
-    A job that an earlier attempt left behind is carried on with. Ends when the layer ``base`` has taken their place.
+    A job that an earlier attempt left behind is carried on with. Ends when the layer ``base`` has taken their
+    place.
     Raises HypervisorError; the chain is then as before or as after, never between.
     """
     active = top is None
@@ -150,7 +153,7 @@ async def _finish_block_job(domains: Domains, vm: str, target: str) -> None:
             return True
         return False
 
-    while not await domains.run(vm, step, timeout_seconds=120):
+    while not await domains.run(vm, step, timeout_seconds=120):  # noqa: ASYNC110
         await asyncio.sleep(POLL_SECONDS)
 
 
@@ -166,7 +169,9 @@ async def cancel_block_jobs(domains: Domains, vm: str, targets: Iterable[str]) -
             await domains.run(vm, work)
 
 
-async def wait_for_layer(domains: Domains, vm: str, target: str, path: str, timeout_seconds: float = 30) -> None:
+async def wait_for_layer(
+    domains: Domains, vm: str, target: str, path: str, timeout_seconds: float = 30
+) -> None:
     """Wait until ``path`` is the disk's active layer. Raises HypervisorError when it does not become so."""
     deadline = time.monotonic() + timeout_seconds
     while True:

@@ -14,7 +14,9 @@ from precache_proxy.evacuation.relay import DISK, LIBVIRT, RAM, RelayCounters
 class Measure:
     """Collects the figures of one job while it runs; lost by a crash, and then said to be unknown."""
 
-    def __init__(self, job: Job, link: Any, lag_bytes: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, job: Job, link: Any, lag_bytes: int | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._job = job
         self._link = link
         self._clock = clock
@@ -46,7 +48,8 @@ class Measure:
 
     @property
     def channel_bytes_per_second(self) -> float | None:
-        """What the channel can send: its limit where there is one, else what it has just carried; None unknown."""
+        """What the channel can send: its limit where there is one, else what it has just carried; None
+        unknown."""
         if self._link is None:
             return None
         limit = getattr(self._link, "rate_bytes_per_second", None)
@@ -87,7 +90,8 @@ class Measure:
             self._job.downtime_seconds = milliseconds / 1000
 
     def activated(self, answer: dict[str, Any]) -> None:
-        """The destination runs the VM: the source may lose power from now on, every block is durable there."""
+        """The destination runs the VM: the source may lose power from now on, every block is durable
+        there."""
         now = self._clock()
         if self.whole:
             self._job.eviction_seconds = now - self._began

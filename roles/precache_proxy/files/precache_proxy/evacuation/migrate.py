@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""libvirt's peer-to-peer migration over the job's sockets: the destination arrives paused, the source stays defined."""
+"""libvirt's peer-to-peer migration over the job's sockets: the destination arrives paused, the source stays
+defined."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from precache_proxy.evacuation.job import EvacuationOptions
 from precache_proxy.units import MIB
 
 PROGRESS_SECONDS = 0.5
-# Figures of libvirt's job statistics that tell people and the coordinator something (bytes unless named otherwise).
+# Figures of libvirt's job statistics that tell people and the coordinator something (bytes unless named
+# otherwise).
 _SHOWN = (
-    "memory_total", "memory_processed", "memory_remaining", "memory_bps", "memory_dirty_rate", "memory_page_size",
-    "memory_iteration", "memory_normal_bytes", "memory_constant", "disk_total", "disk_processed", "disk_remaining",
-    "disk_bps", "downtime", "setup_time", "time_elapsed",
+    "memory_total", "memory_processed", "memory_remaining", "memory_bps", "memory_dirty_rate",
+    "memory_page_size", "memory_iteration", "memory_normal_bytes", "memory_constant", "disk_total",
+    "disk_processed", "disk_remaining", "disk_bps", "downtime", "setup_time", "time_elapsed",
 )  # fmt: skip
 FLAGS = (
     libvirt.VIR_MIGRATE_LIVE
@@ -82,18 +84,23 @@ def mebibytes(bytes_per_second: float) -> int:
 
 
 def needs_synchronous_writes(written_bytes_per_second: float, channel_bytes_per_second: float | None) -> bool:
-    """Whether background mirroring would run after the guest for ever: it writes more than half of what can be sent."""
+    """Whether background mirroring would run after the guest for ever: it writes more than half of what can
+    be sent."""
     if not channel_bytes_per_second:
         return False
     return written_bytes_per_second > channel_bytes_per_second / 2
 
 
-async def migrate(domains: Domains, vm: str, plan: Plan, on_progress: Callable[[dict[str, Any]], None]) -> None:
-    """Run the migration to its end. Raises HypervisorError: then *who runs the VM is not said*, ask both sides."""
+async def migrate(
+    domains: Domains, vm: str, plan: Plan, on_progress: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run the migration to its end. Raises HypervisorError: then *who runs the VM is not said*, ask both
+    sides."""
 
     def work(domain: Any) -> None:
         with contextlib.suppress(libvirt.libvirtError):
-            # Persists in QEMU's parameters until the job; refused where the driver wants a running job for it.
+            # Persists in QEMU's parameters until the job; refused where the driver wants a running job for
+            # it.
             domain.migrateSetMaxDowntime(max(1, round(plan.options.downtime_limit_seconds * 1000)), 0)
         domain.migrateToURI3(plan.libvirt_uri, plan.parameters(), plan.flags)
 

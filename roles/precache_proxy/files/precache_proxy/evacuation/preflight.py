@@ -50,7 +50,9 @@ def source_findings(
             Finding(vm, f"shared folder {filesystem} cannot go along", "remove it first", "unsupported")
         )
     if status is None:
-        found.append(Finding(vm, "it is not protected", "protect it first (playbooks/protect.yml)", "not-found"))
+        found.append(
+            Finding(vm, "it is not protected", "protect it first (playbooks/protect.yml)", "not-found")
+        )
         return found
     if peer is not None and status.get("peer") != peer:
         found.append(
@@ -75,7 +77,9 @@ def source_findings(
         disk = definition.disk(key)
         if key not in protected:
             found.append(
-                Finding(vm, f"disk {key} is not protected", "protect the VM anew with all its disks", "conflict")
+                Finding(
+                    vm, f"disk {key} is not protected", "protect the VM anew with all its disks", "conflict"
+                )
             )
         if disk is not None and disk.mirror:
             found.append(
@@ -106,7 +110,11 @@ def space_findings(subject: str, directory: Path, needed_bytes: int) -> list[Fin
     try:
         status = os.statvfs(directory)
     except OSError as error:
-        return [Finding(subject, f"{directory} cannot be read ({error.strerror})", "make it accessible", "no-space")]
+        return [
+            Finding(
+                subject, f"{directory} cannot be read ({error.strerror})", "make it accessible", "no-space"
+            )
+        ]
     free_bytes = status.f_bavail * status.f_frsize
     if free_bytes >= needed_bytes:
         return []
@@ -117,7 +125,8 @@ def space_findings(subject: str, directory: Path, needed_bytes: int) -> list[Fin
 async def destination_findings(
     domains: Domains, guard: Guard, definition_xml: str, disks_directory: Path
 ) -> list[Finding]:
-    """What the destination sees: name and UUID, machine, CPU, memory, networks, files, reach of QEMU's user."""
+    """What the destination sees: name and UUID, machine, CPU, memory, networks, files, reach of QEMU's
+    user."""
     definition = parse_definition(definition_xml)
     found = await _clashes(domains, guard, definition)
     found += await _machine(domains, definition, definition_xml)
@@ -126,7 +135,9 @@ async def destination_findings(
     found += _files(definition)
     found += _reach(disks_directory)
     found += space_findings(
-        f"VM {definition.name}", disks_directory, OVERLAY_RESERVE_BYTES * max(1, len(covered_disks(definition)))
+        f"VM {definition.name}",
+        disks_directory,
+        OVERLAY_RESERVE_BYTES * max(1, len(covered_disks(definition))),
     )
     return found
 
@@ -185,7 +196,8 @@ async def _machine(domains: Domains, definition: Definition, xml: str) -> list[F
         return [
             Finding(
                 vm,
-                f"machine type {definition.machine} ({definition.type}, {definition.arch}) is not known at the "
+                f"machine type {definition.machine} ({definition.type}, {definition.arch}) is not known at "
+                f"the "
                 f"destination: {error}",
                 "install the QEMU of the source there, or give the VM a machine type that both know",
                 "unsupported",
@@ -212,7 +224,8 @@ async def _cpu(domains: Domains, definition: Definition, xml: str) -> list[Findi
     try:
         result = await domains.hypervisor.call(compare, subject=f"VM {definition.name}")
     except HypervisorError as error:
-        # host-passthrough and emulated CPUs cannot always be compared: libvirt itself decides at the migration
+        # host-passthrough and emulated CPUs cannot always be compared: libvirt itself decides at the
+        # migration
         if cpu.get("mode") == "host-passthrough" or definition.type == "qemu":
             return []
         return [_cpu_finding(definition, str(error))]
@@ -241,8 +254,11 @@ async def _memory(domains: Domains, definition: Definition) -> list[Finding]:
     needed_bytes = definition.memory_bytes + QEMU_OVERHEAD_BYTES
     if available_bytes >= needed_bytes:
         return []
-    fact = f"{format_bytes(needed_bytes)} of memory needed at the destination, {format_bytes(available_bytes)} free"
-    return [Finding(f"VM {definition.name}", fact, "end something there or evacuate it elsewhere", "no-space")]
+    needed, free = format_bytes(needed_bytes), format_bytes(available_bytes)
+    fact = f"{needed} of memory needed at the destination, {free} free"
+    return [
+        Finding(f"VM {definition.name}", fact, "end something there or evacuate it elsewhere", "no-space")
+    ]
 
 
 async def _networks(domains: Domains, definition: Definition) -> list[Finding]:
@@ -258,20 +274,32 @@ async def _networks(domains: Domains, definition: Definition) -> list[Finding]:
             try:
                 if await domains.hypervisor.call(active, subject=f"network {interface.source}"):
                     continue
-                fact, way_out = f"network {interface.source} is not active", f"`virsh net-start {interface.source}`"
+                fact, way_out = (
+                    f"network {interface.source} is not active",
+                    f"`virsh net-start {interface.source}`",
+                )
             except HypervisorError:
                 fact, way_out = f"there is no network {interface.source}", "define it there"
             found.append(Finding(vm, f"{fact} at the destination", way_out, "not-found"))
         elif interface.kind in {"bridge", "direct"} and not Path("/sys/class/net", interface.source).exists():
             what = "bridge" if interface.kind == "bridge" else "device"
             found.append(
-                Finding(vm, f"there is no {what} {interface.source} at the destination", "make one there", "not-found")
+                Finding(
+                    vm,
+                    f"there is no {what} {interface.source} at the destination",
+                    "make one there",
+                    "not-found",
+                )
             )
     return found
 
 
 def _files(definition: Definition) -> list[Finding]:
-    paths = [(f"disk {disk.target}", disk.path) for disk in definition.disks if not disk.is_writable_disk and disk.path]
+    paths = [
+        (f"disk {disk.target}", disk.path)
+        for disk in definition.disks
+        if not disk.is_writable_disk and disk.path
+    ]
     paths += [("boot file", path) for path in definition.kernel_files]
     return [
         Finding(

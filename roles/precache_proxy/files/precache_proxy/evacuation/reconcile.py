@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Who runs the VM, and what follows: pure decisions from what both sides say. No I/O here.
 
-Two rules carry everything: the source lets its VM run again only before it released it, or on the destination's
+Two rules carry everything: the source lets its VM run again only before it released it, or on the
+destination's
 durable word that it never will; the destination runs it only after the source's durable release. Each side's
 decision may be taken again after any crash.
 """
@@ -51,7 +52,8 @@ class SourceDecision(StrEnum):
 
 
 def decide_at_source(step: Step, vm: Presence, destination: DestinationView) -> SourceDecision:
-    """What a source whose job stands at ``step`` (:attr:`Job.effective_step`) does, after a restart or a failed call."""
+    """What a source whose job stands at ``step`` (:attr:`Job.effective_step`) does, after a restart or a
+    failed call."""
     if step in ENDS:
         return SourceDecision.NOTHING
     if step is Step.FINISH:
@@ -77,6 +79,9 @@ def decide_at_source(step: Step, vm: Presence, destination: DestinationView) -> 
     if destination.state in {ArrivalState.PREPARED, ArrivalState.RELEASED} and whole:
         return SourceDecision.CONFIRM
     if destination.vm is Presence.INCOMING or destination.vm is Presence.UNKNOWN:
+        return SourceDecision.WAIT
+    if whole and destination.state is None:
+        # The destination has lost its record, not the VM: a person must look.
         return SourceDecision.WAIT
     return SourceDecision.ROLL_BACK_COLD
 
@@ -138,7 +143,8 @@ def decide_at_destination(
     if source_reachable:
         if source_step in {Step.STAYED, Step.ROLLBACK}:
             return ArrivalDecision.ABORT
-        # A source that lost its records cannot tell: what is whole here may be the only copy that has its memory.
+        # A source that lost its records cannot tell: what is whole here may be the only copy that has its
+        # memory.
         if source_step is None and vm not in {Presence.ARRIVED, Presence.RUNNING}:
             return ArrivalDecision.ABORT
         return ArrivalDecision.WAIT

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The job's UNIX sockets, carried over the channel: libvirt's RPC, the RAM stream and the disk stream.
 
-The source listens, the destination connects; libvirt and QEMU on both sides see local sockets at the same path.
-What the source's QEMU sends is compressed on the way (zstd, flushed with every piece, so nothing is held back).
+The source listens, the destination connects; libvirt and QEMU on both sides see local sockets at the same
+path.
+What the source's QEMU sends is compressed on the way (zstd, flushed with every piece, so nothing is held
+back).
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ class RelayStream(Protocol):
     """What a relay needs of a stream of the channel."""
 
     @property
-    def idle_seconds(self) -> float: ...  # noqa: D102
-    async def send(self, *parts: bytes | bytearray | memoryview) -> None: ...  # noqa: D102
-    async def receive(self) -> bytes | None: ...  # noqa: D102
-    async def close(self) -> None: ...  # noqa: D102
-    async def drained(self) -> None: ...  # noqa: D102
-    def reset(self, error: LifeboatError) -> None: ...  # noqa: D102
+    def idle_seconds(self) -> float: ...
+    async def send(self, *parts: bytes | bytearray | memoryview) -> None: ...
+    async def receive(self) -> bytes | None: ...
+    async def close(self) -> None: ...
+    async def drained(self) -> None: ...
+    def reset(self, error: LifeboatError) -> None: ...
 
 
 class Packer:
@@ -86,7 +88,9 @@ class Unpacker:
         if marker == _RAW:
             return payload
         if marker != _ZSTD:
-            raise ProtocolError(f"relay: a message of unknown form {marker!r}; are both proxies of one version?")
+            raise ProtocolError(
+                f"relay: a message of unknown form {marker!r}; are both proxies of one version?"
+            )
         try:
             return self._decompressor.decompress(payload)
         except zstandard.ZstdError as error:
@@ -179,7 +183,8 @@ class RelayedConnection:
             self._writer.write_eof()
 
     async def _watch(self) -> None:
-        """Raise Stalled when something is owed and nothing has moved for too long. An idle stream is no stall."""
+        """Raise Stalled when something is owed and nothing has moved for too long. An idle stream is no
+        stall."""
         loop = asyncio.get_running_loop()
         drained: asyncio.Task[None] | None = None
         down_since: float | None = None
@@ -197,7 +202,8 @@ class RelayedConnection:
                 if owed or down or stuck:
                     where = "the local side takes nothing" if stuck else "the peer acknowledges nothing"
                     raise Stalled(
-                        f"relay of the {self.socket} socket: no progress for {self._stall_seconds:.0f} s, {where}; "
+                        f"relay of the {self.socket} socket: no progress for {self._stall_seconds:.0f} s, "
+                        f"{where}; "
                         "it was closed so that the guest does not hang: see the link and try again"
                     )
         finally:
@@ -244,7 +250,7 @@ class JobSockets:
                 reader: asyncio.StreamReader, writer: asyncio.StreamWriter, socket: str = socket
             ) -> None:
                 task = asyncio.current_task()
-                assert task is not None  # noqa: S101  (a started coroutine always has one)
+                assert task is not None
                 self._connections[task] = socket
                 try:
                     await self._carry(socket, reader, writer)
@@ -323,7 +329,8 @@ async def connect_locally(
         return await asyncio.open_unix_connection(target, limit=PIECE_BYTES)
     except OSError as error:
         raise ProtocolError(
-            f"relay of the {socket} socket: {target} does not accept ({error}); see libvirt's log at the destination"
+            f"relay of the {socket} socket: {target} does not accept ({error}); see libvirt's log at the "
+            f"destination"
         ) from error
 
 

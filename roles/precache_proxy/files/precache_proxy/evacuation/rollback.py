@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Back to before: the VM runs here, the peer forgets the arrival, the overlays are merged, the next pass is small."""
+"""Back to before: the VM runs here, the peer forgets the arrival, the overlays are merged, the next pass is
+small."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class ActivatedThere(Conflict):
 async def roll_back(departure: Departure, *, cold: bool) -> None:
     """Undo. ``cold``: the VM is off here and has to be started anew, so the peer's word must come first.
 
-    Raises ActivatedThere, PeerUnreachable (cold only), HypervisorError: the job stays in ROLLBACK and is tried again.
+    Raises ActivatedThere, PeerUnreachable (cold only), HypervisorError: the job stays in ROLLBACK and is
+    tried again.
     """
     job, around = departure.job, departure.around
     if job.step is not Step.ROLLBACK:
@@ -118,12 +120,12 @@ async def fence_if_due(departure: Departure) -> bool:
     if found is not None and found.job == job.id and found.cause == FENCED:
         return True
     sentence = (
-        f"VM {job.name}: {job.peer} cannot be reached and may run it by now, as it was set to presume this host dead "
-        f"after {limit:.0f} s; it goes on here when contact returns, or on `precache-proxy settle {job.id} keep-at-source`"
+        f"VM {job.name}: {job.peer} cannot be reached and may run it by now, as it was set to presume this "
+        f"host dead "
+        f"after {limit:.0f} s; it goes on here when contact returns, or on `precache-proxy settle {job.id} "
+        f"keep-at-source`"
     )
-    await asyncio.to_thread(
-        around.guard.forbid, Forbidden(job.vm, FENCED, sentence, job.id, job.epoch)
-    )
+    await asyncio.to_thread(around.guard.forbid, Forbidden(job.vm, FENCED, sentence, job.id, job.epoch))
     await around.domains.suspend(job.vm)
     logger.critical("%s", sentence)
     return True

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What an evacuation needs of the rooms beside it. They satisfy this by their shape; tests may stand in for them."""
+"""What an evacuation needs of the rooms beside it. They satisfy this by their shape; tests may stand in for
+them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -11,11 +12,11 @@ class ImageLike(Protocol):
     """An image file or device."""
 
     @property
-    def path(self) -> Any: ...  # noqa: D102
+    def path(self) -> Any: ...
     @property
-    def format(self) -> str: ...  # noqa: D102
+    def format(self) -> str: ...
     @property
-    def size_bytes(self) -> int: ...  # noqa: D102
+    def size_bytes(self) -> int: ...
 
 
 class StoreRoom(Protocol):
@@ -40,11 +41,12 @@ class StoreRoom(Protocol):
         checkpoint: str,
         disks: Mapping[str, Any],
         definition: str,
+        peer: str,
     ) -> None:
         """Take images that a VM left behind as the base of a replica, untouched."""
 
-    async def detach(self, vm: str) -> Mapping[str, Any]:
-        """Let the replica's files be the VM's own from now on; its chains, base last or first (see landing)."""
+    async def detach(self, vm: str) -> Mapping[str, Sequence[ImageLike]]:
+        """Let the replica's files be the VM's own from now on; its chains, topmost first."""
 
 
 class SourceRoom(Protocol):

@@ -8,10 +8,11 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import (
     Conflict,
     Finding,
@@ -27,7 +28,16 @@ from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.departure import Departure, Surroundings
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Guard
-from precache_proxy.evacuation.job import BEFORE_FREEZE, FOLLOWING, EvacuationOptions, Job, Journal, Step, Verdict, new_job
+from precache_proxy.evacuation.job import (
+    BEFORE_FREEZE,
+    FOLLOWING,
+    EvacuationOptions,
+    Job,
+    Journal,
+    Step,
+    Verdict,
+    new_job,
+)
 from precache_proxy.evacuation.landing import Landing
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.reconcile import (
@@ -56,12 +66,14 @@ TEND_SECONDS = 5.0
 STATUS_TIMEOUT_SECONDS = 30.0
 # After a start the links need a moment; a decision without the other side is a worse one.
 FIRST_CONTACT_SECONDS = 5.0
+CallHandler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 SETTLE_SOURCE_DEAD = "source-dead"
 SETTLE_KEEP_AT_SOURCE = "keep-at-source"
 
 
 class Evacuation:
-    """Both sides of this host's evacuations. ``settings``: stall_seconds, presume_source_dead_after_seconds."""
+    """Both sides of this host's evacuations. ``settings``: stall_seconds,
+    presume_source_dead_after_seconds."""
 
     def __init__(
         self,
@@ -105,10 +117,11 @@ class Evacuation:
             user,
             presume_source_dead_after_seconds=settings.presume_source_dead_after_seconds,
         )
-        self._landing = Landing(self._arrivals, self._domains, source, store, self._kept_images)
+        self._landing = Landing(self._arrivals, self._domains, source, store)
         self._departures: dict[str, Departure] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._beginning: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._loaded = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
         self._contact_at: dict[str, float] = {}
         self._relays: dict[asyncio.Task[None], tuple[str, str]] = {}
@@ -117,16 +130,29 @@ class Evacuation:
 
     def register(self, channel: Any) -> None:
         """Answer the peers' calls and carry their relays."""
-        channel.handle_call("evacuation.check", self._arrivals.check)
-        channel.handle_call("evacuation.prepare", self._arrivals.prepare)
-        channel.handle_call("evacuation.release", self._release)
-        channel.handle_call("evacuation.status", self._arrivals.status)
-        channel.handle_call("evacuation.abort", self._abort)
-        channel.handle_call("evacuation.job", self._job_asked)
+        for name, handler in (
+            ("check", self._arrivals.check),
+            ("prepare", self._arrivals.prepare),
+            ("release", self._release),
+            ("status", self._arrivals.status),
+            ("abort", self._abort),
+            ("job", self._job_asked),
+        ):
+            channel.handle_call(f"evacuation.{name}", self._when_loaded(handler))
         channel.handle_stream(STREAM_KIND, self._relay)
 
+    def _when_loaded(self, handler: CallHandler) -> CallHandler:
+        """No answer before the records are read: "no such job" would be taken for the truth."""
+
+        async def answer(peer: str, parameters: dict[str, Any]) -> dict[str, Any]:
+            await self._loaded.wait()
+            return await handler(peer, parameters)
+
+        return answer
+
     async def start(self) -> None:
-        """Read the records and take every open job and arrival up again; the rest goes on in the background."""
+        """Read the records and take every open job and arrival up again; the rest goes on in the
+        background."""
 
         def load() -> list[Job]:
             self._guard.prepare_directories()
@@ -135,8 +161,13 @@ class Evacuation:
 
         for job in await asyncio.to_thread(load):
             self._departures[job.id] = self._departure(job)
+        self._loaded.set()
         for item in self._departures.values():
             if not item.job.ended:
+                if not item.job.sentence:
+                    item.job.explain(
+                        "proxy-restarted", f"the proxy here was restarted during step {item.job.step.value}."
+                    )
                 # No periodic pass may touch the disks of a VM whose hand-off is not over.
                 with contextlib.suppress(LifeboatError):
                     await self._source.hold(item.job.vm, item.job.id)
@@ -195,6 +226,7 @@ class Evacuation:
             await asyncio.to_thread(self._around.journal.save, job)
             item = self._departures[job.id] = self._departure(job)
             item.measure = Measure(job, self._channel.links[peer], status.get("lag_bytes"))
+            crash_point("departure-admitted")
             self._run(job.id, self._depart(item))
             return job
 
@@ -202,7 +234,7 @@ class Evacuation:
         """The job once it has ended, or as it is after that time."""
         item = self._get(job_id)
         deadline = time.monotonic() + timeout_seconds
-        while not item.job.ended and time.monotonic() < deadline:
+        while not item.job.ended and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         return item.job
 
@@ -216,9 +248,13 @@ class Evacuation:
         """Change the bandwidth of a migration under way. Raises InvalidInput, Conflict."""
         item = self._get(job_id)
         if bandwidth_bytes_per_second <= 0:
-            raise InvalidInput(f"bandwidth {bandwidth_bytes_per_second}: nothing could be sent; give one above 0")
+            raise InvalidInput(
+                f"bandwidth {bandwidth_bytes_per_second}: nothing could be sent; give one above 0"
+            )
         if item.job.step is not Step.MIGRATE:
-            raise Conflict(f"evacuation {job_id}: at step {item.job.step.value} there is no bandwidth to steer")
+            raise Conflict(
+                f"evacuation {job_id}: at step {item.job.step.value} there is no bandwidth to steer"
+            )
         await migrate.steer(self._domains, item.job.vm, bandwidth_bytes_per_second)
         return item.job
 
@@ -236,16 +272,21 @@ class Evacuation:
         return [] if already_there else found
 
     async def settle(self, job_or_vm: str, decision: str) -> dict[str, Any]:
-        """The operator's word on an undecided VM. ``source-dead`` at the destination, ``keep-at-source`` at the source."""
+        """The operator's word on an undecided VM. ``source-dead`` at the destination, ``keep-at-source`` at
+        the source."""
         if decision == SETTLE_SOURCE_DEAD:
             arrival = self._arrivals.get(job_or_vm) or self._open_arrival(job_or_vm)
             await self._arrivals.declare_source_dead(arrival)
             self._landing.begin(arrival)
             return arrival.as_dict()
         if decision == SETTLE_KEEP_AT_SOURCE:
-            job = self._departures[job_or_vm].job if job_or_vm in self._departures else self._latest(job_or_vm)
+            job = (
+                self._departures[job_or_vm].job if job_or_vm in self._departures else self._latest(job_or_vm)
+            )
             if job is None:
-                raise NotFound(f"{job_or_vm}: no evacuation of that number or VM here; see `precache-proxy status`")
+                raise NotFound(
+                    f"{job_or_vm}: no evacuation of that number or VM here; see `precache-proxy status`"
+                )
             await self._keep_at_source(self._get(job.id))
             return job.as_dict()
         raise InvalidInput(
@@ -271,12 +312,6 @@ class Evacuation:
         jobs = [item.job for item in self._departures.values() if vm in {item.job.vm, item.job.name}]
         return max(jobs, key=lambda job: job.commanded_at, default=None)
 
-    def _kept_images(self, vm: str) -> dict[str, str]:
-        """What a VM left here when it was last evacuated from here (disk key -> path)."""
-        done = [item.job for item in self._departures.values() if item.job.vm == vm and item.job.step is Step.DONE]
-        newest = max(done, key=lambda job: job.epoch, default=None)
-        return {} if newest is None else {key: disk.image for key, disk in newest.disks.items()}
-
     def _departure(self, job: Job) -> Departure:
         return Departure(job, self._around, Measure.resumed(job, self._channel.links.get(job.peer)))
 
@@ -301,7 +336,9 @@ class Evacuation:
             await self._went_wrong(item, error)
         except Exception as error:  # a defect of ours must not leave a VM between two hosts
             logger.exception("evacuation %s of VM %s", job.id, job.vm)
-            await self._went_wrong(item, LifeboatError(f"evacuation of {job.name}: {error!r}; see the journal"))
+            await self._went_wrong(
+                item, LifeboatError(f"evacuation of {job.name}: {error!r}; see the journal")
+            )
 
     async def _went_wrong(self, item: Departure, error: LifeboatError) -> None:
         job = item.job
@@ -335,8 +372,9 @@ class Evacuation:
         view = await self._ask_destination(item)
         decision = decide_at_source(job.effective_step, presence, view)
         logger.info(
-            "evacuation %s of VM %s: step %s, here %s, there %s/%s: %s", job.id, job.vm, job.effective_step.value,
-            presence.value, view.state if view.reachable else "not reached", view.vm.value, decision.value,
+            "evacuation %s of VM %s: step %s, here %s, there %s/%s: %s",
+            job.id, job.vm, job.effective_step.value, presence.value,
+            view.state if view.reachable else "not reached", view.vm.value, decision.value,
         )  # fmt: skip
         if decision is SourceDecision.ROLL_BACK:
             await self._roll_back(item, cold=False)
@@ -363,8 +401,10 @@ class Evacuation:
         if not view.reachable:
             job.explain(
                 "no-contact",
-                f"VM {job.name} is off here and {job.peer} cannot be asked whether it runs there; waiting for contact, "
-                f"or for `precache-proxy settle {job.id} keep-at-source` (only when {job.peer} does not run it)",
+                f"VM {job.name} is off here and {job.peer} cannot be asked whether it runs there; waiting "
+                f"for contact, "
+                f"or for `precache-proxy settle {job.id} keep-at-source` (only when {job.peer} does not run "
+                f"it)",
             )
         job.verdict = Verdict.UNDECIDED
         if job.step is not Step.UNDECIDED and Step.UNDECIDED in FOLLOWING[job.step]:
@@ -382,7 +422,8 @@ class Evacuation:
         job = item.job
         if job.step not in {Step.UNDECIDED, Step.RELEASED, Step.CONFIRM, Step.ROLLBACK}:
             raise Conflict(
-                f"evacuation {job.id} of {job.name}: it is at step {job.step.value}, there is nothing to settle"
+                f"evacuation {job.id} of {job.name}: it is at step {job.step.value}, there is nothing to "
+                f"settle"
             )
         task = self._tasks.get(job.id)
         if task is not None and not task.done():
@@ -518,7 +559,9 @@ class Evacuation:
             await self._source.handed_over(job.vm)
         job.owes_abort = False
         job.verdict = Verdict.EVACUATED
-        job.explain("old-copy-ended", f"{job.peer} was told that this host is dead and runs VM {job.name}; {error}")
+        job.explain(
+            "old-copy-ended", f"{job.peer} was told that this host is dead and runs VM {job.name}; {error}"
+        )
         await item.save()
 
     async def _tend_arrival(self, arrival: Arrival) -> None:
@@ -561,13 +604,16 @@ class Evacuation:
             if decision is not ArrivalDecision.WAIT:
                 logger.info(
                     "arrival %s of VM %s: %s here, source %s: %s", arrival.id, arrival.vm, presence.value,
-                    step.value if step else ("knows no such job" if reachable else "not reached"), decision.value,
+                    step.value if step else ("knows no such job" if reachable else "not reached"),
+                    decision.value,
                 )  # fmt: skip
             elif not reachable and presence is Presence.ARRIVED and arrival.cause != "no-contact":
                 arrival.cause = "no-contact"
                 arrival.sentence = (
-                    f"VM {arrival.name} stands here complete and paused; {arrival.peer} cannot be asked whether it runs "
-                    f"there: wait, or `precache-proxy settle {arrival.id} source-dead` when that host is surely dead"
+                    f"VM {arrival.name} stands here complete and paused; {arrival.peer} cannot be asked "
+                    f"whether it runs "
+                    f"there: wait, or `precache-proxy settle {arrival.id} source-dead` when that host is "
+                    f"surely dead"
                 )
                 await self._arrivals.save(arrival)
             word = "presumed" if not reachable else ""

@@ -70,6 +70,10 @@ class Link:
     def set_rate(self, bytes_per_second: float | None) -> None:
         self.rate_bytes_per_second = bytes_per_second
 
+    def status(self) -> dict[str, Any]:
+        keys = ("peer", "state", "cause", "sentence", "round_trip_seconds", "rate_bytes_per_second")
+        return {key: getattr(self, key) for key in keys}
+
     def counters(self) -> dict[str, Any]:
         tally = {
             "sent_raw_bytes": 2_000_000,
@@ -79,7 +83,9 @@ class Link:
         }
         return {"classes": {"precache": tally}, "sent_wire_bytes": 1_000_000, "received_wire_bytes": 20}
 
-    async def call(self, method: str, parameters: dict[str, Any], *, timeout_seconds: float) -> dict[str, Any]:
+    async def call(
+        self, method: str, parameters: dict[str, Any], *, timeout_seconds: float
+    ) -> dict[str, Any]:
         if self.state != "up":
             raise PeerUnreachable(f"peer {self.peer}: {self.sentence}")
         assert method == "control.clock"
@@ -115,7 +121,7 @@ class Protected:
     peer: str
     rpo_seconds: float
     priority: int
-    disks: tuple[str, ...]
+    disks: tuple[str, ...] | None
     raw_overlay_consent: bool
     state: str = "protected"
     cause: str = ""
@@ -125,8 +131,9 @@ class Protected:
     coverage: float = 1.0
     lag_bytes: int = 65536
     lag_seconds: float = 4.2
-    asked_disks: tuple[str, ...] | None = None
-    scrub: dict[str, Any] = field(default_factory=dict)
+    last_pass: dict[str, Any] | None = None
+    sealed_at: float = 0.0
+    scrub: dict[str, Any] = field(default_factory=lambda: {"turns": 1, "different_blocks": 0})
 
 
 class Source:
@@ -136,6 +143,7 @@ class Source:
         self.protected: dict[str, Protected] = {}
         self.changes: list[str] = []
         self.equal = True
+        self.measured = 0
 
     @staticmethod
     def identify(vm: str) -> tuple[str, str]:
@@ -147,6 +155,13 @@ class Source:
     def statuses(self) -> list[Protected]:
         return list(self.protected.values())
 
+    async def measure_lags(self) -> None:
+        self.measured += 1
+
+    def spoil(self, uuid: str, **changes: Any) -> None:
+        """Let a protected VM be less well."""
+        self.protected[uuid] = replace(self.protected[uuid], **changes)
+
     async def check(self, spec: Any) -> None:
         uuid, name = self.identify(spec.vm)
         present = self.protected.get(uuid)
@@ -156,16 +171,14 @@ class Source:
     async def protect(self, spec: Any) -> Protected:
         await self.check(spec)
         uuid, name = self.identify(spec.vm)
-        disks = tuple(spec.disks or ("vda",))
         wanted = Protected(
             uuid,
             name,
             spec.peer,
             spec.rpo_seconds,
             spec.priority,
-            disks,
+            tuple(spec.disks) if spec.disks else None,
             spec.raw_overlay_consent,
-            asked_disks=tuple(spec.disks) if spec.disks else None,
         )
         if self.protected.get(uuid) != wanted:
             self.protected[uuid] = wanted
@@ -289,12 +302,12 @@ class Evacuation:
         self.rate = rate
         return self.job(identifier)
 
-    async def settle(self, identifier: str, decision: str) -> Job:
+    async def settle(self, identifier: str, decision: str) -> dict[str, Any]:
         job = self.job(identifier)
         self.remembered[job.id] = replace(
             job, step="stayed", verdict="stayed", sentence=f"settled: {decision}"
         )
-        return self.remembered[job.id]
+        return {"id": job.id}
 
     async def check(self, vm: str) -> list[Finding]:
         self.source.identify(vm)

@@ -79,7 +79,7 @@ class StoreConfig:
     """Replicas of the peers' VMs."""
 
     directory: Path = Path("/var/lib/lifeboat/store")
-    keep_generations: int = 4
+    keep_generations: int = 2
     minimum_free_bytes: int = 1 * GIB
 
 

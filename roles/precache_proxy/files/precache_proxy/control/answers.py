@@ -45,8 +45,10 @@ def as_json(value: Any) -> Any:
 
 
 def vm_answer(status: Any) -> Answer:
-    """A protected VM, with ``rpo_kept``: None while there is no sealed generation to be late behind."""
+    """A protected VM, with ``rpo_kept`` (None before the first generation) and the generation's age."""
     told: Answer = as_json(status)
+    sealed_at = told.get("sealed_at")
+    told["generation_age_seconds"] = None if sealed_at is None else max(time.time() - sealed_at, 0.0)
     lag, rpo = told.get("lag_seconds"), told.get("rpo_seconds")
     told["rpo_kept"] = None if lag is None or not rpo or not told.get("generation") else lag <= rpo
     return told
@@ -78,19 +80,8 @@ def link_answer(parts: Parts, peer: str) -> Answer:
             f"peer {peer!r}: {parts.config.name} has no such peer; it has: {names}; "
             "add it to the inventory and run site_setup"
         )
-    configured = parts.config.peer(peer)
-    return {
-        "peer": peer,
-        "address": configured.address if configured else None,
-        "port": configured.port if configured else None,
-        "state": link.state,
-        "cause": link.cause,
-        "sentence": link.sentence,
-        "round_trip_seconds": link.round_trip_seconds,
-        "rate_bytes_per_second": link.rate_bytes_per_second,
-        "connections": configured.connections if configured else None,
-        "counters": as_json(link.counters()),
-    }
+    told: Answer = {**as_json(link.status()), "counters": as_json(link.counters())}
+    return told
 
 
 def links_answer(parts: Parts) -> list[Answer]:
@@ -107,7 +98,20 @@ def job_answer(job: Any) -> Answer:
     """A job or an arrival, with ``ended``: whether anything more will be done by it."""
     told: Answer = as_json(job)
     told["ended"] = bool(job.ended)
+    # A definition may hold a console's password, and nobody reads it here.
+    told.pop("definition", None)
     return told
+
+
+def find_job(parts: Parts, identifier: str) -> Answer:
+    """The latest job, or else arrival, of that identifier, VM or UUID. Raises NotFound."""
+    for told in reversed([*arrivals_answer(parts), *jobs_answer(parts)]):
+        if identifier in {told["id"], told["vm"], told["name"]}:
+            return told
+    raise NotFound(
+        f"evacuation {identifier!r}: neither job nor arrival of that number or VM on {parts.config.name}; "
+        "see `precache-proxy status`"
+    )
 
 
 def jobs_answer(parts: Parts) -> list[Answer]:

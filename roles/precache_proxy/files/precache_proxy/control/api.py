@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _POLL_SECONDS = 0.2
+_MEASURE_SECONDS = 2.0
 _HTTP_CAUSES = {404: "not-found", 405: "invalid", 413: "invalid"}
 
 
@@ -58,6 +59,18 @@ class Api:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._measured_at = float("-inf")
+
+    async def _measure(self) -> None:
+        """Ask QEMU how far the replicas are behind, not more often than that means something."""
+        now = time.monotonic()
+        if now - self._measured_at < _MEASURE_SECONDS:
+            return
+        self._measured_at = now
+        # A libvirt that hangs must not take the status with it: the last known lag is told then.
+        with contextlib.suppress(LifeboatError, TimeoutError):
+            async with asyncio.timeout(_MEASURE_SECONDS):
+                await self._parts.source.measure_lags()
 
     def application(self) -> web.Application:
         """The aiohttp application with all routes."""
@@ -91,16 +104,20 @@ class Api:
         return application
 
     async def _status(self, _request: web.Request) -> web.Response:
+        await self._measure()
         return web.json_response(await answers.proxy_answer(self._parts))
 
     async def _check(self, _request: web.Request) -> web.Response:
+        await self._measure()
         results = await run_checks(self._parts)
         return web.json_response({"name": self._parts.config.name, "checks": answers.as_json(results)})
 
     async def _vms(self, _request: web.Request) -> web.Response:
+        await self._measure()
         return web.json_response({"vms": answers.vms_answer(self._parts)})
 
     async def _vm(self, request: web.Request) -> web.Response:
+        await self._measure()
         return web.json_response(answers.find_vm(self._parts, request.match_info["vm"]))
 
     async def _protect(self, request: web.Request) -> web.Response:
@@ -175,16 +192,17 @@ class Api:
         identifier, step = request.match_info["job"], request.query.get("step")
         until = time.monotonic() + requests.wait_seconds(request)
         while True:
-            job = answers.job_answer(self._parts.evacuation.job(identifier))
-            moved = step is not None and job["step"] != step
+            job = answers.find_job(self._parts, identifier)
+            moved = step is not None and job.get("step") != step
             # An undecided job may stay so for ever, until a person decides.
-            settled = job["ended"] or job["step"] == "undecided"
+            settled = job["ended"] or job.get("step") == "undecided"
             if settled or moved or time.monotonic() >= until or self._parts.state != "running":
                 return web.json_response(job)
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        job = await self._parts.evacuation.cancel(request.match_info["job"])
+        identifier = answers.find_job(self._parts, request.match_info["job"])["id"]
+        job = await self._parts.evacuation.cancel(identifier)
         return web.json_response(answers.job_answer(job), status=202)
 
     async def _steer(self, request: web.Request) -> web.Response:
@@ -194,7 +212,8 @@ class Api:
         if rate is None and not findings:
             raise InvalidInput("bandwidth_bytes_per_second: is missing; give the rate that this job may use")
         requests.conclude(told, findings)
-        job = await self._parts.evacuation.steer(request.match_info["job"], rate)
+        identifier = answers.find_job(self._parts, request.match_info["job"])["id"]
+        job = await self._parts.evacuation.steer(identifier, rate)
         return web.json_response(answers.job_answer(job))
 
     async def _settle(self, request: web.Request) -> web.Response:
@@ -206,7 +225,7 @@ class Api:
             findings.append(Finding("request: decision", f"is {decision!r}", way_out))
         requests.conclude(told, findings)
         settled = await self._parts.evacuation.settle(request.match_info["job"], decision)
-        return web.json_response(answers.job_answer(settled))
+        return web.json_response(answers.find_job(self._parts, str(settled["id"])))
 
     async def _links(self, _request: web.Request) -> web.Response:
         return web.json_response({"links": answers.links_answer(self._parts)})
@@ -231,6 +250,7 @@ class Api:
         return web.json_response({"arrivals": answers.arrivals_answer(self._parts)})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
+        await self._measure()
         text = metrics.render(await answers.proxy_answer(self._parts))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 

@@ -165,7 +165,7 @@ class Checks:
     async def check_scrub(self) -> AsyncIterator[CheckResult]:
         """No replica was found to differ from its source."""
         for vm in self._status["vms"]:
-            differences = (vm.get("scrub") or {}).get("differing_blocks", 0)
+            differences = vm["scrub"]["different_blocks"]
             if differences:
                 sentence = (
                     f"{differences} blocks differed and were sent again; look at the disks of both hosts"
@@ -200,10 +200,12 @@ class Checks:
             yield CheckResult("scratch", directory, Severity.OK, "nothing left over")
 
     def _leftover_scratch(self) -> list[Path]:
+        # Ballast belongs to a pass for as long as its record is there.
         named: set[str] = set()
         for record in (self._parts.config.paths.run / "passes").glob("*.json"):
             told = read_json(record)
             named.update(str(path) for path in (told or {}).get("scratch", ()))
+            named.add(str(self._parts.config.source.scratch_directory / f".ballast.{record.stem}"))
         left = []
         for path in scratch_files(self._parts):
             try:
@@ -227,7 +229,7 @@ class Checks:
         waiting = [
             job
             for job in [*self._status["evacuations"], *self._status["arrivals"]]
-            if job.get("verdict") == "undecided" or job.get("step") == "undecided"
+            if job.get("step") == "undecided" or (job.get("cause") == "no-contact" and not job["ended"])
         ]
         for job in waiting:
             sentence = f"undecided: {job.get('sentence') or 'no contact'}; see precache-proxy settle --help"

@@ -23,13 +23,18 @@ _VM_GAUGES = (
     ("generation_age_seconds", "Age of the last sealed generation", "generation_age_seconds"),
     ("pass_open", "1 while a backup job is open in QEMU", "pass_open"),
 )
-_VM_COUNTERS = (
-    ("passes", "Passes that sealed a generation", "passes_total"),
-    ("failed_passes", "Passes that failed", "failed_passes_total"),
-    ("pass_open_seconds", "Time for which a backup job was open in QEMU", "pass_open_seconds_total"),
-    ("pass_seconds", "Time that passes took", "pass_seconds_total"),
-    ("sent_data_bytes", "Changed bytes sent, before compression", "data_bytes_total"),
-    ("scrub_differing_blocks", "Blocks that a scrub found to differ", "scrub_differing_blocks_total"),
+# The same for the last pass.
+_PASS_GAUGES = (
+    ("last_pass_open_seconds", "For how long the last pass had a backup job open in QEMU", "open_seconds"),
+    ("last_pass_seconds", "How long the last pass took", "total_seconds"),
+    ("last_pass_data_bytes", "Changed bytes in the last pass, before compression", "data_bytes"),
+    ("last_pass_wire_bytes", "Payload of the last pass as handed to the link", "wire_bytes"),
+    ("last_pass_slices", "Slices of the last pass", "slices"),
+    ("last_pass_at_seconds", "When the last pass ended", "at"),
+)
+_SCRUB_COUNTERS = (
+    ("scrub_turns", "Times that a scrub has compared all blocks", "turns"),
+    ("scrub_different_blocks", "Blocks that a scrub found to differ", "different_blocks"),
 )
 
 
@@ -75,8 +80,14 @@ class ProxyCollector(Collector):
         vms = self._status["vms"]
         for name, text, key in _VM_GAUGES:
             yield _family(GaugeMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, vms, key)
-        for name, text, key in _VM_COUNTERS:
-            yield _family(CounterMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, vms, key)
+        passes = [{**vm, **vm["last_pass"]} for vm in vms if vm.get("last_pass")]
+        for name, text, key in _PASS_GAUGES:
+            yield _family(GaugeMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, passes, key)
+        scrubs = [{**vm, **vm["scrub"]} for vm in vms]
+        for name, text, key in _SCRUB_COUNTERS:
+            yield _family(
+                CounterMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, scrubs, key
+            )
         yield _states("lifeboat_vm_state", "1 for the state that a protected VM is in", labels, vms)
 
     def _links(self) -> Iterator[Metric]:
@@ -125,7 +136,7 @@ class ProxyCollector(Collector):
             )
             counts: dict[str, int] = {"running": 0, "undecided": 0}
             for job in self._status[jobs]:
-                verdict = str(job.get("verdict") or "running")
+                verdict = str(job.get("verdict") or ("ended" if job["ended"] else "running"))
                 counts[verdict] = counts.get(verdict, 0) + 1
             for verdict, count in sorted(counts.items()):
                 family.add_metric([verdict], float(count))

@@ -81,7 +81,7 @@ def protection(vm: str, values: Mapping[str, Any], present: Answer | None, parts
             "rpo_seconds", present.get("rpo_seconds", parts.config.source.rpo_seconds), *RPO_SECONDS_RANGE
         ),
         priority=told.integer("priority", present.get("priority", DEFAULT_PRIORITY), 0, HIGHEST_PRIORITY),
-        disks=told.texts("disks") if "disks" in values else present.get("asked_disks"),
+        disks=told.texts("disks") if "disks" in values else present.get("disks"),
         raw_overlay_consent=told.boolean(
             "raw_overlay_consent", default=bool(present.get("raw_overlay_consent"))
         ),
@@ -117,7 +117,7 @@ def present_protection(vm: Answer | None) -> Answer | None:
     if vm is None:
         return None
     told = {key: vm.get(key) for key in ("peer", "rpo_seconds", "priority", "raw_overlay_consent")}
-    disks = vm.get("asked_disks")
+    disks = vm.get("disks")
     return {"state": "protected", **told, "disks": sorted(disks) if disks else None}
 
 

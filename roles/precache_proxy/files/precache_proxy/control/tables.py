@@ -149,7 +149,7 @@ def jobs(told: Sequence[Answer], width: int) -> list[str]:
         (
             str(job.get("name")),
             str(job.get("peer")),
-            str(job.get("step")),
+            str(job.get("step") or job.get("state")),
             str(job.get("verdict") or "-"),
             _time(job.get("eviction_seconds")),
             _time(job.get("downtime_seconds")),

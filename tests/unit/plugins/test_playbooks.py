@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The playbooks as people run them: ansible-playbook against two hosts, each with a served control API."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_parts.parts import DATABASE, KNOWN, WEB, serving, small_parts
+
+from precache_proxy.control.parts import Parts
+from precache_proxy.errors import Finding
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass
+class Site:
+    """Two hosts of one site; ``play`` runs a playbook on them."""
+
+    directory: Path
+    first: Parts
+    second: Parts
+
+    def play(self, name: str, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+        collections = self.directory / "collections"
+        environment = {
+            **os.environ,
+            "ANSIBLE_COLLECTIONS_PATH": str(collections),
+            "ANSIBLE_HOME": str(self.directory / "home"),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_LOCALHOST_WARNING": "0",
+        }
+        return subprocess.run(
+            [
+                str(Path(sys.executable).with_name("ansible-playbook")),
+                "-i",
+                str(self.directory / "inventory.yml"),
+                str(ROOT / "playbooks" / f"{name}.yml"),
+                "-e",
+                json.dumps(variables),
+                *arguments,
+            ],
+            env=environment,
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    name = tmp_path / "collections" / "ansible_collections" / "lifeboat" / "evacuation"
+    name.parent.mkdir(parents=True)
+    name.symlink_to(ROOT)
+    first, second = small_parts(tmp_path / "first"), small_parts(tmp_path / "second")
+    with serving(first) as first_socket, serving(second) as second_socket:
+        hosts = {
+            host: {
+                "ansible_connection": "local",
+                "ansible_python_interpreter": sys.executable,
+                "ansible_become": False,
+                "evacuation_socket": str(socket),
+                "protection_socket": str(socket),
+                "lifeboat_vms": vms,
+            }
+            for host, socket, vms in (
+                ("home1", first_socket, [{"name": "web1", "peer": "backup1", "rpo": "30s", "priority": 60}]),
+                ("home2", second_socket, [{"name": KNOWN[DATABASE], "peer": "backup2"}]),
+            )
+        }
+        inventory = {
+            "hypervisors": {"children": {"home": {"hosts": hosts}}},
+            "ungrouped": {"hosts": {"other1": {"ansible_connection": "local"}}},
+        }
+        (tmp_path / "inventory.yml").write_text(yaml.safe_dump(inventory))
+        yield Site(tmp_path, first, second)
+
+
+def recap(told: subprocess.CompletedProcess[str]) -> dict[str, dict[str, int]]:
+    """The last lines of a run: counts per host."""
+    lines = told.stdout.split("PLAY RECAP")[1].splitlines()[1:]
+    return {
+        line.split()[0]: {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)}
+        for line in lines
+        if ":" in line
+    }
+
+
+def good(told: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert told.returncode == 0, told.stdout + told.stderr
+    return told
+
+
+def test_protect_check_real_repeat(site: Site) -> None:
+    would = good(site.play("protect", "--check", "--diff"))
+    assert recap(would)["home1"]["changed"] == 1
+    assert '+    "rpo_seconds": 30.0' in would.stdout
+    assert site.first.source.changes == []
+    done = good(site.play("protect"))
+    assert (recap(done)["home1"]["changed"], recap(done)["home2"]["changed"]) == (1, 1)
+    assert site.first.source.protected[WEB].priority == 60
+    again = good(site.play("protect"))
+    assert (recap(again)["home1"]["changed"], recap(again)["home2"]["changed"]) == (0, 0)
+
+
+def test_protect_judges_all_before_it_changes_any(site: Site) -> None:
+    vms = [{"name": "web1", "peer": "backup1"}, {"name": "nosuch", "peer": "backup1"}]
+    told = site.play("protect", lifeboat_vms=vms)
+    assert told.returncode != 0
+    assert "libvirt knows none such" in told.stdout
+    assert site.first.source.changes == []
+
+
+def test_protect_exclusive_ends_what_is_not_listed(site: Site) -> None:
+    good(site.play("protect", "--limit", "home1"))
+    told = good(site.play("protect", "--limit", "home1", lifeboat_vms=[], lifeboat_vms_exclusive=True))
+    assert recap(told)["home1"]["changed"] == 1
+    assert site.first.source.changes[-1] == "unprotect web1 keep_replica=True"
+
+
+def test_status_fails_with_a_list_and_changes_nothing(site: Site) -> None:
+    good(site.play("protect"))
+    site.first.source.spoil(WEB, lag_seconds=95.0)
+    site.second.channel.links["backup2"].state = "down"
+    before = list(site.first.source.changes)
+    told = site.play("replication_status")
+    assert told.returncode != 0
+    assert "home1: rpo web1: lag 95.0 s is over the RPO of 30.0 s" in told.stdout
+    assert "home2: link backup2: down" in told.stdout
+    assert site.first.source.changes == before
+
+
+@pytest.mark.parametrize("playbook", ["replication_status", "validate"])
+def test_no_host_is_not_all_well(site: Site, playbook: str) -> None:
+    told = site.play(playbook, lifeboat_hosts="nowhere")
+    assert told.returncode != 0
+    assert "nowhere: no host of this inventory" in told.stdout
+
+
+def test_validate_tells_all_findings_of_all_hosts(site: Site) -> None:
+    good(site.play("protect"))
+    site.first.evacuation.findings = [Finding("VM web1/vda", "12 % covered", "wait", "coverage")]
+    site.second.evacuation.findings = [Finding("peer backup2", "no room", "free some", "no-space")]
+    told = site.play("validate", evacuate_site="home", evacuate_vms=["web1", KNOWN[DATABASE], "nosuch"])
+    assert told.returncode != 0
+    assert "home1: VM web1/vda: 12 % covered; wait" in told.stdout
+    assert f"home2: VM {KNOWN[DATABASE]}: peer backup2: no room; free some" in told.stdout
+    assert "VM nosuch: not protected on any of these hypervisors" in told.stdout
+
+
+def test_evacuate_refuses_without_the_site(site: Site) -> None:
+    good(site.play("protect"))
+    told = site.play("evacuate")
+    assert told.returncode != 0
+    assert "evacuate_site: is not set; name the site to empty" in " ".join(told.stdout.split())
+    wrong = site.play("evacuate", evacuate_site="nowhere")
+    assert wrong.returncode != 0
+    assert "nowhere is no group of this inventory" in " ".join(wrong.stdout.split())
+    elsewhere = site.play("evacuate", "--limit", "other1", evacuate_site="home")
+    assert elsewhere.returncode != 0
+    assert "home has no host under --limit other1" in " ".join(elsewhere.stdout.split())
+    assert site.first.evacuation.begun == []
+
+
+def test_evacuate_all_and_again(site: Site) -> None:
+    good(site.play("protect"))
+    would = good(site.play("evacuate", "--check", evacuate_site="home"))
+    assert "would-start" in would.stdout
+    assert site.first.evacuation.begun == []
+    told = good(site.play("evacuate", evacuate_site="home", evacuate_report="report.json"))
+    assert re.search(r"^\d\d:\d\d:\d\d \[home1\] web1: EVACUATED in 4.5 s, guest stopped for 0.30 s$", told.stdout, re.M)
+    report = json.loads((site.directory / "report.json").read_text())
+    assert {vm["name"]: vm["verdict"] for vm in report["vms"]} == {
+        "web1": "evacuated",
+        KNOWN[DATABASE]: "evacuated",
+    }
+    assert report["totals"] == {"vms": 2, "out": 2, "all_out": True, "verdicts": {"evacuated": 2}}
+    again = good(site.play("evacuate", evacuate_site="home"))
+    assert recap(again)["home1"]["changed"] == 0
+    assert "already-there" in again.stdout
+    assert site.first.evacuation.begun == ["web1"]
+
+
+def test_evacuate_ends_non_zero_when_a_vm_stays(site: Site) -> None:
+    good(site.play("protect"))
+    site.second.evacuation.verdict = "stayed"
+    told = site.play("evacuate", evacuate_site="home", evacuate_report="report.json")
+    assert told.returncode != 0
+    assert f"1 of 2 VMs are out; not out: {KNOWN[DATABASE]}" in told.stdout
+    report = json.loads((site.directory / "report.json").read_text())
+    assert report["totals"]["verdicts"] == {"evacuated": 1, "stayed": 1}
+
+
+def test_evacuate_named_vms_only(site: Site) -> None:
+    good(site.play("protect"))
+    unknown = site.play("evacuate", evacuate_site="home", evacuate_vms=["web1", "nosuch"])
+    assert unknown.returncode != 0
+    assert "nosuch: neither protected on nor evacuated from" in " ".join(unknown.stdout.split())
+    assert site.first.evacuation.begun == []
+    good(site.play("evacuate", evacuate_site="home", evacuate_vms=["web1"]))
+    assert (site.first.evacuation.begun, site.second.evacuation.begun) == (["web1"], [])

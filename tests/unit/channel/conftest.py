@@ -198,9 +198,7 @@ async def start() -> AsyncIterator[Start]:
 
 
 @pytest.fixture
-async def wired(
-    authority: Authority, start: Start
-) -> AsyncIterator[WiredFactory]:
+async def wired(authority: Authority, start: Start) -> AsyncIterator[WiredFactory]:
     """``home`` dials ``backup`` through a Cable; both are up."""
     cables: list[Cable] = []
 
@@ -212,12 +210,20 @@ async def wired(
         await cable.start()
         home = Channel(
             make_config(
-                authority, "home", ports[0], {"backup": PeerAddress("127.0.0.1", cable.port, connections)}, **options
+                authority,
+                "home",
+                ports[0],
+                {"backup": PeerAddress("127.0.0.1", cable.port, connections)},
+                **options,
             )
         )
         backup = Channel(
             make_config(
-                authority, "backup", ports[1], {"home": PeerAddress("127.0.0.1", ports[0], connections)}, **options
+                authority,
+                "backup",
+                ports[1],
+                {"home": PeerAddress("127.0.0.1", ports[0], connections)},
+                **options,
             )
         )
         await start(home)
@@ -234,7 +240,8 @@ async def wired(
 async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
     """Wait for something to become true."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        # Conditions of several objects, which have no event in common.
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 

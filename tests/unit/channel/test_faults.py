@@ -11,6 +11,7 @@ import ssl
 import struct
 
 import pytest
+
 from precache_proxy.channel import Channel, ChannelConfig, PeerAddress, Stream, StreamReset, TrafficClass
 from precache_proxy.channel.frames import MAGIC, FrameType, pack, pack_hello
 from precache_proxy.errors import PeerUnreachable
@@ -137,7 +138,9 @@ async def test_streams_end_with_link_lost_after_the_grace(wired: WiredFactory) -
     await home.links["backup"].wait_up(10)
 
 
-async def test_a_restarted_peer_is_recognised(authority: Authority, start: Start, wired: WiredFactory) -> None:
+async def test_a_restarted_peer_is_recognised(
+    authority: Authority, start: Start, wired: WiredFactory
+) -> None:
     home, backup, cable = await wired()
 
     async def take(stream: Stream) -> None:
@@ -230,7 +233,8 @@ async def test_nonsense_at_the_port_is_turned_away_and_harms_nobody(
     large = struct.pack(">BBBxIIQ", FrameType.DATA, 0, 3, 2**32 - 1, 1, 0)
     unopened = pack(FrameType.DATA, b"x", stream=0, sequence=0)
     greedy = b"".join(
-        pack(FrameType.DATA, bytes(1 << 19), stream=1, sequence=number, traffic_class=3) for number in range(1, 4)
+        pack(FrameType.DATA, bytes(1 << 19), stream=1, sequence=number, traffic_class=3)
+        for number in range(1, 4)
     )
     cases: list[tuple[ssl.SSLContext | None, bytes]] = [
         (None, b"GET / HTTP/1.0\r\n\r\n"),
@@ -257,8 +261,8 @@ async def test_nonsense_at_the_port_is_turned_away_and_harms_nobody(
         (context, hello()[:9]),
     ]
     for tls, data in cases:
-        answer = await exchange(backup.port, tls, data)
-        assert b"Traceback" not in answer
+        reply = await exchange(backup.port, tls, data)
+        assert b"Traceback" not in reply
     with socket.create_connection(("127.0.0.1", backup.port)):
         await asyncio.sleep(1.2)  # says nothing: dropped after handshake_seconds
 
@@ -283,7 +287,10 @@ async def test_fuzzed_sessions_end_without_harm(authority: Authority, pair: Pair
             if kind in (FrameType.DATA, FrameType.OPEN, FrameType.RESET, FrameType.GOODBYE):
                 size = source.randrange(2, 400)
             payload = source.choice(
-                [source.randbytes(size), b'{"kind":"rpc","header":{},"label":""}' if size > 8 else bytes(size)]
+                [
+                    source.randbytes(size),
+                    b'{"kind":"rpc","header":{},"label":""}' if size > 8 else bytes(size),
+                ]
             )
             frames += pack(
                 kind,

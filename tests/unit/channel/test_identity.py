@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+
 from precache_proxy.channel import Channel, ChannelConfig, PeerAddress
 from precache_proxy.errors import ConfigurationError, PeerRefused, PeerUnreachable
 
@@ -104,7 +105,10 @@ async def test_unusable_certificate_files_are_all_named(authority: Authority, tm
     config.key_path = tmp_path / "no.key"
     with pytest.raises(ConfigurationError) as caught:
         await Channel(config).start()
-    assert [finding.subject for finding in caught.value.findings] == [str(config.ca_path), str(config.key_path)]
+    assert [finding.subject for finding in caught.value.findings] == [
+        str(config.ca_path),
+        str(config.key_path),
+    ]
 
 
 async def test_a_reload_of_broken_files_keeps_the_old_ones(authority: Authority, start: Start) -> None:

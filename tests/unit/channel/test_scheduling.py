@@ -9,6 +9,7 @@ from datetime import datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from precache_proxy.channel.counters import Tally
 from precache_proxy.channel.governor import Governor, Sample
 from precache_proxy.channel.identifiers import IdentifierSet
@@ -73,7 +74,9 @@ async def test_classes_are_strict_but_for_the_floor() -> None:
     assert found is not None
     # Its OPEN frame, then the message: before anything else, but for a turn of the floor.
     kinds = [found[0].traffic_class] + [
-        next_found[0].traffic_class for _ in range(2) if (next_found := scheduler.next_frame(16384)) is not None
+        next_found[0].traffic_class
+        for _ in range(2)
+        if (next_found := scheduler.next_frame(16384)) is not None
     ]
     assert kinds.count(TrafficClass.CONTROL) >= 2
 
@@ -189,7 +192,9 @@ class Line:
         return Sample(self.now, int(self.acknowledged), self._seen, self.trip, backlog=True)
 
 
-@pytest.mark.parametrize(("rate", "trip"), [(50e6, 0.01), (50e6, 0.04), (6.25e6, 0.18), (50e6, 0.18), (1.25e6, 0.18)])
+@pytest.mark.parametrize(
+    ("rate", "trip"), [(50e6, 0.01), (50e6, 0.04), (6.25e6, 0.18), (50e6, 0.18), (1.25e6, 0.18)]
+)
 def test_governor_fills_the_link_with_a_short_queue_and_follows_changes(rate: float, trip: float) -> None:
     line, governor = Line(rate, trip), Governor()
     for factor in (1.0, 0.3, 1.0):
@@ -209,4 +214,7 @@ def test_governor_fills_the_link_with_a_short_queue_and_follows_changes(rate: fl
 def test_governor_leaves_local_paths_alone() -> None:
     governor = Governor()
     for beat in range(100):
-        assert governor.sample(Sample(beat / 40, beat * 10_000_000, 0.02 * (beat % 2) + 0.0004, 0.0004, True)) is None
+        assert (
+            governor.sample(Sample(beat / 40, beat * 10_000_000, 0.02 * (beat % 2) + 0.0004, 0.0004, True))
+            is None
+        )

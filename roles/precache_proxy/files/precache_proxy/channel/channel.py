@@ -46,14 +46,16 @@ class Channel:
     def handle_call(
         self, method: str, handler: Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
     ) -> None:
-        """``handler(peer, parameters)`` answers calls of ``method``; a LifeboatError in it reaches the caller."""
+        """``handler(peer, parameters)`` answers calls of ``method``; a LifeboatError in it reaches
+        the caller.
+        """
         self._calls[method] = handler
 
     def handle_stream(self, kind: str, handler: StreamHandler) -> None:
         """``handler(stream)`` serves streams of ``kind``.
 
-        An exception in it resets the stream with its cause; when it returns, the sending half is closed and input
-        that nobody has read is dropped.
+        An exception in it resets the stream with its cause; when it returns, the sending half is
+        closed and input that nobody has read is dropped.
         """
         self._handlers[kind] = handler
 
@@ -81,7 +83,9 @@ class Channel:
             link.start()
 
     async def stop(self) -> None:
-        """Say goodbye, close everything. Streams end with ``link-lost`` here, ``peer-restarted`` at the peers."""
+        """Say goodbye, close everything. Streams end with ``link-lost`` here, ``peer-restarted``
+        at the peers.
+        """
         if self._listener is not None:
             await self._listener.stop()
         for link in self.links.values():
@@ -128,7 +132,8 @@ class Channel:
             log.exception("stream %s of %s failed", stream.kind, stream.peer)
             stream.reset(
                 LifeboatError(
-                    f"stream {stream.kind!r}: internal error ({type(error).__name__}: {error}); see the log there"
+                    f"stream {stream.kind!r}: internal error ({type(error).__name__}: {error}); "
+                    f"see the log there"
                 )
             )
 

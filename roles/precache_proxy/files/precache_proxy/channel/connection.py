@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One TCP connection with TLS, on the event loop without a transport in between.
 
-asyncio's TLS transport copies every byte through memory BIOs and buffers what it cannot send; here the kernel's
-socket is written only when it can take a chunk, so that a message of a higher class never waits behind much.
+asyncio's TLS transport copies every byte through memory BIOs and buffers what it cannot send; here the
+kernel's socket is written only when it can take a chunk, so that a message of a higher class never waits
+behind much.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Connection:
         self.urgent: deque[bytes] = deque()
         self.received_at = time.monotonic()
         self.pinged_at = 0.0
-        self.opened_at = self.received_at
+        self.carried_bytes = 0  # both directions, without TLS
         self.closed = False
         self._tls = tls
         self._descriptor = tls.fileno()
@@ -141,7 +142,9 @@ class Connection:
                 return
             try:
                 # All or nothing: OpenSSL keeps its place and must be given the same chunk again.
-                budget -= self._tls.send(self._chunk)
+                sent = self._tls.send(self._chunk)
+                budget -= sent
+                self.carried_bytes += sent
                 self._chunk = None
                 self._write_needs_read = False
             except ssl.SSLWantWriteError:
@@ -166,6 +169,10 @@ class Connection:
         self._tls.close()
         self._owner.connection_ended(self, error)
 
+    def _gone(self) -> bool:
+        # A call, because the type checker does not know that a frame may close the connection.
+        return self.closed
+
     def _want_writable(self, wanted: bool) -> None:
         if wanted != self._writing:
             self._writing = wanted
@@ -183,9 +190,10 @@ class Connection:
                     self.close(ConnectionResetError("closed by the other side"))
                     return
                 budget -= count
+                self.carried_bytes += count
                 for frame in self._parser.received(count):
                     self._owner.frame_arrived(self, frame)
-                    if self.closed:
+                    if self._gone():
                         return
         except ssl.SSLWantReadError:
             pass

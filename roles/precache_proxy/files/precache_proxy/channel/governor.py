@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """How fast a path can be filled without making its queue long.
 
-The kernel's congestion control fills the bottleneck's queue: several BBR connections keep up to one bandwidth-delay
-product in it, Reno all of it, and then a call waits behind a copy however strict our classes are, and a short queue
-overflows. So what is sent is paced here to what the path is seen to deliver, steered to a small queueing delay.
-Pure: samples and clock come in, a rate comes out.
+The kernel's congestion control fills the bottleneck's queue: several BBR connections keep up to one
+bandwidth-delay product in it, Reno all of it. Then a call waits behind a copy however strict our classes are,
+and a short queue overflows. So what is sent is paced here to what the path is seen to deliver, steered to a
+small queueing delay. Pure: samples and clock come in, a rate comes out.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from precache_proxy.channel.connection import TcpState
 
 # A queue of about this is kept, so that the link never runs dry.
 _TARGET_SECONDS = 0.01
@@ -25,13 +28,40 @@ _PAUSE_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """All connections to a peer together: bytes acknowledged since ever, round trip now, and is there a backlog?"""
+    """All connections to a peer together: bytes acknowledged since ever, round trip now, and is
+    there a backlog?
+    """
 
     at: float
     acknowledged_bytes: int
     round_trip_seconds: float
     least_round_trip_seconds: float
     backlog: bool
+
+
+class PathWatch:
+    """Makes samples of what the kernel knows of single connections, which come and go."""
+
+    def __init__(self) -> None:
+        self._acknowledged: dict[int, int] = {}
+        self._gone_bytes = 0
+
+    def sample(self, now: float, states: Sequence[TcpState], *, backlog: bool) -> Sample | None:
+        """None while there is no connection."""
+        if not states:
+            return None
+        gone = self._acknowledged.keys() - {state.serial for state in states}
+        # What they carried stays in the sum, which must not go down.
+        self._gone_bytes += sum(self._acknowledged.pop(serial) for serial in gone)
+        self._acknowledged.update({state.serial: state.acknowledged_bytes for state in states})
+        busy = [state for state in states if state.unacknowledged] or states
+        return Sample(
+            now,
+            self._gone_bytes + sum(self._acknowledged.values()),
+            sum(state.round_trip_seconds for state in busy) / len(busy),
+            min(state.least_round_trip_seconds for state in states),
+            backlog,
+        )
 
 
 class Governor:
@@ -71,8 +101,13 @@ class Governor:
         return self.rate_bytes_per_second
 
     def _base_seconds(self, now: Sample) -> float:
-        # Least round trip of the last half minute, in a monotonic queue: a path that became longer is believed.
-        value = min(now.round_trip_seconds, now.least_round_trip_seconds) if not self._base else now.round_trip_seconds
+        # Least round trip of the last half minute, in a monotonic queue: a path that became longer
+        # is believed.
+        value = (
+            min(now.round_trip_seconds, now.least_round_trip_seconds)
+            if not self._base
+            else now.round_trip_seconds
+        )
         while self._base and self._base[-1][1] >= value:
             self._base.pop()
         self._base.append((now.at, value))
@@ -86,6 +121,8 @@ class Governor:
         if not self._backlogged and delivered < (0.5 if queue > 2 * _TARGET_SECONDS else 0.9) * self._rate:
             self._calm = 0  # nobody wanted more: it says nothing about the path
             return
+        if queue < _TARGET_SECONDS / 2 and delivered < 0.9 * self._rate and not self._starting:
+            return  # no queue, and yet less arrived than was allowed: we had no processor time to send it
         self._delivered.append(delivered)
         capacity = max(self._delivered)
         self._peak = max(self._peak * 0.999, capacity)
@@ -113,7 +150,8 @@ class Governor:
         self._watch_for_others(now.at, queue)
 
     def _watch_for_others(self, at: float, queue: float) -> None:
-        # A queue that does not shrink although we went down a long way is somebody else's, who would take all.
+        # A queue that does not shrink although we went down a long way is somebody else's, who
+        # would take all.
         if queue > 3 * _TARGET_SECONDS and self._rate < 0.6 * self._peak:
             if self._foreign_since is None:
                 self._foreign_since = at

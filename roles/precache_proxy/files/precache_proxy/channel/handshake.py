@@ -7,6 +7,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from precache_proxy.channel.frames import (
@@ -48,7 +49,9 @@ async def _repeat(tls: ssl.SSLSocket, operation: Callable[[], _Value]) -> _Value
 
 
 async def start_tls(raw: socket.socket, context: ssl.SSLContext, *, server: bool) -> ssl.SSLSocket:
-    """The TLS handshake. ``raw`` belongs to the result, and is closed on failure. Raises OSError, ssl.SSLError."""
+    """The TLS handshake. ``raw`` belongs to the result, and is closed on failure. Raises OSError,
+    ssl.SSLError.
+    """
     tls = context.wrap_socket(
         raw, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=False
     )
@@ -72,16 +75,20 @@ async def receive_hello(tls: ssl.SSLSocket) -> dict[str, Any]:
     body = await _exactly(tls, length)
     if version != VERSION:
         raise PeerRefused(
-            f"the other side speaks version {version} of the channel, we speak {VERSION}; install the same release on both"
+            f"the other side speaks version {version} of the channel, we speak {VERSION}; install "
+            f"the same release on both"
         )
     return unpack_json(body, "hello")
 
 
 async def _exactly(tls: ssl.SSLSocket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = await _repeat(tls, lambda: tls.recv(count - len(data)))
-        if not part:
+    data = bytearray(count)
+    view = memoryview(data)
+    filled = 0
+    while filled < count:
+        rest = view[filled:]
+        got = await _repeat(tls, partial(tls.recv_into, rest))
+        if not got:
             raise ConnectionResetError("closed by the other side before its hello")
-        data += part
-    return data
+        filled += got
+    return bytes(data)

@@ -24,9 +24,11 @@ _VERIFY_WAY_OUT = {
 # How OpenSSL names the alert by which the other side refuses ours.
 _ALERTS = {
     "CERTIFICATE_EXPIRED": "has expired; renew it (role pki) and reload the proxy here",
-    "UNKNOWN_CA": "comes from a CA that it does not know; give both hosts certificates of the same CA (role pki)",
+    "UNKNOWN_CA": "comes from a CA that it does not know; give both hosts certificates of the "
+    "same CA (role pki)",
     "BAD_CERTIFICATE": "is bad in its eyes; see its log, and renew ours (role pki)",
-    "DECRYPT_ERROR": "bears a signature that it cannot verify; give both hosts certificates of the same CA (role pki)",
+    "DECRYPT_ERROR": "bears a signature that it cannot verify; give both hosts certificates of "
+    "the same CA (role pki)",
     "CERTIFICATE_REVOKED": "was revoked; renew it (role pki)",
     "CERTIFICATE_UNKNOWN": "is not acceptable to it; see its log",
     "CERTIFICATE_REQUIRED": "was not sent; see [tls] in our configuration",
@@ -119,7 +121,8 @@ def explain(peer: str, where: str, error: BaseException) -> LifeboatError:
             if "ALERT" in reason and reason.endswith(alert):
                 return PeerRefused(f"peer {peer} at {where} refuses our certificate: it {way_out}")
         return PeerUnreachable(
-            f"peer {peer} at {where}: no TLS 1.3 there ({_plain(error)}); is it a precache proxy that listens?"
+            f"peer {peer} at {where}: no TLS 1.3 there ({_plain(error)}); is it a precache proxy "
+            f"that listens?"
         )
     if isinstance(error, TimeoutError):
         return PeerUnreachable(
@@ -131,7 +134,8 @@ def explain(peer: str, where: str, error: BaseException) -> LifeboatError:
         )
     if isinstance(error, OSError):
         return PeerUnreachable(
-            f"peer {peer} at {where}: {_plain(error).lower() or 'connection lost'}; is the proxy there running and the port open?"
+            f"peer {peer} at {where}: {_plain(error).lower() or 'connection lost'}; is the proxy "
+            f"there running and the port open?"
         )
     return PeerUnreachable(f"peer {peer} at {where}: {error}")
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""All that there is between this proxy and one peer: the session that we dial and the one that the peer dials."""
+"""All between this proxy and one peer: the session that we dial and the one that the peer dials."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-import socket
 import ssl
 import time
 import uuid
@@ -16,11 +15,11 @@ from typing import Any
 
 from precache_proxy import __version__
 from precache_proxy.channel import rpc
-from precache_proxy.channel.connection import Connection, tune
+from precache_proxy.channel.connection import Connection
 from precache_proxy.channel.counters import LinkCounters
-from precache_proxy.channel.governor import Governor, Sample
-from precache_proxy.channel.handshake import receive_hello, send_hello, start_tls
-from precache_proxy.channel.identity import explain, peer_names, refused
+from precache_proxy.channel.dialer import dial
+from precache_proxy.channel.governor import Governor, PathWatch
+from precache_proxy.channel.identity import explain
 from precache_proxy.channel.pacer import Pacer
 from precache_proxy.channel.rate import rate_at
 from precache_proxy.channel.session import Session
@@ -77,8 +76,7 @@ class Link:
         self._ticker: asyncio.Task[None] | None = None
         self._failures = 0
         self._error: LifeboatError = PeerUnreachable(f"peer {peer}: not tried yet; wait a moment")
-        self._acknowledged: dict[int, int] = {}
-        self._acknowledged_before = 0
+        self._watch = PathWatch()
         self._goodput = 0.0
         self._goodput_mark = (time.monotonic(), 0)
         self._stopping = False
@@ -166,9 +164,11 @@ class Link:
         label: str = "",
         window_bytes: int | None = None,
     ) -> Stream:
-        """Open a stream; the peer's handler for ``kind`` gets it. Raises PeerUnreachable when the link is not up.
+        """Open a stream; the peer's handler for ``kind`` gets it. Raises PeerUnreachable when the
+        link is not up.
 
-        ``label`` (a VM's UUID) is what its bytes are counted under; ``window_bytes`` bounds the window of both sides.
+        ``label`` (a VM's UUID) is what its bytes are counted under; ``window_bytes`` bounds the
+        window of both sides.
         """
         if not self.is_up:
             raise (
@@ -238,7 +238,9 @@ class Link:
         self._notify()
 
     def admit(self, hello: dict[str, Any]) -> Session:
-        """The peer dials: the session that its connection belongs to. Raises PeerRestarted when it is not known here."""
+        """The peer dials: the session that its connection belongs to. Raises PeerRestarted when it
+        is not known here.
+        """
         identifier, instance = str(hello.get("session", "")), str(hello.get("instance", ""))
         if not identifier or not instance:
             raise ProtocolError(f"hello of {self.peer} without session or instance")
@@ -273,7 +275,7 @@ class Link:
         """The peer has opened a stream."""
         self._on_stream(self, stream)
 
-    def connection_lost(self, session: Session, connection: Connection, error: BaseException | None) -> None:
+    def connection_lost(self, session: Session, error: BaseException | None) -> None:
         """A connection is gone."""
         if session is self._session and not self._stopping:
             if not session.connections:
@@ -372,7 +374,7 @@ class Link:
                 continue
             except (OSError, LifeboatError) as problem:
                 error = explain(self.peer, self._where, problem)
-            if isinstance(error, PeerRestarted):
+            if isinstance(error, PeerRestarted | LinkLost):
                 self._replace_session(error)
                 continue
             if not self._session.connections:
@@ -385,69 +387,28 @@ class Link:
         pause = min(least * 2 ** (self._failures - 1), most)
         if isinstance(error, PeerRefused):
             pause = min(pause * _REFUSED_FACTOR, 3 * most)
-        return pause * (0.5 + random.random() / 2)
+        return float(pause * (0.5 + random.random() / 2))
 
     async def _dial(self, slot: int) -> None:
         session = self._session
-        tls, congestion_control = await self._connect()
-        try:
-            certificate = tls.getpeercert()
-            if self.peer.lower() not in peer_names(certificate):
-                raise refused(self.peer, self._where, certificate)
-            await send_hello(
-                tls,
-                {
-                    "name": self._config.name,
-                    "peer": self.peer,
-                    "instance": self._instance,
-                    "session": session.identifier,
-                    "slot": slot,
-                    "resume": self._established,
-                    "release": __version__,
-                },
-            )
-            answer = await receive_hello(tls)
-            self._check_answer(session, answer)
-        except BaseException:
-            tls.close()
-            raise
+        hello = {
+            "name": self._config.name,
+            "peer": self.peer,
+            "instance": self._instance,
+            "session": session.identifier,
+            "slot": slot,
+            "resume": self._established,
+            "release": __version__,
+        }
+        tls, congestion_control, instance = await dial(
+            self.address, self._where, hello, session.peer_instance, self._config, self._client_context()
+        )
         if session is not self._session or slot >= self._connections or self._stopping:
             tls.close()
             return
         self._established = True
-        session.peer_instance = str(answer.get("instance", ""))
+        session.peer_instance = instance
         session.attach(Connection(tls, slot, congestion_control, session))
-
-    async def _connect(self) -> tuple[ssl.SSLSocket, str]:
-        loop = asyncio.get_running_loop()
-        addresses = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
-        problem: OSError = ConnectionRefusedError("no address")
-        for family, kind, protocol, _, address in addresses:
-            raw = socket.socket(family, kind, protocol)
-            try:
-                raw.setblocking(False)
-                congestion_control = tune(raw, dead_seconds=self._config.dead_peer_seconds)
-                await loop.sock_connect(raw, address)
-            except OSError as error:
-                raw.close()
-                problem = error
-                continue
-            except BaseException:
-                raw.close()
-                raise
-            return await start_tls(raw, self._client_context(), server=False), congestion_control
-        raise problem
-
-    def _check_answer(self, session: Session, answer: dict[str, Any]) -> None:
-        if not answer.get("accepted"):
-            message = str(answer.get("message", "no reason given"))
-            if answer.get("cause") == PeerRestarted.cause:
-                if str(answer.get("instance", "")) != session.peer_instance:
-                    raise PeerRestarted(f"the proxy of {self.peer} was restarted")
-                raise PeerRestarted(f"{self.peer} has given the session up: {message}")
-            raise PeerRefused(f"peer {self.peer} at {self._where} refuses us: {message}")
-        if self._established and str(answer.get("instance", "")) != session.peer_instance:
-            raise PeerRestarted(f"the proxy of {self.peer} was restarted")
 
     def _rate_by_clock(self) -> float | None:
         return rate_at(self.address.rate_bytes_per_second, self.address.windows, datetime.now().astimezone())
@@ -478,31 +439,16 @@ class Link:
                     self._pacer.set_limit(rate)
 
     def _govern(self, now: float) -> None:
-        states = [
-            connection.tcp_state() for session in self._sessions() for connection in session.connections.values()
-        ]
-        self._acknowledged.update({state.serial: state.acknowledged_bytes for state in states})
-        busy = [state for state in states if state.unacknowledged] or states
-        if not busy:
-            return
-        if len(self._acknowledged) > 2 * len(states) + 8:
-            # Connections that have gone stay in the sum, which must not go down.
-            gone = self._acknowledged.keys() - {state.serial for state in states}
-            self._acknowledged_before += sum(self._acknowledged.pop(serial) for serial in gone)
-        rate = self._governor.sample(
-            Sample(
-                now,
-                self._acknowledged_before + sum(self._acknowledged.values()),
-                sum(state.round_trip_seconds for state in busy) / len(busy),
-                min(state.least_round_trip_seconds for state in states),
-                any(session.has_backlog for session in self._sessions()),
-            )
-        )
-        self._pacer.govern(rate)
+        sessions = self._sessions()
+        states = [each.tcp_state() for session in sessions for each in session.connections.values()]
+        sample = self._watch.sample(now, states, backlog=any(session.has_backlog for session in sessions))
+        if sample is not None:
+            self._pacer.govern(self._governor.sample(sample))
 
     def _give_up(self, session: Session) -> None:
         error = LinkLost(
-            f"no connection to {self.peer} for {self._config.session_grace_seconds:.0f} s: what was under way is given up"
+            f"no connection to {self.peer} for {self._config.session_grace_seconds:.0f} s: what "
+            f"was under way is given up"
         )
         if session is not self._session:
             session.fail(error)

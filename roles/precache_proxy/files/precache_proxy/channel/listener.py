@@ -96,13 +96,13 @@ class Listener:
     async def _greet(self, raw: socket.socket, where: str) -> None:
         try:
             async with asyncio.timeout(self._config.handshake_seconds):
-                await self._introduce(raw, where)
+                await self._introduce(raw)
         except (OSError, LifeboatError) as error:
             log.warning("caller %s was turned away: %s", where, describe_caller(error))
         finally:
             self._slots.release()
 
-    async def _introduce(self, raw: socket.socket, where: str) -> None:
+    async def _introduce(self, raw: socket.socket) -> None:
         raw.setblocking(False)
         try:
             congestion_control = tune(raw, dead_seconds=self._config.dead_peer_seconds)
@@ -132,21 +132,19 @@ class Listener:
 
     def _recognise(self, tls: ssl.SSLSocket, hello: dict[str, Any]) -> tuple[Link, int]:
         names = peer_names(tls.getpeercert())
+        holder = ", ".join(names) or "nobody"
         claimed = str(hello.get("name", ""))
         if claimed.lower() not in names:
             raise PeerRefused(
-                f"the caller says that it is {claimed!r}, its certificate is for {', '.join(names) or 'nobody'}; "
+                f"the caller says that it is {claimed!r}, its certificate is for {holder}; "
                 "correct its name, or its certificate (role pki)"
             )
         link = next((each for name, each in self._links.items() if name.lower() == claimed.lower()), None)
+        us = self._config.name
         if link is None:
-            raise PeerRefused(
-                f"{claimed} is not among the peers of {self._config.name}; add it to [[peers]] there"
-            )
-        if str(hello.get("peer", "")).lower() != self._config.name.lower():
-            raise PeerRefused(
-                f"{claimed} looks for {hello.get('peer')!r}, this is {self._config.name}; correct the address"
-            )
+            raise PeerRefused(f"{claimed} is not among the peers of {us}; add it to [[peers]] there")
+        if str(hello.get("peer", "")).lower() != us.lower():
+            raise PeerRefused(f"{claimed} looks for {hello.get('peer')!r}, this is {us}; correct the address")
         slot = hello.get("slot")
         if not isinstance(slot, int) or not 0 <= slot < MAXIMUM_CONNECTIONS:
             raise ProtocolError(

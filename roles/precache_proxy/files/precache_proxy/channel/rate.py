@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How fast a peer may be sent to: a token bucket whose rate may change at any time, and windows of the day."""
+"""How fast a peer may be sent to: a token bucket with a changeable rate, and windows of the day."""
 
 from __future__ import annotations
 

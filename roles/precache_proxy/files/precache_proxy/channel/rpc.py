@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Request and response: a stream of the control class with one message each way. Errors cross as their class."""
+"""Request and response: a stream of the control class, one message each way. Errors cross as their class."""
 
 from __future__ import annotations
 

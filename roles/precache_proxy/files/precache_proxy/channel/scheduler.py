@@ -41,7 +41,9 @@ class Scheduler:
     def next_frame(
         self, quantum_bytes: int, lowest_allowed: TrafficClass = _LOWEST
     ) -> tuple[Stream, SentFrame] | None:
-        """The next frame, at most ``quantum_bytes`` long; streams without work or credit leave their queue."""
+        """The next frame, at most ``quantum_bytes`` long; streams without work or credit leave
+        their queue.
+        """
         if self._floor_bytes >= quantum_bytes and lowest_allowed == _LOWEST and self._queues[_LOWEST]:
             found = self._from_class(_LOWEST, quantum_bytes)
             if found is not None:
@@ -54,7 +56,8 @@ class Scheduler:
                 found = self._from_class(member, quantum_bytes)
                 if found is not None:
                     if member is not _LOWEST:
-                        # Saved up only while the lowest class waits: the floor is a share, not a debt of an hour ago.
+                        # Saved up only while the lowest class waits: the floor is a share, not a
+                        # debt of an hour ago.
                         owed = found[1].length * self._floor_share if self._queues[_LOWEST] else 0.0
                         self._floor_bytes = min(self._floor_bytes + owed, 4.0 * quantum_bytes)
                     return found

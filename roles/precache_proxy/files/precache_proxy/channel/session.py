@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A session: the streams that one side opened, and the TCP connections that carry them.
 
-It outlives its connections. What was sent on a connection that broke, and is not acknowledged, goes again on another;
-a new connection carries numbered frames only after each side has told what it has (acknowledgements, then SYNC).
+It outlives its connections. What was sent on a connection that broke, and is not acknowledged, goes again on
+another; a new connection carries numbered frames only after each side has told what it has (acknowledgements,
+then SYNC).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from precache_proxy.channel.settings import CLASS_LIMITS, TrafficClass
 from precache_proxy.channel.stream import Stream
 from precache_proxy.channel.window import INITIAL_WINDOW_BYTES, ReceiveWindow, RoundTrip
 from precache_proxy.errors import Conflict, LifeboatError, ProtocolError, from_dict
-from precache_proxy.units import KIB
+from precache_proxy.units import GIB, KIB
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ _ACKNOWLEDGE_SECONDS = 0.01
 _SMALLEST_CHUNK_BYTES = 16 * KIB
 _FIRST_CHUNK_BYTES = 64 * KIB
 _LARGEST_CHUNK_BYTES = 512 * KIB
+# AES-GCM keys serve for 2^24.5 records (RFC 8446, 5.5); far below that a connection is replaced.
+_RENEW_BYTES = 128 * GIB
 # A chunk is what a message of a higher class may have to wait behind on one connection.
 _CHUNK_SECONDS = 0.008
 
@@ -54,7 +57,7 @@ class SessionOwner(Protocol):
     def stream_opened(self, stream: Stream) -> None:
         """The peer has opened a stream."""
 
-    def connection_lost(self, session: Session, connection: Connection, error: BaseException | None) -> None:
+    def connection_lost(self, session: Session, error: BaseException | None) -> None:
         """A connection is gone; the session still knows its streams."""
 
     def connection_synced(self, session: Session) -> None:
@@ -233,7 +236,7 @@ class Session:
             self._due[stream.identifier] = stream
         self._resets_due.update(self._resetting)
         self.wake()
-        self._owner.connection_lost(self, connection, error)
+        self._owner.connection_lost(self, error)
 
     def fail(self, error: LifeboatError) -> None:
         """The session is over: every stream is reset with this error."""
@@ -459,6 +462,8 @@ class Session:
             silent = now - connection.received_at
             if silent > dead_seconds:
                 connection.close(TimeoutError(f"nothing heard for {silent:.0f} s"))
+            elif self.dialed and connection.carried_bytes > _RENEW_BYTES:
+                connection.close(ConnectionResetError("renewed with fresh keys"))
             elif now - connection.pinged_at >= self._ping_seconds(dead_seconds):
                 self._ping(connection)
                 if not connection.busy:
@@ -485,7 +490,8 @@ class Session:
         if limit is not None:
             each = min(each, limit / len(self.connections))
         self._chunk_bytes = int(min(max(each * _CHUNK_SECONDS, _SMALLEST_CHUNK_BYTES), _LARGEST_CHUNK_BYTES))
-        # The kernel must not run dry while the loop is busy elsewhere, nor hold much that cannot be overtaken.
+        # The kernel must not run dry while the loop is busy elsewhere, nor hold much that cannot
+        # be overtaken.
         low_water = int(min(max(each * 2 * _CHUNK_SECONDS, _SMALLEST_CHUNK_BYTES), 2 * _LARGEST_CHUNK_BYTES))
         for connection in self.connections.values():
             connection.set_low_water(low_water)

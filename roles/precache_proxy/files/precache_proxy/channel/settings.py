@@ -25,7 +25,9 @@ class TrafficClass(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ClassLimits:
-    """Bounds of a class: receive window per stream, and what a sender may queue before it has to wait (bytes)."""
+    """Bounds of a class: receive window per stream, and what a sender may queue before it has to
+    wait (bytes).
+    """
 
     minimum_window_bytes: int
     maximum_window_bytes: int

@@ -30,7 +30,9 @@ class LinkLost(PeerUnreachable):
 
 
 class StreamReset(LifeboatError):
-    """The stream ended by a reset, from either side. ``error`` is the reason, with its own class and cause."""
+    """The stream ended by a reset, from either side. ``error`` is the reason, with its own class
+    and cause.
+    """
 
     cause = "reset"
 
@@ -174,7 +176,8 @@ class Stream:
         length = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
         if length > MAX_MESSAGE_BYTES:
             raise InvalidInput(
-                f"message of {length} bytes on stream {self.kind!r}: at most {MAX_MESSAGE_BYTES} are allowed; cut it"
+                f"message of {length} bytes on stream {self.kind!r}: at most {MAX_MESSAGE_BYTES} "
+                f"are allowed; cut it"
             )
         async with self._order:
             self._check_sending()
@@ -282,7 +285,9 @@ class Stream:
             self._consume(self._messages.popleft()[1])
 
     def next_frame(self, most_bytes: int) -> SentFrame | None:
-        """The next frame to put on a connection, at most ``most_bytes`` of payload; None = nothing or no credit."""
+        """The next frame to put on a connection, at most ``most_bytes`` of payload; None = nothing
+        or no credit.
+        """
         if self._resend:
             frame = self._resend.popleft()
             frame.resent = True
@@ -375,14 +380,17 @@ class Stream:
             self._owner.forget(self)
 
     def arrived(self, frame: Frame) -> bool:
-        """A numbered frame, in whatever order; False: it was here before. Raises ProtocolError on overrun credit."""
+        """A numbered frame, in whatever order; False: it was here before. Raises ProtocolError on
+        overrun credit.
+        """
         charge = len(frame.payload) + FRAME_CHARGE_BYTES
         if frame.sequence < self._expected or frame.sequence in self._early:
             self._owner.owe_acknowledgement(self, soon=True)
             return False
         if self._arrived_charge + self._early_charge + charge > self._advertised + FRAME_CHARGE_BYTES:
             raise ProtocolError(
-                f"stream {self.identifier} ({self.kind}): {charge} bytes beyond the credit of {self._advertised}"
+                f"stream {self.identifier} ({self.kind}): {charge} bytes beyond the credit of "
+                f"{self._advertised}"
             )
         if frame.sequence != self._expected:
             self._early[frame.sequence] = frame

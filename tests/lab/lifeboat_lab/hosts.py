@@ -164,6 +164,11 @@ class Host:
         ControlGroup(self._settings.control_group(self.name)).kill()
         self._record.unlink(missing_ok=True)
 
+    def remove(self) -> None:
+        """Cut the host off and delete its disk."""
+        self.kill()
+        shutil.rmtree(self._state, ignore_errors=True)
+
     def shut_down(self, timeout_seconds: float = 60) -> None:
         """Orderly power-off through the host's own init; a host that does not end in time is cut off."""
         leader = self.leader

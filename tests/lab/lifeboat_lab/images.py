@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from pathlib import Path
 
 from lifeboat_lab.errors import LabError
@@ -20,6 +21,8 @@ from lifeboat_lab.shell import run
 
 NEEDED_MIB = {"full": 3000, "bare": 800, "guest": 200}
 PACKAGES_ON_HOST = "/srv/lab-packages"
+# What a build mounts ends with it, also when it is killed: nothing is deleted through a mount left behind.
+PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
 
 SYSTEM_PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "python3", "iproute2",
@@ -35,7 +38,7 @@ FULL_PACKAGES = (
     "python3-xxhash", "python3-systemd", "python3-cryptography", "python3-msgpack", "python3-lxml",
     "python3-pyroute2", "python3-apt",
     # what an operator and our tests look with
-    "rsync", "sudo", "nftables", "e2fsprogs", "strace", "socat", "tcpdump", "iperf3", "openssl",
+    "rsync", "sudo", "nftables", "e2fsprogs", "strace", "socat", "attr", "tcpdump", "iperf3", "openssl",
     "ca-certificates", "libnbd-bin", "zstd", "jq", "psmisc", "less", "util-linux-extra", "busybox-static",
 )  # fmt: skip
 # Not installed on hosts: kernel and modules of the guests, taken from the packages.
@@ -79,7 +82,7 @@ class Images:
             "downloaded": DOWNLOADED_PACKAGES,
             "files": FILES,
             "masked": MASKED_UNITS,
-            "steps": 4,  # raise when the code below changes what comes out
+            "steps": 6,  # raise when the code below changes what comes out
         }
         return cached(f"full-{self._settings.suite}", recipe, NEEDED_MIB["full"], self._build_full)
 
@@ -100,8 +103,8 @@ class Images:
         packages = target / "packages"
         packages.mkdir()
         command = [
-            "mmdebstrap", "--mode=root", "--variant=minbase", "--skip=essential/unlink",
-            "--architectures=amd64", f"--include={','.join(FULL_PACKAGES)}",
+            *PRIVATE_MOUNTS, "mmdebstrap", "--mode=root", "--variant=minbase",
+            "--skip=essential/unlink", "--architectures=amd64", f"--include={','.join(FULL_PACKAGES)}",
             '--customize-hook=env APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get --yes --download-only '
             f"--no-install-recommends install {' '.join(DOWNLOADED_PACKAGES)}",
             f'--customize-hook=mv "$1"/var/cache/apt/archives/*.deb {packages}/',
@@ -113,7 +116,14 @@ class Images:
         index = run(
             ["dpkg-scanpackages", "--multiversion", str(packages), "/dev/null"], timeout_seconds=300
         ).stdout
-        (packages / "Packages").write_text(index.replace(f"Filename: {packages}/", "Filename: ./"))
+        index = index.replace(f"Filename: {packages}/", "Filename: ./")
+        (packages / "Packages").write_text(index)
+        # Named as the suite is: essential packages are looked for in that one only.
+        (packages / "Release").write_text(
+            f"Date: {formatdate(usegmt=True)}\nSuite: {self._settings.suite}\n"
+            f"Codename: {self._settings.suite}\nSHA256:\n"
+            f" {hashlib.sha256(index.encode()).hexdigest()} {len(index.encode())} Packages\n"
+        )
         customise(target / "root")
 
     def _build_bare(self, full: Path, target: Path) -> None:
@@ -121,12 +131,10 @@ class Images:
         packages = full / "packages"
         run(
             [
-                "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
+                *PRIVATE_MOUNTS, "mmdebstrap", "--mode=root", "--variant=minbase",
+                "--architectures=amd64",
                 f"--include={','.join(SYSTEM_PACKAGES)}",
-                f'--setup-hook=mkdir -p "$1{packages}" && mount --bind -o ro {packages} "$1{packages}"',
-                f'--customize-hook=umount "$1{packages}"',
-                f'--customize-hook=rmdir -p --ignore-fail-on-non-empty "$1{packages}"',
-                self._settings.suite, str(target / "root"), f"deb [trusted=yes] file:{packages} ./",
+                self._settings.suite, str(target / "root"), f"deb [trusted=yes] copy:{packages} ./",
             ],
             timeout_seconds=900,
         )  # fmt: skip

@@ -28,10 +28,12 @@ def inventory(settings: Settings, plans: Sequence[HostPlan], keys: Keys) -> dict
         }
         if plan.peer in built:
             variables[plan.name]["lifeboat_peer"] = plan.peer
+    # A CA of each lab's own, removed with it: secrets never lie in the checkout.
+    common = {"lifeboat_lab": settings.name, "pki_ca_directory": str(settings.state / "pki")}
     hypervisors = [plan for plan in plans if plan.image == "full"]
     return {
         "_meta": {"hostvars": variables},
-        "all": {"children": ["hypervisors", "bare"], "vars": {"lifeboat_lab": settings.name}},
+        "all": {"children": ["hypervisors", "bare"], "vars": common},
         "hypervisors": {"children": ["home", "backup"]},
         "home": {"hosts": [plan.name for plan in hypervisors if plan.site == "home"]},
         "backup": {"hosts": [plan.name for plan in hypervisors if plan.site == "backup"]},

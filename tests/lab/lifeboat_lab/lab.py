@@ -71,25 +71,45 @@ class Lab:
             if record is not None and self._all_running(record):
                 return False
             known = record["hosts"] if record else {}
-            self._write_record(known, complete=False, owner=owner)
+            owned = (record or {}).get("owner") if owner is None else process_identity(owner)
             images = self._images(known)
-            public_key = self.keys.ensure()
-            self.network.build_core()
-            self.wan.start()
-            hosts = [self._host(name, images) for name in images]
-            for host in hosts:
-                host.prepare(public_key)
-            self.keys.write(hosts)
-            to_start = [host for host in hosts if not host.running]
-            if to_start:
-                self._say(f"booting {', '.join(host.name for host in to_start)}")
-            with ThreadPoolExecutor(max_workers=4) as pool:
-                list(pool.map(Host.start, to_start))
-            (self.settings.runtime / "inventory.json").write_text(
-                json.dumps(inventory(self.settings, [host.plan for host in hosts], self.keys), indent=2)
-            )
-            self._write_record(images, complete=True, owner=owner)
+            self._write_record(known, complete=False, owner=owned)
+            try:
+                self._build(images)
+            except BaseException:
+                self._take_back(known, images, owned)
+                raise
+            self._write_record(images, complete=True, owner=owned)
         return True
+
+    def _build(self, images: dict[str, list[str]]) -> None:
+        """Make what is missing and switch on what is off."""
+        public_key = self.keys.ensure()
+        self.network.build_core()
+        self.wan.start()
+        hosts = [self._host(name, images) for name in images]
+        for host in hosts:
+            host.prepare(public_key)
+        self.keys.write(hosts)
+        to_start = [host for host in hosts if not host.running]
+        if to_start:
+            self._say(f"booting {', '.join(host.name for host in to_start)}")
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            list(pool.map(Host.start, to_start))
+        (self.settings.runtime / "inventory.json").write_text(
+            json.dumps(inventory(self.settings, [host.plan for host in hosts], self.keys), indent=2)
+        )
+
+    def _take_back(
+        self, known: dict[str, list[str]], images: dict[str, list[str]], owner: dict[str, int | None] | None
+    ) -> None:
+        """Undo a build that failed: a new lab goes as a whole, an older one loses only the new hosts."""
+        if not known:
+            self._remove()
+            return
+        for name in images.keys() - known.keys():
+            self._host(name, images).remove()
+        self._write_record(known, complete=True, owner=owner)
 
     def down(self) -> bool:
         """Remove the lab: processes, mounts, namespaces, disks. Returns False when there was none."""
@@ -245,12 +265,14 @@ class Lab:
             return {"complete": False, "suite": self.settings.suite, "hosts": {}}
         return record
 
-    def _write_record(self, hosts: dict[str, list[str]], *, complete: bool, owner: int | None) -> None:
+    def _write_record(
+        self, hosts: dict[str, list[str]], *, complete: bool, owner: dict[str, int | None] | None
+    ) -> None:
         self.settings.state.mkdir(parents=True, exist_ok=True)
         self.settings.runtime.mkdir(parents=True, exist_ok=True)
-        record = {"complete": complete, "suite": self.settings.suite, "hosts": hosts}
+        record: dict[str, Any] = {"complete": complete, "suite": self.settings.suite, "hosts": hosts}
         if owner is not None:
-            record["owner"] = {"pid": owner, "started_ticks": start_ticks(owner)}
+            record["owner"] = owner
         temporary = self._record.with_suffix(".new")
         temporary.write_text(json.dumps(record, indent=2))
         temporary.rename(self._record)
@@ -264,6 +286,11 @@ class Lab:
             yield
 
 
+def process_identity(pid: int) -> dict[str, int | None]:
+    """A process as it is recorded: its id and when it started, so that a later one is not taken for it."""
+    return {"pid": pid, "started_ticks": start_ticks(pid)}
+
+
 def remove_orphans(say: Callable[[str], None] = silent) -> None:
     """Remove the labs whose owner, a test run, was killed before it could."""
     for path in STATE.glob("*/lab.json"):
@@ -271,7 +298,7 @@ def remove_orphans(say: Callable[[str], None] = silent) -> None:
             owner = json.loads(path.read_text()).get("owner")
         except (OSError, ValueError):
             continue
-        if owner and start_ticks(owner["pid"]) != owner["started_ticks"]:
+        if owner and process_identity(owner["pid"]) != owner:
             name = path.parent.name
             say(f"lab {name}: its test run is gone; removing it")
             Lab(Settings(name=name)).down()

@@ -54,11 +54,13 @@ class PathWatch:
         # What they carried stays in the sum, which must not go down.
         self._gone_bytes += sum(self._acknowledged.pop(serial) for serial in gone)
         self._acknowledged.update({state.serial: state.acknowledged_bytes for state in states})
-        busy = [state for state in states if state.unacknowledged] or states
+        busy = sorted(state.round_trip_seconds for state in states if state.unacknowledged)
+        trips = busy or sorted(state.round_trip_seconds for state in states)
         return Sample(
             now,
             self._gone_bytes + sum(self._acknowledged.values()),
-            sum(state.round_trip_seconds for state in busy) / len(busy),
+            # A bottleneck's queue delays them all; one that is late by itself says little about it.
+            trips[len(trips) // 4],
             min(state.least_round_trip_seconds for state in states),
             backlog,
         )
@@ -74,6 +76,7 @@ class Governor:
         self._starting = True
         self._mark: Sample | None = None
         self._backlogged = True
+        self._least_trip = float("inf")
         self._delivered: deque[float] = deque(maxlen=6)
         self._base: deque[tuple[float, float]] = deque()
         self._calm = 0
@@ -93,9 +96,12 @@ class Governor:
             self._mark = now
         else:
             self._backlogged = self._backlogged and now.backlog
+            self._least_trip = min(self._least_trip, now.round_trip_seconds)
             if now.at - mark.at >= max(base, 0.05):
-                self._step(mark, now, base)
+                # A queue that stands is there at every look; a late wake-up of some process is not.
+                self._step(mark, now, max(0.0, self._least_trip - base), base)
                 self._mark = now
+                self._least_trip = float("inf")
                 self._backlogged = now.backlog
         self.rate_bytes_per_second = None if now.at < self._paused_until else self._rate
         return self.rate_bytes_per_second
@@ -115,9 +121,9 @@ class Governor:
             self._base.popleft()
         return self._base[0][1]
 
-    def _step(self, mark: Sample, now: Sample, base: float) -> None:
+    def _step(self, mark: Sample, now: Sample, queue: float, base: float) -> None:
         delivered = (now.acknowledged_bytes - mark.acknowledged_bytes) / (now.at - mark.at)
-        self.queue_seconds = queue = max(0.0, now.round_trip_seconds - base)
+        self.queue_seconds = queue
         if not self._backlogged and delivered < (0.5 if queue > 2 * _TARGET_SECONDS else 0.9) * self._rate:
             self._calm = 0  # nobody wanted more: it says nothing about the path
             return

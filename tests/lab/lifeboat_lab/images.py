@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
@@ -51,6 +51,8 @@ MASKED_UNITS = (
     "systemd-networkd.service", "systemd-networkd-wait-online.service", "systemd-firstboot.service",
     "nftables.service",
 )  # fmt: skip
+# Without libkmod this one fails, and there is no module to load in a container.
+BARE_MASKED_UNITS = (*MASKED_UNITS, "systemd-modules-load.service")
 
 FILES = {
     "etc/apt/sources.list.d/lab.sources": (
@@ -90,7 +92,7 @@ class Images:
         """Directory of the image that has only systemd, ssh and python3; built from the full image's
         packages."""
         full = self.full()
-        recipe = {"from": full.name, "packages": SYSTEM_PACKAGES, "steps": 1}
+        recipe = {"from": full.name, "packages": SYSTEM_PACKAGES, "masked": BARE_MASKED_UNITS, "steps": 2}
         return cached(
             f"bare-{self._settings.suite}",
             recipe,
@@ -138,10 +140,10 @@ class Images:
             ],
             timeout_seconds=900,
         )  # fmt: skip
-        customise(target / "root")
+        customise(target / "root", BARE_MASKED_UNITS)
 
 
-def customise(root: Path) -> None:
+def customise(root: Path, masked: Sequence[str] = MASKED_UNITS) -> None:
     """What all hosts share beyond the packages: settings that make a host quick to boot and unable to get
     out."""
     for old in ("etc/apt/sources.list", "etc/machine-id"):
@@ -153,7 +155,7 @@ def customise(root: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         path.write_text(text)
-    for unit in MASKED_UNITS:
+    for unit in masked:
         mask = root / "etc/systemd/system" / unit
         mask.unlink(missing_ok=True)
         mask.symlink_to("/dev/null")

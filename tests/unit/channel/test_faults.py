@@ -321,3 +321,32 @@ async def test_fuzzed_sessions_end_without_harm(authority: Authority, pair: Pair
     await asyncio.sleep(0.5)
     await home.links["backup"].wait_up(10)
     assert await home.links["backup"].call("echo", {"n": 2}) == {"n": 2}
+
+
+async def test_a_peer_that_sends_nonsense_in_a_session_ends_its_streams_and_starts_anew(
+    pair: PairFactory,
+) -> None:
+    home, backup = await pair()
+    seen: list[str] = []
+
+    async def wait(stream: Stream) -> None:
+        try:
+            await stream.receive()
+        except StreamReset as reset:
+            seen.append(reset.cause)
+            raise
+
+    backup.handle_stream("wait", wait)
+    link = home.links["backup"]
+    stream = await link.open_stream("wait", TrafficClass.PRECACHE, {})
+    await stream.drained()
+    connection = next(iter(link._session.connections.values()))
+    connection.urgent.append(pack(FrameType.DATA, bytes(1 << 20), stream=stream.identifier, sequence=1))
+    connection.pump()
+    with pytest.raises(StreamReset) as caught:
+        await stream.receive()
+    assert caught.value.cause == "protocol"
+    await until(lambda: seen == ["protocol"])
+    await link.wait_up(10)
+    again = await link.open_stream("wait", TrafficClass.PRECACHE, {})
+    await again.drained()

@@ -252,6 +252,8 @@ async def test_half_close_reports_and_limits(pair: PairFactory) -> None:
     stream = await link.open_stream("count", TrafficClass.PRECACHE, {}, label="vm-1")
     with pytest.raises(InvalidInput, match="cut it"):
         await stream.send(bytes(MAX_MESSAGE_BYTES + 1))
+    with pytest.raises(InvalidInput, match="header of a stream 'count'"):
+        await link.open_stream("count", TrafficClass.PRECACHE, {"definition": "x" * 300_000})
     await stream.send(bytes(70_000))
     await stream.close()
     with pytest.raises(Conflict, match="after close"):

@@ -15,8 +15,9 @@ from precache_proxy.channel.identity import make_context
 from precache_proxy.channel.link import Link
 from precache_proxy.channel.listener import Listener
 from precache_proxy.channel.rate import check_windows
+from precache_proxy.channel.reset import StreamReset
 from precache_proxy.channel.settings import ChannelConfig
-from precache_proxy.channel.stream import Stream, StreamReset
+from precache_proxy.channel.stream import Stream
 from precache_proxy.errors import ConfigurationError, Finding, LifeboatError, NotFound
 
 log = logging.getLogger(__name__)

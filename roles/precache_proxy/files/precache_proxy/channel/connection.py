@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import socket
 import ssl
 import struct
@@ -22,8 +21,6 @@ from typing import Protocol
 from precache_proxy.channel.frames import Frame, FrameParser
 from precache_proxy.errors import LifeboatError, ProtocolError
 from precache_proxy.units import KIB, MIB
-
-log = logging.getLogger(__name__)
 
 _READ_BUDGET_BYTES = 1 * MIB
 _WRITE_BUDGET_BYTES = 2 * MIB
@@ -72,6 +69,9 @@ class ConnectionOwner(Protocol):
 
     def frame_arrived(self, connection: Connection, frame: Frame) -> None:
         """A whole frame; may raise a LifeboatError, which ends the connection."""
+
+    def protocol_broken(self, error: ProtocolError) -> None:
+        """The other side sent nonsense on a connection."""
 
     def connection_ended(self, connection: Connection, error: BaseException | None) -> None:
         """Closed, by either side."""
@@ -200,7 +200,7 @@ class Connection:
         except ssl.SSLWantWriteError:
             self._want_writable(True)
         except ProtocolError as error:
-            log.warning("connection closed: %s", error.message)
+            self._owner.protocol_broken(error)
             self.close(error)
             return
         except (OSError, LifeboatError) as error:

@@ -11,8 +11,8 @@ from typing import Any
 from precache_proxy.channel.connection import tune
 from precache_proxy.channel.handshake import receive_hello, send_hello, start_tls
 from precache_proxy.channel.identity import peer_names, refused
+from precache_proxy.channel.reset import LinkLost
 from precache_proxy.channel.settings import ChannelConfig, PeerAddress
-from precache_proxy.channel.stream import LinkLost
 from precache_proxy.errors import PeerRefused, PeerRestarted
 
 

@@ -20,7 +20,7 @@ MAGIC = b"LBCH"
 VERSION = 1
 MAX_MESSAGE_BYTES = MIB + 4096
 MAX_HELLO_BYTES = 4 * KIB
-MAX_JSON_BYTES = 64 * KIB
+MAX_JSON_BYTES = 192 * KIB  # below the first credit: OPEN must not have to wait for more
 # Every sequenced frame costs this beside its payload, so that credit bounds memory for tiny messages too.
 FRAME_CHARGE_BYTES = 64
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import ssl
 import time
@@ -22,9 +23,10 @@ from precache_proxy.channel.governor import Governor, PathWatch
 from precache_proxy.channel.identity import explain
 from precache_proxy.channel.pacer import Pacer
 from precache_proxy.channel.rate import rate_at
+from precache_proxy.channel.reset import LinkLost
 from precache_proxy.channel.session import Session
 from precache_proxy.channel.settings import MAXIMUM_CONNECTIONS, ChannelConfig, PeerAddress, TrafficClass
-from precache_proxy.channel.stream import LinkLost, Stream
+from precache_proxy.channel.stream import Stream
 from precache_proxy.errors import (
     InvalidInput,
     LifeboatError,
@@ -292,15 +294,17 @@ class Link:
             self._failures = 0
             self._notify()
 
-    def said_goodbye(self, session: Session, error: LifeboatError) -> None:
-        """The peer's process ends in order."""
-        restarted = PeerRestarted(error.message)
+    def session_broken(self, session: Session, error: LifeboatError) -> None:
+        """The peer's process ends in order, or one side did not understand the other."""
+        if isinstance(error, LinkLost):
+            error = PeerRestarted(error.message)
         if session is self._session:
-            self._replace_session(restarted)
-            self._down(restarted)
+            self._down(error)
+            self._replace_session(error)
         else:
-            session.fail(restarted)
-            self._accepted = None
+            session.fail(error)
+            if session is self._accepted:
+                self._accepted = None
 
     # -- inside
 
@@ -362,12 +366,16 @@ class Link:
                 )
 
     async def _keep(self, slot: int) -> None:
+        dialled_at = -math.inf
         while slot < self._connections:
             changed = self._changed
             # One connection finds out whether the peer is there; the others follow it.
             if slot in self._session.connections or (slot != 0 and not self.is_up):
                 await changed.wait()
                 continue
+            # A connection that breaks as soon as it stands must not make us dial without a pause.
+            await asyncio.sleep(dialled_at + self._config.reconnect_minimum_seconds - time.monotonic())
+            dialled_at = time.monotonic()
             try:
                 async with asyncio.timeout(self._config.handshake_seconds):
                     await self._dial(slot)

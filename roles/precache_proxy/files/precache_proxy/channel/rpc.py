@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from precache_proxy.channel.frames import pack_json, unpack_json
-from precache_proxy.channel.stream import Stream, StreamReset
+from precache_proxy.channel.reset import StreamReset
+from precache_proxy.channel.stream import Stream
 from precache_proxy.errors import LifeboatError, NotFound, ProtocolError, Stalled, from_dict
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections import deque
 
+from precache_proxy.channel.sent_frame import SentFrame
 from precache_proxy.channel.settings import TrafficClass
-from precache_proxy.channel.stream import SentFrame, Stream
+from precache_proxy.channel.stream import Stream
 
 _LOWEST = max(TrafficClass)
 

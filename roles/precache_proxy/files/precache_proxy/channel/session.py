@@ -17,6 +17,7 @@ from precache_proxy.channel.connection import Connection
 from precache_proxy.channel.counters import LinkCounters
 from precache_proxy.channel.frames import (
     HEADER,
+    MAX_JSON_BYTES,
     SEQUENCED,
     Frame,
     FrameFlag,
@@ -35,7 +36,7 @@ from precache_proxy.channel.scheduler import Scheduler
 from precache_proxy.channel.settings import CLASS_LIMITS, TrafficClass
 from precache_proxy.channel.stream import Stream
 from precache_proxy.channel.window import INITIAL_WINDOW_BYTES, ReceiveWindow, RoundTrip
-from precache_proxy.errors import Conflict, LifeboatError, ProtocolError, from_dict
+from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, ProtocolError, from_dict
 from precache_proxy.units import GIB, KIB
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ class SessionOwner(Protocol):
     def connection_synced(self, session: Session) -> None:
         """A connection carries streams now."""
 
-    def said_goodbye(self, session: Session, error: LifeboatError) -> None:
-        """The peer's process ends in order."""
+    def session_broken(self, session: Session, error: LifeboatError) -> None:
+        """One side said what the other does not understand, or goes: the session cannot go on."""
 
 
 class Session:
@@ -125,6 +126,11 @@ class Session:
                 f"{len(self.streams)} streams to {self.peer} are open: no more are allowed; let some end"
             )
         payload = pack_json({"kind": kind, "header": header, "label": label, "window_bytes": window_bytes})
+        if len(payload) > MAX_JSON_BYTES:
+            raise InvalidInput(
+                f"header of a stream {kind!r}: {len(payload)} bytes, at most {MAX_JSON_BYTES} are allowed; "
+                "send what is long as a message"
+            )
         identifier, self._next_identifier = self._next_identifier, self._next_identifier + 1
         stream = self._make(identifier, traffic_class, label, window_bytes)
         stream.kind, stream.header = kind, header
@@ -237,6 +243,12 @@ class Session:
         self._resets_due.update(self._resetting)
         self.wake()
         self._owner.connection_lost(self, error)
+
+    def protocol_broken(self, error: ProtocolError) -> None:
+        """The peer sent nonsense, which would come again on every connection: give the session up."""
+        log.warning("session with %s is given up: %s", self.peer, error.message)
+        self.goodbye(error)
+        self._owner.session_broken(self, error)
 
     def fail(self, error: LifeboatError) -> None:
         """The session is over: every stream is reset with this error."""
@@ -383,7 +395,7 @@ class Session:
             self.wake()
             self._owner.connection_synced(self)
         elif kind is FrameType.GOODBYE:
-            self._owner.said_goodbye(self, from_dict(unpack_json(frame.payload, "GOODBYE frame")))
+            self._owner.session_broken(self, from_dict(unpack_json(frame.payload, "GOODBYE frame")))
 
     def _sequenced_arrived(self, connection: Connection, frame: Frame) -> None:
         stream = self.streams.get(frame.stream)

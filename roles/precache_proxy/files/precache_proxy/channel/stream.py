@@ -16,49 +16,13 @@ from precache_proxy.channel.frames import (
     FrameFlag,
     FrameType,
 )
+from precache_proxy.channel.reset import StreamReset
+from precache_proxy.channel.sent_frame import SentFrame
 from precache_proxy.channel.settings import CLASS_LIMITS, TrafficClass
 from precache_proxy.channel.window import ReceiveWindow
-from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, PeerUnreachable, ProtocolError
+from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, ProtocolError
 
 _SMALLEST_FRAGMENT_BYTES = 16 * 1024
-
-
-class LinkLost(PeerUnreachable):
-    """The link was down for longer than a session is kept; what was under way is gone."""
-
-    cause = "link-lost"
-
-
-class StreamReset(LifeboatError):
-    """The stream ended by a reset, from either side. ``error`` is the reason, with its own class
-    and cause.
-    """
-
-    cause = "reset"
-
-    def __init__(self, error: LifeboatError) -> None:
-        super().__init__(error.message, error.findings)
-        self.error = error
-        # The class's word is only a fallback: callers and the wire see the word of the reason.
-        self.__dict__["cause"] = error.cause
-
-
-class SentFrame:
-    """A numbered frame, held until the peer acknowledges it."""
-
-    __slots__ = ("connection", "flags", "kind", "length", "resent", "sequence", "traffic_class", "views")
-
-    def __init__(
-        self, kind: FrameType, flags: int, sequence: int, views: list[memoryview], length: int
-    ) -> None:
-        self.kind = kind
-        self.flags = flags
-        self.sequence = sequence
-        self.views = views
-        self.length = length
-        self.traffic_class = TrafficClass.CONTROL
-        self.connection: object | None = None
-        self.resent = False
 
 
 class StreamOwner(Protocol):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,7 @@ async def _networks(domains: Domains, definition: Definition) -> list[Finding]:
             except HypervisorError:
                 fact, way_out = f"there is no network {interface.source}", "define it there"
             found.append(Finding(vm, f"{fact} at the destination", way_out, "not-found"))
-        elif interface.kind in {"bridge", "direct"} and not Path("/sys/class/net", interface.source).exists():
+        elif interface.kind in {"bridge", "direct"} and interface.source not in _network_devices():
             what = "bridge" if interface.kind == "bridge" else "device"
             found.append(
                 Finding(
@@ -292,6 +293,11 @@ async def _networks(domains: Domains, definition: Definition) -> list[Finding]:
                 )
             )
     return found
+
+
+def _network_devices() -> set[str]:
+    # Not from /sys: in a container that shows another network namespace's devices.
+    return {name for _index, name in socket.if_nameindex()}
 
 
 def _files(definition: Definition) -> list[Finding]:

@@ -333,7 +333,7 @@ class Registrar:
         return Outcome("refused", line.vm, line.anchor, line.sentence, answer.epoch, answer.holder)
 
     def lost(self, vm: str, epoch: int) -> bool:
-        """An anchor has ``vm`` elsewhere in ``epoch``: whether that beats our claim, which is then dropped."""
+        """An anchor has ``vm`` elsewhere in ``epoch``: whether that beats our claim, then dropped."""
         claim = self._claims.get(vm)
         if claim is None or epoch < claim.epoch:
             return False

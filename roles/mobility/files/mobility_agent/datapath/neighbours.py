@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Permanent neighbours (the VM's MAC is in its definition: nobody need be asked) and proxied ones."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv6Address
+
+from mobility_agent.datapath.netlink import CREATE, REPLACE, Request, RouteSocket, attribute, attributes
+
+_NEW, _DELETE, _GET = 28, 29, 30
+_MESSAGE = struct.Struct("=BxxxIHBB")
+_ADDRESS, _MAC, _PROTOCOL = 1, 2, 12
+_PERMANENT = 0x80
+_PROXY = 0x08
+# As of routes: says in a dump that an entry is ours.
+PROTOCOL = 76
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """Who has ``address`` on ``device``: the VM with ``mac``; without one, we answer for it (proxy)."""
+
+    address: IPv6Address
+    device: str
+    mac: str | None = None
+
+    def __str__(self) -> str:
+        what = f"lladdr {self.mac}" if self.mac else "proxied"
+        return f"neighbour {self.address} {what} dev {self.device}"
+
+
+def _body(neighbour: Neighbour) -> bytes:
+    index = socket.if_nametoindex(neighbour.device)
+    state, flags = (_PERMANENT, 0) if neighbour.mac else (0, _PROXY)
+    body = _MESSAGE.pack(socket.AF_INET6, index, state, flags, 0)
+    body += attribute(_ADDRESS, neighbour.address.packed)
+    if neighbour.mac:
+        body += attribute(_MAC, bytes.fromhex(neighbour.mac.replace(":", "")))
+    return body + attribute(_PROTOCOL, bytes([PROTOCOL]))
+
+
+def put(neighbour: Neighbour) -> Request:
+    """Make the entry be. Raises OSError when there is no such device."""
+    return Request(_NEW, CREATE | REPLACE, _body(neighbour), str(neighbour))
+
+
+def drop(neighbour: Neighbour) -> Request:
+    """Remove the entry. Raises OSError when there is no such device."""
+    return Request(_DELETE, 0, _body(neighbour), str(neighbour), removal=True)
+
+
+def _read(kernel: RouteSocket, flags: int) -> list[Neighbour]:
+    found: list[Neighbour] = []
+    for content in kernel.dump(_GET, _MESSAGE.pack(socket.AF_INET6, 0, 0, flags, 0)):
+        _, index, _, entry_flags, _ = _MESSAGE.unpack_from(content)
+        told = attributes(content[_MESSAGE.size :])
+        if told.get(_PROTOCOL, b"\0")[0] != PROTOCOL or _ADDRESS not in told:
+            continue
+        proxied = bool(entry_flags & _PROXY)
+        mac = None if proxied else told.get(_MAC, b"").hex(":")
+        found.append(Neighbour(IPv6Address(told[_ADDRESS]), socket.if_indextoname(index), mac))
+    return found
+
+
+def read(kernel: RouteSocket) -> list[Neighbour]:
+    """Our own neighbours, permanent and proxied."""
+    return _read(kernel, 0) + _read(kernel, _PROXY)

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The whole data path of this host: what is wanted, and how to get the kernel there.
+
+Tables, each of our own:
+
+- *hosts* (all packets look here before the main table): VMs that are here -> their bridge; VMs that left
+  here, and on an anchor the home prefixes -> the loop link; our tunnel's end -> decapsulation.
+- *tunnels* (what came through the loop link): home address -> encapsulated to its care-of address; on a
+  gateway everything else -> encapsulated to the anchor in use.
+- *guests* (what VMs on our bridges send): from a home prefix that is not routed here, or to any home
+  prefix -> the loop link.
+
+One route replaced in *tunnels* is a hand-over at the anchor; one in *hosts* is it at a gateway.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address, IPv6Network
+
+from mobility_agent.datapath import filters, neighbours, routes
+from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, Ground, OuterSource, Rule
+from mobility_agent.datapath.neighbours import Neighbour
+from mobility_agent.datapath.netlink import Request, RouteSocket
+from mobility_agent.datapath.routes import DEFAULT, Kind, Route
+from mobility_agent.errors import Finding, KernelRefused, MobilityError
+
+logger = logging.getLogger(__name__)
+
+_MAIN_TABLE = 254
+_OUTER_HEADER_OCTETS = 40
+_MINIMUM_MTU = 1280
+
+
+@dataclass(frozen=True, slots=True)
+class HomePrefix:
+    """A home prefix; ``native``: this site's own routing carries what its VMs send."""
+
+    network: IPv6Network
+    native: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PathSettings:
+    """What the data path is built from."""
+
+    address: IPv6Address
+    tunnel_address: IPv6Address
+    peers: frozenset[IPv6Address]
+    prefixes: tuple[HomePrefix, ...]
+    bridges: tuple[str, ...] = ()
+    anchor: bool = False
+    path_mtu_octets: int = 1500
+    first_table: int = 7600
+    first_priority: int = 890
+
+    @property
+    def hosts_table(self) -> int:
+        """VMs here and gone."""
+        return self.first_table
+
+    @property
+    def tunnels_table(self) -> int:
+        """What is encapsulated, and to whom."""
+        return self.first_table + 1
+
+    @property
+    def guests_table(self) -> int:
+        """What VMs send."""
+        return self.first_table + 2
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """The state that the kernel shall have."""
+
+    local: dict[IPv6Network, tuple[str, str | None]] = field(default_factory=dict)
+    remote: dict[IPv6Network, IPv6Address] = field(default_factory=dict)
+    away: set[IPv6Network] = field(default_factory=set)
+    anchor_tunnel: IPv6Address | None = None
+    mtu_octets: dict[IPv6Address, int] = field(default_factory=dict)
+
+
+class DataPath:
+    """Keeps the kernel as it shall be; every method returns when the kernel has it."""
+
+    def __init__(self, settings: PathSettings) -> None:
+        self.settings = settings
+        self._wanted = _Wanted()
+        self._kernel = RouteSocket()
+        self._ground = Ground()
+        self._started = False
+
+    # --- what each piece of state means in routes ---
+
+    def _inner_mtu(self, care_of: IPv6Address | None) -> int:
+        outer = self.settings.path_mtu_octets
+        if care_of is not None:
+            outer = min(outer, self._wanted.mtu_octets.get(care_of, outer))
+        return max(outer - _OUTER_HEADER_OCTETS, _MINIMUM_MTU)
+
+    def _into_loop(self, destination: IPv6Network, table: int, care_of: IPv6Address | None) -> Route:
+        return Route(destination, table, LOOP_IN, LOOP_NEXT_HOP, mtu=self._inner_mtu(care_of))
+
+    def _home_routes(self, home: IPv6Network) -> list[Route]:
+        """A home address's routes, tunnels first."""
+        settings, wanted = self.settings, self._wanted
+        local = wanted.local.get(home)
+        if local is not None:
+            return [Route(home, settings.hosts_table, local[0])]
+        care_of = wanted.remote.get(home)
+        found: list[Route] = []
+        if care_of is not None and care_of != settings.tunnel_address:
+            found.append(Route(home, settings.tunnels_table, LOOP_OUT, segment=care_of))
+        # Where the prefix leads into the loop anyway, one route less for each VM.
+        special = self._inner_mtu(care_of) != self._inner_mtu(None)
+        if home in wanted.away or (found and (special or not settings.anchor)):
+            found.append(self._into_loop(home, settings.hosts_table, care_of))
+        return found
+
+    def _standing_routes(self) -> list[Route]:
+        """What does not depend on any VM."""
+        settings = self.settings
+        found = [Route(_host(settings.tunnel_address), settings.hosts_table, LOOP_OUT, decapsulate=True)]
+        if settings.anchor:
+            found += [
+                self._into_loop(prefix.network, settings.hosts_table, None) for prefix in settings.prefixes
+            ]
+        anchor = self._wanted.anchor_tunnel
+        if anchor is not None:
+            found.append(Route(DEFAULT, settings.tunnels_table, LOOP_OUT, segment=anchor))
+            found.append(self._into_loop(DEFAULT, settings.guests_table, anchor))
+        elif settings.bridges:
+            found.append(Route(DEFAULT, settings.guests_table, kind=Kind.UNREACHABLE))
+        return found
+
+    def _rules(self) -> list[Rule]:
+        settings, priority = self.settings, self.settings.first_priority
+        rules = [
+            # What is encapsulated already is on its way out.
+            Rule(priority, _MAIN_TABLE, LOOP_OUT, _host(settings.address)),
+            Rule(priority + 10, settings.tunnels_table, LOOP_OUT),
+            # A home address that is bound nowhere: as if we were not there, and not round the loop again.
+            Rule(priority + 11, _MAIN_TABLE, LOOP_OUT),
+            Rule(priority + 110, settings.hosts_table),
+        ]
+        for bridge in settings.bridges:
+            for prefix in settings.prefixes:
+                if not prefix.native:
+                    rules.append(Rule(priority + 111, settings.guests_table, bridge, prefix.network))
+                rules.append(Rule(priority + 112, settings.guests_table, bridge, destination=prefix.network))
+        return rules
+
+    def _neighbours(self) -> list[Neighbour]:
+        found = [
+            Neighbour(home.network_address, bridge, mac)
+            for home, (bridge, mac) in self._wanted.local.items()
+            if mac is not None and home.prefixlen == 128
+        ]
+        uplink = self._ground.on_link_device(self.settings.tunnel_address)
+        if uplink is not None:
+            # The tunnel's end is no address of ours: somebody must answer for it on the link.
+            found.append(Neighbour(self.settings.tunnel_address, uplink))
+        return found
+
+    # --- start and stop ---
+
+    def start(self) -> None:
+        """Lay the ground and make the kernel hold exactly what was declared. Raises MobilityError."""
+        source = OuterSource()
+        try:
+            source.set(self.settings.address)
+        finally:
+            source.close()
+        self._ground.make_loop(max(self.settings.path_mtu_octets, 1500))
+        filters.install(self.settings.tunnel_address, self.settings.peers)
+        wanted = self._standing_routes()
+        for home in self._wanted.local.keys() | self._wanted.remote.keys() | self._wanted.away:
+            wanted += self._home_routes(home)
+        put, removed = routes.reconcile(self._kernel, [route for route in wanted if self._has_device(route)])
+        self._reconcile_neighbours()
+        self._ground.set_rules(self._rules())
+        self._started = True
+        logger.info("data path: %d routes put, %d removed that nobody wants any more", put, removed)
+
+    def _has_device(self, route: Route) -> bool:
+        present = route.device is None or self._ground.index(route.device) is not None
+        if not present:
+            logger.warning("%s: there is no such bridge yet; it follows when the bridge is there", route)
+        return present
+
+    def _reconcile_neighbours(self) -> None:
+        present = set(neighbours.read(self._kernel))
+        wanted = {entry for entry in self._neighbours() if self._ground.index(entry.device) is not None}
+        places = {(entry.address, entry.device) for entry in wanted}
+        stale = {entry for entry in present - wanted if (entry.address, entry.device) not in places}
+        changes = [neighbours.put(entry) for entry in wanted - present]
+        self._kernel.apply(changes + [neighbours.drop(entry) for entry in stale])
+
+    def withdraw(self) -> None:
+        """Take everything of ours out of the kernel. Raises the first failure after trying all."""
+        failures: list[MobilityError] = []
+
+        def attempt(step: object, *arguments: object) -> None:
+            try:
+                step(*arguments)  # type: ignore[operator]
+            except MobilityError as error:
+                failures.append(error)
+
+        attempt(self._ground.set_rules, [])
+        attempt(routes.reconcile, self._kernel, [])
+        attempt(self._kernel.apply, [neighbours.drop(entry) for entry in neighbours.read(self._kernel)])
+        attempt(filters.remove)
+        attempt(self._ground.remove_loop)
+        attempt(self._clear_source)
+        self._started = False
+        if failures:
+            raise failures[0]
+
+    def _clear_source(self) -> None:
+        source = OuterSource()
+        try:
+            if source.read() == self.settings.address:
+                source.set(IPv6Address(0))
+        finally:
+            source.close()
+
+    def close(self) -> None:
+        """Let go of the kernel; what stands there goes on forwarding."""
+        self._kernel.close()
+        self._ground.close()
+
+    # --- changes while serving ---
+
+    def _change(self, homes: Iterable[IPv6Network], before: list[Route], more: list[Request]) -> None:
+        if not self._started:
+            return
+        after = [route for home in homes for route in self._home_routes(home)]
+        places = {(route.destination, route.table) for route in after}
+        gone = [route for route in before if (route.destination, route.table) not in places]
+        # Into a tunnel only once it is there, out of it before it goes.
+        gone.sort(key=lambda route: route.table != self.settings.hosts_table)
+        try:
+            self._kernel.apply([routes.put(route) for route in after if route not in before])
+            self._kernel.apply([routes.drop(route) for route in gone] + more)
+        except OSError as error:
+            names = ", ".join(str(home) for home in homes)
+            raise KernelRefused(f"{names}: {error}; is the bridge there? see `ip link`") from error
+
+    def _now(self, homes: Iterable[IPv6Network]) -> list[Route]:
+        return [route for home in homes for route in self._home_routes(home)]
+
+    def set_local(self, homes: Iterable[IPv6Network], bridge: str, mac: str | None) -> None:
+        """The VM with these home addresses is on ``bridge`` here. Raises KernelRefused."""
+        homes = tuple(homes)
+        before = self._now(homes)
+        for home in homes:
+            self._wanted.local[home] = (bridge, mac)
+            self._wanted.remote.pop(home, None)
+            self._wanted.away.discard(home)
+        entries = [Neighbour(h.network_address, bridge, mac) for h in homes if mac and h.prefixlen == 128]
+        if self._started:
+            try:
+                self._kernel.apply([neighbours.put(entry) for entry in entries])
+            except OSError as error:
+                raise KernelRefused(f"bridge {bridge}: {error}; is it there? see `ip link`") from error
+        self._change(homes, before, [])
+
+    def set_remote(self, homes: Iterable[IPv6Network], care_of: IPv6Address) -> None:
+        """An anchor's binding, or on a gateway a VM that went there: tunnelled to ``care_of``."""
+        homes = tuple(homes)
+        before = self._now(homes)
+        for home in homes:
+            self._wanted.remote[home] = care_of
+        self._change(homes, before, [])
+
+    def set_away(self, homes: Iterable[IPv6Network], care_of: IPv6Address | None) -> None:
+        """The VM left this gateway: what still comes goes to ``care_of``, or by way of the anchor."""
+        homes = tuple(homes)
+        before = self._now(homes)
+        for home in homes:
+            self._wanted.away.add(home)
+            if care_of is None:
+                self._wanted.remote.pop(home, None)
+            else:
+                self._wanted.remote[home] = care_of
+        self._change(homes, before, self._forget_local(homes))
+
+    def clear(self, homes: Iterable[IPv6Network]) -> None:
+        """Nothing of ours for these addresses any more."""
+        homes = tuple(homes)
+        before = self._now(homes)
+        for home in homes:
+            self._wanted.remote.pop(home, None)
+            self._wanted.away.discard(home)
+        forgotten = self._forget_local(homes)
+        self._change(homes, before, forgotten)
+
+    def clear_remote(self, homes: Iterable[IPv6Network]) -> None:
+        """An anchor's binding ended; what a gateway on this host has of them stays."""
+        homes = tuple(homes)
+        before = self._now(homes)
+        for home in homes:
+            self._wanted.remote.pop(home, None)
+        self._change(homes, before, [])
+
+    def _forget_local(self, homes: Iterable[IPv6Network]) -> list[Request]:
+        requests: list[Request] = []
+        for home in homes:
+            local = self._wanted.local.pop(home, None)
+            if local is not None and local[1] is not None and home.prefixlen == 128 and self._started:
+                entry = Neighbour(home.network_address, *local)
+                # With its bridge the neighbour is gone too.
+                if self._ground.index(entry.device) is not None:
+                    requests.append(neighbours.drop(entry))
+        return requests
+
+    def set_anchor(self, tunnel: IPv6Address | None) -> None:
+        """Through which anchor our VMs' packets leave; None: through none, they are told so."""
+        if tunnel == self._wanted.anchor_tunnel:
+            return
+        before = self._standing_routes()
+        self._wanted.anchor_tunnel = tunnel
+        self._replace(before, self._standing_routes())
+
+    def learn_mtu(self, care_of: IPv6Address, outer_octets: int | None) -> bool:
+        """A router said that the path to ``care_of`` carries so much; None: ask the path anew. Changed?"""
+        known = self._wanted.mtu_octets.get(care_of)
+        if outer_octets is not None and outer_octets >= min(known or 65535, self.settings.path_mtu_octets):
+            return False
+        homes = [home for home, at in self._wanted.remote.items() if at == care_of]
+        before = self._standing_routes() + self._now(homes)
+        if outer_octets is None:
+            if self._wanted.mtu_octets.pop(care_of, None) is None:
+                return False
+        else:
+            self._wanted.mtu_octets[care_of] = outer_octets
+        self._replace(before, self._standing_routes() + self._now(homes))
+        return True
+
+    def _replace(self, before: list[Route], after: list[Route]) -> None:
+        if not self._started:
+            return
+        places = {(route.destination, route.table) for route in after}
+        self._kernel.apply([routes.put(route) for route in after if route not in before])
+        gone = [route for route in before if (route.destination, route.table) not in places]
+        self._kernel.apply([routes.drop(route) for route in gone])
+
+    def make_first_hop(self, bridge: str, mac: str, addresses: Iterable[IPv6Address]) -> bool:
+        """Make this host the first hop on ``bridge``; False while there is no such bridge."""
+        return self._ground.make_first_hop(bridge, mac, addresses)
+
+    def bridge_came(self, bridge: str) -> None:
+        """A bridge is there (again): put what leads to it."""
+        homes = [home for home, (device, _) in self._wanted.local.items() if device == bridge]
+        self._kernel.apply([routes.put(route) for route in self._now(homes)])
+        self._reconcile_neighbours()
+
+    def findings(self) -> list[Finding]:
+        """What of this host stands in the way; empty when all is well."""
+        found: list[Finding] = []
+        address, tunnel = self.settings.address, self.settings.tunnel_address
+        if not self._ground.has_address(address):
+            way_out = "set address to one that `ip -6 address` shows"
+            found.append(Finding(f"address {address}", "is not on this host", way_out, "configuration"))
+        if self._ground.has_address(tunnel):
+            way_out = "remove it from the device: what is assigned is delivered, not decapsulated"
+            found.append(Finding(f"tunnel_address {tunnel}", "is assigned to a device", way_out, "conflict"))
+        if _sysctl("net/ipv6/conf/all/forwarding") != "1":
+            way_out = "set net.ipv6.conf.all.forwarding=1"
+            found.append(Finding("this host", "does not forward IPv6", way_out, "configuration"))
+        uplink = self._ground.on_link_device(tunnel)
+        if uplink is not None and _sysctl(f"net/ipv6/conf/{uplink}/proxy_ndp") != "1":
+            way_out = f"set net.ipv6.conf.{uplink}.proxy_ndp=1, or route {tunnel} to this host"
+            fact = f"lies on the link of {uplink}, where nobody would answer for it"
+            found.append(Finding(f"tunnel_address {tunnel}", fact, way_out, "configuration"))
+        try:
+            OuterSource().close()
+        except MobilityError as error:
+            fact, _, way_out = error.message.partition("; ")
+            found.append(Finding("this kernel", fact, way_out, "unsupported"))
+        return found
+
+
+def _host(address: IPv6Address) -> IPv6Network:
+    return IPv6Network(address)
+
+
+def _sysctl(name: str) -> str:
+    try:
+        with open(f"/proc/sys/{name}", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""IPv6 routes as values, written to and read from the kernel.
+
+Only routes of our own routing protocol number are ever read back, and so only they are ever removed.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import IPv6Address, IPv6Network
+
+from mobility_agent.datapath.netlink import (
+    CREATE,
+    REPLACE,
+    Request,
+    RouteSocket,
+    attribute,
+    attributes,
+    number,
+)
+
+DEFAULT = IPv6Network("::/0")
+#: The agent's routing protocol number (RTPROT): what carries it is ours.
+PROTOCOL = 76
+_NEW, _DELETE, _GET = 24, 25, 26
+_MESSAGE = struct.Struct("=BBBBBBBBI")
+_DESTINATION, _DEVICE, _GATEWAY, _PRIORITY, _METRICS, _TABLE, _ENCAP_TYPE, _ENCAP = 1, 4, 5, 6, 8, 15, 21, 22
+_LOCK, _MTU = 1, 2
+_SEG6, _SEG6_LOCAL = 5, 7
+_ENCAP_REDUCED = 3
+_LOCAL_ACTION, _LOCAL_NEXT_HOP, _END_DX6 = 1, 5, 5
+_ONLINK = 4
+_PRIORITY_VALUE = 1024
+
+
+class Kind(IntEnum):
+    """What a route does with a packet."""
+
+    FORWARD = 1
+    UNREACHABLE = 7
+    THROW = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where packets to ``destination`` go, in ``table``.
+
+    ``segment``: encapsulated to that address, RFC 2473 format (seg6 ``encap.red`` with one segment).
+    ``decapsulate``: the inner packet is taken out and routed by its own destination (seg6local
+    ``End.DX6 ::``, which, unlike ``End.DT6``, goes through the policy rules again). ``mtu``: larger packets
+    are answered with packet-too-big, whatever the device could carry.
+    """
+
+    destination: IPv6Network
+    table: int
+    device: str | None = None
+    via: IPv6Address | None = None
+    segment: IPv6Address | None = None
+    decapsulate: bool = False
+    mtu: int | None = None
+    kind: Kind = Kind.FORWARD
+
+    def __str__(self) -> str:
+        words = [f"route {self.destination} table {self.table}"]
+        words += [f"to {self.segment}"] if self.segment else []
+        words += ["decapsulating"] if self.decapsulate else []
+        words += [f"dev {self.device}"] if self.device else [self.kind.name.lower()]
+        return " ".join(words)
+
+
+def _encapsulation(route: Route) -> bytes:
+    if route.segment is not None:
+        # mode; then a segment routing header (RFC 8754): next header, length, type 4, segments left, last
+        # entry, flags, tag, the one segment.
+        header = struct.pack("=IBBBBBBH", _ENCAP_REDUCED, 0, 2, 4, 0, 0, 0, 0) + route.segment.packed
+        body, kind = attribute(1, header), _SEG6
+    else:
+        body = number(_LOCAL_ACTION, _END_DX6) + attribute(_LOCAL_NEXT_HOP, bytes(16))
+        kind = _SEG6_LOCAL
+    return attribute(_ENCAP_TYPE, struct.pack("=H", kind)) + attribute(_ENCAP, body)
+
+
+def _body(route: Route, *, whole: bool) -> bytes:
+    flags = _ONLINK if whole and route.via is not None else 0
+    table = route.table if route.table < 256 else 0
+    length = route.destination.prefixlen
+    # A removal names no kind (0 fits any) and no protocol but ours.
+    kind = route.kind if whole else 0
+    body = _MESSAGE.pack(socket.AF_INET6, length, 0, 0, table, PROTOCOL, 0, kind, flags)
+    body += attribute(_DESTINATION, route.destination.network_address.packed) if length else b""
+    body += number(_TABLE, route.table) + number(_PRIORITY, _PRIORITY_VALUE)
+    if not whole:
+        return body
+    if route.device is not None:
+        body += number(_DEVICE, socket.if_nametoindex(route.device))
+    if route.via is not None:
+        body += attribute(_GATEWAY, route.via.packed)
+    if route.mtu is not None:
+        body += attribute(_METRICS, number(_LOCK, 1 << _MTU) + number(_MTU, route.mtu))
+    if route.segment is not None or route.decapsulate:
+        body += _encapsulation(route)
+    return body
+
+
+def put(route: Route) -> Request:
+    """Make the route be, in place of another of the same destination and table, in one step.
+
+    Raises OSError when there is no such device.
+    """
+    return Request(_NEW, CREATE | REPLACE, _body(route, whole=True), str(route))
+
+
+def drop(route: Route) -> Request:
+    """Remove the route of this destination and table, if it is ours."""
+    return Request(_DELETE, 0, _body(route, whole=False), str(route), removal=True)
+
+
+def _parse(content: bytes, name: Callable[[int], str]) -> Route | None:
+    _, length, _, _, table, protocol, _, kind, _ = _MESSAGE.unpack_from(content)
+    if protocol != PROTOCOL or kind not in set(Kind):
+        return None
+    found = attributes(content[_MESSAGE.size :])
+    if _TABLE in found:
+        (table,) = struct.unpack("=I", found[_TABLE])
+    destination = IPv6Network((found.get(_DESTINATION, bytes(16)), length))
+    if kind != Kind.FORWARD:
+        return Route(destination, table, kind=Kind(kind))
+    metrics = attributes(found.get(_METRICS, b""))
+    mtu = struct.unpack("=I", metrics[_MTU])[0] if _MTU in metrics else None
+    segment, decapsulate = None, False
+    if _ENCAP_TYPE in found:
+        (encap_type,) = struct.unpack_from("=H", found[_ENCAP_TYPE])
+        decapsulate = encap_type == _SEG6_LOCAL
+        if encap_type == _SEG6:
+            segment = IPv6Address(attributes(found[_ENCAP])[1][12:28])
+    return Route(
+        destination,
+        table,
+        device=name(struct.unpack("=I", found[_DEVICE])[0]) if _DEVICE in found else None,
+        via=IPv6Address(found[_GATEWAY]) if _GATEWAY in found else None,
+        segment=segment,
+        decapsulate=decapsulate,
+        mtu=mtu,
+    )
+
+
+def read(kernel: RouteSocket) -> list[Route]:
+    """Our own routes, of every table."""
+    names: dict[int, str] = {}
+
+    def name(index: int) -> str:
+        if index not in names:
+            try:
+                names[index] = socket.if_indextoname(index)
+            except OSError:
+                names[index] = f"#{index}"
+        return names[index]
+
+    asked = _MESSAGE.pack(socket.AF_INET6, 0, 0, 0, 0, 0, 0, 0, 0)
+    parsed = (_parse(content, name) for content in kernel.dump(_GET, asked))
+    return [route for route in parsed if route is not None]
+
+
+def reconcile(kernel: RouteSocket, wanted: Iterable[Route]) -> tuple[int, int]:
+    """Make our own routes be exactly ``wanted``: how many were put, how many removed.
+
+    What is right already is not touched, so that no packet finds a gap.
+    """
+    wanted_set = set(wanted)
+    present = set(read(kernel))
+    places = {(route.destination, route.table) for route in wanted_set}
+    stale = [route for route in present - wanted_set if (route.destination, route.table) not in places]
+    missing = wanted_set - present
+    # Tunnels before what leads into them.
+    ordered = sorted(missing, key=lambda route: route.segment is None and not route.decapsulate)
+    changes: Sequence[Request] = [put(route) for route in ordered] + [drop(route) for route in stale]
+    kernel.apply(changes)
+    return len(missing), len(stale)

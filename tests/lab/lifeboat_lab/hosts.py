@@ -20,7 +20,7 @@ from lifeboat_lab.network import NAMESPACES, Network, hosts_file
 from lifeboat_lab.settings import HostPlan, Settings
 from lifeboat_lab.shell import HOST_ENVIRONMENT, run
 
-BOOT_SECONDS = 90
+BOOT_SECONDS = 180
 # The mounts are made in a mount namespace of the host's own: they end with its last process, however it ends.
 # systemd 257 and libvirt want the unified control groups, whatever this machine mounts.
 BOOT_SCRIPT = """

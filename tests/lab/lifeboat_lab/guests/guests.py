@@ -18,11 +18,14 @@ from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests import kernel, records, verify
 from lifeboat_lab.guests.collector import Collector
 from lifeboat_lab.guests.plan import BOOT_DIRECTORY, GuestPlan
+from lifeboat_lab.guests.watch import Watch
 from lifeboat_lab.hosts import Host, wait_for
+from lifeboat_lab.settings import RUNTIME
 
 if TYPE_CHECKING:
     from lifeboat_lab.lab import Lab
 
+PROBE_SECONDS = 12
 CONTENT_FILE_BYTES = 1 << 20
 ANSWER_SECONDS = 60.0
 STARTED = "started"
@@ -86,7 +89,7 @@ class Guest:
         """Pull the plug of the guest."""
         self._host(host).exec("virsh", "destroy", self.plan.uuid)
 
-    def wait_ready(self, timeout_seconds: float = 90, *, host: str | None = None) -> None:
+    def wait_ready(self, timeout_seconds: float = 240, *, host: str | None = None) -> None:
         """Wait until the guest of its newest start has booted and told its canary."""
         place = self._host(host)
         log = place.root / self.plan.record_path.lstrip("/")
@@ -154,6 +157,12 @@ class Guest:
                 texts.append(file.read_text(errors="replace"))
         return records.parse(texts)
 
+    def watch(self) -> Watch:
+        """Follow its heartbeats on all hosts that are on: `with guest.watch() as watch: ...`."""
+        path = self.plan.record_path.lstrip("/")
+        hosts = [host for host in self._lab.hosts.values() if host.running and host.plan.image == "full"]
+        return Watch(host.root / path for host in hosts)
+
     # --- is everything there? ------------------------------------------------------------------
 
     def verify(
@@ -197,7 +206,10 @@ class Guest:
             findings.append(
                 f"disks are not of one instant: they hold {counts} records, in order of the disks"
             )
-        findings += [f"guest told: {error}" for error in self.told().errors]
+        told = self.told()
+        if told.doubled_beats > 1:
+            findings.append(f"{told.doubled_beats} heartbeats came from two hosts: two copies were running")
+        findings += [f"guest told: {error}" for error in told.errors]
         return Verdict(needed, tuple(reports), tuple(findings))
 
     def images(self, host: str) -> dict[str, tuple[str, str]]:
@@ -246,7 +258,9 @@ class Guests:
         manifests = [make_disk(place, plan, index) for index in range(plan.disks)]
         if plan.cdrom:
             (place.root / plan.cdrom_path.lstrip("/")).write_bytes(os.urandom(1 << 20))
-        place.exec("virsh", "define", "/dev/stdin", stdin=plan.domain_xml(address))
+        place.exec(
+            "virsh", "define", "/dev/stdin", stdin=plan.domain_xml(address, self._accelerator(place, plan))
+        )
         record = {"plan": asdict(plan), "address": address, "home": host, "manifests": manifests}
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / f"{plan.uuid}.json").write_text(json.dumps(record))
@@ -274,6 +288,24 @@ class Guests:
         network = ipaddress.IPv6Network(host.plan.guest_prefix)
         taken = {guest.address for guest in self.all()}
         return next(str(network[n]) for n in range(0x100, 0x10000) if str(network[n]) not in taken)
+
+    def _accelerator(self, host: Host, plan: GuestPlan) -> str:
+        """What runs the guest's processors: `kvm` only where it really boots this kernel, found out once."""
+        if plan.accelerator != "auto":
+            return plan.accelerator
+        if not Path("/dev/kvm").exists():
+            return "qemu"
+        known = RUNTIME / "accelerator"
+        if not known.exists():
+            answer = host.exec(
+                "timeout", str(PROBE_SECONDS), "qemu-system-x86_64", "-accel", "kvm", "-m", "128",
+                "-no-reboot",
+                "-nodefaults", "-display", "none", "-serial", "stdio", "-kernel", f"{BOOT_DIRECTORY}/vmlinuz",
+                "-initrd", f"{BOOT_DIRECTORY}/initrd.img", "-append", "console=ttyS0 panic=-1 lab.disks=0",
+                check=False,
+            )  # fmt: skip
+            known.write_text("kvm" if "lab guest: ready" in answer.stdout else "qemu")
+        return known.read_text()
 
     def _prepare_hosts(self, plan: GuestPlan) -> None:
         boot = kernel.build(self._lab.full_image())

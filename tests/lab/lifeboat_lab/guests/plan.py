@@ -40,7 +40,7 @@ class GuestPlan:
     dirty_mib_per_second: int = 10
     dirty_mib: int = 32
     files_per_second: int = 100
-    accelerator: str = "qemu"
+    accelerator: str = "auto"
     firmware: str = "bios"
     tpm: bool = False
     cdrom: bool = False
@@ -55,6 +55,10 @@ class GuestPlan:
             findings.append(f"{self.disks} disks: must be 1 to {MOST_DISKS}")
         if self.bus not in BUSES:
             findings.append(f"bus {self.bus} is not known; use one of {', '.join(BUSES)}")
+        if self.accelerator not in {"auto", "qemu", "kvm"}:
+            findings.append(f"accelerator {self.accelerator} is not known; use auto, qemu or kvm")
+        if self.firmware not in {"bios", "uefi"}:
+            findings.append(f"firmware {self.firmware} is not known; use bios or uefi")
         if self.disk_format not in {"qcow2", "raw"}:
             findings.append(f"disk format {self.disk_format} is not known; use qcow2 or raw")
         if self.disk_mib < max(SMALLEST_DISK_MIB, self.content_mib * 1.1 + 12):
@@ -115,8 +119,8 @@ class GuestPlan:
             f"lab.{key}={value}" for key, value in settings.items()
         )
 
-    def domain_xml(self, address: str) -> str:
-        """The domain as libvirt is told; `address` is the guest's own."""
+    def domain_xml(self, address: str, accelerator: str) -> str:
+        """The domain as libvirt is told; `address` is the guest's own, `accelerator` qemu or kvm."""
         disks = "".join(self._disk_xml(target) for target in self.targets)
         if self.bus == "scsi":
             disks += "<controller type='scsi' model='virtio-scsi'/>"
@@ -127,7 +131,7 @@ class GuestPlan:
             )
         # UEFI reads a kernel given by the command line as well as the BIOS does.
         uefi = self.firmware == "uefi"
-        return f"""<domain type={quoteattr(self.accelerator)}>
+        return f"""<domain type={quoteattr(accelerator)}>
   <name>{escape(self.name)}</name>
   <uuid>{self.uuid}</uuid>
   <memory unit='MiB'>{self.ram_mib}</memory>

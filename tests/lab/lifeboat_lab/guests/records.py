@@ -29,6 +29,8 @@ class Told:
     beats: list[Beat] = field(default_factory=list)
     acknowledged: dict[int, float] = field(default_factory=dict)
     canaries: list[str] = field(default_factory=list)
+    # Heartbeats of the newest boot that more than one host got: two copies were running.
+    doubled_beats: int = 0
     cached_bytes: int = 0
     dirty_bytes: int = 0
     trees: int = 0
@@ -51,16 +53,26 @@ def parse(texts: Iterable[str]) -> Told:
     told = Told()
     beats: dict[int, Beat] = {}
     boots: set[int] = set()
+    of_each_host: list[dict[int, Beat]] = []
     for text in texts:
+        here: dict[int, Beat] = {}
+        of_each_host.append(here)
         for line in text.splitlines():
             words = line.split()
             try:
-                _take(told, beats, boots, words)
+                _take(told, here, boots, words)
             except (IndexError, ValueError):
                 continue
     told.boots = len(boots)
     # A reboot begins the count anew: only what came after the newest boot is one row of heartbeats.
     newest = max(boots, default=0) / 1e9
+    for here in of_each_host:
+        for number, beat in here.items():
+            told.doubled_beats += (
+                number in beats and min(beat.real_seconds, beats[number].real_seconds) >= newest
+            )
+            if number not in beats or beats[number].real_seconds < beat.real_seconds:
+                beats[number] = beat
     told.beats = sorted((b for b in beats.values() if b.real_seconds >= newest), key=lambda beat: beat.number)
     return told
 

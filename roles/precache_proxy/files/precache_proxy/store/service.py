@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The store: all replicas kept on this host, and what peers and the other rooms may ask of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from precache_proxy import durable
+from precache_proxy.blocks.images import ImageReference, rounded_size
+from precache_proxy.channel import Channel, Stream
+from precache_proxy.errors import (
+    Conflict,
+    Finding,
+    InvalidInput,
+    LifeboatError,
+    NoSpace,
+    NotFound,
+    StaleEpoch,
+)
+from precache_proxy.store import commit
+from precache_proxy.store.digests import serve_digests
+from precache_proxy.store.generations import receive_generation
+from precache_proxy.store.record import Layer, ReplicaRecord, SealedGeneration, check_disks, check_vm
+from precache_proxy.store.replica import RECORD_NAME, Replica
+from precache_proxy.store.seeding import receive_seed
+from precache_proxy.store.settings import StoreSettings, free_bytes, require_space
+
+logger = logging.getLogger(__name__)
+
+_RETRY_COMMIT_SECONDS = 300.0
+
+
+class ImageLike(Protocol):
+    """An image file or device."""
+
+    @property
+    def path(self) -> Any: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ReplicaChain(Mapping[str, ImageReference]):
+    """The top of each disk's sealed chain, by disk key, and what else a VM needs to start from it."""
+
+    tops: dict[str, ImageReference]
+    generation: int
+    epoch: int
+    definition: str
+    attachments: dict[str, Path]
+
+    def __getitem__(self, disk: str) -> ImageReference:
+        return self.tops[disk]
+
+    def __iter__(self) -> Any:
+        return iter(self.tops)
+
+    def __len__(self) -> int:
+        return len(self.tops)
+
+
+class Store:
+    """``start`` recovers what a crash left; ``register`` answers peers; the rest is for the rooms beside."""
+
+    def __init__(self, directory: Path, run_directory: Path, settings: StoreSettings) -> None:
+        self.directory = directory
+        self.settings = settings
+        self._socket_directory = run_directory / "nbd"
+        self._replicas: dict[str, Replica] = {}
+        self._damaged: dict[str, LifeboatError] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._commits: dict[str, asyncio.Task[None]] = {}
+        self._commit_slot = asyncio.Semaphore(1)
+        self._stopping = False
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load every replica and put away what a crash left. A broken record is reported, not touched."""
+        await asyncio.to_thread(self.directory.mkdir, mode=0o711, parents=True, exist_ok=True)
+        for directory in sorted(self.directory.iterdir()):
+            if not directory.is_dir():
+                continue
+            try:
+                replica = await asyncio.to_thread(
+                    Replica.load, directory, self._socket_directory, self.settings
+                )
+                if replica is None:
+                    continue
+                await replica.recover()
+            except (LifeboatError, OSError) as error:
+                logger.error("replica in %s: %s", directory, error)
+                self._damaged[directory.name] = (
+                    error if isinstance(error, LifeboatError) else LifeboatError(str(error))
+                )
+                continue
+            if (directory / RECORD_NAME).exists():
+                self._replicas[directory.name] = replica
+                self._commit_soon(replica)
+
+    async def stop(self) -> None:
+        """End all streams and merges; half generations are discarded."""
+        self._stopping = True
+        for task in self._commits.values():
+            task.cancel()
+        await asyncio.gather(*self._commits.values(), return_exceptions=True)
+        for replica in self._replicas.values():
+            await replica.end_streams({"generation", "seed", "digests"}, "the store is stopping")
+
+    def register(self, channel: Channel) -> None:
+        """Answer peers on ``channel``."""
+        channel.handle_call("store.status", self._answer_status)
+        channel.handle_call("store.prepare", self.prepare)
+        channel.handle_call("store.remove", self._answer_remove)
+        channel.handle_stream("generation", self._serve("generation", self._take_generation))
+        channel.handle_stream("seed", self._serve("seed", receive_seed))
+        channel.handle_stream("digests", self._serve("digests", serve_digests))
+
+    def _serve(
+        self, kind: str, handler: Callable[[Replica, Stream], Awaitable[None]]
+    ) -> Callable[[Stream], Awaitable[None]]:
+        async def serve(stream: Stream) -> None:
+            replica = self._replica(stream.header.get("vm"))
+            async with replica.stream_task(kind, alone=kind != "digests"):
+                await handler(replica, stream)
+
+        return serve
+
+    async def _take_generation(self, replica: Replica, stream: Stream) -> None:
+        sealed = await receive_generation(replica, stream)
+        if sealed is not None:
+            logger.info(
+                "%s: sealed generation %d", replica.subject, sealed.generation,
+                extra={"vm": replica.record.vm, "generation": sealed.generation},
+            )  # fmt: skip
+            self._commit_soon(replica)
+
+    # -- merging in the background -----------------------------------------------------------------
+
+    def _commit_soon(self, replica: Replica) -> None:
+        running = self._commits.get(replica.record.vm)
+        if not self._stopping and (running is None or running.done()):
+            self._commits[replica.record.vm] = asyncio.create_task(self._commit(replica))
+
+    async def _commit(self, replica: Replica) -> None:
+        while True:
+            try:
+                while (merge := commit.due(replica)) is not None:
+                    done = False
+                    while not done:
+                        async with self._commit_slot:  # one at a time: passes need the storage more
+                            done = await commit.step(replica, merge)
+                await commit.trim(replica)
+                replica.commit_failure = None
+                return
+            except (LifeboatError, OSError) as error:
+                if (
+                    replica.record.frozen_epoch is not None
+                    or replica.record.removing
+                    or replica.record.detached
+                ):
+                    return
+                replica.commit_failure = str(error)
+                logger.warning("%s: merging older generations: %s", replica.subject, error)
+                await asyncio.sleep(_RETRY_COMMIT_SECONDS)
+
+    async def _end_commit(self, vm: str) -> None:
+        task = self._commits.pop(vm, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # -- asked by peers ----------------------------------------------------------------------------
+
+    def _replica(self, vm: object) -> Replica:
+        key = check_vm(vm)
+        if key in self._damaged:
+            raise self._damaged[key]
+        replica = self._replicas.get(key)
+        if replica is None:
+            raise NotFound(f"VM {key}: no replica of it is here; protect it to make one")
+        return replica
+
+    def _lock(self, vm: str) -> asyncio.Lock:
+        return self._locks.setdefault(vm, asyncio.Lock())
+
+    async def _answer_status(self, _peer: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        vm = check_vm(parameters.get("vm"))
+        if vm not in self._replicas and vm not in self._damaged:
+            return {"vm": vm, "exists": False, "free_bytes": free_bytes(self.directory)}
+        return await self.status(vm)
+
+    async def prepare(self, peer: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Create the replica, or accept the one that is there; answers its status.
+
+        With ``check`` true nothing is changed and the answer is ``{"findings": [...]}``. Otherwise one
+        finding is raised as its own error, several as InvalidInput with all of them.
+        """
+        vm = check_vm(parameters.get("vm"))
+        name = str(parameters.get("name") or vm)
+        disks = check_disks(parameters.get("disks"))
+        try:
+            epoch, needed = int(parameters["epoch"]), int(parameters.get("needed_bytes", 0))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"VM {name}: store.prepare without a whole number for {error}") from error
+        async with self._lock(vm):
+            errors = self._objections(peer, vm, name, epoch, disks, needed)
+            findings = [_finding(name, error) for error in errors]
+            if parameters.get("check"):
+                return {"findings": [asdict(finding) for finding in findings]}
+            if len(errors) == 1:
+                raise errors[0]
+            if errors:
+                raise InvalidInput(f"VM {name}: {len(errors)} things stand in the way", findings)
+            replica = self._replicas.get(vm)
+            if replica is None or replica.record.detached:
+                replica = await self._create(peer, vm, name, epoch, disks)
+            async with replica.changing:
+                definition = await replica.keep_blob(str(parameters.get("definition", "")).encode())
+                record = replace(replica.record, name=name, epoch=epoch, peer=peer, definition=definition)
+                if record != replica.record:
+                    await replica.save(record)
+            return await self.status(vm)
+
+    def _objections(
+        self, peer: str, vm: str, name: str, epoch: int, disks: dict[str, int], needed_bytes: int
+    ) -> list[LifeboatError]:
+        if vm in self._damaged:
+            return [self._damaged[vm]]
+        errors: list[LifeboatError] = []
+        replica = self._replicas.get(vm)
+        if replica is not None and not replica.record.detached:
+            record = replica.record
+            try:
+                replica.check_writable()
+                if epoch < record.epoch:
+                    replica.check_epoch(epoch, "a VM")
+                if epoch == record.epoch:
+                    replica.check_peer(peer)
+            except LifeboatError as error:
+                errors.append(error)
+            for disk, size in disks.items():
+                held = record.layers.get(disk, ())
+                lasting = record.sealed is None or disk in record.sealed.disks
+                if lasting and held and rounded_size(size) < held[-1].size_bytes:
+                    errors.append(
+                        Conflict(
+                            f"{replica.disk_subject(disk)}: shrank from {held[-1].size_bytes} to {size};"
+                            " unprotect the VM without keeping the replica and protect it again"
+                        )
+                    )
+        elif replica is not None and epoch < replica.record.epoch:
+            errors.append(
+                StaleEpoch(f"VM {name}: it has arrived here with epoch {replica.record.epoch}, not {epoch}")
+            )
+        try:
+            require_space(
+                f"replica of {name}", self.directory, needed_bytes, self.settings.minimum_free_bytes
+            )
+        except NoSpace as error:
+            errors.append(error)
+        return errors
+
+    async def _create(self, peer: str, vm: str, name: str, epoch: int, disks: dict[str, int]) -> Replica:
+        record = ReplicaRecord(
+            vm=vm, name=name, peer=peer, epoch=epoch, disks=disks, seeding={}, layers={}
+        )  # fmt: skip
+        return await self._establish(record)
+
+    async def _establish(self, record: ReplicaRecord) -> Replica:
+        directory = self.directory / record.vm
+        directory.mkdir(mode=0o711, exist_ok=True)
+        await asyncio.to_thread(durable.sync_directory, self.directory)
+        replica = Replica(directory, self._socket_directory, self.settings, record)
+        await replica.save(record)
+        self._replicas[record.vm] = replica
+        return replica
+
+    async def _answer_remove(self, peer: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        vm = check_vm(parameters.get("vm"))
+        if vm not in self._replicas and vm not in self._damaged:
+            return {"removed": False}
+        replica = self._replica(vm)
+        replica.check_peer(peer)
+        if int(parameters.get("epoch", -1)) < replica.record.epoch:
+            replica.check_epoch(int(parameters.get("epoch", -1)), "removing it")
+        await self.remove(vm)
+        return {"removed": True}
+
+    # -- asked by the other rooms ------------------------------------------------------------------
+
+    async def status(self, vm: str) -> dict[str, Any]:
+        """State of one replica. Raises NotFound, and IntegrityError on a broken record."""
+        return await asyncio.to_thread(self._replica(vm).status)
+
+    async def statuses(self) -> list[dict[str, Any]]:
+        """All replicas, the damaged ones with state ``damaged``."""
+        found = [await asyncio.to_thread(replica.status) for replica in list(self._replicas.values())]
+        found += [
+            {
+                "vm": vm, "exists": True, "name": vm, "state": "damaged", "cause": error.cause,
+                "sentence": error.message, "sealed": None, "seeding": None, "disks": {}, "generations": [],
+            }
+            for vm, error in self._damaged.items()
+        ]  # fmt: skip
+        return found
+
+    async def remove(self, vm: str) -> None:
+        """Delete a replica for good. Raises Conflict while an arrival uses it."""
+        async with self._lock(vm):
+            replica = self._replica(vm)
+            if replica.record.frozen_epoch is not None:
+                replica.check_writable()
+            await self._end_commit(vm)
+            await replica.end_streams({"generation", "seed", "digests"}, "the replica is being removed")
+            async with replica.chain_lock.writing(), replica.changing:
+                await replica.remove()
+            del self._replicas[vm]
+
+    async def freeze_for_arrival(self, vm: str, generation: int, epoch: int) -> ReplicaChain:
+        """Hold the replica still at its last sealed generation, which must be ``generation``.
+
+        Ends our own writers and readers, and refuses new ones until :meth:`thaw`, also after a restart.
+        ``epoch`` is the one with which the VM arrives. Raises NotFound, StaleEpoch or Conflict.
+        """
+        async with self._lock(vm):
+            replica = self._replica(vm)
+            record = replica.record
+            if record.detached or record.removing:
+                replica.check_writable()
+            if epoch < record.epoch or (record.frozen_epoch is not None and epoch < record.frozen_epoch):
+                raise StaleEpoch(
+                    f"{replica.subject}: an arrival of epoch {epoch}, it is of epoch {record.epoch}"
+                )
+            sealed = record.sealed
+            if sealed is None or sealed.generation != generation:
+                raise Conflict(
+                    f"{replica.subject}: generation {generation} is not the last sealed one"
+                    f" ({sealed.generation if sealed else 'none'}); send it first"
+                )
+            await self._end_commit(vm)
+            await replica.end_streams({"generation", "seed", "digests"}, "the VM is about to arrive here")
+            async with replica.chain_lock.writing(), replica.changing:
+                if replica.record.sealed is not sealed:
+                    raise Conflict(f"{replica.subject}: another generation was sealed meanwhile; ask again")
+                await replica.save(replace(replica.record, frozen_epoch=epoch))
+            return self._chain(replica, sealed)
+
+    def _chain(self, replica: Replica, sealed: SealedGeneration) -> ReplicaChain:
+        tops = {disk: replica.reference(replica.record.chain(disk, sealed)[-1]) for disk in sealed.disks}
+        attachments = {name: replica.directory / "blobs" / blob for name, blob in sealed.attachments.items()}
+        definition = replica.blob(sealed.definition).decode()
+        return ReplicaChain(tops, sealed.generation, sealed.epoch, definition, attachments)
+
+    async def thaw(self, vm: str) -> None:
+        """The arrival was rolled back: take generations again."""
+        async with self._lock(vm):
+            replica = self._replica(vm)
+            async with replica.changing:
+                if replica.record.frozen_epoch is not None:
+                    await replica.save(replace(replica.record, frozen_epoch=None))
+            await replica.recover()
+            self._commit_soon(replica)
+
+    async def adopt(
+        self,
+        vm: str,
+        *,
+        name: str,
+        epoch: int,
+        generation: int,
+        checkpoint: str,
+        disks: Mapping[str, ImageLike],
+        definition: str,
+        peer: str = "",
+    ) -> None:
+        """Make images that the VM left behind the bases of a replica at ``generation``. They stay untouched
+        until :meth:`allow_commit`. Repeating is no error; any other replica of the VM is (Conflict)."""
+        vm = check_vm(vm)
+        check_disks({disk: image.size_bytes for disk, image in disks.items()})
+        async with self._lock(vm):
+            former = self._replicas.get(vm)
+            if former is not None and not former.record.detached:
+                if former.record.epoch == epoch and former.record.find(generation) is not None:
+                    return
+                raise Conflict(
+                    f"{former.subject}: is here already (epoch {former.record.epoch}); remove it first"
+                )
+            layers: dict[str, tuple[Layer, ...]] = {
+                disk: (
+                    Layer(
+                        str(Path(image.path).absolute()), image.format, epoch, generation,
+                        rounded_size(image.size_bytes),
+                    ),
+                )
+                for disk, image in disks.items()
+            }  # fmt: skip
+            sizes = {disk: image.size_bytes for disk, image in disks.items()}
+            replica = Replica(
+                self.directory / vm, self._socket_directory, self.settings,
+                ReplicaRecord(vm=vm, name=name, peer=peer, epoch=epoch, disks=sizes),
+            )  # fmt: skip
+            replica.directory.mkdir(mode=0o711, exist_ok=True)
+            blob = await replica.keep_blob(definition.encode())
+            sealed = SealedGeneration(
+                epoch=epoch, generation=generation, leads_from=generation, checkpoint=checkpoint, digest="",
+                sealed_at=0.0, disks=sizes, definition=blob,
+            )  # fmt: skip
+            await self._establish(
+                replace(
+                    replica.record,
+                    layers=layers,
+                    generations=(sealed,),
+                    definition=blob,
+                    commit_allowed=False,
+                )
+            )
+
+    async def allow_commit(self, vm: str) -> None:
+        """The VM has landed at its other home: what it left behind may be written now."""
+        async with self._lock(vm):
+            replica = self._replica(vm)
+            async with replica.changing:
+                if not replica.record.commit_allowed:
+                    await replica.save(replace(replica.record, commit_allowed=True))
+            self._commit_soon(replica)
+
+    async def detach(self, vm: str) -> dict[str, tuple[ImageReference, ...]]:
+        """The replica is the VM's disk from now on: its record is history, its files are no longer ours.
+
+        Returns each disk's chain, topmost first.
+        """
+        async with self._lock(vm):
+            replica = self._replica(vm)
+            record = replica.record
+            sealed = record.sealed
+            if sealed is None:
+                raise Conflict(f"{replica.subject}: nothing is sealed, no VM can run on it")
+            await self._end_commit(vm)
+            await replica.end_streams({"generation", "seed", "digests"}, "the VM has landed here")
+            if not record.detached:
+                async with replica.chain_lock.writing(), replica.changing:
+                    await replica.save(replace(replica.record, detached=True, frozen_epoch=None))
+            return {
+                disk: tuple(replica.reference(layer) for layer in reversed(record.chain(disk, sealed)))
+                for disk in sealed.disks
+            }
+
+
+def _finding(name: str, error: LifeboatError) -> Finding:
+    subject, _, rest = error.message.partition(": ")
+    fact, _, way_out = rest.rpartition("; ")
+    return Finding(subject or name, fact or rest, way_out, error.cause)

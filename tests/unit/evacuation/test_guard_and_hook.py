@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What forbids a start, and the libvirt hook that reads it: run as libvirt runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from precache_proxy.errors import IntegrityError
+from precache_proxy.evacuation.guard import ARRIVAL, TOMBSTONE, Forbidden, Guard
+
+HOOK = Path(__file__).parents[3] / "roles/precache_proxy/files/libvirt_hook/lifeboat"
+VM = "11111111-2222-4333-8444-555555555501"
+XML = f"<domain type='qemu'><name>web ä1</name><uuid>{VM.upper()}</uuid><memory>1</memory></domain>"
+
+
+class Host:
+    """A state and a run directory, and the hook on them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.state, self.run = directory / "state", directory / "run"
+        self.guard = Guard(self.state, self.run)
+        self.state.mkdir()
+        self.guard.prepare_directories()
+
+    def hook(self, *operation: str, xml: str = XML) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [HOOK, "web ä1", *operation],
+            input=xml,
+            env={"LIFEBOAT_STATE_DIRECTORY": str(self.state), "LIFEBOAT_RUN_DIRECTORY": str(self.run)},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+
+    def start(self) -> subprocess.CompletedProcess[str]:
+        return self.hook("prepare", "begin", "-")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def forbidden(cause: str = TOMBSTONE, job: str = "job1") -> Forbidden:
+    return Forbidden(VM, cause, "VM web ä1 runs at backup1; do not start it here.", job, 1)
+
+
+def test_a_vm_that_nothing_forbids_starts(host: Host) -> None:
+    assert host.start().returncode == 0
+
+
+def test_a_tombstone_refuses_the_start_with_its_sentence(host: Host) -> None:
+    host.guard.forbid(forbidden())
+    refused = host.start()
+    assert refused.returncode == 1
+    assert refused.stderr == "VM web ä1 runs at backup1; do not start it here.\n"
+    assert refused.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "operation", [("start", "begin", "-"), ("stopped", "end", "-"), ("migrate", "begin", "-")]
+)
+def test_other_operations_pass_and_change_nothing(host: Host, operation: tuple[str, ...]) -> None:
+    host.guard.forbid(forbidden())
+    passed = host.hook(*operation)
+    # what the hook prints for `migrate` would replace the definition
+    assert (passed.returncode, passed.stdout) == (0, "")
+
+
+def test_the_incoming_migration_passes_until_it_has_arrived(host: Host) -> None:
+    host.guard.forbid(forbidden(ARRIVAL))
+    host.guard.let_arrive(VM)
+    assert host.start().returncode == 0
+    host.guard.arrived(VM)
+    assert host.start().returncode == 1
+
+
+def test_a_reboot_ends_the_exception_but_not_the_guard(host: Host) -> None:
+    host.guard.forbid(forbidden(ARRIVAL))
+    host.guard.let_arrive(VM)
+    for path in (host.run / "arriving").iterdir():
+        path.unlink()  # tmpfs
+    assert host.start().returncode == 1
+
+
+def test_a_broken_guard_file_forbids(host: Host) -> None:
+    (host.state / "guard" / f"{VM}.json").write_text('{"sent')
+    refused = host.start()
+    assert refused.returncode == 1
+    assert "cannot be read" in refused.stderr
+    with pytest.raises(IntegrityError):
+        host.guard.forbidden(VM)
+
+
+def test_only_the_job_that_forbade_allows_again(host: Host) -> None:
+    host.guard.forbid(forbidden(job="job2"))
+    host.guard.allow(VM, job="job1")
+    assert host.start().returncode == 1
+    host.guard.allow(VM, job="job2")
+    assert host.start().returncode == 0
+
+
+def test_another_vm_is_not_concerned(host: Host) -> None:
+    host.guard.forbid(forbidden())
+    assert host.hook("prepare", "begin", "-", xml=XML.replace("01</uuid>", "02</uuid>")).returncode == 0
+
+
+def test_readers_of_the_images_are_asked_to_go_and_waited_for(host: Host, tmp_path: Path) -> None:
+    reader = tmp_path / "qemu-nbd"
+    reader.write_bytes(Path("/bin/sleep").read_bytes())
+    reader.chmod(0o755)
+    process = subprocess.Popen([reader, "60"])
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        (host.run / "readers").mkdir()
+        pids = {"pids": [process.pid, other.pid]}
+        (host.run / "readers" / f"{VM}.json").write_text(json.dumps(pids))
+        assert host.start().returncode == 0
+        assert process.wait(timeout=5) == -15
+        # a number that was reused: not a qemu-nbd, not ours to end
+        assert other.poll() is None
+    finally:
+        for one in (process, other):
+            one.kill()
+            one.wait()
+
+
+def test_the_hook_is_quick(host: Host) -> None:
+    host.guard.forbid(forbidden())
+    host.start()
+    took = []
+    for _ in range(5):
+        began = time.process_time_ns(), time.monotonic()
+        host.start()
+        took.append(time.monotonic() - began[1])
+    print(f"hook: {min(took) * 1000:.0f} ms at best of {len(took)}")
+    # a bound against blunders (a heavy import), not a benchmark
+    assert min(took) < 1.0

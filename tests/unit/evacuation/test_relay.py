@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The relays: lossless in both directions, compressed where it pays, and closed when nothing moves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
+from precache_proxy.evacuation.relay import (
+    DISK,
+    LIBVIRT,
+    RAM,
+    JobSockets,
+    Packer,
+    RelayCounters,
+    RelayedConnection,
+    Unpacker,
+)
+
+
+class Pipe:
+    """One end of a stream in memory; ``stuck`` acknowledges nothing."""
+
+    def __init__(self) -> None:
+        self.inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.other: Pipe | None = None
+        self.stuck = False
+        self.reset_by: LifeboatError | None = None
+        self.moved_at = asyncio.get_event_loop().time()
+        self.unacknowledged = 0
+
+    @property
+    def idle_seconds(self) -> float:
+        return asyncio.get_running_loop().time() - self.moved_at
+
+    async def send(self, *parts: bytes | bytearray | memoryview) -> None:
+        assert self.other is not None
+        if self.stuck:
+            self.unacknowledged += 1
+            return
+        self.moved_at = asyncio.get_running_loop().time()
+        await self.other.inbox.put(b"".join(bytes(part) for part in parts))
+
+    async def receive(self) -> bytes | None:
+        message = await self.inbox.get()
+        self.moved_at = asyncio.get_running_loop().time()
+        return message
+
+    async def close(self) -> None:
+        assert self.other is not None
+        if not self.stuck:
+            await self.other.inbox.put(None)
+
+    async def drained(self) -> None:
+        while self.unacknowledged:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    def reset(self, error: LifeboatError) -> None:
+        self.reset_by = error
+
+
+def pair() -> tuple[Pipe, Pipe]:
+    here, there = Pipe(), Pipe()
+    here.other, there.other = there, here
+    return here, there
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=300),
+            st.integers(0, 2**32).map(lambda seed: random.Random(seed).randbytes(70_000)),
+            st.integers(1, 300_000).map(lambda size: b"page" * (size // 4)),
+        ),
+        max_size=30,
+    )
+)
+def test_what_is_packed_comes_out_piece_for_piece(pieces: list[bytes]) -> None:
+    packer, unpacker = Packer(), Unpacker()
+    for piece in pieces:
+        assert unpacker.unpack(b"".join(packer.pack(piece))) == piece
+
+
+def test_random_data_is_soon_no_longer_tried() -> None:
+    packer = Packer()
+    content = random.Random(1)
+    markers = [packer.pack(content.randbytes(128 * 1024))[0] for _ in range(40)]
+    assert markers[0] == b"\x01"
+    assert markers.count(b"\x00") > 20
+    sizes = [len(packer.pack(bytes(128 * 1024))[1]) for _ in range(100)]
+    assert min(sizes) < 1000, "and tried again later"
+
+
+@pytest.mark.parametrize("message", [b"\x07abc", b"\x01no zstd frame"])
+def test_a_message_that_makes_no_sense_is_refused(message: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        Unpacker().unpack(message)
+
+
+async def serve(
+    tmp_path: Path, stream: Pipe, *, stall_seconds: float = 10.0, link_up: bool = True
+) -> tuple[JobSockets, list[LifeboatError]]:
+    failures: list[LifeboatError] = []
+
+    async def open_stream(_socket: str) -> Pipe:
+        return stream
+
+    sockets = JobSockets(
+        tmp_path / "run" / "jobs" / "j1",
+        (os.getuid(), os.getgid()),
+        open_stream,
+        stall_seconds=stall_seconds,
+        link_up=lambda: link_up,
+        on_failure=failures.append,
+    )
+    await sockets.listen()
+    return sockets, failures
+
+
+async def test_both_directions_reach_the_other_end_whole(tmp_path: Path) -> None:
+    here, there = pair()
+    sockets, failures = await serve(tmp_path, here)
+    content = os.urandom(100_000) + bytes(3_000_000)
+    echo_path = tmp_path / "qemu.sock"
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write((await reader.read(-1))[::-1])
+        writer.write_eof()
+
+    server = await asyncio.start_unix_server(echo, echo_path)
+    far_reader, far_writer = await asyncio.open_unix_connection(echo_path)
+    far = asyncio.create_task(
+        RelayedConnection(
+            RAM, far_reader, far_writer, there, RelayCounters(), stall_seconds=10, link_up=lambda: True
+        ).run()
+    )
+    reader, writer = await asyncio.open_unix_connection(sockets.path(RAM))
+    writer.write(content)
+    writer.write_eof()
+    assert await reader.read(-1) == content[::-1]
+    await far
+    assert sockets.counters.raw_bytes[RAM] == len(content)
+    assert sockets.counters.packed_bytes[RAM] < 200_000
+    assert failures == []
+    writer.close()
+    server.close()
+    await sockets.close()
+    assert not sockets.directory.exists()
+
+
+async def test_only_root_reaches_the_libvirt_socket(tmp_path: Path) -> None:
+    sockets, _ = await serve(tmp_path, pair()[0])
+    assert sockets.path(LIBVIRT).stat().st_mode & 0o777 == 0o600
+    assert sockets.directory.stat().st_mode & 0o777 == 0o700
+    await sockets.close()
+
+
+async def test_an_idle_connection_is_no_stall(tmp_path: Path) -> None:
+    here, _ = pair()
+    sockets, failures = await serve(tmp_path, here, stall_seconds=0.3)
+    reader, writer = await asyncio.open_unix_connection(sockets.path(DISK))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 1.2)
+    assert failures == []
+    writer.close()
+    await sockets.close()
+
+
+async def test_no_acknowledgement_closes_the_socket_and_says_why(tmp_path: Path) -> None:
+    here, _ = pair()
+    here.stuck = True
+    sockets, failures = await serve(tmp_path, here, stall_seconds=0.3)
+    reader, writer = await asyncio.open_unix_connection(sockets.path(DISK))
+    writer.write(b"a write of the guest")
+    with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+        await asyncio.wait_for(reader.readexactly(1), 5)
+    assert isinstance(failures[0], Stalled)
+    assert isinstance(here.reset_by, Stalled)
+    await sockets.close()
+
+
+async def test_a_link_that_stays_down_closes_even_an_idle_connection(tmp_path: Path) -> None:
+    sockets, failures = await serve(tmp_path, pair()[0], stall_seconds=0.3, link_up=False)
+    reader, _ = await asyncio.open_unix_connection(sockets.path(RAM))
+    with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+        await asyncio.wait_for(reader.readexactly(1), 5)
+    assert isinstance(failures[0], Stalled)
+    await sockets.close()

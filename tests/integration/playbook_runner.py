@@ -104,6 +104,7 @@ def run_playbook(
             "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
             "ANSIBLE_RETRY_FILES_ENABLED": "false",
             "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_PIPELINING": "1",
             "ANSIBLE_LOCALHOST_WARNING": "false",
             "PATH": f"{ansible_playbook.parent}:{os.environ['PATH']}",
             **(environment or {}),

@@ -29,24 +29,21 @@ PLAY = [
 ]
 
 
-class Site:
-    """Two hosts, a CA directory and the ways to run the role on them."""
+ADDRESSES = {"alpha": "2001:db8:1::11", "beta": "beta.example.org"}
 
-    def __init__(self, work: Path) -> None:
+
+class Site:
+    """One host or two, a CA directory and the ways to run the role on them."""
+
+    def __init__(self, work: Path, names: tuple[str, ...] = ("alpha",)) -> None:
         self.work = work
         self.ca = work / "ca"
-        self.directories = {name: work / name / "pki" for name in ("alpha", "beta")}
+        self.directories = {name: work / name / "pki" for name in names}
         self.inventory: dict[str, Any] = {
             "all": {
                 "hosts": {
-                    "alpha": {
-                        "pki_directory": str(self.directories["alpha"]),
-                        "pki_address": "2001:db8:1::11",
-                    },
-                    "beta": {
-                        "pki_directory": str(self.directories["beta"]),
-                        "pki_address": "beta.example.org",
-                    },
+                    name: {"pki_directory": str(self.directories[name]), "pki_address": ADDRESSES[name]}
+                    for name in names
                 },
                 "vars": {
                     "ansible_connection": "local",
@@ -67,7 +64,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site(tmp_path_factory.mktemp("fresh"))
+    return Site(tmp_path_factory.mktemp("fresh"), ("alpha", "beta"))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +90,7 @@ def test_dry_run_on_new_hosts_tells_changes_and_makes_nothing(tmp_path: Path) ->
 
 
 def test_certificates_are_good_for_name_and_address(site: Site) -> None:
-    for host, address in (("alpha", "2001:db8:1::11"), ("beta", "beta.example.org")):
+    for host, address in ADDRESSES.items():
         directory = site.directories[host]
         subprocess.run(
             ["openssl", "verify", "-x509_strict", "-CAfile", directory / "ca.crt", directory / "host.crt"],

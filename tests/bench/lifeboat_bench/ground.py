@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What every table stands on: a lab of its own with one pair of hosts, set up by playbook."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lifeboat_lab.controller import Controller
+from lifeboat_lab.errors import LabError
+from lifeboat_lab.lab import Lab
+from lifeboat_lab.proxy import Proxy
+from lifeboat_lab.settings import Settings
+
+SOURCE, DESTINATION = "home1", "backup1"
+LAB_NAME = "bench"
+
+
+class Ground:
+    """The lab, both proxies, and the WAN, which is checked each time it is set."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.lab = Lab(Settings(name=LAB_NAME, hosts=(SOURCE, DESTINATION)), say=say)
+        self.wan_checks: list[dict[str, Any]] = []
+
+    def build(self) -> None:
+        """A fresh lab; one that an interrupted run left is removed first."""
+        self.lab.down()
+        self.lab.up(owner=os.getpid())
+        Controller(self.lab).playbook("site_setup").require_success()
+        self.source, self.destination = (Proxy(self.lab.host(name)) for name in (SOURCE, DESTINATION))
+
+    def remove(self) -> None:
+        """Take the lab down."""
+        self.lab.down()
+
+    def set_wan(self, profile: str) -> dict[str, Any]:
+        """Shape the WAN and measure it: a run on a WAN that is not what it says has nothing to report."""
+        self.lab.wan.set(profile)
+        check = self.lab.wan.check(SOURCE, DESTINATION)
+        told = {"profile": profile, "holds": check.holds, "text": str(check)}
+        self.wan_checks.append(told)
+        if not check.holds:
+            raise LabError(f"WAN {profile}: is not what it should be: {check}")
+        now: dict[str, Any] = self.lab.wan.status()["now"]
+        return now
+
+    def exec(self, host: str, *command: str, timeout_seconds: float = 1800) -> str:
+        """Run a command on a host and return what it printed."""
+        return self.lab.exec(host, *command, timeout_seconds=timeout_seconds).stdout

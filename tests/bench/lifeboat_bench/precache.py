@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Table `precache`: the first copy of incompressible data and an empty pass, with `nbdcopy` beside it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Self
+
+from lifeboat_bench.ground import DESTINATION, SOURCE, Ground
+from lifeboat_bench.result import Bar, Table
+from lifeboat_lab import stock
+from lifeboat_lab.errors import LabError
+
+MIB = 1 << 20
+IMAGES = "/var/lib/libvirt/images"
+NBD_PORT = 10809
+EMPTY_PASSES = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One WAN, how much is copied over it, and the share of the link asked for (None: a rate instead)."""
+
+    profile: str
+    size_mib: int
+    asked_share: float | None
+
+
+CASES = (
+    Case("rate=400mbit,rtt=40ms", 1536, 0.95),
+    Case("rate=50mbit,rtt=180ms", 224, 0.92),
+    Case("rate=400mbit,rtt=180ms", 1536, 0.75),
+    Case("none", 2048, None),
+)
+ASKED_BYTES_PER_SECOND = 150e6
+
+
+def run(ground: Ground) -> Table:
+    """Measure every case. Raises LabError where one fails."""
+    table = Table("precache")
+    for number, case in enumerate(CASES):
+        name = f"copy{number}"
+        ground.say(f"{case.profile}: {case.size_mib} MiB by nbdcopy, then by a first copy")
+        _define(ground, name, case.size_mib)
+        try:
+            _measure(ground, table, case, name)
+        finally:
+            ground.lab.exec(SOURCE, "virsh", "destroy", name, check=False)
+    table.circumstances["wan_checks"] = ground.wan_checks
+    return table
+
+
+def _define(ground: Ground, name: str, size_mib: int) -> None:
+    path = f"{IMAGES}/{name}.qcow2"
+    raw = f"/var/tmp/{name}.raw"
+    ground.exec(SOURCE, "sh", "-ec", f"head -c {size_mib}M /dev/urandom > {raw}; "
+                f"qemu-img convert -O qcow2 {raw} {path}; rm {raw}")  # fmt: skip
+    xml = (
+        f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type></os><devices>"
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none'/>"
+        f"<source file='{path}'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
+    )
+    ground.lab.exec(SOURCE, "virsh", "define", "/dev/stdin", stdin=xml)
+    # Paused: nothing but the copy shall use the processors.
+    ground.exec(SOURCE, "virsh", "start", "--paused", name)
+
+
+def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
+    wan = ground.set_wan(case.profile)
+    link = wan["rate_bits_per_second"] / 8
+    round_trip = float(wan["round_trip_seconds"])
+    size = case.size_mib * MIB
+    stock = size / _nbdcopy(ground, name)
+    with LatencyWatch(ground) as latency:
+        began = time.monotonic()
+        ground.source.protect(name, DESTINATION, rpo_seconds=3600)
+        ground.source.wait_protected(name, timeout_seconds=900, step_seconds=0.1)
+        ours = size / (time.monotonic() - began)
+    passes = [_empty_pass(ground, name) for _ in range(EMPTY_PASSES)]
+    seconds, wire_bytes = median(p[0] for p in passes), median(p[1] for p in passes)
+    table.rows.append(
+        {
+            "wan": case.profile,
+            "size_mib": case.size_mib,
+            "nbdcopy_megabytes_per_second": stock / 1e6,
+            "first_copy_megabytes_per_second": ours / 1e6,
+            "nbdcopy_share_of_link": stock / link if link else None,
+            "first_copy_share_of_link": ours / link if link else None,
+            "ratio_to_nbdcopy": ours / stock,
+            "control_latency_seconds": latency.worst,
+            "empty_pass_seconds": seconds,
+            "empty_pass_wire_bytes": wire_bytes,
+        }
+    )
+    if case.asked_share is not None:
+        table.bars.append(Bar(f"{case.profile}: share of the link", ">=", case.asked_share, ours / link))
+    else:
+        table.bars.append(
+            Bar("no WAN limit: first copy", ">=", ASKED_BYTES_PER_SECOND / 1e6, ours / 1e6, "MB/s")
+        )
+    table.bars += [
+        Bar(f"{case.profile}: empty pass", "<=", 0.3 + 2 * round_trip, seconds, "s"),
+        Bar(f"{case.profile}: empty pass on the wire", "<=", 4096, wire_bytes, "bytes"),
+        Bar(f"{case.profile}: control class", "<=", round_trip + 0.05, latency.worst, "s"),
+    ]
+
+
+def _nbdcopy(ground: Ground, name: str) -> float:
+    """Seconds that `nbdcopy` with its defaults takes for the same image over the same WAN."""
+    address = ground.lab.host(SOURCE).plan.address
+    ground.exec(SOURCE, "sh", "-ec", "qemu-nbd --fork --persistent --read-only --force-share --shared=8 "
+                f"--pid-file=/run/nbd.pid --bind={address} --port={NBD_PORT} "
+                f"-f qcow2 {IMAGES}/{name}.qcow2")  # fmt: skip
+    try:
+        began = time.monotonic()
+        ground.exec(DESTINATION, "nbdcopy", f"nbd://[{address}]:{NBD_PORT}", "/var/tmp/nbdcopy.raw")
+        return time.monotonic() - began
+    finally:
+        ground.lab.exec(SOURCE, "sh", "-c", "kill $(cat /run/nbd.pid)", check=False)
+        ground.lab.exec(DESTINATION, "rm", "-f", "/var/tmp/nbdcopy.raw")
+
+
+def _empty_pass(ground: Ground, name: str) -> tuple[float, int]:
+    """Seconds that a pass over an idle VM takes, and what crossed the WAN meanwhile, both ways."""
+    before = stock.crossed_bytes(ground.lab)
+    began = time.monotonic()
+    ground.source.request("POST", f"/vms/{name}/pass")
+    return time.monotonic() - began, stock.crossed_bytes(ground.lab) - before
+
+
+class LatencyWatch:
+    """The longest answer to a message of the control class while something else fills the link."""
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground = ground
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.worst = 0.0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.5):
+            try:
+                seconds = self._ground.source.link(DESTINATION)["round_trip_seconds"]
+            except LabError:
+                continue
+            self.worst = max(self.worst, float(seconds or 0.0))

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Proxies killed at every named line of an evacuation, hosts that lose power: the VM runs once, and is not
+lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from integration.evacuation_pair import BACKUP, HOME, EvacuationPair, wait_for
+from lifeboat_lab.guests.guests import Guest
+from lifeboat_lab.lab import Lab
+from precache_proxy.crash_points import CRASH_POINTS
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+
+# Killed up to here the VM stays where it was, killed later it is evacuated: what is whole is not copied
+# again.
+GOES_BACK = (
+    "departure-admitted", "departure-before-freeze", "departure-frozen", "departure-residual-sealed",
+    "departure-before-prepare", "departure-prepared", "departure-migrating",
+)  # fmt: skip
+GOES_ON = (
+    "departure-migrated", "departure-before-tombstone", "departure-tombstoned", "departure-released",
+    "departure-activated", "departure-before-undefine", "departure-undefined", "departure-adopted",
+)  # fmt: skip
+ARRIVAL_GOES_BACK = ("arrival-recorded", "arrival-guarded", "arrival-prepared")
+ARRIVAL_GOES_ON = (
+    "arrival-tracked", "arrival-released", "arrival-resumed", "arrival-activated", "landing-begun",
+    "landing-collapsed",
+)  # fmt: skip
+ROLLBACK = ("rollback-begun", "rollback-peer-cleaned", "rollback-merged", "arrival-aborting")
+# Each test run takes these; the whole table is for `make soak`.
+SAMPLE = {
+    "departure-frozen", "departure-migrating", "departure-tombstoned", "departure-released",
+    "departure-undefined", "arrival-prepared", "arrival-released", "arrival-resumed", "rollback-peer-cleaned",
+}  # fmt: skip
+
+
+def cases(*points: str) -> list[object]:
+    return [pytest.param(point, marks=[] if point in SAMPLE else [pytest.mark.soak]) for point in points]
+
+
+@pytest.fixture(scope="module")
+def installed(lab: Lab) -> Iterator[EvacuationPair]:
+    """Both proxies on their hosts, not started."""
+    pair = EvacuationPair(lab)
+    pair.install()
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
+    """Both proxies running and hearing each other."""
+    for host in (HOME, BACKUP):
+        if not installed.lab.host(host).running:
+            installed.lab.start_host(host)
+        installed.start(host)
+    installed.wait_links()
+    yield installed
+    installed.lab.wan.heal()
+    installed.remove_guests()
+
+
+def settled(pair: EvacuationPair, guest: Guest, job_id: str, canary: str, where: str) -> None:
+    """What must hold when all proxies are back: one guest, whole, with its memory, and nothing left over."""
+    job = pair.wait_job(HOME, job_id)
+    assert job["verdict"] == ("evacuated" if where == BACKUP else "stayed"), job
+    assert guest.running_on() == [where]
+    assert job["memory_lost"] is False
+    if where == BACKUP:
+        pair.wait_landed(BACKUP, guest)
+        assert pair.guarded(HOME, guest)
+        assert HOME not in guest.states(), "undefined at its old home"
+    else:
+        wait_for(lambda: not pair.guarded(BACKUP, guest))
+        assert BACKUP not in guest.states()
+    assert not pair.guarded(where, guest)
+    verdict = guest.verify(where, canary=canary)
+    assert verdict.intact, verdict.findings
+    assert pair.leftovers(HOME) == pair.leftovers(BACKUP) == []
+    pair.wait_protected(guest, where)
+
+
+def test_every_point_of_an_evacuation_is_in_a_table_here() -> None:
+    named = {*GOES_BACK, *GOES_ON, *ARRIVAL_GOES_BACK, *ARRIVAL_GOES_ON, *ROLLBACK}
+    prefixes = ("departure-", "arrival-", "landing-", "rollback-")
+    assert named == {point for point in CRASH_POINTS if point.startswith(prefixes)}
+
+
+def crash(pair: EvacuationPair, guest: Guest, host: str, point: str) -> str:
+    """Begin with a proxy that will be killed at the point; wait for that and start it again. The job's
+    number."""
+    pair.restart(host, crash_at=point)
+    pair.wait_links()
+    job_id = ""
+    try:
+        job_id = str(pair.begin(HOME, guest)["id"])
+    except OSError:
+        assert point == "departure-admitted"
+    wait_for(lambda: not pair.alive(host), timeout_seconds=120)
+    time.sleep(0.5)
+    pair.start(host)
+    return job_id or str(pair.ask(HOME, "GET", "/v1/evacuations")["evacuations"][-1]["id"])
+
+
+@pytest.mark.parametrize("point", cases(*GOES_BACK))
+def test_source_proxy_killed_before_the_hand_off(pair: EvacuationPair, point: str) -> None:
+    guest = pair.make_guest("victim")
+    canary, images = guest.canary(HOME), guest.images(HOME)
+    with pair.never_twice(guest):
+        job_id = crash(pair, guest, HOME, point)
+        settled(pair, guest, job_id, canary, HOME)
+    assert guest.images(HOME) == images
+
+
+@pytest.mark.parametrize("point", cases(*GOES_ON))
+def test_source_proxy_killed_after_the_hand_off(pair: EvacuationPair, point: str) -> None:
+    guest = pair.make_guest("victim")
+    canary = guest.canary(HOME)
+    with pair.never_twice(guest):
+        job_id = crash(pair, guest, HOME, point)
+        settled(pair, guest, job_id, canary, BACKUP)
+
+
+@pytest.mark.parametrize("point", cases(*ARRIVAL_GOES_BACK))
+def test_destination_proxy_killed_while_it_prepares(pair: EvacuationPair, point: str) -> None:
+    guest = pair.make_guest("victim")
+    canary = guest.canary(HOME)
+    with pair.never_twice(guest):
+        job_id = crash(pair, guest, BACKUP, point)
+        settled(pair, guest, job_id, canary, HOME)
+
+
+@pytest.mark.parametrize("point", cases(*ARRIVAL_GOES_ON))
+def test_destination_proxy_killed_once_the_guest_is_there(pair: EvacuationPair, point: str) -> None:
+    guest = pair.make_guest("victim")
+    canary = guest.canary(HOME)
+    with pair.never_twice(guest):
+        job_id = crash(pair, guest, BACKUP, point)
+        settled(pair, guest, job_id, canary, BACKUP)
+
+
+@pytest.mark.parametrize("point", cases(*ROLLBACK))
+def test_a_proxy_killed_in_a_rollback(pair: EvacuationPair, point: str) -> None:
+    guest = pair.make_guest("victim")
+    canary, images = guest.canary(HOME), guest.images(HOME)
+    host = BACKUP if point == "arrival-aborting" else HOME
+    with pair.never_twice(guest):
+        pair.restart(host, crash_at=point)
+        pair.wait_links()
+        job = pair.begin(HOME, guest, bandwidth_bytes_per_second=2_000_000)
+        pair.wait_step(HOME, job["id"], "migrate")
+        pair.ask(HOME, "POST", f"/v1/evacuations/{job['id']}/cancel", {})
+        wait_for(lambda: not pair.alive(host), timeout_seconds=120)
+        pair.start(host)
+        settled(pair, guest, job["id"], canary, HOME)
+    assert guest.images(HOME) == images
+
+
+@pytest.mark.parametrize("point", cases("departure-tombstoned", "departure-released", "departure-activated"))
+def test_home_loses_power_in_confirm_and_starts_nothing_when_it_is_back(
+    pair: EvacuationPair, point: str
+) -> None:
+    guest = pair.make_guest("survivor")
+    pair.virsh(HOME, "autostart", guest.plan.uuid)
+    with pair.never_twice(guest):
+        pair.restart(HOME, crash_at=point)
+        pair.wait_links()
+        job_id = str(pair.begin(HOME, guest)["id"])
+        wait_for(lambda: not pair.alive(HOME), timeout_seconds=120)
+        pair.lab.kill_host(HOME)
+        pair.lab.start_host(HOME)
+        # libvirt is up, our proxy is not: the hook alone holds the line
+        pair.virsh(HOME, "list")
+        time.sleep(2)
+        assert HOME not in guest.running_on()
+        if HOME in guest.states():
+            assert "runs there" in pair.start_is_refused(HOME, guest)
+        pair.start(HOME)
+        job = pair.wait_job(HOME, job_id)
+        assert job["verdict"] == "evacuated"
+        wait_for(guest.running_on, lambda hosts: hosts == [BACKUP])
+    assert HOME not in guest.states()
+    assert guest.verify(BACKUP).intact
+
+
+def test_a_destination_that_loses_power_before_the_release_gives_the_guest_back(pair: EvacuationPair) -> None:
+    guest = pair.make_guest("returned")
+    with pair.never_twice(guest):
+        pair.restart(HOME, crash_at="departure-tombstoned")
+        pair.wait_links()
+        job_id = str(pair.begin(HOME, guest)["id"])
+        wait_for(lambda: not pair.alive(HOME), timeout_seconds=120)
+        pair.lab.kill_host(BACKUP)
+        pair.lab.start_host(BACKUP)
+        # defined there, its memory gone, and not released: it must not start
+        assert "not released" in pair.start_is_refused(BACKUP, guest)
+        pair.start(BACKUP)
+        pair.start(HOME)
+        job = pair.wait_job(HOME, job_id)
+        assert (job["verdict"], job["memory_lost"]) == ("stayed", True), job
+        wait_for(guest.running_on, lambda hosts: hosts == [HOME])
+    guest.wait_ready()
+    assert guest.verify(HOME).intact
+    assert BACKUP not in guest.states()
+
+
+def test_without_contact_it_stays_undecided_until_the_operator_settles_it(pair: EvacuationPair) -> None:
+    guest = pair.make_guest("in doubt")
+    with pair.never_twice(guest):
+        pair.restart(HOME, crash_at="departure-tombstoned")
+        pair.wait_links()
+        job_id = str(pair.begin(HOME, guest)["id"])
+        wait_for(lambda: not pair.alive(HOME), timeout_seconds=120)
+        pair.lab.kill_host(HOME)
+        told = wait_for(
+            lambda: pair.arrival(BACKUP, guest),
+            lambda told: told["cause"] == "no-contact",
+            timeout_seconds=120,
+        )
+        assert "source-dead" in told["sentence"]
+        assert guest.states() == {BACKUP: "paused"}
+        pair.ask(BACKUP, "POST", f"/v1/evacuations/{job_id}/settle", {"decision": "source-dead"})
+        assert guest.running_on() == [BACKUP]
+        # The home site comes back: it learns of the newer epoch and keeps still.
+        pair.lab.start_host(HOME)
+        assert "runs there" in pair.start_is_refused(HOME, guest)
+        pair.start(HOME)
+        job = pair.wait_job(HOME, job_id)
+        assert job["verdict"] == "evacuated"
+    assert guest.running_on() == [BACKUP]
+    assert HOME not in guest.states()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -218,3 +220,22 @@ def test_governor_leaves_local_paths_alone() -> None:
             governor.sample(Sample(beat / 40, beat * 10_000_000, 0.02 * (beat % 2) + 0.0004, 0.0004, True))
             is None
         )
+
+
+@pytest.mark.parametrize(("rate", "trip"), [(50e6, 0.04), (6.25e6, 0.18), (50e6, 0.18)])
+def test_governor_keeps_most_of_the_link_on_a_busy_host(rate: float, trip: float) -> None:
+    """One beat in ten sends nothing and one in ten sees a late acknowledgement, as other processes cause."""
+    source, line, governor, tokens = random.Random(3), Line(rate, trip), Governor(), 0.0
+    begin = 0.0
+    for beat in range(1600):
+        allowed = governor.rate_bytes_per_second or 2e6
+        tokens = min(allowed * 0.05, tokens + allowed * 0.025)
+        stalled = source.random() < 0.1
+        sample = line.step(0.025, 0 if stalled else tokens)
+        tokens = tokens if stalled else 0.0
+        if source.random() < 0.1:
+            sample = replace(sample, round_trip_seconds=sample.round_trip_seconds + source.random() * 0.08)
+        governor.sample(sample)
+        if beat == 800:
+            begin = line.acknowledged
+    assert (line.acknowledged - begin) / 20 > 0.9 * rate

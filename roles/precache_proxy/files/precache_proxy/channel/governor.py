@@ -22,7 +22,7 @@ _LOCAL_SECONDS = 0.003
 _FIRST_RATE = 2_000_000.0
 _LEAST_RATE = 64_000.0
 _BASE_SECONDS = 30.0
-_FOREIGN_SECONDS = 5.0
+_FOREIGN_SECONDS = 10.0
 _PAUSE_SECONDS = 15.0
 
 
@@ -80,6 +80,7 @@ class Governor:
         self._delivered: deque[float] = deque(maxlen=6)
         self._base: deque[tuple[float, float]] = deque()
         self._calm = 0
+        self._long = 0
         self._foreign_since: float | None = None
         self._paused_until = 0.0
         self._peak = 0.0
@@ -127,8 +128,8 @@ class Governor:
         if not self._backlogged and delivered < (0.5 if queue > 2 * _TARGET_SECONDS else 0.9) * self._rate:
             self._calm = 0  # nobody wanted more: it says nothing about the path
             return
-        if queue < _TARGET_SECONDS / 2 and delivered < 0.9 * self._rate and not self._starting:
-            return  # no queue, and yet less arrived than was allowed: we had no processor time to send it
+        if queue < 2 * _TARGET_SECONDS and delivered < 0.9 * self._rate and not self._starting:
+            return  # no queue to speak of, and yet less arrived than was allowed: we had no time to send it
         self._delivered.append(delivered)
         capacity = max(self._delivered)
         self._peak = max(self._peak * 0.999, capacity)
@@ -138,20 +139,18 @@ class Governor:
                 self._rate = max(self._rate, delivered * 2)
                 return
             self._starting = False
-            self._delivered.clear()
-            self._delivered.append(delivered)
-            capacity = delivered
-        if queue > 4 * _TARGET_SECONDS:
-            # The path has become slower, or we came in too fast: forget older figures and empty the queue.
+        self._long = self._long + 1 if queue > 4 * _TARGET_SECONDS else 0
+        if self._long > 1:
+            # Seen twice: the path has become slower. Forget older figures and empty the queue.
             self._delivered.clear()
             self._delivered.append(delivered)
             capacity = delivered
         # First order: the queue approaches its target within about two round trips.
         settle = 2 * base + 0.1
-        gain = max(-0.25, min((_TARGET_SECONDS - queue) / settle, 0.1))
+        gain = max(-0.5, min((_TARGET_SECONDS - queue) / settle, 0.1))
         self._calm = self._calm + 1 if queue < _TARGET_SECONDS / 3 else 0
         if self._calm >= 4:
-            gain = 0.25  # no queue at all although we press: the path has become faster
+            gain = 0.25  # no queue at all although we press: the path is faster than we believed
         self._rate = max(capacity * (1 + gain), _LEAST_RATE)
         self._watch_for_others(now.at, queue)
 

@@ -121,7 +121,9 @@ def disk_findings(
             )
         elif disk.is_writable_disk and not removable:
             _judge_format(disk, find, raw_overlay_consent=raw_overlay_consent, name=definition.name)
-    if not found and not plan_layout(definition, only).tracked:
+    layout = plan_layout(definition, only)
+    # refused and yet not found wanting: raw disks that get an overlay
+    if not found and not layout.tracked and not layout.refused:
         found.append(
             Finding(
                 f"VM {definition.name}",

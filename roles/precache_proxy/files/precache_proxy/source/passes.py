@@ -18,6 +18,7 @@ from precache_proxy.blocks.extents import Extents
 from precache_proxy.channel.link import Link
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.channel.stream import Stream
+from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, IntegrityError, LifeboatError, ProtocolError
 from precache_proxy.source.compare import Comparison
 from precache_proxy.source.feeder import Feeder
@@ -290,6 +291,7 @@ class Generation:
         self.seal_sent = True
         await feeder.record(json_record(RecordType.SEAL, content))
         await feeder.flush()
+        crash_point("pass-sent")
         message = await answered
         if message is None:
             raise ProtocolError(

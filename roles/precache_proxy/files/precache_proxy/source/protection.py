@@ -46,8 +46,6 @@ class Protection:
         self.state = "starting"
         self.cause = "starting"
         self.sentence = "the proxy has just started"
-        self.last_pass: PassResult | None = None
-        self.last_pass_at: float | None = None
         self._environment = environment
         self._holders: set[str] = set()
         # one piece of work on the VM at a time
@@ -145,9 +143,10 @@ class Protection:
             except TrackingLost as error:
                 record.resync_cause = error.message
                 await self.replication.save()
+                self._set("resync", "tracking-lost", error.message)
+                self.wake()
                 raise
         if not result.skipped:
-            self.last_pass, self.last_pass_at = result, time.time()
             self._duration_seconds = 0.6 * self._duration_seconds + 0.4 * result.total_seconds
         return result
 
@@ -214,7 +213,10 @@ class Protection:
         record, replication = self.record, self.replication
         if replication.needs_reconcile:
             await replication.reconcile()
-        if record.sealed is None and not record.resync_cause:
+        if record.return_overlays:
+            self._set("seeding", "way-back", f"what changed since {record.peer} was left is on its way there")
+            await replication.send_return()
+        elif record.sealed is None and not record.resync_cause:
             self._set("seeding", "first-copy", f"the first copy to {record.peer} is under way")
             async with self._environment.long_work.turn(record.priority):
                 await replication.seed()
@@ -306,7 +308,7 @@ class Protection:
     def status(self) -> dict[str, Any]:
         """Everything for the control API."""
         record, replication = self.record, self.replication
-        sealed = record.sealed
+        sealed, last = record.sealed, replication.last_pass
         return {
             "uuid": record.uuid,
             "name": record.name,
@@ -326,9 +328,7 @@ class Protection:
             "coverage": self.coverage,
             "lag_bytes": replication.dirty_bytes,
             "lag_seconds": self.lag_seconds,
-            "last_pass": None
-            if self.last_pass is None
-            else {**self.last_pass.as_dict(), "at": self.last_pass_at},
+            "last_pass": None if last is None else {**last.as_dict(), "at": replication.last_pass_at},
             "pass_open": replication.generation is not None,
             "held_by": self.held_by,
             "scrub": {

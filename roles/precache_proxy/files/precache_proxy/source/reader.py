@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
 from precache_proxy.blocks.extents import Extents
-from precache_proxy.blocks.nbd import ALLOCATION, STATE_ZERO, NbdClient, dirty_bitmap
+from precache_proxy.blocks.nbd import ALLOCATION, ALLOCATION_DEPTH, STATE_ZERO, NbdClient, dirty_bitmap
 from precache_proxy.units import GIB, KIB
 
 REQUEST_BYTES = 512 * KIB
@@ -30,9 +30,10 @@ class Piece:
 class DiskReader:
     """A disk of an open view. Ranges beyond its end are cut off."""
 
-    def __init__(self, client: NbdClient, bitmap: str | None = None) -> None:
+    def __init__(self, client: NbdClient, bitmap: str | None = None, *, top_layer: bool = False) -> None:
         self.client = client
         self._bitmap = None if bitmap is None else dirty_bitmap(bitmap)
+        self._top_layer = top_layer
 
     @property
     def size_bytes(self) -> int:
@@ -40,7 +41,10 @@ class DiskReader:
         return self.client.size_bytes
 
     async def changed(self) -> Extents:
-        """What changed since the checkpoint, or the whole disk where nothing is counted."""
+        """What changed since the checkpoint, what the top layer holds itself, or else the whole disk."""
+        if self._top_layer:
+            depths = await self.client.block_status(ALLOCATION_DEPTH)
+            return Extents((start, start + length) for start, length, depth in depths if depth == 1)
         if self._bitmap is None:
             return Extents([(0, self.size_bytes)])
         return await self.client.extents(self._bitmap, 1)
@@ -75,8 +79,10 @@ class DiskReader:
                 hole = next(zeroes, None)
 
     @classmethod
-    def contexts(cls, bitmap: str | None) -> list[str]:
+    def contexts(cls, bitmap: str | None, *, top_layer: bool = False) -> list[str]:
         """The meta contexts to ask for when connecting."""
+        if top_layer:
+            return [ALLOCATION, ALLOCATION_DEPTH]
         return [ALLOCATION] if bitmap is None else [dirty_bitmap(bitmap), ALLOCATION]
 
 

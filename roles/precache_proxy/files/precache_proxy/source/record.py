@@ -27,6 +27,8 @@ class DiskRecord:
     tracked: bool = True
     inode: int = 0
     stamp: str = ""
+    # the images below it then: the disk may come to live in one of them, when layers are merged
+    chain: list[str] = field(default_factory=list)
 
 
 @dataclass

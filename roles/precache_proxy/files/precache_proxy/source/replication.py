@@ -18,6 +18,7 @@ from precache_proxy.blocks import images
 from precache_proxy.blocks.extents import Extents
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel.settings import TrafficClass
+from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, LifeboatError, NotFound, StaleEpoch, TrackingLost
 from precache_proxy.hypervisor.domain_xml import Definition, Disk
 from precache_proxy.source import offline
@@ -45,6 +46,9 @@ class Replication:
         self.needs_reconcile = True
         self.seeding: Seeding | None = None
         self.generation: Generation | None = None
+        self.last_pass: PassResult | None = None
+        self.last_pass_at: float | None = None
+        self.replica_name = ""
         self.dirty_bytes = 0
         # until when the peer is known to hold everything; monotonic
         self.clean_at: float | None = None
@@ -70,6 +74,11 @@ class Replication:
         """Adopt what the peer holds: drop what it has sealed, keep what it has not. Raises StaleEpoch."""
         record = self.record
         status = await self.environment.link(record.peer).call("store.status", {"vm": record.uuid})
+        if not status.get("exists") and record.return_overlays:
+            raise Conflict(
+                f"{self.vm}: its old home {record.peer} has not yet taken what it kept as a replica; "
+                "wait for it, or resync to copy anew"
+            )
         if not status.get("exists"):
             if record.sealed is not None or record.seeding_offsets:
                 logger.warning("%s: peer %s has no replica any more; copying it anew", self.vm, record.peer)
@@ -84,6 +93,10 @@ class Replication:
                 "its home has moved; unprotect it here, or settle the evacuation"
             )
         self.replica_sizes = {key: int(disk["size_bytes"]) for key, disk in status.get("disks", {}).items()}
+        self.replica_name = str(status.get("name", ""))
+        if record.return_overlays:
+            await self._reconcile_return(status.get("sealed"))
+            return
         sealed = status.get("sealed")
         if sealed is None:
             offsets = status.get("seeding") or {}
@@ -94,6 +107,57 @@ class Replication:
         await self.save()
         await self._drop_superseded()
         self.needs_reconcile = False
+
+    async def _reconcile_return(self, sealed: Mapping[str, Any] | None) -> None:
+        """The first generation of the way back is sealed there, or is still to be sent."""
+        record = self.record
+        generation = 0 if sealed is None else int(sealed["generation"])
+        if generation == record.return_generation + 1:
+            disks = list(record.return_overlays)
+            record.sealed = Sealed(
+                generation, record.return_checkpoint, time.time(), time.time(), disks=disks
+            )
+            record.return_overlays = {}
+        elif generation != record.return_generation:
+            record.sealed = Sealed(generation, "", time.time(), 0.0)
+            record.return_overlays = {}
+            record.resync_cause = (
+                f"{record.peer} holds generation {generation}, not generation {record.return_generation} "
+                "with which the VM left it"
+            )
+        await self.save()
+        self.needs_reconcile = False
+
+    async def send_return(self) -> PassResult:
+        """The first generation of the way back: what the arrival overlays, frozen by now, hold."""
+        record = self.record
+        overlays = {
+            target: ImageReference(offline.path(image[0]), image[1], int(image[2]))
+            for target, image in record.return_overlays.items()
+        }
+        definition, layout, _ = await self.look()
+        contents = await asyncio.to_thread(read_attachments, definition)
+        attachments, digests = changed_attachments(contents, {})
+        plan = GenerationPlan(
+            vm_uuid=record.uuid,
+            vm_name=record.name,
+            epoch=record.epoch,
+            generation=record.return_generation + 1,
+            leads_from=record.return_generation,
+            definition_xml=await self._transferable_xml(),
+            disks={target: image.size_bytes for target, image in overlays.items()},
+            since={},
+            attachments=attachments,
+            checkpoint=record.return_checkpoint,
+        )
+        source = ClosedImages(
+            self.vm, overlays, socket_directory=self.environment.run_directory / "nbd", top_layers=True
+        )
+        result = await self._make(plan, source, None, layout, reason="way back", disks=list(overlays))
+        record.return_overlays = {}
+        record.attachments = digests
+        await self.save()
+        return result
 
     async def _adopt(self, generation: int, named: str) -> None:
         record = self.record
@@ -164,7 +228,7 @@ class Replication:
             if known is None or not known.tracked:
                 continue
             below = {image.path for image in disk.backing}
-            swapped = disk.path != known.path and known.path not in below
+            swapped = disk.path != known.path and known.path not in below and disk.path not in known.chain
             replaced = disk.path == known.path and known.inode not in {0, offline.inode(disk.path)}
             if swapped or replaced:
                 now = "another file under the same name" if replaced else disk.path
@@ -290,6 +354,9 @@ class Replication:
             self.clean_at = looked_at
             return PassResult(record.next_generation - 1, skipped=True, reason=reason)
         sizes = await self.sizes(definition, {**layout.tracked, **layout.static}, active=active)
+        if self.replica_name not in {"", record.name}:
+            await self.prepare_replica(sizes, definition, 0)  # the name that people see there
+            self.replica_name = record.name
         plan = GenerationPlan(
             vm_uuid=record.uuid,
             vm_name=record.name,
@@ -439,6 +506,7 @@ class Replication:
         *,
         reason: str,
         keep_disks: bool = False,
+        disks: list[str] | None = None,
     ) -> PassResult:
         """Send a generation; on its seal, and only then, what it supersedes is dropped."""
         record = self.record
@@ -448,6 +516,7 @@ class Replication:
         self.generation = generation
         try:
             answer = await generation.run(source, static)
+            crash_point("pass-sealed")
         except BaseException:
             if generation.seal_sent:
                 self.needs_reconcile = True
@@ -457,18 +526,20 @@ class Replication:
         finally:
             self.generation = None
         checkpoint = plan.checkpoint or generation.made[-1]
-        disks = self._disk_records(layout, plan.disks)
+        self.last_pass, self.last_pass_at = generation.result, time.time()
+        if disks is None:
+            disks = record.sealed.disks if keep_disks and record.sealed is not None else list(layout.tracked)
         record.sealed = Sealed(
             generation=plan.generation,
             checkpoint=checkpoint,
             sealed_at=float(answer.get("sealed_at", time.time())),
             source_time=time.time() - (time.monotonic() - began),
             digest=generation.result.digest,
-            disks=record.sealed.disks if keep_disks and record.sealed is not None else list(layout.tracked),
+            disks=disks,
         )
         record.seeding_checkpoint, record.seeding_offsets = "", {}
         if not keep_disks:
-            record.disks = disks
+            record.disks = self._disk_records(layout, plan.disks)
         self.replica_sizes = dict(plan.disks)
         self.clean_at, self.dirty_bytes = began, 0
         await self.save()
@@ -517,7 +588,12 @@ class Replication:
 
     def _disk_records(self, layout: Layout, sizes: Mapping[str, int]) -> dict[str, DiskRecord]:
         records = {
-            target: DiskRecord(disk.path, sizes.get(target, 0), inode=offline.inode(disk.path))
+            target: DiskRecord(
+                disk.path,
+                sizes.get(target, 0),
+                inode=offline.inode(disk.path),
+                chain=[image.path for image in disk.backing],
+            )
             for target, disk in layout.tracked.items()
         }
         for target, disk in layout.static.items():

@@ -112,6 +112,7 @@ class Source:
             passes=PriorityGate(settings.open_pass_limit),
             long_work=PriorityGate(max(1, settings.open_pass_limit // 2)),
         )
+        await self._environment.tracker.end_leftovers()
         for path in sorted(self.directory.glob("*.json")):
             record = await asyncio.to_thread(ProtectionRecord.read, path)
             if record is not None:
@@ -337,7 +338,10 @@ class Source:
     async def resync(self, vm: str) -> dict[str, Any]:
         """Trust no bitmap: find by digest what differs and send that. Returns when it is under way."""
         protection = self._find(vm)
-        if protection.record.sealed is not None:
+        if protection.record.return_overlays:
+            protection.record.return_overlays = {}
+            await self._save(protection.record)
+        elif protection.record.sealed is not None:
             protection.record.resync_cause = "asked for by an operator"
             await self._save(protection.record)
         protection.wake()
@@ -381,13 +385,13 @@ class Source:
         self,
         vm: str,
         *,
-        name: str,
+        name: str = "",
         peer: str,
         epoch: int,
         generation: int,
         checkpoint: str,
         overlays: Mapping[str, ImageReference],
-        rpo_seconds: float,
+        rpo_seconds: float | None = None,
         priority: int = 50,
         autostart_wanted: bool = False,
     ) -> dict[str, Any]:
@@ -402,11 +406,12 @@ class Source:
                 return present.status()
             if present is not None:
                 await present.stop()
+            domain = await self._hypervisor.lookup(vm)
             record = ProtectionRecord(
                 uuid=vm,
-                name=name,
+                name=name or await self._hypervisor.call(domain.name, subject=f"VM {vm}"),
                 peer=peer,
-                rpo_seconds=rpo_seconds,
+                rpo_seconds=self.settings.rpo_seconds if rpo_seconds is None else rpo_seconds,
                 priority=priority,
                 epoch=epoch,
                 autostart=autostart_wanted,
@@ -418,4 +423,5 @@ class Source:
                 },
             )
             await self._save(record)
+            await autostart.take_over(self._hypervisor, record, self._save)
             return self._add(record).status()

@@ -16,6 +16,7 @@ from pathlib import Path
 import libvirt
 from lxml import etree
 
+from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound, TrackingLost
 from precache_proxy.hypervisor.connection import Hypervisor, libvirt_code
 from precache_proxy.hypervisor.handles import DomainHandle
@@ -288,6 +289,15 @@ class Tracker:
                 delay = min(delay * 1.5, 0.5)
         return True
 
+    async def end_leftovers(self) -> None:
+        """End the jobs that a former process of ours left open, as its records say."""
+        for path in sorted(self._passes.glob("*.json")) if self._passes.is_dir() else ():
+            record = PassRecord.read(path)
+            if record is not None and record.proxy_pid != os.getpid():
+                vm = VmReference(record.domain, record.domain)
+                await self._end_quietly(vm)
+            path.unlink(missing_ok=True)
+
     @contextlib.asynccontextmanager
     async def backup(
         self,
@@ -321,6 +331,7 @@ class Tracker:
             try:
                 xml = backup_xml(socket, scratch, incremental, absent)
                 await self._begin(vm, xml, socket, incremental, checkpoint, [*disks], [*absent])
+                crash_point("pass-open")
                 watch = asyncio.create_task(lease.watch(lambda: self._abort(vm)))
                 try:
                     yield Backup(vm, socket, tuple(disks), frozenset(incremental), checkpoint, lease)
@@ -386,6 +397,8 @@ class Tracker:
     async def _end_quietly(self, vm: VmReference) -> None:
         try:
             await self.end_backup(vm)
+        except NotFound:
+            pass  # with the VM went its job
         except (LifeboatError, TimeoutError) as error:
             # a VM that was shut off took its job with it; a libvirtd that is away is the watchdog's matter
             logger.warning("%s: the backup job could not be seen to end: %s", vm, error)

@@ -100,11 +100,14 @@ class ClosedImages:
         *,
         socket_directory: Path,
         readers_path: Path | None = None,
+        top_layers: bool = False,
     ) -> None:
         self._vm = vm
         self._images = dict(images)
         self._socket_directory = socket_directory
         self._readers_path = readers_path
+        # what counts as changed is what the topmost layer of each image holds itself
+        self._top_layers = top_layers
         self._pids: list[int] = []
 
     @contextlib.asynccontextmanager
@@ -121,15 +124,19 @@ class ClosedImages:
                         format=image.format,
                         socket_directory=self._socket_directory,
                         bitmap=bitmap,
+                        allocation_depth=self._top_layers,
                         name="read",
                     )
                     self._note(export.pid)
                     stack.push_async_callback(export.kill)
                     client = await NbdClient.connect(
-                        export.socket, "", DiskReader.contexts(bitmap), subject=f"{self._vm} disk {disk}"
+                        export.socket,
+                        "",
+                        DiskReader.contexts(bitmap, top_layer=self._top_layers),
+                        subject=f"{self._vm} disk {disk}",
                     )
                     await stack.enter_async_context(client)
-                    readers[disk] = DiskReader(client, bitmap)
+                    readers[disk] = DiskReader(client, bitmap, top_layer=self._top_layers)
                 yield View(readers)
         finally:
             self._pids.clear()

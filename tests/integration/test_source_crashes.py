@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What kills leave behind: proxies killed in a pass, jobs left open, scratch space that fills up."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from integration.source_pair import BACKUP, DIRECTORY, HOME, RUN, CallFailed, SourcePair, Vm
+from lifeboat_lab.lab import Lab
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+
+BLOCK = 65536
+MIB = 1 << 20
+
+
+@pytest.fixture
+def pair(lab: Lab) -> Iterator[SourcePair]:
+    """Two proxies, installed; the test starts them."""
+    pair = SourcePair(lab)
+    pair.install()
+    yield pair
+    for vm in pair.vms:
+        vm.remove()
+    pair.close()
+
+
+def backup_job(vm: Vm) -> str:
+    """The VM's open backup job, "" where none is."""
+    return vm.virsh("backup-dumpxml", vm.name, check=False).strip()
+
+
+@pytest.mark.parametrize("point", ["pass-open", "pass-sent", "pass-sealed"])
+def test_source_proxy_killed_in_a_pass(pair: SourcePair, point: str) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME)
+    vm = pair.make_vm("victim", {"vda": "64M", "vdb": "32M"})
+    vm.write("vda", 1, 0, "4M")
+    pair.protect(vm)
+    pair.restart(HOME, crash_at=point)
+    vm.write("vda", 2, "1M", BLOCK)
+    vm.write("vdb", 2, "1M", BLOCK)
+    with pytest.raises(ConnectionResetError):
+        pair.wait(vm.run_pass, lambda _: False, timeout_seconds=20)
+    pair.wait_gone(HOME)
+    vm.write("vda", 3, "2M", BLOCK)
+    pair.start(HOME)
+    vm.wait_protected()
+    vm.run_pass()
+    status = vm.wait_protected()
+    assert status["last_pass"]["compared_bytes"] == 0
+    assert backup_job(vm) == ""
+    assert vm.checkpoints() == [status["checkpoint"]]
+    assert pair.shell(HOME, f"ls {RUN}/passes").strip() == ""
+    vm.require_equal()
+
+
+@pytest.mark.parametrize("point", ["store-generation-open", "store-before-seal", "store-sealed"])
+def test_destination_proxy_killed_in_a_pass(pair: SourcePair, point: str) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME)
+    vm = pair.make_vm("sender", {"vda": "64M"})
+    vm.write("vda", 1, 0, "4M")
+    pair.protect(vm, rpo_seconds=3)
+    pair.restart(BACKUP, crash_at=f"{point}")
+    vm.write("vda", 2, "1M", BLOCK)
+    pair.wait_gone(BACKUP)
+    vm.write("vda", 3, "2M", BLOCK)
+    pair.start(BACKUP)
+    wanted = vm.status()["generation"]
+    pair.wait(
+        vm.status, lambda one: one["state"] == "protected" and one["generation"] > wanted, timeout_seconds=60
+    )
+    pair.call(HOME, "hold", vm=vm.uuid, holder="test")
+    vm.run_pass()
+    assert len(vm.checkpoints()) == 1
+    vm.require_equal()
+
+
+def test_a_first_copy_goes_on_where_it_stood(pair: SourcePair, lab: Lab) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME, slice_bytes=4 * MIB)
+    vm = pair.make_vm("large", {"vda": "96M"})
+    pair.shell(
+        HOME,
+        "head -c 64M /dev/urandom > /var/tmp/noise && truncate -s 96M /var/tmp/noise && "
+        "virsh destroy large --graceful && "
+        f"qemu-img convert -f raw -O qcow2 /var/tmp/noise {vm.disks['vda']} && "
+        "rm /var/tmp/noise && virsh start large",
+    )
+    lab.wan.set("rate=40mbit,rtt=10ms")
+    try:
+        pair.call(HOME, "protect", vm=vm.name, peer=BACKUP, rpo_seconds=3600)
+        held = pair.wait(
+            lambda: (pair.call(BACKUP, "replica", vm=vm.uuid).get("seeding") or {}).get("vda", 0),
+            lambda offset: offset >= 16 * MIB,
+            timeout_seconds=60,
+        )
+        assert vm.status()["state"] == "seeding"
+        assert 0 < vm.status()["coverage"] < 1
+        vm.write("vda", 7, "1M", BLOCK)  # behind the copy: counted by the checkpoint
+        pair.signal(HOME, "KILL")
+        vm.write("vda", 8, "50M", BLOCK)
+        pair.start(HOME, slice_bytes=4 * MIB)
+        vm.wait_protected(timeout_seconds=120)
+    finally:
+        lab.wan.set("none")
+    counters = pair.call(HOME, "counters")[BACKUP]
+    assert sent_bytes(counters, vm.uuid) < 64 * MIB - held + 12 * MIB
+    vm.require_equal()
+
+
+def sent_bytes(counters: dict[str, Any], label: str) -> int:
+    """Payload that this proxy sent for a VM."""
+    return int(counters["labels"][label]["sent_raw_bytes"])
+
+
+def test_the_watchdog_ends_what_a_killed_proxy_left_open(pair: SourcePair) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME)
+    vm = pair.make_vm("orphan", {"vda": "64M"})
+    pair.protect(vm)
+    pair.restart(HOME, crash_at="pass-open")
+    vm.write("vda", 2, "1M", BLOCK)
+    with pytest.raises(ConnectionResetError):
+        pair.wait(vm.run_pass, lambda _: False, timeout_seconds=20)
+    pair.wait_gone(HOME)
+    assert "orphan" not in backup_job(vm)
+    assert RUN in backup_job(vm)
+    look = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
+        "from precache_proxy.source.watchdog import Watchdog; "
+        "print(Watchdog(Path(sys.argv[2]), 'qemu:///system').look())"
+    )
+    told = pair.run(HOME, "python3", "-c", look, DIRECTORY, RUN)
+    assert vm.uuid in told
+    pair.wait(lambda: backup_job(vm), lambda job: job == "", timeout_seconds=10)
+    assert "running" in vm.virsh("domstate", vm.name)
+    assert pair.run(HOME, "python3", "-c", look, DIRECTORY, RUN).strip() == "[]"
+    # a job that is not ours is left alone, whatever a record says
+    record = pair.root(HOME) / RUN.lstrip("/") / "passes" / f"{vm.uuid}.json"
+    record.write_text(json.dumps({
+        "domain": vm.uuid, "socket": "/run/ours.sock", "scratch": [], "scratch_limit_bytes": 1,
+        "deadline_boottime_seconds": 0, "proxy_pid": 1,
+    }))  # fmt: skip
+    (pair.root(HOME) / "var/tmp/theirs.xml").write_text(
+        "<domainbackup mode='pull'><server transport='unix' socket='/var/tmp/theirs.sock'/></domainbackup>"
+    )
+    pair.shell(HOME, "chmod 1777 /var/tmp")
+    vm.virsh("backup-begin", vm.name, "/var/tmp/theirs.xml")
+    assert pair.run(HOME, "python3", "-c", look, DIRECTORY, RUN).strip() == "[]"
+    assert "theirs.sock" in backup_job(vm)
+    vm.virsh("domjobabort", vm.name)
+    pair.start(HOME)
+    vm.wait_protected()
+    vm.run_pass()
+    vm.require_equal()
+
+
+def test_a_writing_guest_never_sees_an_error_however_small_the_scratch(pair: SourcePair, lab: Lab) -> None:
+    """Copy-before-write fills the scratch while a slow link is fed: the pass is cut into slices."""
+    pair.start(BACKUP)
+    pair.start(HOME, scratch_limit_bytes=32 * MIB, open_pass_limit=4)
+    vm = pair.make_vm("writer", {"vda": "128M"})
+    vm.write("vda", 1, 0, "128M")
+    pair.protect(vm)
+    pair.shell(HOME, "head -c 24M /dev/urandom > /var/tmp/noise; chmod 644 /var/tmp/noise")
+    vm.qemu_io("vda", "write -s /var/tmp/noise 0 24M")
+    lab.wan.set("rate=20mbit,rtt=10ms")
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set() and number < 60:
+            vm.write("vda", 2 + number % 200, f"{32 + number % 64}M", "1M")
+            number += 1
+            time.sleep(0.2)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        result = vm.run_pass()
+    finally:
+        stop.set()
+        writer.join()
+        lab.wan.set("none")
+        pair.shell(HOME, "rm -f /var/tmp/noise")
+    assert result["slices"] > 1
+    assert "running" in vm.virsh("domstate", vm.name)
+    assert "No errors found" in vm.virsh("domblkerror", vm.name)
+    assert len(vm.checkpoints()) == 1
+    vm.run_pass()
+    vm.require_equal()
+
+
+def test_libvirtd_restarted_while_protected(pair: SourcePair) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME)
+    vm = pair.make_vm("steady", {"vda": "64M"})
+    pair.protect(vm)
+    pair.shell(HOME, "systemctl restart libvirtd")
+    vm.write("vda", 2, "1M", BLOCK)
+    pair.wait(lambda: _passed(vm), bool, timeout_seconds=40)
+    vm.require_equal()
+    assert len(vm.checkpoints()) == 1
+
+
+def _passed(vm: Vm) -> bool:
+    try:
+        return not vm.run_pass()["skipped"]
+    except CallFailed as error:
+        if error.cause != "hypervisor":
+            raise
+        return False

@@ -107,7 +107,7 @@ def find_job(parts: Parts, identifier: str) -> Answer:
     """The latest job, or else arrival, of that identifier, VM or UUID. Raises NotFound."""
     for told in reversed([*arrivals_answer(parts), *jobs_answer(parts)]):
         if identifier in {told["id"], told["vm"], told["name"]}:
-            return told
+            return dict(told)
     raise NotFound(
         f"evacuation {identifier!r}: neither job nor arrival of that number or VM on {parts.config.name}; "
         "see `precache-proxy status`"

@@ -5,6 +5,7 @@ Membership is inherited and cannot be left by accident, so ending "what the lab 
 no process ids that might have been used again for something else.
 """
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ class ControlGroup:
             found += [int(pid) for pid in text.split()]
         return found
 
-    def kill(self, timeout_seconds: float = 20) -> None:
+    def kill(self, timeout_seconds: float = 30) -> None:
         """SIGKILL the whole tree at once, wait until it is gone, and remove the groups.
 
         Raises LabError when something does not end, which only a process stuck in the kernel does.
@@ -61,18 +62,22 @@ class ControlGroup:
             return
         (self.path / "cgroup.kill").write_text("1")
         deadline = time.monotonic() + timeout_seconds
-        while self.processes():
+        while not self._removed():
             if time.monotonic() > deadline:
                 raise LabError(
                     f"control group {self.path}: processes {self.processes()} do not end; see dmesg for why"
                 )
             time.sleep(0.02)
-        self.remove()
 
-    def remove(self) -> None:
-        """Remove the group and those below it; they must be empty."""
+    def _removed(self) -> bool:
+        """Remove the group and those below it; False while a process in one of them is still ending."""
         for directory, _, _ in os.walk(self.path, topdown=False):
             try:
                 Path(directory).rmdir()
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                return False
+        return True

@@ -341,8 +341,8 @@ def make_disk(host: Host, plan: GuestPlan, index: int) -> dict[str, str]:
         path = plan.disk_path(target)
         host.exec("mkdir", "-p", plan.disk_directory)
         raw = f"/{work}/disk.raw"
-        host.exec("mke2fs", "-q", "-t", "ext4", "-L", f"lab{index + 1}", "-E", "lazy_itable_init=1",
-                  "-d", f"/{work}/tree",
+        host.exec("mke2fs", "-q", "-t", "ext4", "-b", "4096", "-E", "lazy_itable_init=1",
+                  "-L", f"lab{index + 1}", "-d", f"/{work}/tree",
                   raw, f"{plan.disk_mib}M", timeout_seconds=600)  # fmt: skip
         if plan.disk_format == "raw":
             host.exec("mv", raw, path)

@@ -84,7 +84,7 @@ class Landing:
             await self._protect_way_back(arrival)
         crash_point("landing-begun")
         await self._wait_until_home_has_it(arrival)
-        if await self._domains.presence(arrival.vm) is Presence.ABSENT:
+        if not await self._is_running(arrival.vm):
             arrival.landing = "left"
         else:
             await self._collapse_between_passes(arrival)
@@ -127,7 +127,7 @@ class Landing:
 
     async def _wait_until_home_has_it(self, arrival: Arrival) -> None:
         """Until the old home has sealed what arrived here. A home that is gone keeps the chain as it is."""
-        while True:  # noqa: ASYNC110  (the source tells no one; every few seconds is soon enough)
+        while True:
             try:
                 status = self._source.status(arrival.vm)
             except NotFound:
@@ -140,8 +140,17 @@ class Landing:
                 return
             await asyncio.sleep(WAIT_SECONDS)
 
+    async def _is_running(self, vm: str) -> bool:
+        """Wait until the VM runs: layers of one that is off are merged when it is started again. False: it
+        left."""
+        while (presence := await self._domains.presence(vm)) is not Presence.RUNNING:
+            if presence is Presence.ABSENT:
+                return False
+            await asyncio.sleep(RETRY_SECONDS)
+        return True
+
     async def _collapse_between_passes(self, arrival: Arrival) -> None:
-        """libvirt refuses a backup while a block job runs, and the other way round: the passes wait for us."""
+        """Hold the passes: libvirt refuses a backup while a block job runs, and the other way round."""
         holder = f"landing-{arrival.id}"
         with contextlib.suppress(NotFound):
             await self._source.hold(arrival.vm, holder)
@@ -154,9 +163,6 @@ class Landing:
     async def _collapse(self, arrival: Arrival) -> None:
         """Merge every layer into the lowest image that is ours; the VM's disk has its old name again."""
         vm = arrival.vm
-        if await self._domains.presence(vm) is not Presence.RUNNING:
-            while await self._domains.presence(vm) not in {Presence.RUNNING, Presence.ABSENT}:
-                await asyncio.sleep(RETRY_SECONDS)
         for key, disk in arrival.disks.items():
             definition = await self._domains.definition(vm)
             current = definition.disk(key)

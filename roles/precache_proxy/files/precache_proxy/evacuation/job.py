@@ -182,9 +182,13 @@ class Job:
         self.cause, self.sentence = cause, sentence
         self.findings = [asdict(finding) for finding in findings]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The record as JSON holds it and the control API shows it."""
+    def record(self) -> dict[str, Any]:
+        """All of it, as the file holds it."""
         return asdict(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the control API shows: all but the definition, which may hold secrets of the VM."""
+        return {key: value for key, value in asdict(self).items() if key != "definition"}
 
 
 def new_job(vm: str, name: str, peer: str, epoch: int, options: EvacuationOptions, now: float) -> Job:
@@ -195,7 +199,7 @@ def new_job(vm: str, name: str, peer: str, epoch: int, options: EvacuationOption
 
 
 def job_from_dict(data: Mapping[str, Any]) -> Job:
-    """What :meth:`Job.as_dict` gave. Unknown keys (of a newer version) are dropped. Raises IntegrityError."""
+    """What :meth:`Job.record` gave. Unknown keys (of a newer version) are dropped. Raises IntegrityError."""
     known = {item.name for item in fields(Job)}
     values = {key: value for key, value in data.items() if key in known}
     try:
@@ -230,7 +234,7 @@ class Journal:
     def save(self, job: Job) -> None:
         """Make the record durable (blocking)."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
-        durable.write_json(self.path(job.id), job.as_dict())
+        durable.write_json(self.path(job.id), job.record())
 
     def enter(self, job: Job, step: Step) -> None:
         """Advance and make that durable; only then may the step be begun (blocking)."""

@@ -277,7 +277,7 @@ class Evacuation:
         if decision == SETTLE_SOURCE_DEAD:
             arrival = self._arrivals.get(job_or_vm) or self._open_arrival(job_or_vm)
             await self._arrivals.declare_source_dead(arrival)
-            self._landing.begin(arrival)
+            self._land(arrival)
             return arrival.as_dict()
         if decision == SETTLE_KEEP_AT_SOURCE:
             job = (
@@ -455,7 +455,7 @@ class Evacuation:
         answer = await self._arrivals.release(peer, parameters)
         arrival = self._arrivals.get(str(parameters["job"]))
         if arrival is not None:
-            self._landing.begin(arrival)
+            self._land(arrival)
         return answer
 
     async def _abort(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -567,9 +567,7 @@ class Evacuation:
     async def _tend_arrival(self, arrival: Arrival) -> None:
         try:
             if arrival.state is ArrivalState.ACTIVATED:
-                if not arrival.landing:
-                    await self._arrivals.settle_down(arrival)
-                self._landing.begin(arrival)
+                await self._tend_activated(arrival)
                 return
             if arrival.ended:
                 return
@@ -619,6 +617,21 @@ class Evacuation:
             word = "presumed" if not reachable else ""
             await self._arrivals.act(arrival, decision, on_whose_word=word)
         if arrival.state is ArrivalState.ACTIVATED:
+            self._land(arrival)
+
+    async def _tend_activated(self, arrival: Arrival) -> None:
+        if self._arrivals.latest_of(arrival.vm) is not arrival:
+            # The VM has left and come back since: the newer arrival lands it.
+            arrival.landing = "left"
+            await self._arrivals.enter(arrival, ArrivalState.LANDED)
+            return
+        if not arrival.landing:
+            await self._arrivals.settle_down(arrival)
+        self._land(arrival)
+
+    def _land(self, arrival: Arrival) -> None:
+        """Land it, unless it is about to leave again: then its layers must keep still."""
+        if all(item.job.ended for item in self._departures.values() if item.job.vm == arrival.vm):
             self._landing.begin(arrival)
 
     def _presumed_dead(self, arrival: Arrival) -> bool:

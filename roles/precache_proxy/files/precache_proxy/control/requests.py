@@ -136,6 +136,9 @@ def evacuation(values: Mapping[str, Any]) -> tuple[str, EvacuationOptions]:
         downtime_limit_seconds=told.duration(
             "downtime_limit_seconds", usual.downtime_limit_seconds, *DOWNTIME_SECONDS_RANGE
         ),
+        downtime_limit_most_seconds=told.duration(
+            "downtime_limit_most_seconds", usual.downtime_limit_most_seconds, *DOWNTIME_SECONDS_RANGE
+        ),
         synchronous_writes=synchronous,
         catch_up_passes_limit=told.integer("catch_up_passes_limit", usual.catch_up_passes_limit, 0, 100),
     )

@@ -75,12 +75,14 @@ class EvacuationOptions:
     """What the operator may ask of one evacuation.
 
     ``synchronous_writes`` None: decided by the forecast. ``bandwidth_bytes_per_second`` None: no limit of
-    ours.
+    ours. QEMU begins with ``downtime_limit_seconds`` and is allowed up to ``downtime_limit_most_seconds``
+    where the guest dirties its memory as fast as the channel carries it.
     """
 
     peer: str | None = None
     bandwidth_bytes_per_second: float | None = None
     downtime_limit_seconds: float = 0.3
+    downtime_limit_most_seconds: float = 60.0
     synchronous_writes: bool | None = None
     catch_up_passes_limit: int = 5
 

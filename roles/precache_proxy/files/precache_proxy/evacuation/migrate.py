@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import libvirt
 
 from precache_proxy.errors import HypervisorError, NotFound
+from precache_proxy.evacuation.convergence import Convergence
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.job import EvacuationOptions
 from precache_proxy.units import MIB
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.5
 # Figures of libvirt's job statistics that tell people and the coordinator something (bytes unless named
@@ -106,7 +110,8 @@ async def migrate(
             domain.migrateSetMaxDowntime(max(1, round(plan.options.downtime_limit_seconds * 1000)), 0)
         domain.migrateToURI3(plan.libvirt_uri, plan.parameters(), plan.flags)
 
-    watch = asyncio.create_task(_watch(domains, vm, on_progress))
+    convergence = Convergence(plan.options.downtime_limit_seconds, plan.options.downtime_limit_most_seconds)
+    watch = asyncio.create_task(_watch(domains, vm, on_progress, convergence))
     try:
         await domains.run(vm, work, timeout_seconds=None)
     finally:
@@ -114,11 +119,25 @@ async def migrate(
         await asyncio.gather(watch, return_exceptions=True)
 
 
-async def _watch(domains: Domains, vm: str, on_progress: Callable[[dict[str, Any]], None]) -> None:
+async def _watch(
+    domains: Domains, vm: str, on_progress: Callable[[dict[str, Any]], None], convergence: Convergence
+) -> None:
     while True:
         await asyncio.sleep(PROGRESS_SECONDS)
         with contextlib.suppress(HypervisorError, NotFound):
-            on_progress(shown(await domains.run(vm, lambda domain: dict(domain.jobStats()))))
+            progress = shown(await domains.run(vm, lambda domain: dict(domain.jobStats())))
+            raised = convergence.observe(progress)
+            if raised is not None:
+                logger.warning("VM %s dirties memory as fast as it is sent; may stop for %.1f s", vm, raised)
+                await allow_downtime(domains, vm, raised)
+            on_progress(
+                {**progress, "downtime_limit_seconds": convergence.limit, "hopeless": convergence.hopeless}
+            )
+
+
+async def allow_downtime(domains: Domains, vm: str, seconds: float) -> None:
+    """Let QEMU stop the guest once what is left takes no longer than this. Raises HypervisorError."""
+    await domains.run(vm, lambda domain: domain.migrateSetMaxDowntime(max(1, round(seconds * 1000)), 0))
 
 
 def shown(statistics: dict[str, Any]) -> dict[str, Any]:

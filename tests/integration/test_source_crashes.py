@@ -98,7 +98,7 @@ def test_a_first_copy_goes_on_where_it_stood(pair: SourcePair, lab: Lab) -> None
     try:
         pair.call(HOME, "protect", vm=vm.name, peer=BACKUP, rpo_seconds=3600)
         held = pair.wait(
-            lambda: (pair.call(BACKUP, "replica", vm=vm.uuid).get("seeding") or {}).get("vda", 0),
+            lambda: marked_bytes(pair, vm),
             lambda offset: offset >= 16 * MIB,
             timeout_seconds=60,
         )
@@ -114,6 +114,17 @@ def test_a_first_copy_goes_on_where_it_stood(pair: SourcePair, lab: Lab) -> None
     counters = pair.call(HOME, "counters")[BACKUP]
     assert sent_bytes(counters, vm.uuid) < 64 * MIB - held + 12 * MIB
     vm.require_equal()
+
+
+def marked_bytes(pair: SourcePair, vm: Vm) -> int:
+    """Up to where the peer holds the first copy, for sure."""
+    try:
+        replica = pair.call(BACKUP, "replica", vm=vm.uuid)
+    except CallFailed as error:
+        if error.cause != "not-found":
+            raise
+        return 0
+    return int((replica.get("seeding") or {}).get("vda", 0))
 
 
 def sent_bytes(counters: dict[str, Any], label: str) -> int:
@@ -170,15 +181,15 @@ def test_a_writing_guest_never_sees_an_error_however_small_the_scratch(pair: Sou
     vm = pair.make_vm("writer", {"vda": "128M"})
     vm.write("vda", 1, 0, "128M")
     pair.protect(vm)
-    pair.shell(HOME, "head -c 24M /dev/urandom > /var/tmp/noise; chmod 644 /var/tmp/noise")
-    vm.qemu_io("vda", "write -s /var/tmp/noise 0 24M")
+    pair.shell(HOME, "head -c 60M /dev/urandom > /var/tmp/noise; chmod 644 /var/tmp/noise")
+    vm.qemu_io("vda", "write -s /var/tmp/noise 0 60M")
     lab.wan.set("rate=20mbit,rtt=10ms")
     stop = threading.Event()
 
     def write() -> None:
         number = 0
         while not stop.is_set() and number < 60:
-            vm.write("vda", 2 + number % 200, f"{32 + number % 64}M", "1M")
+            vm.write("vda", 2 + number % 200, f"{62 + number % 64}M", "1M")
             number += 1
             time.sleep(0.2)
 
@@ -191,6 +202,7 @@ def test_a_writing_guest_never_sees_an_error_however_small_the_scratch(pair: Sou
         writer.join()
         lab.wan.set("none")
         pair.shell(HOME, "rm -f /var/tmp/noise")
+    # more than what is read ahead of the link
     assert result["slices"] > 1
     assert "running" in vm.virsh("domstate", vm.name)
     assert "No errors found" in vm.virsh("domblkerror", vm.name)
@@ -213,8 +225,9 @@ def test_libvirtd_restarted_while_protected(pair: SourcePair) -> None:
 
 def _passed(vm: Vm) -> bool:
     try:
-        return not vm.run_pass()["skipped"]
+        vm.run_pass()  # or the one that the new connection brought about has sent it
     except CallFailed as error:
         if error.cause != "hypervisor":
             raise
         return False
+    return True

@@ -99,6 +99,7 @@ class EvacuationPair:
         """Package, keys, hook and configuration on both hosts; nothing of a former run."""
         for host, files in make_certificates([HOME, BACKUP]).items():
             other = BACKUP if host == HOME else HOME
+            self._end_former_proxy(host)
             self.shell(
                 host,
                 f"rm -rf {DIRECTORY} {STATE} {RUN} {LOG}; mkdir -p {DIRECTORY}/keys "
@@ -123,6 +124,12 @@ class EvacuationPair:
             (base / "proxy.toml").write_text(self._configuration(host, other))
             # libvirt looks for hooks when it starts or is told to
             self.shell(host, "systemctl reload-or-restart libvirtd")
+
+    def _end_former_proxy(self, host: str) -> None:
+        """A test run that was killed leaves its proxies behind; their lock's holder is asked."""
+        holder = self.shell(host, f"fuser {RUN}/proxy.lock 2>/dev/null", check=False)
+        for pid in holder.split():
+            self.shell(host, f"kill -KILL {pid}", check=False)
 
     def _configuration(self, host: str, other: str) -> str:
         return (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from integration.evacuation_pair import BACKUP, HOME, STATE, EvacuationPair, Refused, wait_for
+from integration.evacuation_pair import BACKUP, HOME, STATE, Answer, EvacuationPair, Refused, wait_for
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.lab import Lab
 
@@ -34,7 +34,7 @@ def pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
     installed.remove_guests()
 
 
-def evacuate(pair: EvacuationPair, guest: Guest, source: str, destination: str) -> dict[str, object]:
+def evacuate(pair: EvacuationPair, guest: Guest, source: str, destination: str) -> Answer:
     """There, with everything that must hold afterwards."""
     canary = guest.canary(source)
     with pair.never_twice(guest):

@@ -24,7 +24,7 @@ CAST = {
     "busy1": ("home1", GuestPlan("busy1", "fsync-log,dirty-ram", content_mib=64, disk_mib=512, disks=2,
                                  dirty_mib_per_second=1, dirty_mib=16)),
     "files1": ("home2", GuestPlan("files1", "fsync-log,page-cache", content_mib=192, disk_mib=512,
-                                  ram_mib=256)),
+                                  ram_mib=384)),
 }  # fmt: skip
 COMPARED = "files1"
 EQUAL = "equal1"

@@ -6,16 +6,14 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from precache_proxy.store.service import Store
 from precache_proxy.store.settings import StoreSettings
+from unit.channel.conftest import authority, pair  # noqa: F401 - fixtures
 
 
 @pytest.fixture

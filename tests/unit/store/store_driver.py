@@ -142,14 +142,15 @@ class Source:
 
     def header(self, **changes: Any) -> dict[str, Any]:
         return {
-            "vm": self.vm, "epoch": self.epoch, "generation": self.generation + 1, "leads_from": self.generation,
+            "vm": self.vm, "epoch": self.epoch, "leads_from": self.generation,
+            "generation": self.generation + 1,
             "checkpoint": f"lifeboat-e{self.epoch}-g{self.generation + 1}", "disks": self.sizes,
             "definition": f"<domain>{self.generation + 1}</domain>", "residual": False,
         } | changes  # fmt: skip
 
     def messages(
-        self, changes: Sequence[Change], attachments: dict[str, bytes] | None = None, *, compress: bool = False,
-        seal: dict[str, Any] | None = None,
+        self, changes: Sequence[Change], attachments: dict[str, bytes] | None = None, *,
+        compress: bool = False, seal: dict[str, Any] | None = None,
     ) -> list[bytes]:  # fmt: skip
         digest = GenerationDigest()
         messages = []
@@ -201,7 +202,7 @@ class Source:
         await self.handlers.send(stream, task, [None if end else LifeboatError("the link broke")])
         await task
 
-    async def digests(self, disk: str, **header: Any) -> bytes:
+    async def digests(self, disk: str, /, **header: Any) -> bytes:
         values = {
             "vm": self.vm, "disk": disk, "block_bytes": 65536, "offset": 0, "length": self.sizes[disk],
             "generation": self.generation,
@@ -225,10 +226,8 @@ def read_chain(store: Store, vm: str, disk: str, generation: int | None = None) 
         if (layer["epoch"], layer["generation"]) <= (sealed["epoch"], sealed["generation"])
     ]
     out = directory.parent / "converted.raw"
-    subprocess.run(
-        ["qemu-img", "convert", "-f", chain[-1]["format"], "-O", "raw", str(directory / chain[-1]["file"]), str(out)],
-        check=True,
-    )  # fmt: skip
+    top = str(directory / chain[-1]["file"])
+    subprocess.run(["qemu-img", "convert", "-f", chain[-1]["format"], "-O", "raw", top, str(out)], check=True)
     content = out.read_bytes()
     out.unlink()
     return content

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_driver import PEER, VM, Change, Handlers, Source, files, merged, pack, read_chain
 
 from precache_proxy.errors import (
     Conflict,
@@ -28,6 +27,7 @@ from precache_proxy.store.records import Record, RecordType
 from precache_proxy.store.service import Store
 from precache_proxy.store.settings import StoreSettings
 from precache_proxy.units import KIB, MIB
+from unit.store.store_driver import PEER, VM, Change, Handlers, Source, files, merged, pack, read_chain
 
 SIZE = 4 * MIB + 512
 
@@ -133,8 +133,11 @@ async def test_wrong_digest_and_early_end_leave_nothing(store: Store, source: So
 
 
 @pytest.mark.parametrize("messages", [
-    [b"garbage"], [pack(Record(RecordType.MARK, payload=b"{}", length=2))], [pack(Record(RecordType.DATA, 9, 0, 1, b"x"))],
-    [pack(Record(RecordType.DATA, 0, SIZE, 512, b"x" * 512))], [pack(Record(RecordType.ZERO, 0, 0, SIZE + 512))],
+    [b"garbage"],
+    [pack(Record(RecordType.MARK, payload=b"{}", length=2))],
+    [pack(Record(RecordType.DATA, 9, 0, 1, b"x"))],
+    [pack(Record(RecordType.DATA, 0, SIZE, 512, b"x" * 512))],
+    [pack(Record(RecordType.ZERO, 0, 0, SIZE + 512))],
 ])  # fmt: skip
 async def test_bad_records_are_refused(store: Store, source: Source, messages: list[bytes]) -> None:
     before = files(store)
@@ -266,7 +269,7 @@ async def test_digests_of_sealed_generations(store: Store, source: Source) -> No
     with pytest.raises(InvalidInput, match="power of 2"):
         await source.digests("vda", block_bytes=5000)
     with pytest.raises(NotFound, match="no such disk"):
-        await source.digests("vdz", length=1)
+        await source.digests("vda", disk="vdz")
 
 
 async def test_a_newer_stream_takes_the_place_of_a_dead_one(store: Store, source: Source) -> None:
@@ -283,19 +286,19 @@ async def test_a_merge_gives_way_to_a_pass(
     store: Store, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("precache_proxy.store.commit._STEP_BYTES", 64 * KIB)
-    for number in range(3):
+    for number in range(4):
         await source.send([Change("vda", 0, noise(4 * MIB, number))])
     stream, task = source.handlers.open("generation", source.header())
     await source.handlers.send(stream, task, source.messages([Change("vda", 0, noise(4096))])[:1])
     for _ in range(100):
         await asyncio.sleep(0.01)
-        if (store.directory / VM / "vda/g1-4.qcow2").exists():
+        if (store.directory / VM / "vda/g1-5.qcow2").exists():
             break
-    assert (store.directory / VM / "vda/g1-4.qcow2").exists(), "a merge kept a pass waiting"
+    assert (store.directory / VM / "vda/g1-5.qcow2").exists(), "a merge kept a pass waiting"
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await merged(store)
-    assert (await store.status(VM))["disks"]["vda"]["chain_length"] == 2
+    assert (await store.status(VM))["disks"]["vda"]["chain_length"] == 3
     equal(store, source)
 
 
@@ -328,7 +331,8 @@ async def test_statuses_name_a_damaged_record(store: Store, source: Source, tmp_
 
 CHANGES = st.lists(
     st.tuples(
-        st.sampled_from(["vda", "vdb"]), st.integers(0, 600 * KIB), st.integers(1, 200 * KIB), st.booleans(), st.integers(0, 9)
+        st.sampled_from(["vda", "vdb"]), st.integers(0, 600 * KIB), st.integers(1, 200 * KIB),
+        st.booleans(), st.integers(0, 9),
     ),
     max_size=6,
 )  # fmt: skip
@@ -336,7 +340,10 @@ CHANGES = st.lists(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.lists(st.tuples(CHANGES, st.integers(0, 3), st.sampled_from(["seal", "seal", "cut", "restart"])), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(CHANGES, st.integers(0, 3), st.sampled_from(["seal", "seal", "cut", "restart"])),
+        min_size=1, max_size=6,
+    ),
     st.integers(1, 3),
 )  # fmt: skip
 def test_random_generations_against_a_model(

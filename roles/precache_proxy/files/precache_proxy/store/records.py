@@ -92,7 +92,7 @@ class Record:
         payload = view[HEADER.size :]
         if len(payload) != payload_length:
             raise ProtocolError(f"{kind.name} record: {len(payload)} bytes instead of {payload_length}")
-        if flags & ~Flag.ZSTD:
+        if flags not in {Flag.NONE, Flag.ZSTD}:
             raise ProtocolError(f"{kind.name} record: unknown flags {flags:#x}")
         if offset + length > _LARGEST_END:
             raise ProtocolError(f"{kind.name} record: its range ends at {offset + length}, past any disk")

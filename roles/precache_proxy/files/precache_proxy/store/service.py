@@ -6,64 +6,33 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from precache_proxy import durable
 from precache_proxy.blocks.images import ImageReference, rounded_size
 from precache_proxy.channel import Channel, Stream
 from precache_proxy.errors import (
     Conflict,
-    Finding,
     InvalidInput,
     LifeboatError,
-    NoSpace,
     NotFound,
     StaleEpoch,
 )
 from precache_proxy.store import commit
+from precache_proxy.store.admission import finding, objections
+from precache_proxy.store.chains import ImageLike, ReplicaChain
 from precache_proxy.store.digests import serve_digests
 from precache_proxy.store.generations import receive_generation
 from precache_proxy.store.record import Layer, ReplicaRecord, SealedGeneration, check_disks, check_vm
 from precache_proxy.store.replica import RECORD_NAME, Replica
 from precache_proxy.store.seeding import receive_seed
-from precache_proxy.store.settings import StoreSettings, free_bytes, require_space
+from precache_proxy.store.settings import StoreSettings, free_bytes
 
 logger = logging.getLogger(__name__)
 
 _RETRY_COMMIT_SECONDS = 300.0
-
-
-class ImageLike(Protocol):
-    """An image file or device."""
-
-    @property
-    def path(self) -> Any: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def size_bytes(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class ReplicaChain(Mapping[str, ImageReference]):
-    """The top of each disk's sealed chain, by disk key, and what else a VM needs to start from it."""
-
-    tops: dict[str, ImageReference]
-    generation: int
-    epoch: int
-    definition: str
-    attachments: dict[str, Path]
-
-    def __getitem__(self, disk: str) -> ImageReference:
-        return self.tops[disk]
-
-    def __iter__(self) -> Any:
-        return iter(self.tops)
-
-    def __len__(self) -> int:
-        return len(self.tops)
 
 
 class Store:
@@ -211,10 +180,15 @@ class Store:
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"VM {name}: store.prepare without a whole number for {error}") from error
         async with self._lock(vm):
-            errors = self._objections(peer, vm, name, epoch, disks, needed)
-            findings = [_finding(name, error) for error in errors]
+            errors = [self._damaged[vm]] if vm in self._damaged else []
+            if not errors:
+                errors = objections(
+                    self._replicas.get(vm), self.directory, self.settings,
+                    peer=peer, name=name, epoch=epoch, disks=disks, needed_bytes=needed,
+                )  # fmt: skip
+            findings = [finding(name, error) for error in errors]
             if parameters.get("check"):
-                return {"findings": [asdict(finding) for finding in findings]}
+                return {"findings": [asdict(found) for found in findings]}
             if len(errors) == 1:
                 raise errors[0]
             if errors:
@@ -228,45 +202,6 @@ class Store:
                 if record != replica.record:
                     await replica.save(record)
             return await self.status(vm)
-
-    def _objections(
-        self, peer: str, vm: str, name: str, epoch: int, disks: dict[str, int], needed_bytes: int
-    ) -> list[LifeboatError]:
-        if vm in self._damaged:
-            return [self._damaged[vm]]
-        errors: list[LifeboatError] = []
-        replica = self._replicas.get(vm)
-        if replica is not None and not replica.record.detached:
-            record = replica.record
-            try:
-                replica.check_writable()
-                if epoch < record.epoch:
-                    replica.check_epoch(epoch, "a VM")
-                if epoch == record.epoch:
-                    replica.check_peer(peer)
-            except LifeboatError as error:
-                errors.append(error)
-            for disk, size in disks.items():
-                held = record.layers.get(disk, ())
-                lasting = record.sealed is None or disk in record.sealed.disks
-                if lasting and held and rounded_size(size) < held[-1].size_bytes:
-                    errors.append(
-                        Conflict(
-                            f"{replica.disk_subject(disk)}: shrank from {held[-1].size_bytes} to {size};"
-                            " unprotect the VM without keeping the replica and protect it again"
-                        )
-                    )
-        elif replica is not None and epoch < replica.record.epoch:
-            errors.append(
-                StaleEpoch(f"VM {name}: it has arrived here with epoch {replica.record.epoch}, not {epoch}")
-            )
-        try:
-            require_space(
-                f"replica of {name}", self.directory, needed_bytes, self.settings.minimum_free_bytes
-            )
-        except NoSpace as error:
-            errors.append(error)
-        return errors
 
     async def _create(self, peer: str, vm: str, name: str, epoch: int, disks: dict[str, int]) -> Replica:
         record = ReplicaRecord(
@@ -452,9 +387,3 @@ class Store:
                 disk: tuple(replica.reference(layer) for layer in reversed(record.chain(disk, sealed)))
                 for disk in sealed.disks
             }
-
-
-def _finding(name: str, error: LifeboatError) -> Finding:
-    subject, _, rest = error.message.partition(": ")
-    fact, _, way_out = rest.rpartition("; ")
-    return Finding(subject or name, fact or rest, way_out, error.cause)

@@ -272,7 +272,7 @@ class EvacuationPair:
             for arrival in self.ask(host, "GET", "/v1/arrivals")["arrivals"]
             if arrival["vm"] == guest.plan.uuid
         ]
-        return dict(max(told, key=lambda arrival: arrival["epoch"])) if told else {}
+        return dict(max(told, key=lambda arrival: (arrival["epoch"], arrival["since"]))) if told else {}
 
     @contextmanager
     def never_twice(self, guest: Guest) -> Iterator[None]:

@@ -85,10 +85,11 @@ class Arrivals:
         return self._arrivals.get(job_id)
 
     def latest_of(self, vm: str) -> Arrival | None:
-        """The newest arrival of a VM, or None."""
+        """The newest arrival of a VM, or None. Attempts that were rolled back share an epoch: the later
+        counts."""
         return max(
             (item for item in self._arrivals.values() if item.vm == vm),
-            key=lambda item: item.epoch,
+            key=lambda item: (item.epoch, item.since),
             default=None,
         )
 

@@ -284,7 +284,8 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     try:
         await migrate.migrate(around.domains, job.vm, plan, on_progress)
     except LifeboatError as error:
-        # The relay's own reason says more than libvirt's "broken pipe".
+        # The operator's word and the relay's reason say more than libvirt's "canceled" and "broken pipe".
+        departure.check_cancelled()
         raise departure.failure or error from error
     finally:
         departure.measure.migrated(

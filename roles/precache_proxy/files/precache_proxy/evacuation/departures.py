@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The source's side: its jobs, forward, back, or waiting for the other side's word."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+from precache_proxy.crash_points import crash_point
+from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
+from precache_proxy.evacuation import confirm, departure, migrate, rollback
+from precache_proxy.evacuation.arrival import ArrivalState
+from precache_proxy.evacuation.departure import Departure, Surroundings
+from precache_proxy.evacuation.job import (
+    BEFORE_FREEZE,
+    FOLLOWING,
+    EvacuationOptions,
+    Job,
+    Step,
+    Verdict,
+    new_job,
+)
+from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.reconcile import DestinationView, Presence, SourceDecision, decide_at_source
+
+logger = logging.getLogger(__name__)
+
+STATUS_TIMEOUT_SECONDS = 30.0
+KEEP_AT_SOURCE = "keep-at-source"
+
+
+class Departures:
+    """Every evacuation that left, or tries to leave, this host.
+
+    ``leave`` stops what else works on the layers of a VM.
+    """
+
+    def __init__(self, around: Surroundings, leave: Callable[[str], Awaitable[None]]) -> None:
+        self._around = around
+        self._domains = around.domains
+        self._guard = around.guard
+        self._source = around.source
+        self._leave = leave
+        self._departures: dict[str, Departure] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._beginning: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def load(self) -> None:
+        """Read the records (blocking)."""
+        for job in self._around.journal.load():
+            self._departures[job.id] = self._departure(job)
+
+    async def hold_all(self) -> None:
+        """No periodic pass may touch the disks of a VM whose hand-off is not over."""
+        for item in self._departures.values():
+            if item.job.ended:
+                continue
+            if not item.job.sentence:
+                item.job.explain(
+                    "proxy-restarted", f"the proxy here was restarted during step {item.job.step.value}."
+                )
+            with contextlib.suppress(LifeboatError):
+                await self._source.hold(item.job.vm, item.job.id)
+
+    async def stop(self) -> None:
+        """Leave every job as it is; it is taken up again by the next start."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def is_leaving(self, vm: str) -> bool:
+        """Whether an evacuation of the VM from here is not over."""
+        return any(not item.job.ended for item in self._departures.values() if item.job.vm == vm)
+
+    async def tend_all(self) -> None:
+        """Take up what nobody works on at the moment."""
+        for item in list(self._departures.values()):
+            await self.tend(item)
+
+    def jobs(self) -> list[Job]:
+        """Every evacuation that left, or tries to leave, from here."""
+        return [item.job for item in self._departures.values()]
+
+    def job(self, job_id: str) -> Job:
+        """One of them. Raises NotFound."""
+        return self.get(job_id).job
+
+    def get(self, job_id: str) -> Departure:
+        """One of them with what lives as long as this process. Raises NotFound."""
+        item = self._departures.get(job_id)
+        if item is None:
+            raise NotFound(f"evacuation {job_id}: no such job here; see `precache-proxy status`")
+        return item
+
+    def latest(self, vm: str) -> Job | None:
+        """The newest job of that number, VM or name, or None."""
+        jobs = [
+            item.job for item in self._departures.values() if vm in {item.job.id, item.job.vm, item.job.name}
+        ]
+        return max(jobs, key=lambda job: job.commanded_at, default=None)
+
+    async def begin(self, vm: str, *, options: EvacuationOptions | None = None) -> Job:
+        """Start evacuating a VM (name or UUID), or return the job that does, or did, at this epoch.
+
+        Raises NotFound, InvalidInput, Conflict with one sentence while nothing has been changed.
+        """
+        options = options or EvacuationOptions()
+        try:
+            domain = await self._domains.hypervisor.lookup(vm)
+        except NotFound:
+            gone = self.latest(vm)
+            if gone is not None and (gone.verdict is Verdict.EVACUATED or not gone.ended):
+                return gone
+            raise
+        uuid = str(await self._domains.hypervisor.call(domain.UUIDString, subject=f"VM {vm}"))
+        name = str(await self._domains.hypervisor.call(domain.name, subject=f"VM {vm}"))
+        async with self._beginning[uuid]:
+            running = self.latest(uuid)
+            if running is not None and not running.ended:
+                return running
+            status = self._source.status(uuid)
+            peer = options.peer or str(status["peer"])
+            if peer not in self._around.links:
+                raise NotFound(f"peer {peer}: not configured here; add it to precache_proxy.toml")
+            epoch = int(status["epoch"]) + 1
+            if running is not None and running.verdict is Verdict.EVACUATED and running.epoch >= epoch:
+                return running
+            job = new_job(uuid, name, peer, epoch, options, time.time())
+            await asyncio.to_thread(self._around.journal.save, job)
+            item = self._departures[job.id] = self._departure(job)
+            item.measure = Measure(job, self._around.links[peer], status.get("lag_bytes"))
+            crash_point("departure-admitted")
+            self._run(job.id, self._depart(item))
+            return job
+
+    async def wait(self, job_id: str, timeout_seconds: float) -> Job:
+        """The job once it has ended, or as it is after that time."""
+        item = self.get(job_id)
+        deadline = time.monotonic() + timeout_seconds
+        while not item.job.ended and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        return item.job
+
+    async def cancel(self, job_id: str) -> Job:
+        """Stop an evacuation and roll it back. Raises Conflict when it is too late for that."""
+        item = self.get(job_id)
+        await departure.cancel(item)
+        return item.job
+
+    async def steer(self, job_id: str, bandwidth_bytes_per_second: float) -> Job:
+        """Change the bandwidth of a migration under way. Raises InvalidInput, Conflict."""
+        item = self.get(job_id)
+        if bandwidth_bytes_per_second <= 0:
+            raise InvalidInput(
+                f"bandwidth {bandwidth_bytes_per_second}: nothing could be sent; give one above 0"
+            )
+        if item.job.step is not Step.MIGRATE:
+            raise Conflict(
+                f"evacuation {job_id}: at step {item.job.step.value} there is no bandwidth to steer"
+            )
+        await migrate.steer(self._domains, item.job.vm, bandwidth_bytes_per_second)
+        return item.job
+
+    async def check(self, vm: str, peer: str | None = None) -> list[Finding]:
+        """Everything that stands in the way of evacuating a VM; changes nothing."""
+        definition = await self._domains.hypervisor.definition(vm)
+        try:
+            status: Mapping[str, Any] = self._source.status(definition.uuid)
+        except NotFound:
+            status = {}
+        peer = peer or str(status.get("peer") or "")
+        _, found, already_there = await departure.findings(
+            self._around, definition.uuid, peer, int(status.get("epoch") or 0) + 1
+        )
+        return [] if already_there else found
+
+    # -- forward and back
+
+    def _departure(self, job: Job) -> Departure:
+        return Departure(job, self._around, Measure.resumed(job, self._around.links.get(job.peer)))
+
+    def _run(self, key: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks[key] = asyncio.create_task(work, name=f"evacuation-{key}")
+
+    async def _depart(self, item: Departure) -> None:
+        job = item.job
+        try:
+            await self._leave(job.vm)
+            await departure.run_forward(item)
+            if job.step is Step.PREFLIGHT:
+                job.verdict = Verdict.ALREADY_THERE
+                job.explain("already-there", f"VM {job.name} arrived at {job.peer} before")
+                await item.enter(Step.DONE)
+                return
+            await confirm.confirm(item)
+            await confirm.release(item)
+        except LifeboatError as error:
+            await self._went_wrong(item, error)
+        except Exception as error:  # a defect of ours must not leave a VM between two hosts
+            logger.exception("evacuation %s of VM %s", job.id, job.vm)
+            await self._went_wrong(
+                item, LifeboatError(f"evacuation of {job.name}: {error!r}; see the journal")
+            )
+
+    async def _went_wrong(self, item: Departure, error: LifeboatError) -> None:
+        job = item.job
+        logger.warning("evacuation %s of VM %s, step %s: %s", job.id, job.vm, job.step.value, error)
+        job.explain(error.cause, error.message, error.findings)
+        try:
+            if job.step is Step.PREFLIGHT:
+                job.verdict = Verdict.STAYED
+                await item.enter(Step.STAYED)
+                return
+            await self._decide(item)
+        except LifeboatError as further:
+            logger.warning("evacuation %s of VM %s: %s; asked again", job.id, job.vm, further)
+
+    async def _decide(self, item: Departure) -> None:
+        """Ask both sides who runs the VM, and go the one way that follows."""
+        job = item.job
+        if job.step in BEFORE_FREEZE:
+            if job.step is Step.PREFLIGHT:
+                job.verdict = Verdict.STAYED
+                await item.enter(Step.STAYED)
+            else:
+                await rollback.roll_back(item, cold=False)
+            return
+        if job.effective_step is Step.MIGRATE:
+            await departure.clear_local_leftovers(item)
+        if job.settled == KEEP_AT_SOURCE and job.step is Step.ROLLBACK:
+            await self._roll_back(item, cold=True)
+            return
+        presence = await self._domains.presence_at_source(job.vm)
+        view = await self._ask_destination(item)
+        decision = decide_at_source(job.effective_step, presence, view)
+        logger.info(
+            "evacuation %s of VM %s: step %s, here %s, there %s/%s: %s",
+            job.id, job.vm, job.effective_step.value, presence.value,
+            view.state if view.reachable else "not reached", view.vm.value, decision.value,
+        )  # fmt: skip
+        if decision is SourceDecision.ROLL_BACK:
+            await self._roll_back(item, cold=False)
+        elif decision is SourceDecision.ROLL_BACK_COLD:
+            await self._roll_back(item, cold=True)
+        elif decision is SourceDecision.CONFIRM:
+            await confirm.confirm(item)
+            await confirm.release(item)
+        elif decision is SourceDecision.RELEASE:
+            await confirm.release(item)
+        elif decision is SourceDecision.FINISH:
+            await confirm.finish(item)
+        elif decision is SourceDecision.WAIT:
+            await self._undecided(item, view)
+
+    async def _roll_back(self, item: Departure, *, cold: bool) -> None:
+        try:
+            await rollback.roll_back(item, cold=cold)
+        except rollback.ActivatedThere:
+            await confirm.finish(item)
+
+    async def _undecided(self, item: Departure, view: DestinationView) -> None:
+        job = item.job
+        if not view.reachable:
+            job.explain(
+                "no-contact",
+                f"VM {job.name} is off here and {job.peer} cannot be asked whether it runs there; waiting "
+                f"for contact, "
+                f"or for `precache-proxy settle {job.id} keep-at-source` (only when {job.peer} does not run "
+                f"it)",
+            )
+        job.verdict = Verdict.UNDECIDED
+        if job.step is not Step.UNDECIDED and Step.UNDECIDED in FOLLOWING[job.step]:
+            await item.enter(Step.UNDECIDED)
+
+    async def _ask_destination(self, item: Departure) -> DestinationView:
+        try:
+            answer = await item.call("status", {}, STATUS_TIMEOUT_SECONDS)
+        except LifeboatError:
+            return DestinationView(reachable=False)
+        state = answer.get("state")
+        return DestinationView(True, ArrivalState(state) if state else None, Presence(answer["vm"]))
+
+    async def keep_at_source(self, job_id: str) -> None:
+        """The operator keeps an undecided VM here. Raises Conflict when there is nothing to settle."""
+        item = self.get(job_id)
+        job = item.job
+        if job.step not in {Step.UNDECIDED, Step.RELEASED, Step.CONFIRM, Step.ROLLBACK}:
+            raise Conflict(
+                f"evacuation {job.id} of {job.name}: it is at step {job.step.value}, there is nothing to "
+                f"settle"
+            )
+        task = self._tasks.get(job.id)
+        if task is not None and not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        view = await self._ask_destination(item)
+        if view.reachable:
+            # With contact nobody has to guess: the ordinary way decides.
+            await self._decide(item)
+            return
+        job.settled = KEEP_AT_SOURCE
+        job.explain("settled", f"the operator keeps VM {job.name} here; {job.peer} must not run it.")
+        await item.save()
+        if job.step is not Step.ROLLBACK:
+            await item.enter(Step.ROLLBACK)
+        self._run(job.id, self._decide_quietly(item))
+
+    async def _decide_quietly(self, item: Departure) -> None:
+        try:
+            await self._decide(item)
+        except LifeboatError as error:
+            logger.warning("evacuation %s of VM %s: %s; asked again", item.job.id, item.job.vm, error)
+        except Exception:
+            logger.exception("evacuation %s of VM %s", item.job.id, item.job.vm)
+
+    async def job_asked(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """A destination asks where its job stands."""
+        item = self._departures.get(str(parameters["job"]))
+        if item is None or item.job.peer != peer:
+            return {"known": False, "step": None}
+        return {"known": True, "step": item.job.effective_step.value}
+
+    async def tend(self, item: Departure) -> None:
+        """Go on with a job that nobody works on."""
+        job = item.job
+        task = self._tasks.get(job.id)
+        if task is not None and not task.done():
+            return
+        if not job.ended:
+            self._run(job.id, self._decide_quietly(item))
+        elif job.owes_abort:
+            self._run(job.id, self._settle_debt(item))
+
+    async def _settle_debt(self, item: Departure) -> None:
+        job = item.job
+        try:
+            await rollback.settle_debt(item)
+            if job.owes_abort:
+                await rollback.fence_if_due(item)
+            else:
+                await rollback.unfence(item)
+        except rollback.ActivatedThere as error:
+            await self._end_old_copy(item, error)
+        except LifeboatError as error:
+            logger.warning("evacuation %s of VM %s: %s; asked again", job.id, job.vm, error)
+
+    async def _end_old_copy(self, item: Departure, error: LifeboatError) -> None:
+        """The operator at the destination declared us dead while we were not: the newer epoch is right."""
+        job = item.job
+        logger.critical("VM %s: %s", job.vm, error)
+        await asyncio.to_thread(self._guard.forbid, confirm.tombstone(job))
+        await self._domains.destroy(job.vm)
+        await self._domains.undefine(job.vm)
+        with contextlib.suppress(LifeboatError):
+            await self._source.handed_over(job.vm)
+        job.owes_abort = False
+        job.verdict = Verdict.EVACUATED
+        job.explain(
+            "old-copy-ended", f"{job.peer} was told that this host is dead and runs VM {job.name}; {error}"
+        )
+        await item.save()

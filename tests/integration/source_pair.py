@@ -158,8 +158,8 @@ class Vm:
                 raise
         self.virsh("destroy", self.name, check=False)
         self.virsh("undefine", self.name, "--checkpoints-metadata", "--snapshots-metadata", check=False)
-        for image in self.disks.values():
-            self.pair.shell(HOME, f"rm -f {shlex.quote(image)}*")
+        # with the layers that a test or libvirt put beside them
+        self.pair.shell(HOME, f"rm -f /var/lib/libvirt/images/{shlex.quote(self.name)}-vd*")
 
 
 class SourcePair:

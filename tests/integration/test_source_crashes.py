@@ -116,6 +116,32 @@ def test_a_first_copy_goes_on_where_it_stood(pair: SourcePair, lab: Lab) -> None
     vm.require_equal()
 
 
+def test_a_first_copy_whose_checkpoint_is_lost_leaves_nothing_stale(pair: SourcePair, lab: Lab) -> None:
+    """Marks of the old copy must not be taken for the new checkpoint's."""
+    pair.start(BACKUP)
+    pair.start(HOME, slice_bytes=4 * MIB)
+    vm = pair.make_vm("unlucky", {"vda": "64M"})
+    pair.shell(HOME, "head -c 48M /dev/urandom > /var/tmp/noise; chmod 644 /var/tmp/noise")
+    vm.qemu_io("vda", "write -s /var/tmp/noise 0 48M")
+    vm.qemu_io("vda", "flush")
+    lab.wan.set("rate=40mbit,rtt=10ms")
+    try:
+        pair.call(HOME, "protect", vm=vm.name, peer=BACKUP, rpo_seconds=3600)
+        pair.wait(lambda: marked_bytes(pair, vm), lambda offset: offset >= 8 * MIB, timeout_seconds=60)
+        pair.signal(HOME, "KILL")
+        vm.write("vda", 7, "1M", BLOCK)  # counted by the old checkpoint only
+        pair.shell(HOME, f"kill -9 $(cat /run/libvirt/qemu/{vm.name}.pid); sleep 1; virsh start {vm.name}")
+        pair.start(HOME, slice_bytes=4 * MIB)
+        pair.wait(lambda: marked_bytes(pair, vm), lambda offset: offset < 8 * MIB, timeout_seconds=60)
+        pair.signal(HOME, "KILL")
+        pair.start(HOME, slice_bytes=4 * MIB)
+        vm.wait_protected(timeout_seconds=120)
+    finally:
+        lab.wan.set("none")
+        pair.shell(HOME, "rm -f /var/tmp/noise")
+    vm.require_equal()
+
+
 def marked_bytes(pair: SourcePair, vm: Vm) -> int:
     """Up to where the peer holds the first copy, for sure."""
     try:

@@ -37,8 +37,8 @@ def disk(
     device: str = "disk",
 ) -> str:
     return (
-        f"<disk type='{kind}' device='{device}'><driver type='{image}'/>{source}<target dev='{target}' bus='virtio'/>"
-        f"{more}</disk>"
+        f"<disk type='{kind}' device='{device}'><driver type='{image}'/>{source}"
+        f"<target dev='{target}' bus='virtio'/>{more}</disk>"
     )
 
 

@@ -263,40 +263,44 @@ class Replication:
         sizes = await self.sizes(definition, disks, active=active)
         allocated = sum(offline.allocated_bytes(disk.path) for disk in disks.values())
         await self.prepare_replica(sizes, definition, allocated)
-        try:
-            await self._begin_seeding(layout, active=active)
-        except TrackingLost as error:
-            logger.warning("%s: the first copy begins anew: %s", self.vm, error)
-            record.seeding_offsets = {}
-            await self._begin_seeding(layout, active=active, fresh=True)
         # static disks go with generation 1, as a whole
-        tracked = {target: sizes[target] for target in layout.tracked}
-        self.seeding = Seeding(
+        seeding = Seeding(
             self.environment.link(record.peer),
             vm_uuid=record.uuid,
             vm_name=record.name,
             epoch=record.epoch,
-            disks=tracked,
+            disks={target: sizes[target] for target in layout.tracked},
             offsets=record.seeding_offsets,
             mark_bytes=self.environment.settings.slice_bytes,
         )
         try:
-            await self.seeding.run(self._source(layout, active=active))
+            await self._keep_seeding_checkpoint(layout, active=active)
+        except TrackingLost as error:
+            logger.info("%s: the first copy begins at the start: %s", self.vm, error)
+            await self._begin_seeding(seeding, layout, active=active)
+        self.seeding = seeding
+        try:
+            await seeding.run(self._source(layout, active=active))
         finally:
-            record.seeding_offsets = dict(self.seeding.offsets)
+            record.seeding_offsets = dict(seeding.offsets)
             await self.save()
 
-    async def _begin_seeding(self, layout: Layout, *, active: bool, fresh: bool = False) -> None:
-        """A checkpoint stands before the first block is read, or is still the one that stood then."""
+    async def _keep_seeding_checkpoint(self, layout: Layout, *, active: bool) -> None:
+        """The checkpoint that stood before the first block was read counts still. Raises TrackingLost."""
+        name = self.record.seeding_checkpoint
+        if not name:
+            raise TrackingLost(f"{self.vm}: changes are not counted yet")
+        self._check_images(layout)
+        if active:
+            await self._have_checkpoint(name, layout, list(layout.tracked))
+        else:
+            await offline.check_bitmaps(self.vm, layout.tracked, name)
+
+    async def _begin_seeding(self, seeding: Seeding, layout: Layout, *, active: bool) -> None:
+        """A checkpoint stands before the first block is read, and the peer's marks are of this copy."""
         record = self.record
+        await seeding.begin_anew()
         name = checkpoint_name(record.epoch, 0)
-        if record.seeding_checkpoint and not fresh:
-            self._check_images(layout)
-            if active:
-                await self._have_checkpoint(record.seeding_checkpoint, layout, list(layout.tracked))
-            else:
-                await offline.check_bitmaps(self.vm, layout.tracked, record.seeding_checkpoint)
-            return
         if active:
             await self._tracker.keep_only(self.vm, None)
             await self._tracker.create_checkpoint(self.vm, name, list(layout.tracked), layout.absent)

@@ -71,6 +71,29 @@ class Seeding:
         """Whether the peer holds everything up to the end of every disk."""
         return all(self.offsets[disk] >= size for disk, size in self._disks.items())
 
+    async def begin_anew(self) -> None:
+        """Have the peer forget its marks: they belong to a checkpoint that is gone.
+
+        Must be done *before* the new checkpoint is made: marks of an older copy beside a newer checkpoint
+        would leave out what changed in between.
+        """
+        self.offsets = dict.fromkeys(self._disks, 0)
+        self._sent_offsets = dict(self.offsets)
+        header = {"vm": self._vm_uuid, "epoch": self._epoch, "disks": self._disks}
+        stream = await self._link.open_stream("seed", TrafficClass.PRECACHE, header, label=self._vm_uuid)
+        try:
+            self._marks_due = 1
+            await stream.send(*json_record(RecordType.MARK, self.offsets).pack())
+            await stream.close()
+            await self._take_answers(stream)
+            if self._marks_due:
+                raise ProtocolError(
+                    f"VM {self._vm_name}: the peer did not acknowledge that the copy begins anew"
+                )
+        except BaseException as error:
+            stream.reset(error if isinstance(error, LifeboatError) else ProtocolError(f"ended: {error!r}"))
+            raise
+
     async def run(self, source: ViewSource) -> None:
         """Copy until the end. Raises what views and streams raise; ``offsets`` say where to go on."""
         if self.finished:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ ROUTER_MAC = "00:00:5e:00:52:13"
 FIRST_HOP = IPv6Address("fe80::1")
 BRIDGE = "vmbr0"
 _CLONE_NEWNET = 0x40000000
+_numbers = itertools.count()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -54,6 +56,8 @@ class Namespace:
         _shell(["ip", "netns", "add", name])
         self._thread = ThreadPoolExecutor(1, initializer=_enter, initargs=(f"/run/netns/{name}",))
         self.ip("link set lo up")
+        # Links that go down and come up again in a test keep their addresses.
+        self.sysctl(all__keep_addr_on_down=1, default__keep_addr_on_down=1)
 
     def inside(self, function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
         """Call ``function`` in the namespace."""
@@ -110,6 +114,7 @@ class Guest:
     def __init__(self, net: Net, name: str, number: int) -> None:
         self.net = net
         self.name = name
+        self.number = number
         self.vm = f"{number:08x}-1111-2222-3333-444444444444"
         self.home = HOME_PREFIX.network_address + 0x1000 + number
         self.mac = f"52:54:00:00:00:{number:02x}"
@@ -140,7 +145,7 @@ class Guest:
         self.at = gateway
 
     def _port(self, gateway: str) -> str:
-        return f"v{int(self.vm[:8], 16)}{gateway[-1]}"
+        return f"v{self.number}{gateway[-1]}"
 
     def pings(self, target: IPv6Address, size: int = 56, seconds: int = 10) -> bool:
         """Whether ``target`` answers this guest."""
@@ -199,9 +204,10 @@ class Net:
     }
 
     def __init__(self) -> None:
-        self.prefix = f"lbm{os.getpid() % 100000}"
+        self.prefix = f"lbm{os.getpid() % 100000}x{next(_numbers)}"
         self._spaces: dict[str, Namespace] = {}
         self._guests = 0
+        self.guests: list[Guest] = []
         router = self.space("router")
         router.sysctl(all__forwarding=1)
         for name, address in self.ADDRESSES.items():
@@ -244,9 +250,15 @@ class Net:
     def guest(self, name: str, at: str) -> Guest:
         """A guest plugged in at a gateway."""
         self._guests += 1
-        guest = Guest(self, name, self._guests)
+        guest = Guest(self, f"{name}n{self._guests}", self._guests)
+        self.guests.append(guest)
         guest.plug(at)
         return guest
+
+    def unplug_guests(self) -> None:
+        """No guest is anywhere any more."""
+        for guest in self.guests:
+            guest.plug(None)
 
     def remove(self) -> None:
         """Take everything away."""

@@ -246,7 +246,7 @@ def test_withdrawing_takes_out_all_of_ours_and_nothing_else(paths: Paths) -> Non
     paths.start()
     guest = net.guest("guest1", "gateway1")
     guest.plug(None)
-    space.ip("link del v11")
+    space.ip(f"link del v{guest.number}1")
     paths.bind(guest, "gateway1")
     assert state() != before
     space.inside(paths.of["gateway1"].withdraw)

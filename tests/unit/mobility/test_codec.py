@@ -165,7 +165,7 @@ def test_acknowledgement_and_loss_come_back(
     packet = decode(encode(answer.message(), SOURCE, DESTINATION, KEY), SOURCE, DESTINATION)
     assert isinstance(packet.message, headers.BindingAcknowledgement)
     assert read_acknowledgement(packet.message) == answer
-    loss = Loss(registration.vm, registration.homes, registration.epoch, holder)
+    loss = Loss(registration.vm, registration.homes, registration.epoch, registration.ticks, holder)
     packet = decode(encode(loss.message(3), SOURCE, DESTINATION, KEY), SOURCE, DESTINATION)
     assert isinstance(packet.message, headers.Revocation)
     assert read_loss(packet.message) == loss

@@ -38,7 +38,7 @@ REGISTRATION = Registration(
     handoff=options.HandoffIndicator.BETWEEN_GATEWAYS,
     link_local=IPv6Address("fe80::1"),
 )
-REVOCATION = Loss(VM, HOMES, 4, IPv6Address("2001:db8:c::d")).message(11)
+REVOCATION = Loss(VM, HOMES, 4, REGISTRATION.ticks, IPv6Address("2001:db8:c::d")).message(11)
 
 
 def _ipv6(payload: bytes, source: IPv6Address = SOURCE, destination: IPv6Address = DESTINATION) -> bytes:

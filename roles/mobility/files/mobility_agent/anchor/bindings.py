@@ -143,6 +143,10 @@ class BindingTable:
         """The VM's binding, active or remembered."""
         return self._bindings.get(vm)
 
+    def owner(self, address: IPv6Address) -> str | None:
+        """The VM that has ``address`` bound, as an address of its own."""
+        return self._owners.get(IPv6Network(address))
+
     def all(self) -> Iterable[Binding]:
         """Every binding, active or remembered."""
         return self._bindings.values()

@@ -117,10 +117,22 @@ class Responder:
         self._link_local = link_local
         self._elsewhere = elsewhere
         self._socket: socket.socket | None = None
+        self._index = 0
         self.answered = 0
+
+    @property
+    def listening(self) -> bool:
+        """Whether it hears anything: the device may be another of the same name by now."""
+        if self._socket is None:
+            return False
+        try:
+            return socket.if_nametoindex(self.device) == self._index
+        except OSError:
+            return False
 
     def start(self) -> None:
         """Listen. Raises OSError when the device is not there."""
+        self.stop()
         # No protocol yet: nothing may come in before the filter stands.
         own = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
         try:
@@ -129,9 +141,11 @@ class Responder:
             filter_program = struct.pack("@HP", len(_FILTER), ctypes.addressof(held))
             own.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, filter_program)
             own.bind((self.device, _ETHERTYPE))
-            index = socket.if_nametoindex(self.device)
+            self._index = socket.if_nametoindex(self.device)
             # The solicited-node groups of VMs that are not here: nobody has joined them.
-            own.setsockopt(_PACKET, _ADD_MEMBERSHIP, struct.pack("=IHH8s", index, _ALL_MULTICAST, 0, b""))
+            own.setsockopt(
+                _PACKET, _ADD_MEMBERSHIP, struct.pack("=IHH8s", self._index, _ALL_MULTICAST, 0, b"")
+            )
         except OSError:
             own.close()
             raise
@@ -156,7 +170,8 @@ class Responder:
             except BlockingIOError:
                 return
             except OSError as error:
-                logger.warning("bridge %s: neighbour discovery ended: %s", self.device, error)
+                # The device is down or gone; whoever started us sees to that.
+                logger.debug("bridge %s: neighbour discovery ended: %s", self.device, error)
                 self.stop()
                 return
             if told[2] == socket.PACKET_OUTGOING:

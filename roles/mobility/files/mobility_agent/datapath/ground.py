@@ -27,7 +27,7 @@ from pyroute2.netlink.generic import (  # type: ignore[import-untyped,import-not
 )
 
 from mobility_agent.datapath.routes import PROTOCOL
-from mobility_agent.errors import Conflict, KernelRefused, Unsupported
+from mobility_agent.errors import ConfigurationError, Conflict, KernelRefused, Unsupported
 
 LOOP_IN, LOOP_OUT = "lbtun0", "lbtun1"
 LOOP_NEXT_HOP = IPv6Address("fe80::2")
@@ -153,6 +153,15 @@ class Ground:
                         IFA_FLAGS=_NO_DUPLICATE_DETECTION,
                     )
         return True
+
+    def link_identity(self, device: str) -> tuple[str, IPv6Address]:
+        """The device's MAC and link-local address. Raises ConfigurationError without either."""
+        links = self._route.get_links(ifname=device) if self.index(device) is not None else []
+        for message in self._route.get_addr(family=socket.AF_INET6, index=links[0]["index"]) if links else ():
+            address = IPv6Address(message.get_attr("IFA_ADDRESS"))
+            if address.is_link_local:
+                return str(links[0].get_attr("IFLA_ADDRESS")), address
+        raise ConfigurationError(f"link {device}: is not there or has no link-local address; see `ip link`")
 
     def on_link_device(self, address: IPv6Address) -> str | None:
         """The device on whose link ``address`` would be looked for by neighbour discovery, if any."""

@@ -79,8 +79,14 @@ class _Wanted:
     local: dict[IPv6Network, tuple[str, str | None]] = field(default_factory=dict)
     remote: dict[IPv6Network, IPv6Address] = field(default_factory=dict)
     away: set[IPv6Network] = field(default_factory=set)
+    lost: set[IPv6Network] = field(default_factory=set)
+    attracted: tuple[IPv6Network, ...] = ()
     anchor_tunnel: IPv6Address | None = None
     mtu_octets: dict[IPv6Address, int] = field(default_factory=dict)
+
+    def homes(self) -> set[IPv6Network]:
+        """Every home address of which anything is wanted."""
+        return self.local.keys() | self.remote.keys() | self.away | self.lost
 
 
 class DataPath:
@@ -110,6 +116,8 @@ class DataPath:
         local = wanted.local.get(home)
         if local is not None:
             return [Route(home, settings.hosts_table, local[0])]
+        if home in wanted.lost:
+            return [Route(home, settings.hosts_table, kind=Kind.BLACKHOLE)]
         care_of = wanted.remote.get(home)
         found: list[Route] = []
         if care_of is not None and care_of != settings.tunnel_address:
@@ -128,6 +136,7 @@ class DataPath:
             found += [
                 self._into_loop(prefix.network, settings.hosts_table, None) for prefix in settings.prefixes
             ]
+        found += [Route(prefix, _MAIN_TABLE, kind=Kind.UNREACHABLE) for prefix in self._wanted.attracted]
         anchor = self._wanted.anchor_tunnel
         if anchor is not None:
             found.append(Route(DEFAULT, settings.tunnels_table, LOOP_OUT, segment=anchor))
@@ -177,16 +186,16 @@ class DataPath:
         self._ground.make_loop(max(self.settings.path_mtu_octets, 1500))
         filters.install(self.settings.tunnel_address, self.settings.peers)
         wanted = self._standing_routes()
-        for home in self._wanted.local.keys() | self._wanted.remote.keys() | self._wanted.away:
+        for home in self._wanted.homes():
             wanted += self._home_routes(home)
-        put, removed = routes.reconcile(self._kernel, [route for route in wanted if self._has_device(route)])
+        put, removed = routes.reconcile(self._kernel, [route for route in wanted if self._possible(route)])
         self._reconcile_neighbours()
         self._ground.set_rules(self._rules())
         self._started = True
         logger.info("data path: %d routes put, %d removed that nobody wants any more", put, removed)
 
-    def _has_device(self, route: Route) -> bool:
-        present = route.device is None or self._ground.index(route.device) is not None
+    def _possible(self, route: Route) -> bool:
+        present = route.device is None or self.has_device(route.device)
         if not present:
             logger.warning("%s: there is no such bridge yet; it follows when the bridge is there", route)
         return present
@@ -260,6 +269,7 @@ class DataPath:
             self._wanted.local[home] = (bridge, mac)
             self._wanted.remote.pop(home, None)
             self._wanted.away.discard(home)
+            self._wanted.lost.discard(home)
         entries = [Neighbour(h.network_address, bridge, mac) for h in homes if mac and h.prefixlen == 128]
         if self._started:
             try:
@@ -278,10 +288,21 @@ class DataPath:
 
     def set_away(self, homes: Iterable[IPv6Network], care_of: IPv6Address | None) -> None:
         """The VM left this gateway: what still comes goes to ``care_of``, or by way of the anchor."""
+        self._leave(homes, care_of, lost=False)
+
+    def set_lost(self, homes: Iterable[IPv6Network]) -> None:
+        """The VM left, nobody knows yet where to: what comes is dropped.
+
+        Sent to the anchor it would come back, as long as the anchor believes the VM to be here.
+        """
+        self._leave(homes, None, lost=True)
+
+    def _leave(self, homes: Iterable[IPv6Network], care_of: IPv6Address | None, *, lost: bool) -> None:
         homes = tuple(homes)
         before = self._now(homes)
         for home in homes:
-            self._wanted.away.add(home)
+            (self._wanted.lost if lost else self._wanted.away).add(home)
+            (self._wanted.away if lost else self._wanted.lost).discard(home)
             if care_of is None:
                 self._wanted.remote.pop(home, None)
             else:
@@ -295,6 +316,7 @@ class DataPath:
         for home in homes:
             self._wanted.remote.pop(home, None)
             self._wanted.away.discard(home)
+            self._wanted.lost.discard(home)
         forgotten = self._forget_local(homes)
         self._change(homes, before, forgotten)
 
@@ -325,6 +347,12 @@ class DataPath:
         self._wanted.anchor_tunnel = tunnel
         self._replace(before, self._standing_routes())
 
+    def attract(self, prefixes: Iterable[IPv6Network]) -> None:
+        """Let an unreachable route for each prefix stand in the main table, and for no other."""
+        before = self._standing_routes()
+        self._wanted.attracted = tuple(prefixes)
+        self._replace(before, self._standing_routes())
+
     def learn_mtu(self, care_of: IPv6Address, outer_octets: int | None) -> bool:
         """A router said that the path to ``care_of`` carries so much; None: ask the path anew. Changed?"""
         known = self._wanted.mtu_octets.get(care_of)
@@ -351,6 +379,14 @@ class DataPath:
     def make_first_hop(self, bridge: str, mac: str, addresses: Iterable[IPv6Address]) -> bool:
         """Make this host the first hop on ``bridge``; False while there is no such bridge."""
         return self._ground.make_first_hop(bridge, mac, addresses)
+
+    def link_identity(self, device: str) -> tuple[str, IPv6Address]:
+        """The device's MAC and link-local address. Raises ConfigurationError without either."""
+        return self._ground.link_identity(device)
+
+    def has_device(self, device: str) -> bool:
+        """Whether there is such a device now."""
+        return self._ground.index(device) is not None
 
     def bridge_came(self, bridge: str) -> None:
         """A bridge is there (again): put what leads to it."""

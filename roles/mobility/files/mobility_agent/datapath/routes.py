@@ -41,6 +41,7 @@ class Kind(IntEnum):
     """What a route does with a packet."""
 
     FORWARD = 1
+    BLACKHOLE = 6
     UNREACHABLE = 7
     THROW = 9
 

@@ -332,13 +332,26 @@ class Registrar:
         self._schedule(line, now + _REFUSED_RETRY_SECONDS)
         return Outcome("refused", line.vm, line.anchor, line.sentence, answer.epoch, answer.holder)
 
-    def lost(self, vm: str, epoch: int) -> bool:
-        """An anchor has ``vm`` elsewhere in ``epoch``: whether that beats our claim, then dropped."""
-        claim = self._claims.get(vm)
-        if claim is None or epoch < claim.epoch:
+    def lost(self, anchor_name: str, vm: str, epoch: int, ticks: int) -> bool:
+        """An anchor has ``vm`` elsewhere since ``(epoch, ticks)``: if that beats our claim, drop the claim.
+
+        An old message played again does not: our claim came after what it tells of.
+        """
+        claim, line = self._claims.get(vm), self._lines.get((vm, anchor_name))
+        if claim is None or line is None or (epoch, ticks) <= (claim.epoch, line.ticks):
             return False
         self.forget(vm)
         return True
+
+    def epoch(self, vm: str) -> int | None:
+        """The epoch in which ``vm`` is claimed here."""
+        claim = self._claims.get(vm)
+        return None if claim is None else claim.epoch
+
+    def pending(self) -> int:
+        """How many claims and withdrawals wait for an answer."""
+        waiting = {Phase.CLAIMING, Phase.WITHDRAWING}
+        return sum(line.phase in waiting for line in self._lines.values())
 
     def anchor_restarted(self, anchor_name: str, now: float) -> int:
         """Confirm everything there at once; how many."""

@@ -113,17 +113,19 @@ class Acknowledgement:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """An anchor's word that a VM is bound elsewhere: to ``holder``, in ``epoch``."""
+    """An anchor's word that a VM is bound elsewhere: to ``holder``, in ``epoch``, by a claim of ``ticks``."""
 
     vm: str
     homes: tuple[IPv6Network, ...]
     epoch: int
+    ticks: int
     holder: IPv6Address | None
 
     def message(self, sequence: int) -> Revocation:
         """The binding revocation indication that says this."""
         options: list[Option] = [NodeIdentifier(self.vm)]
         options += [HomeNetworkPrefix(home) for home in self.homes]
+        options.append(Timestamp(self.ticks))
         options += _holder_options(self.epoch, self.holder)
         return Revocation(RevocationTrigger.HANDOVER_SAME_ACCESS, sequence, tuple(options))
 
@@ -231,10 +233,10 @@ def refusal(update: BindingUpdate, status: Status) -> BindingAcknowledgement:
 
 def read_loss(message: Revocation) -> Loss | None:
     """What the anchor took away; None when it does not say whose."""
-    vm, epoch = _vm(message.options), _epoch(message.options)
-    if vm is None or epoch is None:
+    vm, epoch, timestamp = _vm(message.options), _epoch(message.options), find(message.options, Timestamp)
+    if vm is None or epoch is None or timestamp is None:
         return None
-    return Loss(vm, _homes(message.options), epoch, _holder(message.options))
+    return Loss(vm, _homes(message.options), epoch, timestamp.ticks, _holder(message.options))
 
 
 def acknowledge_loss(message: Revocation) -> RevocationAcknowledgement:

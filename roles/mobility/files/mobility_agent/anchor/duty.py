@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The anchor at work: takes registrations, keeps routes and records in step with them, tells who lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv6Address
+from typing import Any
+
+from mobility_agent.anchor.attraction import Attractor
+from mobility_agent.anchor.bindings import Binding, BindingTable, KnownGateway, Rules, Verdict
+from mobility_agent.config import Config, Peer
+from mobility_agent.datapath.discovery import Responder
+from mobility_agent.datapath.path import DataPath
+from mobility_agent.durable import Journal
+from mobility_agent.errors import MobilityError
+from mobility_agent.messages.headers import (
+    BindingAcknowledgement,
+    BindingUpdate,
+    Heartbeat,
+    Message,
+    RevocationAcknowledgement,
+    Status,
+)
+from mobility_agent.messages.registration import (
+    Acknowledgement,
+    Incomplete,
+    Loss,
+    Registration,
+    read_registration,
+    refusal,
+)
+from mobility_agent.signalling import heartbeat
+
+logger = logging.getLogger(__name__)
+
+_TELLINGS = 6
+_FIRST_TELLING_SECONDS = 0.25
+_ROUTINE = frozenset({"refreshed", "not-held"})
+
+
+@dataclass(slots=True)
+class _Telling:
+    """A loss that a gateway has not confirmed yet."""
+
+    gateway: IPv6Address
+    loss: Loss
+    sequence: int
+    due_at: float
+    told: int = 0
+
+
+class AnchorDuty:
+    """One anchor. ``send`` hands a message to a peer."""
+
+    def __init__(
+        self,
+        config: Config,
+        path: DataPath,
+        journal: Journal,
+        restarts: int,
+        send: Callable[[Peer, Message], None],
+        home_links: dict[str, Responder],
+    ) -> None:
+        self._config = config
+        self._path = path
+        self._journal = journal
+        self._restarts = restarts
+        self._send = send
+        self._home_links = home_links
+        gateways = {
+            peer.address: KnownGateway(peer.name, peer.tunnel_address)
+            for peer in config.peers
+            if peer.gateway
+        }
+        self._rules = Rules(
+            prefixes=[prefix.network for prefix in config.prefixes],
+            gateways=gateways,
+            timestamp_window_seconds=config.timestamp_window_seconds,
+        )
+        self.table = BindingTable(self._rules)
+        self.attractor = Attractor(config.attraction, self._rules.prefixes, self._path.attract)
+        self._peers = {peer.address: peer for peer in config.peers}
+        self._tellings: dict[tuple[str, IPv6Address], _Telling] = {}
+        self._telling_sequence = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self.refusals: dict[str, int] = {}
+
+    # --- start and stop ---
+
+    def restore(self) -> None:
+        """Read what was kept, and want its routes. Call before the data path starts."""
+        now = time.monotonic()
+        for vm, record in self._journal.open().items():
+            try:
+                binding = Binding.from_record(vm, record, now)
+            except (KeyError, ValueError) as error:
+                logger.warning("binding of VM %s: its record is damaged (%s) and was left out", vm, error)
+                continue
+            self.table.restore([binding])
+            if binding.active:
+                self._path.set_remote(binding.homes, binding.care_of)
+        logger.info("anchor: %d bindings restored, start %d", len(self.table), self._restarts)
+
+    def start(self) -> None:
+        """Serve."""
+        self.attractor.start()
+        self._spawn(self._drive())
+
+    async def stop(self) -> None:
+        """Serve no more; routes and records stay."""
+        await self.attractor.stop()
+        for task in list(self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._journal.close()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _drive(self) -> None:
+        """Expiries and losses that were not confirmed."""
+        while True:
+            now = time.monotonic()
+            for verdict in self.table.expire(now):
+                logger.warning("%s", verdict.sentence)
+                self._carry_out(verdict)
+            self._tell_again(now)
+            times = [telling.due_at for telling in self._tellings.values()]
+            following = self.table.next_expiry()
+            times += [] if following is None else [following]
+            pause = min(times, default=now + 60) - time.monotonic()
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(pause, 0.01))
+
+    # --- messages ---
+
+    def take(self, peer: Peer, message: Message) -> bool:
+        """Act on an authenticated message; False when it is none for an anchor."""
+        match message:
+            case BindingUpdate():
+                self._take_update(peer, message)
+            case Heartbeat() if not message.response:
+                self._send(peer, heartbeat.answer(message, self._restarts, time.time()))
+            case RevocationAcknowledgement():
+                for key, telling in list(self._tellings.items()):
+                    if telling.gateway == peer.address and telling.sequence == message.sequence:
+                        del self._tellings[key]
+            case _:
+                return False
+        return True
+
+    def _take_update(self, peer: Peer, update: BindingUpdate) -> None:
+        try:
+            asked = read_registration(update, peer.address)
+        except Incomplete as error:
+            logger.warning("from %s: %s; refused with status %d", peer.name, error, error.status)
+            self._count_refusal("incomplete")
+            self._send(peer, refusal(update, error.status))
+            return
+        verdict = self.table.register(
+            asked, peer.address, update.sequence, now=time.monotonic(), wall=time.time()
+        )
+        self._log(verdict)
+        try:
+            self._carry_out(verdict)
+        except MobilityError as error:
+            logger.error("VM %s: bound, but without a route: %s", asked.vm, error)
+            self._send(peer, refusal(update, Status.INSUFFICIENT_RESOURCES))
+            return
+        if not update.acknowledge:
+            return
+        answer = self._answer(asked, verdict, update.sequence)
+        kept = verdict.before != verdict.after and verdict.cause != "refreshed"
+        if kept:
+            # Nobody is told that it is bound before it would be bound after a power cut, too.
+            self._spawn(self._answer_when_kept(peer, answer))
+        else:
+            self._send(peer, answer)
+
+    async def _answer_when_kept(self, peer: Peer, answer: BindingAcknowledgement) -> None:
+        await self._journal.commit()
+        self._send(peer, answer)
+
+    @staticmethod
+    def _answer(asked: Registration, verdict: Verdict, sequence: int) -> BindingAcknowledgement:
+        after = verdict.after
+        bound = verdict.accepted and after is not None and after.active and asked.lifetime_seconds > 0
+        return Acknowledgement(
+            vm=asked.vm,
+            status=verdict.status,
+            sequence=sequence,
+            lifetime_seconds=after.lifetime_seconds if bound and after is not None else 0,
+            ticks=verdict.ticks,
+            homes=asked.homes,
+            epoch=None if after is None else after.epoch,
+            holder=after.care_of if after is not None and after.active else None,
+        ).message()
+
+    def _log(self, verdict: Verdict) -> None:
+        if not verdict.accepted:
+            self._count_refusal(verdict.cause)
+            logger.warning("%s; refused (%s)", verdict.sentence, verdict.cause)
+        elif verdict.cause not in _ROUTINE:
+            logger.info("%s", verdict.sentence)
+
+    def _count_refusal(self, cause: str) -> None:
+        self.refusals[cause] = self.refusals.get(cause, 0) + 1
+
+    def _carry_out(self, verdict: Verdict) -> None:
+        """Routes first, then the record, then the word to whoever lost."""
+        before, after = verdict.before, verdict.after
+        if before == after or after is None:
+            return
+        if before is not None and before.active:
+            gone = before.homes if not after.active else tuple(set(before.homes) - set(after.homes))
+            self._path.clear_remote(gone)
+        if after.active:
+            self._path.set_remote(after.homes, after.care_of)
+        if verdict.cause != "refreshed":
+            self._journal.put(after.vm, after.as_record())
+            self._show_on_home_link(before, after)
+        displaced = verdict.displaced
+        if displaced is not None:
+            self._tell_loss(displaced, after)
+        self._wake.set()
+
+    def _show_on_home_link(self, before: Binding | None, after: Binding) -> None:
+        """On the home link neighbours turn to us for a VM that left it; one that is back tells them."""
+        if not after.active or (before is not None and before.active):
+            return
+        for prefix in self._config.prefixes:
+            responder = self._home_links.get(prefix.link or "")
+            for home in after.homes if responder is not None else ():
+                if home.prefixlen == 128 and home.subnet_of(prefix.network) and responder is not None:
+                    responder.announce(home.network_address)
+
+    def bound(self, address: IPv6Address) -> bool:
+        """Whether ``address`` is a home address that is bound somewhere."""
+        return self.table.owner(address) is not None
+
+    # --- who lost ---
+
+    def _tell_loss(self, displaced: Binding, after: Binding) -> None:
+        self._telling_sequence = (self._telling_sequence + 1) & 0xFFFF
+        holder = after.care_of if after.active else None
+        loss = Loss(after.vm, displaced.homes, after.epoch, after.ticks, holder)
+        telling = _Telling(displaced.gateway, loss, self._telling_sequence, time.monotonic())
+        self._tellings[after.vm, displaced.gateway] = telling
+        # The new holder may lose it again before the old one has confirmed: then that word is void.
+        self._tellings.pop((after.vm, after.gateway), None)
+        self._tell_again(telling.due_at)
+
+    def _tell_again(self, now: float) -> None:
+        for key, telling in list(self._tellings.items()):
+            if telling.due_at > now:
+                continue
+            peer = self._peers.get(telling.gateway)
+            if peer is None or telling.told >= _TELLINGS:
+                # It learns at its next refresh, when it lives.
+                del self._tellings[key]
+                continue
+            self._send(peer, telling.loss.message(telling.sequence))
+            telling.due_at = now + _FIRST_TELLING_SECONDS * 2**telling.told
+            telling.told += 1
+
+    # --- what is asked about ---
+
+    def gateway_name(self, binding: Binding) -> str:
+        """By which name the holder is known."""
+        known = self._rules.gateways.get(binding.gateway)
+        return str(binding.gateway) if known is None else known.name
+
+    def describe(self, binding: Binding) -> dict[str, Any]:
+        """A binding for the control interface."""
+        return {
+            "vm": binding.vm,
+            "addresses": [str(home) for home in binding.homes],
+            "state": "bound" if binding.active else "withdrawn",
+            "care_of": str(binding.care_of),
+            "gateway": self.gateway_name(binding),
+            "epoch": binding.epoch,
+            "sequence": binding.sequence,
+            "since_seconds": binding.since_seconds,
+            "expires_in_seconds": max(binding.expires_seconds - time.monotonic(), 0.0)
+            if binding.active
+            else None,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """A summary for the control interface."""
+        return {
+            "bindings": len(self.table),
+            "restarts": self._restarts,
+            "refusals": dict(sorted(self.refusals.items())),
+            "losses_unconfirmed": len(self._tellings),
+            "attraction": self.attractor.status(),
+        }

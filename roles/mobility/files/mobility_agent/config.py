@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What mobility_agent.toml says, every fault in it told at once."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
+
+from mobility_agent.datapath.path import HomePrefix, PathSettings
+from mobility_agent.errors import ConfigurationError, Finding
+from mobility_agent.messages.codec import ALGORITHMS, Key
+from mobility_agent.typed_reader import Reader
+
+DEFAULT_PATH = Path("/etc/lifeboat/mobility_agent.toml")
+DEFAULT_RUN = Path("/run/lifeboat")
+#: RFC 6543 section 4 reserves this MAC for the gateways of Proxy Mobile IPv6: no other device has it.
+ROUTER_MAC = "00:00:5e:00:52:13"
+FIRST_HOP = IPv6Address("fe80::1")
+_SECRET_OCTETS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another agent: where it signals from, where its tunnels end, by which key we know it."""
+
+    name: str
+    address: IPv6Address
+    tunnel_address: IPv6Address
+    anchor: bool
+    gateway: bool
+    key: Key
+    accepted_keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """A link of VMs on which this gateway is the first hop."""
+
+    name: str
+    mac: str = ROUTER_MAC
+    link_local: IPv6Address = FIRST_HOP
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A home prefix; ``link``: on an anchor, the device that is the home link."""
+
+    network: IPv6Network
+    native: bool = False
+    link: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attraction:
+    """How an anchor gets the packets for the home prefixes.
+
+    ``never``: somebody else's routing leads them here. ``always``: an unreachable route for each stands in
+    the main table, for a routing daemon to announce. ``when-silent``: only while ``watch`` (the home router)
+    has not answered for ``silent_seconds``.
+    """
+
+    mode: str = "never"
+    watch: IPv6Address | None = None
+    silent_seconds: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that the agent is told."""
+
+    name: str
+    address: IPv6Address
+    tunnel_address: IPv6Address
+    gateway: bool
+    anchor: bool
+    prefixes: tuple[Prefix, ...]
+    bridges: tuple[Bridge, ...]
+    peers: tuple[Peer, ...]
+    attraction: Attraction
+    state: Path
+    run: Path
+    group: str
+    hypervisor: str
+    lifetime_seconds: int
+    heartbeat_seconds: float
+    timestamp_window_seconds: float
+    forward_seconds: float
+    path_mtu_octets: int
+    withdraw_on_stop: bool
+
+    @property
+    def control_socket(self) -> Path:
+        """Where the control interface listens."""
+        return self.run / "mobility.sock"
+
+    @property
+    def anchors(self) -> tuple[Peer, ...]:
+        """The anchors, in the order in which they are preferred."""
+        return tuple(peer for peer in self.peers if peer.anchor)
+
+    def peer(self, name: str) -> Peer | None:
+        """The peer of that name."""
+        return next((peer for peer in self.peers if peer.name == name), None)
+
+    def path_settings(self) -> PathSettings:
+        """What the data path is built from."""
+        return PathSettings(
+            address=self.address,
+            tunnel_address=self.tunnel_address,
+            peers=frozenset(peer.address for peer in self.peers),
+            prefixes=tuple(HomePrefix(prefix.network, prefix.native) for prefix in self.prefixes),
+            bridges=tuple(bridge.name for bridge in self.bridges) if self.gateway else (),
+            anchor=self.anchor,
+            path_mtu_octets=self.path_mtu_octets,
+        )
+
+
+def load(path: Path = DEFAULT_PATH) -> Config:
+    """The configuration in ``path`` and the keys that it names. Raises ConfigurationError."""
+    findings: list[Finding] = []
+    top = Reader(_toml(path), str(path), findings)
+    keys_path = top.path("keys", path.with_name("mobility_keys.toml"))
+    keys = _keys(keys_path, findings)
+    config = _config(top, keys, keys_path)
+    top.finish()
+    _judge(config, path, findings)
+    if findings:
+        facts = "\n".join(f"  {finding}" for finding in findings)
+        raise ConfigurationError(
+            f"{path}: {len(findings)} fault(s), nothing was taken from it:\n{facts}", findings
+        )
+    return config
+
+
+def _toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        way_out = "the role lifeboat.evacuation.mobility writes it, or give --config"
+        raise ConfigurationError(f"{path}: no such file; {way_out}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error}); run as root") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: not valid TOML: {error}; nothing was taken from it") from error
+
+
+def _keys(path: Path, findings: list[Finding]) -> dict[int, Key]:
+    reader = Reader(_toml(path), str(path), findings)
+    keys: dict[int, Key] = {}
+    for item in reader.tables("keys"):
+        # Below 256 the numbers are reserved (RFC 4285 section 5.1).
+        index = item.whole("index", None, 256, 0xFFFFFFFF)
+        algorithm = item.choice("algorithm", "hmac-sha256-128", tuple(ALGORITHMS))
+        try:
+            secret = bytes.fromhex(item.text("secret"))
+        except ValueError:
+            secret = b""
+        if len(secret) < _SECRET_OCTETS:
+            # Never shown, not even when it is wrong.
+            item.note(
+                "secret", f"is shorter than {_SECRET_OCTETS} octets, or not hexadecimal", "make a new one"
+            )
+        if index in keys:
+            item.note("index", f"{index} is there twice", "give each key a number of its own")
+        keys[index] = Key(index, secret, algorithm)
+    reader.finish()
+    if not keys:
+        findings.append(
+            Finding(str(path), "holds no key", "set mobility_keys (from Ansible vault)", "configuration")
+        )
+    return keys
+
+
+def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
+    def key(reader: Reader, name: str, default: int) -> Key:
+        index = reader.whole(name, default, 256, 0xFFFFFFFF)
+        if index not in keys and keys:
+            reader.note(name, f"is {index}, which is not in {keys_path}", "name one of the keys there")
+        return keys.get(index, Key(index, b""))
+
+    default_key = top.whole("key", min(keys, default=256), 256, 0xFFFFFFFF)
+    own_key = key(top, "key", default_key)
+    peers = tuple(
+        Peer(
+            name=reader.name("name"),
+            address=reader.address("address"),
+            tunnel_address=reader.address("tunnel_address"),
+            anchor=reader.boolean("anchor", default=False),
+            gateway=reader.boolean("gateway", default=False),
+            key=key(reader, "key", own_key.security_parameter_index),
+            # Any of ours, so that keys can be changed without a moment of silence; the peer's own key alone
+            # where it has one, so that no gateway can speak for another.
+            accepted_keys=(key(reader, "key", 256),) if reader.has("key") else tuple(keys.values()),
+        )
+        for reader in top.tables("peers")
+    )
+    attraction, paths = top.table("attraction"), top.table("paths")
+    mode = attraction.choice("mode", "never", ("never", "always", "when-silent"))
+    watched = mode == "when-silent" or attraction.has("watch")
+    return Config(
+        name=top.name("name"),
+        address=top.address("address"),
+        tunnel_address=top.address("tunnel_address"),
+        gateway=top.boolean("gateway", default=False),
+        anchor=top.boolean("anchor", default=False),
+        prefixes=tuple(
+            Prefix(
+                reader.network("prefix"),
+                reader.boolean("native", default=False),
+                reader.text("link") if reader.has("link") else None,
+            )
+            for reader in top.tables("prefixes")
+        ),
+        bridges=tuple(
+            Bridge(
+                reader.text("name"), reader.mac("mac", ROUTER_MAC), reader.link_local("link_local", FIRST_HOP)
+            )
+            for reader in top.tables("bridges")
+        ),
+        peers=peers,
+        attraction=Attraction(
+            mode,
+            attraction.address("watch") if watched else None,
+            attraction.seconds("silent_seconds", 3.0, 1, 3600),
+        ),
+        state=paths.path("state", Path("/var/lib/lifeboat/mobility")),
+        run=paths.path("run", DEFAULT_RUN),
+        group=top.text("group", "lifeboat"),
+        hypervisor=top.text("hypervisor", "none"),
+        lifetime_seconds=top.whole("lifetime_seconds", 120, 8, 3600),
+        heartbeat_seconds=top.seconds("heartbeat_seconds", 0.5, 0.05, 60),
+        timestamp_window_seconds=top.seconds("timestamp_window_seconds", 10, 0.1, 3600),
+        forward_seconds=top.seconds("forward_seconds", 60, 1, 3600),
+        path_mtu_octets=top.whole("path_mtu_octets", 1500, 1320, 65535),
+        withdraw_on_stop=top.boolean("withdraw_on_stop", default=False),
+    )
+
+
+def _judge(config: Config, path: Path, findings: list[Finding]) -> None:
+    def fault(subject: str, fact: str, way_out: str) -> None:
+        findings.append(Finding(f"{path}: {subject}", fact, way_out, "configuration"))
+
+    if not config.gateway and not config.anchor:
+        fault("gateway", "neither a gateway nor an anchor", "set gateway = true or anchor = true")
+    if config.gateway and not config.anchors:
+        fault("peers", "a gateway without any anchor", "add a peer with anchor = true; two are better")
+    if config.gateway and not config.bridges:
+        fault("bridges", "a gateway without a bridge of VMs", "add [[bridges]]")
+    if not config.prefixes:
+        fault("prefixes", "no home prefix", "add [[prefixes]]")
+    names: dict[str, str] = {}
+    addresses: dict[IPv6Address, str] = {config.address: "address", config.tunnel_address: "tunnel_address"}
+    if config.address == config.tunnel_address:
+        fault("tunnel_address", "is the same as address", "give tunnels an address of their own")
+    for peer in config.peers:
+        if peer.name in names or peer.name == config.name:
+            fault(f"peer {peer.name}", "is there twice, or is this host", "keep each peer once")
+        names[peer.name] = peer.name
+        for address in (peer.address, peer.tunnel_address):
+            if address in addresses:
+                fault(
+                    f"peer {peer.name}",
+                    f"{address} is also that of {addresses[address]}",
+                    "give each its own",
+                )
+            addresses[address] = peer.name
+    for index, prefix in enumerate(config.prefixes):
+        for other in config.prefixes[:index]:
+            if prefix.network.overlaps(other.network):
+                fault(f"prefix {prefix.network}", f"overlaps {other.network}", "a prefix is on one link only")
+        for address, whose in addresses.items():
+            if address in prefix.network:
+                fault(
+                    f"prefix {prefix.network}",
+                    f"contains {address} ({whose}): tunnels would lead into themselves",
+                    "take addresses that are no home addresses",
+                )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The VMs that a gateway knows: here, or gone from here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv6Address, IPv6Network
+from typing import Any
+
+from mobility_agent.messages.options import HandoffIndicator
+
+HERE, AWAY = "here", "away"
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One VM at this gateway.
+
+    ``state``: ``here``, or ``away``: it left, and what still comes goes on to ``to`` (None: nobody knows
+    where yet). ``handoff``: why it was claimed, until the first anchor acknowledged it. ``evident``: it
+    surely came, so the gateway may make up a newer epoch.
+    """
+
+    vm: str
+    homes: tuple[IPv6Network, ...]
+    mac: str
+    bridge: str
+    epoch: int
+    since_seconds: float
+    state: str = HERE
+    to: IPv6Address | None = None
+    handoff: HandoffIndicator = HandoffIndicator.UNCHANGED
+    evident: bool = False
+
+    def as_record(self) -> dict[str, Any]:
+        """What is kept on disk."""
+        return {
+            "homes": [str(home) for home in self.homes],
+            "mac": self.mac,
+            "bridge": self.bridge,
+            "epoch": self.epoch,
+            "since_seconds": self.since_seconds,
+            "state": self.state,
+            "to": None if self.to is None else str(self.to),
+            "handoff": int(self.handoff),
+            "evident": self.evident,
+        }
+
+    @classmethod
+    def from_record(cls, vm: str, record: Mapping[str, Any]) -> Attachment:
+        """What was kept. Raises KeyError, ValueError when it is damaged."""
+        return cls(
+            vm=vm,
+            homes=tuple(IPv6Network(home) for home in record["homes"]),
+            mac=str(record["mac"]),
+            bridge=str(record["bridge"]),
+            epoch=int(record["epoch"]),
+            since_seconds=float(record["since_seconds"]),
+            state=str(record["state"]),
+            to=None if record["to"] is None else IPv6Address(record["to"]),
+            handoff=HandoffIndicator(record["handoff"]),
+            evident=bool(record["evident"]),
+        )
+
+
+class Attachments:
+    """All of them, and whose an address is."""
+
+    def __init__(self) -> None:
+        self._by_vm: dict[str, Attachment] = {}
+        self._owners: dict[IPv6Network, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_vm)
+
+    def get(self, vm: str) -> Attachment | None:
+        """The VM, here or gone."""
+        return self._by_vm.get(vm)
+
+    def all(self) -> Iterable[Attachment]:
+        """Every VM, here or gone."""
+        return self._by_vm.values()
+
+    def put(self, attachment: Attachment) -> None:
+        """Know ``attachment`` in place of what was known of its VM."""
+        self.remove(attachment.vm)
+        self._by_vm[attachment.vm] = attachment
+        self._owners.update(dict.fromkeys(attachment.homes, attachment.vm))
+
+    def remove(self, vm: str) -> None:
+        """Know nothing of the VM any more."""
+        known = self._by_vm.pop(vm, None)
+        for home in known.homes if known is not None else ():
+            if self._owners.get(home) == vm:
+                del self._owners[home]
+
+    def owner(self, home: IPv6Network) -> Attachment | None:
+        """The VM that has ``home``."""
+        vm = self._owners.get(home)
+        return None if vm is None else self._by_vm[vm]

@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The gateway at work: VMs come and go, anchors are told, packets follow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import IPv6Address, IPv6Network
+from typing import Any
+
+from mobility_agent.config import Config, Peer
+from mobility_agent.datapath.discovery import Responder
+from mobility_agent.datapath.path import DataPath
+from mobility_agent.durable import Journal
+from mobility_agent.errors import Conflict, Finding, InvalidInput, NotFound
+from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
+from mobility_agent.gateway.registrar import Outcome, Registrar
+from mobility_agent.messages.headers import BindingAcknowledgement, Heartbeat, Message, Revocation
+from mobility_agent.messages.options import HandoffIndicator
+from mobility_agent.messages.registration import acknowledge_loss, read_acknowledgement, read_loss
+from mobility_agent.signalling.heartbeat import Pulse
+
+logger = logging.getLogger(__name__)
+
+_CLOCK_ALARM_SECONDS = 1.0
+
+
+class GatewayDuty:
+    """One gateway. ``send`` hands a message to a peer; ``responders``: neighbour discovery by bridge."""
+
+    def __init__(
+        self,
+        config: Config,
+        path: DataPath,
+        journal: Journal,
+        send: Callable[[Peer, Message], None],
+        responders: dict[str, Responder],
+    ) -> None:
+        self._config = config
+        self._path = path
+        self._journal = journal
+        self._send = send
+        self._responders = responders
+        self._anchors = {peer.name: peer for peer in config.anchors}
+        self._registrar = Registrar(self._anchors, config.tunnel_address, config.lifetime_seconds)
+        self._pulses = {name: Pulse(config.heartbeat_seconds, time.monotonic()) for name in self._anchors}
+        self._link_locals = {bridge.name: bridge.link_local for bridge in config.bridges}
+        self.attachments = Attachments()
+        self._forwards: dict[str, float] = {}
+        self._wake = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._commits: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._anchor: str | None = None
+
+    # --- start and stop ---
+
+    def restore(self) -> None:
+        """Read what was kept, and want its routes. Call before the data path starts."""
+        for vm, record in self._journal.open().items():
+            try:
+                attachment = Attachment.from_record(vm, record)
+            except (KeyError, ValueError) as error:
+                logger.warning("VM %s: its record is damaged (%s) and was left out", vm, error)
+                continue
+            self.attachments.put(attachment)
+            self._want(attachment)
+        # Until heartbeats tell better: the first one, so that nothing waits for them.
+        self._use_anchor(next(iter(self._anchors), None))
+        logger.info("gateway: %d VMs known", len(self.attachments))
+
+    def _want(self, attachment: Attachment) -> None:
+        if attachment.state == HERE:
+            self._path.set_local(attachment.homes, attachment.bridge, attachment.mac)
+        elif attachment.to is None:
+            self._path.set_lost(attachment.homes)
+        else:
+            self._path.set_away(attachment.homes, attachment.to)
+            self._forwards[attachment.vm] = time.monotonic() + self._config.forward_seconds
+
+    def start(self) -> None:
+        """Register everything that is here, and serve."""
+        now = time.monotonic()
+        for attachment in self.attachments.all():
+            if attachment.state == HERE:
+                self._claim(attachment, now)
+        self._task = asyncio.create_task(self._drive())
+
+    async def stop(self) -> None:
+        """Serve no more; routes and records stay."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._journal.close()
+
+    def _claim(self, attachment: Attachment, now: float) -> None:
+        self._registrar.attach(
+            attachment.vm,
+            attachment.homes,
+            attachment.epoch,
+            attachment.handoff,
+            now,
+            link_local=self._link_locals.get(attachment.bridge),
+            evident=attachment.evident,
+        )
+
+    async def _drive(self) -> None:
+        """Heartbeats, registrations that are due, forwarding that ends."""
+        while True:
+            now = time.monotonic()
+            self._beat(now)
+            self._send_due()
+            for vm in [vm for vm, until in self._forwards.items() if until <= now]:
+                del self._forwards[vm]
+                attachment = self.attachments.get(vm)
+                if attachment is not None and attachment.state == AWAY:
+                    # It may move on, and the anchors know.
+                    self._path.set_away(attachment.homes, None)
+            times = [pulse.next_at for pulse in self._pulses.values()] + list(self._forwards.values())
+            due = self._registrar.next_due()
+            times += [] if due is None else [due]
+            pause = min(times, default=now + 60) - time.monotonic()
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(pause, 0.001))
+
+    def _send_due(self) -> None:
+        for outgoing in self._registrar.due(time.monotonic(), time.time()):
+            message = outgoing.registration.update(outgoing.sequence)
+            self._send(self._anchors[outgoing.anchor], message)
+
+    # --- anchors ---
+
+    def _beat(self, now: float) -> None:
+        for name, pulse in self._pulses.items():
+            request = pulse.due(now, time.time())
+            if request is not None:
+                self._send(self._anchors[name], request)
+            if pulse.fell_silent(now):
+                logger.warning(
+                    "anchor %s: no answer for %.1f s: it is down, unreachable, or has another key",
+                    name,
+                    3 * self._config.heartbeat_seconds,
+                )
+                self._choose_anchor()
+
+    def _choose_anchor(self) -> None:
+        answering = next((name for name, pulse in self._pulses.items() if pulse.up), None)
+        # With none answering the last one stays: it may be only its answers that do not come.
+        self._use_anchor(answering or self._anchor)
+
+    def _use_anchor(self, name: str | None) -> None:
+        if name == self._anchor or name is None:
+            return
+        if self._anchor is not None:
+            logger.info("what VMs here send goes by anchor %s now, no more by %s", name, self._anchor)
+        self._anchor = name
+        self._path.set_anchor(self._anchors[name].tunnel_address)
+
+    def _take_beat(self, peer: Peer, message: Heartbeat) -> None:
+        now = time.monotonic()
+        pulse = self._pulses[peer.name]
+        beat = pulse.answered(message, now)
+        if beat is None:
+            return
+        self._registrar.anchor_answers(peer.name, beat.round_trip_seconds, beat.clock_offset_seconds)
+        if beat.returned:
+            logger.info("anchor %s: answers, %.0f ms away", peer.name, beat.round_trip_seconds * 1000)
+            if abs(beat.clock_offset_seconds) > _CLOCK_ALARM_SECONDS:
+                logger.warning(
+                    "clock of this host is %.1f s off that of anchor %s; its time is used for registrations; "
+                    "set both by NTP",
+                    beat.clock_offset_seconds,
+                    peer.name,
+                )
+            self._registrar.anchor_returned(peer.name, now)
+            self._choose_anchor()
+            self._wake.set()
+        if beat.restarted:
+            count = self._registrar.anchor_restarted(peer.name, now)
+            logger.info("anchor %s: restarted; %d registrations sent again", peer.name, count)
+            self._wake.set()
+
+    # --- messages ---
+
+    def take(self, peer: Peer, message: Message) -> bool:
+        """Act on an authenticated message; False when it is none for a gateway."""
+        if peer.name not in self._anchors:
+            return False
+        match message:
+            case BindingAcknowledgement():
+                answer = read_acknowledgement(message)
+                if answer is not None:
+                    outcome = self._registrar.acknowledge(peer.name, answer, time.monotonic())
+                    self._follow(outcome)
+                    self._answered.set()
+                    self._wake.set()
+            case Heartbeat() if message.response:
+                self._take_beat(peer, message)
+            case Revocation():
+                self._take_loss(peer, message)
+            case _:
+                return False
+        return True
+
+    def _follow(self, outcome: Outcome) -> None:
+        attachment = self.attachments.get(outcome.vm)
+        match outcome.kind:
+            case "registered" if attachment is not None:
+                logger.info("%s", outcome.sentence)
+                if attachment.handoff is not HandoffIndicator.UNCHANGED:
+                    self._keep(replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False))
+            case "raised" if attachment is not None and outcome.epoch is not None:
+                logger.info("%s", outcome.sentence)
+                self._keep(
+                    replace(attachment, epoch=outcome.epoch, handoff=HandoffIndicator.BETWEEN_GATEWAYS)
+                )
+            case "lost":
+                logger.warning("%s", outcome.sentence)
+                self._leave(outcome.vm, outcome.holder, outcome.epoch or 0)
+            case "corrected" | "refused":
+                logger.warning("%s", outcome.sentence)
+            case _:
+                logger.debug("%s", outcome.sentence)
+
+    def _take_loss(self, peer: Peer, message: Revocation) -> None:
+        loss = read_loss(message)
+        if loss is None:
+            logger.warning("anchor %s: a revocation that does not say of what; ignored", peer.name)
+            return
+        # Confirmed in any case: what is old news here need not be told again.
+        self._send(peer, acknowledge_loss(message))
+        attachment = self.attachments.get(loss.vm)
+        if attachment is None:
+            return
+        if attachment.state == AWAY:
+            newer = loss.epoch >= attachment.epoch and loss.holder not in {None, attachment.to}
+            if newer:
+                self._leave(loss.vm, loss.holder, loss.epoch)
+        elif self._registrar.lost(peer.name, loss.vm, loss.epoch, loss.ticks):
+            logger.warning(
+                "VM %s: %s has it at %s in epoch %d: withdrawn here",
+                loss.vm,
+                peer.name,
+                loss.holder or "no gateway",
+                loss.epoch,
+            )
+            self._leave(loss.vm, loss.holder, loss.epoch)
+
+    # --- VMs come and go ---
+
+    def _keep(self, attachment: Attachment) -> None:
+        self.attachments.put(attachment)
+        self._journal.put(attachment.vm, attachment.as_record())
+        # Who must know that it is kept awaits a commit of its own; this one only sees that it happens.
+        commit = asyncio.get_running_loop().create_task(self._journal.commit())
+        self._commits.add(commit)
+        commit.add_done_callback(self._commits.discard)
+
+    def _judge(self, vm: str, homes: tuple[IPv6Network, ...], bridge: str, epoch: int) -> None:
+        findings: list[Finding] = []
+        subject = f"VM {vm}"
+        for home in homes:
+            if not any(home.subnet_of(prefix.network) for prefix in self._config.prefixes):
+                way_out = "correct its home addresses, or add the prefix to mobility_prefixes"
+                findings.append(Finding(subject, f"{home} is in no home prefix", way_out))
+            owner = self.attachments.owner(home)
+            if owner is not None and owner.vm != vm and owner.state == HERE:
+                fact = f"{home} is the address of VM {owner.vm}, which is here"
+                findings.append(Finding(subject, fact, "give each VM addresses of its own"))
+        if bridge not in self._link_locals:
+            known = ", ".join(self._link_locals)
+            findings.append(Finding(subject, f"no gateway on bridge {bridge}", f"use one of {known}"))
+        elif not self._path.has_device(bridge):
+            way_out = "start its network, or make it; see `ip link`"
+            findings.append(Finding(subject, f"bridge {bridge} is not there", way_out))
+        if findings:
+            raise InvalidInput("; ".join(str(finding) for finding in findings), findings)
+        known_before = self.attachments.get(vm)
+        if known_before is not None and epoch < known_before.epoch:
+            raise Conflict(
+                f"{subject}: epoch {epoch} is older than epoch {known_before.epoch}, which is known here; "
+                "hand it off with a newer one"
+            )
+
+    async def arrive(
+        self,
+        vm: str,
+        homes: tuple[IPv6Network, ...],
+        mac: str,
+        bridge: str,
+        epoch: int,
+        *,
+        handoff: HandoffIndicator = HandoffIndicator.BETWEEN_GATEWAYS,
+        evident: bool = False,
+        wait_seconds: float = 0.0,
+    ) -> dict[str, Any]:
+        """The VM is about to run here. Returns when its routes stand and its registrations are sent.
+
+        ``wait_seconds``: how long to wait for all anchors to acknowledge. Raises InvalidInput, Conflict,
+        KernelRefused; then nothing was changed.
+        """
+        began = time.monotonic()
+        self._judge(vm, homes, bridge, epoch)
+        before = self.attachments.get(vm)
+        attachment = Attachment(vm, homes, mac, bridge, epoch, time.time(), handoff=handoff, evident=evident)
+        if before is not None:
+            self._path.clear(set(before.homes) - set(homes))
+        self._path.set_local(homes, bridge, mac)
+        self._forwards.pop(vm, None)
+        self.attachments.put(attachment)
+        self._claim(attachment, began)
+        self._send_due()
+        self._announce(attachment, attachment.mac)
+        self._wake.set()
+        self._journal.put(vm, attachment.as_record())
+        await self._journal.commit()
+        await self._acknowledged(vm, began + wait_seconds)
+        logger.info("VM %s: here on %s, epoch %d", vm, bridge, epoch, extra={"VM": vm})
+        return self.describe(self.attachments.get(vm) or attachment)
+
+    async def _acknowledged(self, vm: str, until: float) -> None:
+        """Return when every anchor has acknowledged ``vm``, or it is ``until`` (monotonic)."""
+        while (left := until - time.monotonic()) > 0:
+            if (
+                len(self._registrar.acknowledged(vm)) == len(self._anchors)
+                or self.attachments.get(vm) is None
+            ):
+                return
+            self._answered.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._answered.wait(), left)
+
+    async def depart(self, vm: str, to: IPv6Address | None, *, withdraw: bool = False) -> dict[str, Any]:
+        """The VM runs here no more: it went to ``to`` (None: not known yet), or, ``withdraw``, nowhere.
+
+        Raises NotFound.
+        """
+        attachment = self.attachments.get(vm)
+        if attachment is None:
+            raise NotFound(f"VM {vm}: not known to this gateway; see `mobility-agent status`")
+        if withdraw:
+            self._registrar.withdraw(vm, time.monotonic())
+            self._send_due()
+            self._path.clear(attachment.homes)
+            self.attachments.remove(vm)
+            self._journal.remove(vm)
+            logger.info("VM %s: withdrawn", vm, extra={"VM": vm})
+        elif attachment.state == HERE or to is not None:
+            self._registrar.forget(vm)
+            self._leave(vm, to, attachment.epoch)
+        self._wake.set()
+        await self._journal.commit()
+        known = self.attachments.get(vm)
+        return {"vm": vm, "state": "withdrawn"} if known is None else self.describe(known)
+
+    def _leave(self, vm: str, to: IPv6Address | None, epoch: int) -> None:
+        """Its packets follow it; who is on the link sends them to us from now on."""
+        attachment = self.attachments.get(vm)
+        if attachment is None:
+            return
+        if to == self._config.tunnel_address:
+            to = None
+        gone = replace(
+            attachment,
+            state=AWAY,
+            to=to,
+            epoch=max(epoch, attachment.epoch),
+            since_seconds=time.time(),
+            handoff=HandoffIndicator.UNCHANGED,
+            evident=False,
+        )
+        self._want(gone)
+        self._keep(gone)
+        self._announce(gone, None)
+        self._wake.set()
+        logger.info("VM %s: gone to %s", vm, to or "a place not known yet", extra={"VM": vm})
+
+    def _announce(self, attachment: Attachment, mac: str | None) -> None:
+        responder = self._responders.get(attachment.bridge)
+        for home in attachment.homes if responder is not None else ():
+            if home.prefixlen == 128 and responder is not None:
+                responder.announce(home.network_address, mac)
+
+    def elsewhere(self, address: IPv6Address, duplicate_detection: bool) -> bool:
+        """Whether to answer neighbour discovery for ``address``: it is a home address, and it is not here.
+
+        Where a prefix is native, others may have addresses that no agent knows of: only for VMs that are
+        known to be gone. And who asks whether an address is free is told no only for those.
+        """
+        owner = self.attachments.owner(IPv6Network(address))
+        if owner is not None:
+            return owner.state == AWAY
+        prefix = next((prefix for prefix in self._config.prefixes if address in prefix.network), None)
+        if prefix is None or prefix.native or duplicate_detection:
+            return False
+        # A whole prefix may be one VM's.
+        return not any(
+            address in home for known in self.attachments.all() if known.state == HERE for home in known.homes
+        )
+
+    async def reconcile(self, running: set[str]) -> None:
+        """What the hypervisor says is running is right: withdraw what is not."""
+        for attachment in list(self.attachments.all()):
+            if attachment.state == HERE and attachment.vm not in running:
+                logger.info("VM %s: does not run here any more", attachment.vm)
+                await self.depart(attachment.vm, None, withdraw=True)
+
+    def bridge_came(self, bridge: str) -> None:
+        """A bridge is there (again): its VMs are told to their neighbours."""
+        for attachment in self.attachments.all():
+            if attachment.bridge == bridge:
+                self._announce(attachment, attachment.mac if attachment.state == HERE else None)
+
+    # --- what is asked about ---
+
+    def describe(self, attachment: Attachment) -> dict[str, Any]:
+        """A VM for the control interface."""
+        return {
+            "vm": attachment.vm,
+            "addresses": [str(home) for home in attachment.homes],
+            "mac": attachment.mac,
+            "bridge": attachment.bridge,
+            "epoch": attachment.epoch,
+            "state": attachment.state,
+            "to": None if attachment.to is None else str(attachment.to),
+            "since_seconds": attachment.since_seconds,
+            "acknowledged": self._registrar.acknowledged(attachment.vm),
+            "anchors": self._registrar.status(attachment.vm),
+        }
+
+    def status(self) -> dict[str, Any]:
+        """A summary for the control interface."""
+        return {
+            "vms_here": sum(known.state == HERE for known in self.attachments.all()),
+            "vms_away": sum(known.state == AWAY for known in self.attachments.all()),
+            "registrations_pending": self._registrar.pending(),
+            "anchor_in_use": self._anchor,
+            "anchors": {
+                name: {
+                    "state": "up" if pulse.up else "silent",
+                    "round_trip_seconds": pulse.round_trip_seconds,
+                    "clock_offset_seconds": pulse.clock_offset_seconds,
+                }
+                for name, pulse in self._pulses.items()
+            },
+        }

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What libvirt says of VMs that somebody moves, starts or stops by hand.
+
+Our own hand-offs are told by the precache proxy before the VM runs; a paused arrival raises no event. Home
+addresses travel in the VM's metadata, MAC and bridge are in its definition: nothing need be configured twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import xml.etree.ElementTree as ET
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from ipaddress import IPv6Network
+from typing import Any, ClassVar
+
+from mobility_agent.errors import Unsupported
+from mobility_agent.gateway.attachments import HERE
+from mobility_agent.gateway.duty import GatewayDuty
+from mobility_agent.messages.options import HandoffIndicator
+from mobility_agent.typed_reader import parse_network
+
+logger = logging.getLogger(__name__)
+
+#: The namespace of our element in a VM's metadata: <addresses xmlns=...><address>2001:db8::5</address>...
+METADATA_URI = "urn:lifeboat:mobility:1"
+_RETRY_SECONDS = 5.0
+_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
+
+
+@dataclass(frozen=True, slots=True)
+class VmNetwork:
+    """What a definition says of a VM's place in the network."""
+
+    vm: str
+    name: str
+    interfaces: tuple[tuple[str, str], ...]  # (bridge, MAC)
+    homes: tuple[IPv6Network, ...]
+
+
+def read_definition(text: str) -> VmNetwork:
+    """From a domain's live definition. Raises ET.ParseError."""
+    root = ET.fromstring(text)
+    interfaces = []
+    for interface in root.iterfind("devices/interface"):
+        source, mac = interface.find("source"), interface.find("mac")
+        bridge = None if source is None else source.get("bridge")
+        if bridge and mac is not None:
+            interfaces.append((bridge, str(mac.get("address")).lower()))
+    texts = [(item.text or "").strip() for item in root.iterfind(f"metadata//{{{METADATA_URI}}}address")]
+    parsed = [parse_network(item) for item in texts]
+    homes = tuple(dict.fromkeys(home for home in parsed if home is not None))
+    return VmNetwork(root.findtext("uuid") or "", root.findtext("name") or "", tuple(interfaces), homes)
+
+
+class Hypervisor:
+    """A read-only connection to libvirt, kept up; ``tell(vm, event, detail)`` is called in the loop."""
+
+    _events_started: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        uri: str,
+        tell: Callable[[str, int, int], None],
+        connected: Callable[[set[str]], Awaitable[None]],
+    ) -> None:
+        try:
+            import libvirt  # noqa: PLC0415 anchors have none
+        except ImportError as error:
+            raise Unsupported(
+                'hypervisor: python3-libvirt is not installed; install it, or set hypervisor = "none"'
+            ) from error
+        self._libvirt: Any = libvirt
+        self._uri = uri
+        self._tell = tell
+        self._connected = connected
+        self._connection: Any = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether libvirt answers."""
+        return self._connection is not None
+
+    def start(self) -> None:
+        """Connect, now or when libvirt is there."""
+        if not Hypervisor._events_started:
+            self._libvirt.registerErrorHandler(lambda *_: None, None)
+            self._libvirt.virEventRegisterDefaultImpl()
+            threading.Thread(target=self._run_events, name="libvirt-events", daemon=True).start()
+            Hypervisor._events_started = True
+        self._task = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """Connect no more."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def _run_events(self) -> None:
+        while True:
+            self._libvirt.virEventRunDefaultImpl()
+
+    async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            lost = asyncio.Event()
+            try:
+                running = await asyncio.to_thread(self._connect, loop, lost)
+            except self._libvirt.libvirtError as error:
+                logger.warning("libvirt at %s: no answer (%s); trying again", self._uri, error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            logger.info("libvirt at %s: connected, %d VMs are active", self._uri, len(running))
+            await self._connected(running)
+            await lost.wait()
+            self._connection = None
+            logger.warning("libvirt at %s: connection lost; connecting again", self._uri)
+
+    def _connect(self, loop: asyncio.AbstractEventLoop, lost: asyncio.Event) -> set[str]:
+        libvirt = self._libvirt
+        connection = libvirt.openReadOnly(self._uri)
+
+        def on_lifecycle(_: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._tell, domain.UUIDString(), event, detail)
+
+        def on_close(*_: Any) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(lost.set)
+
+        # The test driver has no transport to keep alive.
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.registerCloseCallback(on_close, None)
+        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle, None)
+        active = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        self._connection = connection
+        return {domain.UUIDString() for domain in active}
+
+    async def read(self, vm: str) -> VmNetwork | None:
+        """What the VM's definition says; None when there is no such VM, or nobody to ask."""
+        connection = self._connection
+        if connection is None:
+            return None
+
+        def look() -> VmNetwork | None:
+            try:
+                return read_definition(connection.lookupByUUIDString(vm).XMLDesc(0))
+            except (self._libvirt.libvirtError, ET.ParseError) as error:
+                logger.debug("VM %s: not read: %s", vm, error)
+                return None
+
+        return await asyncio.to_thread(look)
+
+
+class Event:
+    """virDomainEventType, and of the details those that matter here."""
+
+    STARTED, RESUMED, STOPPED = 2, 4, 5
+    STARTED_MIGRATED, RESUMED_MIGRATED, STOPPED_MIGRATED = 1, 1, 3
+
+
+class Moves:
+    """Turns libvirt's events into arrivals and departures of VMs that have home addresses."""
+
+    def __init__(self, duty: GatewayDuty, uri: str, bridges: frozenset[str]) -> None:
+        self._duty = duty
+        self._bridges = bridges
+        self.hypervisor = Hypervisor(uri, self._on_event, self._on_connected)
+        self._queue: asyncio.Queue[tuple[str, int, int]] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Listen."""
+        self.hypervisor.start()
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        await self.hypervisor.stop()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def _on_event(self, vm: str, event: int, detail: int) -> None:
+        self._queue.put_nowait((vm, event, detail))
+
+    async def _run(self) -> None:
+        # One after the other: what happened first counts first.
+        while True:
+            vm, event, detail = await self._queue.get()
+            try:
+                await self._act(vm, event, detail)
+            except Exception:
+                logger.exception("VM %s: libvirt's event %d/%d was not followed", vm, event, detail)
+
+    async def _act(self, vm: str, event: int, detail: int) -> None:
+        known = self._duty.attachments.get(vm)
+        here = known is not None and known.state == HERE
+        match (event, detail):
+            case (Event.RESUMED, Event.RESUMED_MIGRATED):
+                # It surely came, whatever epoch the anchors hold; one that we were told of has its epoch.
+                if not here:
+                    await self._arrive(vm, HandoffIndicator.BETWEEN_GATEWAYS, evident=True)
+            case (Event.STARTED, Event.STARTED_MIGRATED):
+                # Incoming, and not running yet.
+                pass
+            case (Event.STARTED, _):
+                await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)
+            case (Event.STOPPED, Event.STOPPED_MIGRATED) if here:
+                await self._duty.depart(vm, None)
+            case (Event.STOPPED, _) if here:
+                await self._duty.depart(vm, None, withdraw=True)
+            case _:
+                pass
+
+    async def _arrive(self, vm: str, handoff: HandoffIndicator, *, evident: bool) -> None:
+        told = await self.hypervisor.read(vm)
+        known = self._duty.attachments.get(vm)
+        homes = told.homes if told is not None and told.homes else known.homes if known is not None else ()
+        place = next((pair for pair in told.interfaces if pair[0] in self._bridges), None) if told else None
+        if not homes or place is None:
+            logger.debug("VM %s: has no home address, or is on no bridge of ours", vm)
+            return
+        epoch = known.epoch if known is not None else 0
+        await self._duty.arrive(vm, homes, place[1], place[0], epoch, handoff=handoff, evident=evident)
+
+    async def _on_connected(self, running: set[str]) -> None:
+        await self._duty.reconcile(running)
+        for vm in running:
+            known = self._duty.attachments.get(vm)
+            if known is None or known.state != HERE:
+                told = await self.hypervisor.read(vm)
+                if told is not None and told.homes:
+                    # Found running, not seen coming: it claims, but does not make an epoch up.
+                    await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Mobility headers on a raw socket of protocol 135, from and to known peers only, all authenticated."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from ipaddress import IPv6Address
+
+from mobility_agent.config import Peer
+from mobility_agent.errors import KernelRefused, MalformedMessage, MobilityError, NotAuthentic
+from mobility_agent.messages.codec import MOBILITY_PROTOCOL, UNSPECIFIED, Packet, decode, encode
+from mobility_agent.messages.headers import (
+    BindingAcknowledgement,
+    BindingUpdate,
+    Heartbeat,
+    Message,
+    Revocation,
+    RevocationAcknowledgement,
+)
+from mobility_agent.messages.registration import home_address
+
+logger = logging.getLogger(__name__)
+
+_BUFFER_OCTETS = 4 << 20
+_RECEIVE_BUFFER_FORCE, _SEND_BUFFER_FORCE = 33, 32
+_QUIET_SECONDS = 10.0
+
+Receiver = Callable[[Peer, Message], None]
+
+
+def _from_gateway(message: Message) -> bool:
+    match message:
+        case BindingUpdate() | RevocationAcknowledgement():
+            return True
+        case Heartbeat():
+            return not message.response
+        case BindingAcknowledgement() | Revocation():
+            return False
+
+
+class Transport:
+    """The socket. Messages that pass every check go to ``receive``; the others are counted and told of."""
+
+    def __init__(self, address: IPv6Address, peers: Iterable[Peer], receive: Receiver) -> None:
+        self._address = address
+        self._peers = {peer.address: peer for peer in peers}
+        self._receive = receive
+        self._socket: socket.socket | None = None
+        self.counters: Counter[str] = Counter()
+        self._told: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def start(self) -> None:
+        """Listen. Raises KernelRefused."""
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        try:
+            own = socket.socket(socket.AF_INET6, kind, MOBILITY_PROTOCOL)
+        except PermissionError as error:
+            raise KernelRefused("signalling: no raw socket; the agent needs CAP_NET_RAW") from error
+        # Thousands of registrations may come at once, after an anchor's restart.
+        for option in (_RECEIVE_BUFFER_FORCE, _SEND_BUFFER_FORCE):
+            with contextlib.suppress(PermissionError):
+                own.setsockopt(socket.SOL_SOCKET, option, _BUFFER_OCTETS)
+        try:
+            own.bind((str(self._address), 0))
+        except OSError as error:
+            own.close()
+            raise KernelRefused(
+                f"signalling: {self._address} is not on this host ({error}); correct address"
+            ) from error
+        self._socket = own
+        asyncio.get_running_loop().add_reader(own.fileno(), self._read)
+
+    def stop(self) -> None:
+        """Listen no more."""
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+
+    def _covered(self, message: Message, gateway: IPv6Address) -> tuple[IPv6Address, IPv6Address]:
+        """The two addresses that the authenticator covers: the gateway's, and the VM's first home address."""
+        return gateway, UNSPECIFIED if isinstance(message, Heartbeat) else home_address(message)
+
+    def send(self, peer: Peer, message: Message) -> None:
+        """Send; what the kernel cannot take now is lost, as it might be on the way."""
+        if self._socket is None:
+            return
+        gateway = self._address if _from_gateway(message) else peer.address
+        care_of, home = self._covered(message, gateway)
+        data = encode(message, self._address, peer.address, peer.key, care_of=care_of, home=home)
+        try:
+            self._socket.sendto(data, (str(peer.address), 0))
+        except OSError as error:
+            self.counters["unsent"] += 1
+            self._tell(peer.name, "unsent", f"message to {peer.name} not sent: {error}")
+            return
+        self.counters["sent"] += 1
+
+    def _read(self) -> None:
+        # A bounded share, so that timers and the control interface get their turn in a flood.
+        for _ in range(64):
+            if self._socket is None:
+                return
+            try:
+                data, origin = self._socket.recvfrom(4096)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # An ICMP error of an earlier message: the retransmission deals with it.
+                logger.debug("signalling: %s", error)
+                continue
+            self._take(data, IPv6Address(origin[0].partition("%")[0]))
+
+    def _take(self, data: bytes, origin: IPv6Address) -> None:
+        peer = self._peers.get(origin)
+        if peer is None:
+            self.counters["unknown_peer"] += 1
+            fact = (
+                f"message from {origin}, which is no peer, dropped; add it to mobility_peers if it should be"
+            )
+            self._tell(str(origin), "unknown", fact)
+            return
+        try:
+            packet = decode(data, origin, self._address)
+            self._authenticate(packet, peer)
+        except (MalformedMessage, NotAuthentic) as error:
+            self.counters[error.cause.replace("-", "_")] += 1
+            self._tell(peer.name, error.cause, f"from {peer.name} ({origin}): {error}")
+            return
+        self.counters["received"] += 1
+        try:
+            self._receive(peer, packet.message)
+        except MobilityError as error:
+            logger.error("message from %s not acted upon: %s", peer.name, error)
+
+    def _authenticate(self, packet: Packet, peer: Peer) -> None:
+        gateway = peer.address if _from_gateway(packet.message) else self._address
+        care_of, home = self._covered(packet.message, gateway)
+        found = packet.authentication
+        index = found.security_parameter_index if found is not None else -1
+        keys = [key for key in peer.accepted_keys if key.security_parameter_index == index]
+        packet.authenticate(keys[0] if keys else peer.key, care_of, home)
+
+    def _tell(self, whose: str, cause: str, sentence: str) -> None:
+        """Log, but not more than one line for one cause and peer in ten seconds."""
+        now = time.monotonic()
+        at, unsaid = self._told.get((whose, cause), (float("-inf"), 0))
+        if now - at < _QUIET_SECONDS:
+            self._told[whose, cause] = (at, unsaid + 1)
+            return
+        if len(self._told) > 1024:
+            self._told.clear()
+        self._told[whose, cause] = (now, 0)
+        logger.warning("%s%s", sentence, f" ({unsaid} more since then)" if unsaid else "")

@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
+from precache_proxy.control.client import Client
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Finding
 from small_parts.parts import DATABASE, KNOWN, WEB, serving, small_parts
@@ -104,6 +105,15 @@ def good(told: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[
     return told
 
 
+def protect(site: Site) -> None:
+    """What protect.yml does, without the seconds that a playbook takes."""
+    for parts, vm, body in (
+        (site.first, "web1", {"peer": "backup1", "rpo_seconds": 30, "priority": 60}),
+        (site.second, DATABASE, {"peer": "backup2"}),
+    ):
+        Client(parts.config.paths.control_socket).request("PUT", f"/v1/vms/{vm}", body)
+
+
 def test_protect_check_real_repeat(site: Site) -> None:
     would = good(site.play("protect", "--check", "--diff"))
     assert recap(would)["home1"]["changed"] == 1
@@ -125,14 +135,14 @@ def test_protect_judges_all_before_it_changes_any(site: Site) -> None:
 
 
 def test_protect_exclusive_ends_what_is_not_listed(site: Site) -> None:
-    good(site.play("protect", "--limit", "home1"))
+    protect(site)
     told = good(site.play("protect", "--limit", "home1", lifeboat_vms=[], lifeboat_vms_exclusive=True))
     assert recap(told)["home1"]["changed"] == 1
     assert site.first.source.changes[-1] == "unprotect web1 keep_replica=True"
 
 
 def test_status_fails_with_a_list_and_changes_nothing(site: Site) -> None:
-    good(site.play("protect"))
+    protect(site)
     site.first.source.spoil(WEB, lag_seconds=95.0)
     site.second.channel.links["backup2"].state = "down"
     before = list(site.first.source.changes)
@@ -151,7 +161,7 @@ def test_no_host_is_not_all_well(site: Site, playbook: str) -> None:
 
 
 def test_validate_tells_all_findings_of_all_hosts(site: Site) -> None:
-    good(site.play("protect"))
+    protect(site)
     site.first.evacuation.findings = [Finding("VM web1/vda", "12 % covered", "wait", "coverage")]
     site.second.evacuation.findings = [Finding("peer backup2", "no room", "free some", "no-space")]
     told = site.play("validate", evacuate_site="home", evacuate_vms=["web1", KNOWN[DATABASE], "nosuch"])
@@ -162,7 +172,7 @@ def test_validate_tells_all_findings_of_all_hosts(site: Site) -> None:
 
 
 def test_evacuate_refuses_without_the_site(site: Site) -> None:
-    good(site.play("protect"))
+    protect(site)
     told = site.play("evacuate")
     assert told.returncode != 0
     assert "evacuate_site: is not set; name the site to empty" in " ".join(told.stdout.split())
@@ -176,7 +186,7 @@ def test_evacuate_refuses_without_the_site(site: Site) -> None:
 
 
 def test_evacuate_all_and_again(site: Site) -> None:
-    good(site.play("protect"))
+    protect(site)
     would = good(site.play("evacuate", "--check", evacuate_site="home"))
     assert "would-start" in would.stdout
     assert site.first.evacuation.begun == []
@@ -198,7 +208,7 @@ def test_evacuate_all_and_again(site: Site) -> None:
 
 
 def test_evacuate_ends_non_zero_when_a_vm_stays(site: Site) -> None:
-    good(site.play("protect"))
+    protect(site)
     site.second.evacuation.verdict = "stayed"
     told = site.play("evacuate", evacuate_site="home", evacuate_report="report.json")
     assert told.returncode != 0
@@ -208,7 +218,7 @@ def test_evacuate_ends_non_zero_when_a_vm_stays(site: Site) -> None:
 
 
 def test_evacuate_named_vms_only(site: Site) -> None:
-    good(site.play("protect"))
+    protect(site)
     unknown = site.play("evacuate", evacuate_site="home", evacuate_vms=["web1", "nosuch"])
     assert unknown.returncode != 0
     assert "nosuch: neither protected on nor evacuated from" in " ".join(unknown.stdout.split())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from precache_proxy.errors import IntegrityError
-from precache_proxy.evacuation.guard import ARRIVAL, TOMBSTONE, Forbidden, Guard
+from precache_proxy.evacuation.guard import ARRIVAL, TOMBSTONE, Forbidden, Guard, hook_findings
 
 HOOK = Path(__file__).parents[3] / "roles/precache_proxy/files/libvirt_hook/lifeboat"
 VM = "11111111-2222-4333-8444-555555555501"
@@ -142,3 +142,12 @@ def test_the_hook_is_quick(host: Host) -> None:
     print(f"hook: {min(took) * 1000:.0f} ms at best of {len(took)}")
     # a bound against blunders (a heavy import), not a benchmark
     assert min(took) < 1.0
+
+
+def test_a_host_without_the_hook_is_told(tmp_path: Path) -> None:
+    assert "nothing refuses" in hook_findings("source", tmp_path)[0].fact
+    hook = tmp_path / "lifeboat"
+    hook.write_text("#!/bin/sh\n")
+    assert hook_findings("source", tmp_path), "not executable: libvirt would not run it"
+    hook.chmod(0o755)
+    assert hook_findings("source", tmp_path) == []

@@ -18,7 +18,7 @@ from precache_proxy.errors import Cancelled, Conflict, Finding, InvalidInput, Li
 from precache_proxy.evacuation import freeze, layers, migrate, preflight, relay
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.domains import Domains
-from precache_proxy.evacuation.guard import Guard
+from precache_proxy.evacuation.guard import Guard, hook_findings
 from precache_proxy.evacuation.job import Job, Journal, Step
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
@@ -112,7 +112,7 @@ async def findings(
         status: dict[str, Any] | None = around.source.status(vm)
     except NotFound:
         status = None
-    found = preflight.source_findings(definition, presence, status, peer)
+    found = preflight.source_findings(definition, presence, status, peer) + hook_findings("source")
     found += await asyncio.to_thread(
         preflight.overlay_findings, definition, around.fallback_overlay_directory
     )

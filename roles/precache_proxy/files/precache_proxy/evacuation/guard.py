@@ -10,6 +10,7 @@ the incoming migration itself. After a reboot it is gone, the guard is not.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from precache_proxy import durable
+from precache_proxy.errors import Finding
 
+HOOKS: Final = Path("/etc/libvirt/hooks/qemu.d")
 TOMBSTONE: Final = "moved-away"
 ARRIVAL: Final = "arrival"
 FENCED: Final = "fenced"
@@ -33,6 +36,20 @@ class Forbidden:
     job: str
     epoch: int
     since: float = field(default_factory=time.time)
+
+
+def hook_findings(host: str, directory: Path = HOOKS) -> list[Finding]:
+    """Without the hook a guard file is only paper: nothing would refuse a start (blocking)."""
+    if any(os.access(path, os.X_OK) for path in directory.glob("lifeboat*")):
+        return []
+    return [
+        Finding(
+            host,
+            f"libvirt's hook {directory}/lifeboat is not there, so that nothing refuses to start a VM twice",
+            "run the role lifeboat.evacuation.precache_proxy there",
+            "configuration",
+        )
+    ]
 
 
 class Guard:

@@ -14,7 +14,7 @@ from lxml import etree
 
 from precache_proxy.errors import Finding, HypervisorError, NotFound
 from precache_proxy.evacuation.domains import Domains
-from precache_proxy.evacuation.guard import TOMBSTONE, Guard
+from precache_proxy.evacuation.guard import TOMBSTONE, Guard, hook_findings
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from precache_proxy.units import MIB, format_bytes
@@ -129,7 +129,8 @@ async def destination_findings(
     """What the destination sees: name and UUID, machine, CPU, memory, networks, files, reach of QEMU's
     user."""
     definition = parse_definition(definition_xml)
-    found = await _clashes(domains, guard, definition)
+    found = hook_findings("destination")
+    found += await _clashes(domains, guard, definition)
     found += await _machine(domains, definition, definition_xml)
     found += await _memory(domains, definition)
     found += await _networks(domains, definition)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import zstandard
 
@@ -114,7 +114,10 @@ class Feeder:
         self._queued_bytes = 0
         self._room = asyncio.Condition()
         self._failure: BaseException | None = None
-        self._sender = asyncio.create_task(self._send_all())
+        self._prepared: asyncio.Queue[tuple[list[tuple[bytes, Payload]], int]] = asyncio.Queue(1)
+        self._tasks = [
+            asyncio.create_task(self._guarded(work)) for work in (self._prepare_all(), self._send_all())
+        ]
         self._waited_seconds = 0.0
 
     @property
@@ -151,9 +154,10 @@ class Feeder:
         self._check()
 
     async def close(self) -> None:
-        """End the sending task; what is still queued is dropped."""
-        self._sender.cancel()
-        await asyncio.gather(self._sender, return_exceptions=True)
+        """End the sending tasks; what is still queued is dropped."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -177,25 +181,33 @@ class Feeder:
             self._queued_bytes += batch.raw_bytes
         self._queue.put_nowait(batch)
 
-    async def _send_all(self) -> None:
+    async def _prepare_all(self) -> None:
+        """One batch after the other, for the digest has their order; one is made while one is sent."""
         loop = asyncio.get_running_loop()
+        while True:
+            batch = await self._queue.get()
+            await self._prepared.put(
+                (await loop.run_in_executor(_workers, self._prepare, batch), batch.raw_bytes)
+            )
+
+    async def _send_all(self) -> None:
+        while True:
+            parts, raw_bytes = await self._prepared.get()
+            began = time.monotonic()
+            for header, payload in parts:
+                self.counts.payload_bytes += len(header) + len(payload)
+                await self._stream.send(header, payload)
+            self._steer(time.monotonic() - began)
+            async with self._room:
+                self._queued_bytes -= raw_bytes
+                self._room.notify_all()
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            while True:
-                batch = await self._queue.get()
-                parts = await loop.run_in_executor(_workers, self._prepare, batch)
-                began = time.monotonic()
-                for header, payload in parts:
-                    self.counts.payload_bytes += len(header) + len(payload)
-                    await self._stream.send(header, payload)
-                self._steer(time.monotonic() - began)
-                async with self._room:
-                    self._queued_bytes -= batch.raw_bytes
-                    self._room.notify_all()
-        except asyncio.CancelledError:
-            raise
+            await work
         except Exception as error:  # noqa: BLE001 - whatever it was, the producers have to end with it
             async with self._room:
-                self._failure = error
+                self._failure = self._failure or error
                 self._room.notify_all()
 
     def _steer(self, waited_seconds: float) -> None:

@@ -250,6 +250,28 @@ def test_guest_is_watched_through_a_move(own_lab: Lab, guest: Guest) -> None:
     assert guest.told().doubled_beats <= 1
 
 
+@pytest.mark.soak
+def test_debian_guest_keeps_its_database_through_a_power_cut(own_lab: Lab) -> None:
+    plan = GuestPlan("debian", system="debian", workload="fsync-log,database", ram_mib=320, disk_mib=1024)
+    guest = own_lab.guests.define("home1", plan)
+    try:
+        guest.start()
+        guest.wait_ready()
+        wait_for(lambda: guest.told().highest_committed > 20, 180, 0.5)
+        own_lab.kill_host("home1")
+        told = guest.told()
+        own_lab.start_host("home1")
+        verdict = guest.verify(
+            "home1", committed=told.highest_committed, acknowledged=told.highest_acknowledged
+        )
+        assert verdict.intact, verdict.findings
+        # The check must notice a row that is not there.
+        lacking = guest.verify("home1", committed=verdict.disks[0].rows + 1, acknowledged=0)
+        assert any("rows, but" in finding for finding in lacking.findings), lacking
+    finally:
+        guest.remove()
+
+
 def test_lab_of_a_killed_run_is_cleaned_up_by_the_next(own_lab: Lab) -> None:
     name = f"lost{os.getpid()}"
     code = (

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-3.0-or-later
  *
- * What runs in the lab's tiny guest: a heartbeat, a canary in memory, workloads, and a port to ask them.
+ * What runs in the lab's guests: a heartbeat, a canary in memory, workloads, and a port to ask them.
  *
  * Shell tools would do under hardware virtualisation; under emulation each fork costs milliseconds, which is
  * what we want to measure. Settings come from the kernel command line as lab.KEY=VALUE (see settings below).
  *
  * The port "lifeboat.record" gets one line for each thing that happened, with the guest's own clocks (ns):
  *     boot REAL | beat NUMBER MONOTONIC REAL | ack NUMBER REAL | canary SHA256 | cached BYTES | tree NUMBER
- *     dirty BYTES | error WORKLOAD TEXT
+ *     dirty BYTES | commit NUMBER REAL | error WORKLOAD TEXT
  * An "ack N" is written only after fsync of record N has returned on every disk. The same acks go to
  * lab.collector by TCP, the beats by UDP, as far as there is a network.
  *
@@ -389,6 +389,17 @@ static void file_tree(void)
 	}
 }
 
+/* In the Debian guest only: SQLite, as its own program, telling on our port. */
+static void database(void)
+{
+	char port[16];
+	snprintf(port, sizeof port, "%d", dup(record_port)); /* the copy survives exec */
+	setenv("LAB_RECORD_FD", port, 1);
+	setenv("LAB_COMMITS_PER_SECOND", setting("records_per_second", "20"), 1);
+	execl("/usr/local/lib/lab/database", "database", (char *)NULL);
+	fail("database", "exec");
+}
+
 static void print_output(FILE *answer, const char *command)
 {
 	char line[512];
@@ -474,6 +485,7 @@ int main(void)
 	start("dirty-ram", dirty_ram);
 	start("page-cache", page_cache);
 	start("file-tree", file_tree);
+	start("database", database);
 	char command[256], digest[128] = "";
 	snprintf(command, sizeof command,
 		 "head -c %llu /dev/urandom > /canary/random && sha256sum < /canary/random | cut -d' ' -f1",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests import commands as guest_commands
-from lifeboat_lab.lab import Lab
+from lifeboat_lab.lab import Lab, clean
 from lifeboat_lab.profiles import PROFILES
 
 
@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("up", help="build the lab, or what is missing of it, and switch everything on")
     commands.add_parser("down", help="remove it: processes, mounts, namespaces, disks (cached images stay)")
+    commands.add_parser("clean", help="delete cached images that no lab is built on")
     commands.add_parser("status", help="what there is, as JSON")
     execute = commands.add_parser("exec", help="run a command on a host, or in router, client or controller")
     execute.add_argument("member")
@@ -67,6 +68,8 @@ def _run(options: argparse.Namespace) -> int:
         print(f"lab: {name} is up{'' if changed else ' already'}: {', '.join(lab.hosts)}")
     elif options.command == "down":
         print(f"lab: {name} is gone" if lab.down() else f"lab: there is no lab {name}")
+    elif options.command == "clean":
+        print("\n".join(f"lab: deleted {path}" for path in clean()) or "lab: nothing to delete")
     elif options.command == "status":
         print(json.dumps(lab.status(), indent=2))
     elif options.command == "exec":

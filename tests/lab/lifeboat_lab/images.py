@@ -19,7 +19,7 @@ from lifeboat_lab.errors import LabError
 from lifeboat_lab.settings import CACHE, Settings
 from lifeboat_lab.shell import run
 
-NEEDED_MIB = {"full": 3000, "bare": 800, "guest": 200}
+NEEDED_MIB = {"full": 3000, "bare": 800, "guest": 200, "debian": 600}
 PACKAGES_ON_HOST = "/srv/lab-packages"
 # What a build mounts ends with it, also when it is killed: nothing is deleted through a mount left behind.
 PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
@@ -130,17 +130,19 @@ class Images:
 
     def _build_bare(self, full: Path, target: Path) -> None:
         self._say("building the image of the host without packages: half a minute, once")
-        packages = full / "packages"
-        run(
-            [
-                *PRIVATE_MOUNTS, "mmdebstrap", "--mode=root", "--variant=minbase",
-                "--architectures=amd64",
-                f"--include={','.join(SYSTEM_PACKAGES)}",
-                self._settings.suite, str(target / "root"), f"deb [trusted=yes] copy:{packages} ./",
-            ],
-            timeout_seconds=900,
-        )  # fmt: skip
+        bootstrap_from_packages(full / "packages", self._settings.suite, SYSTEM_PACKAGES, target / "root")
         customise(target / "root", BARE_MASKED_UNITS)
+
+
+def bootstrap_from_packages(packages: Path, suite: str, wanted: Sequence[str], root: Path) -> None:
+    """A Debian root from nothing but the packages of a base image. LabError when one is missing."""
+    run(
+        [
+            *PRIVATE_MOUNTS, "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
+            f"--include={','.join(wanted)}", suite, str(root), f"deb [trusted=yes] copy:{packages} ./",
+        ],
+        timeout_seconds=900,
+    )  # fmt: skip
 
 
 def customise(root: Path, masked: Sequence[str] = MASKED_UNITS) -> None:
@@ -217,6 +219,17 @@ def cached(kind: str, recipe: object, needed_mib: int, build: Callable[[Path], N
             shutil.rmtree(target, ignore_errors=True)
             raise
     return final
+
+
+def remove_unused(used: set[Path]) -> list[Path]:
+    """Delete cached images except these; what a later `up` needs of them is built again. Returns what went."""
+    if not CACHE.is_dir():
+        return []
+    with _only_builder():
+        gone = [path for path in sorted(CACHE.iterdir()) if path.is_dir() and path not in used]
+        for path in gone:
+            shutil.rmtree(path)
+    return gone
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from lifeboat_lab.control_group import ControlGroup
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guests
 from lifeboat_lab.hosts import Host, start_ticks
-from lifeboat_lab.images import Images
+from lifeboat_lab.images import Images, remove_unused
 from lifeboat_lab.inventory import inventory
 from lifeboat_lab.keys import Keys
 from lifeboat_lab.network import NAMESPACES, Network
@@ -284,6 +284,15 @@ class Lab:
         with path.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def clean() -> list[Path]:
+    """Delete the cached images that no lab of this machine is built on."""
+    used: set[Path] = set()
+    for path in STATE.glob("*/lab.json"):
+        for directories in json.loads(path.read_text())["hosts"].values():
+            used |= {Path(directory).parent for directory in directories}
+    return remove_unused(used)
 
 
 def process_identity(pid: int) -> dict[str, int | None]:

@@ -70,7 +70,8 @@ def run(lab: "Lab", options: argparse.Namespace) -> int:
     elif options.action == "told":
         told = guest.told()
         print(f"boots {told.boots}, beats {len(told.beats)}, longest gap {told.longest_gap_seconds():.3f} s, "
-              f"acknowledged {told.highest_acknowledged}, canary {told.canaries[-1:]}, "
+              f"acknowledged {told.highest_acknowledged}, "
+              f"committed {told.highest_committed}, canary {told.canaries[-1:]}, "
               f"errors {told.errors}")  # fmt: skip
     elif options.action == "verify":
         verdict = guest.verify(options.host or guest.home)

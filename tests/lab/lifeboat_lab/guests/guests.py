@@ -21,6 +21,7 @@ from lifeboat_lab.guests.plan import BOOT_DIRECTORY, GuestPlan
 from lifeboat_lab.guests.watch import Watch
 from lifeboat_lab.hosts import Host, wait_for
 from lifeboat_lab.settings import RUNTIME
+from lifeboat_lab.shell import run
 
 if TYPE_CHECKING:
     from lifeboat_lab.lab import Lab
@@ -171,6 +172,7 @@ class Guest:
         *,
         images: dict[str, tuple[str, str]] | None = None,
         acknowledged: int | None = None,
+        committed: int | None = None,
         canary: str | None = None,
         one_instant: bool = False,
     ) -> Verdict:
@@ -179,7 +181,8 @@ class Guest:
 
         `images` is target -> (path, format); default: what the domain there uses now. `acknowledged` is the
         highest record that must be there (default: the highest that the guest has told of before this call);
-        for a copy of an earlier instant, such as a replica, pass what had been told by then. With `canary`
+        for a copy of an earlier instant, such as a replica, pass what had been told by then. `committed`: the
+        same for the rows of a database. With `canary`
         the running guest's memory is compared too. `one_instant`: the disks stand still and must be of one
         instant, as those of a replica or of a guest that is off.
         """
@@ -189,9 +192,17 @@ class Guest:
         findings: list[str] = []
         if canary is not None and (now := self.canary(host)) != canary:
             findings.append(f"canary in memory was {canary[:16]}, is {now[:16]}")
-        has_log = "fsync-log" in self.plan.workload.split(",")
+        workloads = self.plan.workload.split(",")
+        has_log = "fsync-log" in workloads
+        committed = self.told().highest_committed if committed is None else committed
         reports = [
-            verify.examine(place, *images[target], manifest, has_log=has_log)
+            # All but the log is on the first disk only.
+            verify.examine(
+                place,
+                *images[target],
+                manifest,
+                [w for w in workloads if w == "fsync-log" or target == self.plan.targets[0]],
+            )
             for target, manifest in zip(self.plan.targets, self.manifests, strict=True)
         ]
         for report in reports:
@@ -201,6 +212,11 @@ class Guest:
                     f"{report.image}: {report.records} records, but {needed} were acknowledged: "
                     f"{needed - report.records} lost"
                 )
+        if reports[0].rows < committed:
+            findings.append(
+                f"{reports[0].image}: {reports[0].rows} rows, but {committed} were committed: "
+                f"{committed - reports[0].rows} lost"
+            )
         counts = [report.records for report in reports] if has_log and one_instant else []
         if any(not 0 <= earlier - later <= 1 for earlier, later in pairwise(counts)):
             findings.append(
@@ -255,7 +271,7 @@ class Guests:
         self._prepare_hosts(plan)
         self.collector.start()
         address = self._free_address(place)
-        manifests = [make_disk(place, plan, index) for index in range(plan.disks)]
+        manifests = [make_disk(place, plan, index, self._system(plan, index)) for index in range(plan.disks)]
         if plan.cdrom:
             (place.root / plan.cdrom_path.lstrip("/")).write_bytes(os.urandom(1 << 20))
         place.exec(
@@ -307,6 +323,12 @@ class Guests:
             known.write_text("kvm" if "lab guest: ready" in answer.stdout else "qemu")
         return known.read_text()
 
+    def _system(self, plan: GuestPlan, index: int) -> Path | None:
+        """The system that the first disk of a guest carries, if it has one."""
+        if plan.system != "debian" or index > 0:
+            return None
+        return kernel.build_debian(self._lab.full_image(), self._lab.settings.suite) / "root"
+
     def _prepare_hosts(self, plan: GuestPlan) -> None:
         boot = kernel.build(self._lab.full_image())
         for host in self._lab.hosts.values():
@@ -323,15 +345,21 @@ class Guests:
             (host.root / plan.record_path.lstrip("/")).touch()
 
 
-def make_disk(host: Host, plan: GuestPlan, index: int) -> dict[str, str]:
-    """An ext4 image of incompressible files on a host; returns path below /content -> SHA-256."""
+def make_disk(host: Host, plan: GuestPlan, index: int, system: Path | None = None) -> dict[str, str]:
+    """An ext4 image of incompressible files, beside a system if one is given, on a host.
+
+    Returns path below /content -> SHA-256.
+    """
     target = plan.targets[index]
     work = Path(f"var/tmp/lab-make-{plan.uuid}-{index}")
     outside = host.root / work
     manifest: dict[str, str] = {}
     content = outside / "tree/content"
-    content.mkdir(parents=True)
+    outside.mkdir(parents=True)
     try:
+        if system is not None:
+            run(["cp", "--archive", str(system), str(outside / "tree")], timeout_seconds=600)
+        content.mkdir(parents=True)
         for number in range(plan.content_mib):
             data = os.urandom(CONTENT_FILE_BYTES)
             file = content / f"{number // 100:03}" / f"{number:05}"

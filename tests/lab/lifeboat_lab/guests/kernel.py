@@ -11,21 +11,63 @@ import zlib
 from pathlib import Path
 
 from lifeboat_lab.errors import LabError
-from lifeboat_lab.images import NEEDED_MIB, cached
+from lifeboat_lab.images import BARE_MASKED_UNITS, NEEDED_MIB, bootstrap_from_packages, cached
 from lifeboat_lab.shell import run
 
 SOURCES = Path(__file__).resolve().parents[2] / "guest"
 # What may carry a disk, a CD-ROM or a network card; what these depend on is found in them.
 MODULES = ("virtio_blk", "virtio_net", "virtio_scsi", "sd_mod", "ahci", "sr_mod", "isofs", "virtio_balloon")
 DIRECTORIES = ("bin", "sbin", "proc", "sys", "dev", "modules", "tmp")
+DEBIAN_PACKAGES = ("systemd", "systemd-sysv", "dbus", "udev", "procps", "python3", "iproute2")
 FLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-std=gnu11")
 
 
 def build(full_image: Path) -> Path:
-    """Directory with `vmlinuz` and `initrd.img`, from the cache unless image, agent or init have changed."""
-    sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(SOURCES.iterdir())}
-    recipe = {"image": full_image.name, "sources": sources, "modules": MODULES, "flags": FLAGS, "steps": 1}
+    """Directory with `vmlinuz`, `initrd.img` and `agent`; from the cache unless a source has changed."""
+    sources = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(SOURCES.rglob("*"))
+        if path.is_file()
+    }
+    recipe = {"image": full_image.name, "sources": sources, "modules": MODULES, "flags": FLAGS, "steps": 2}
     return cached("guest", recipe, NEEDED_MIB["guest"], lambda target: _build(full_image, target))
+
+
+def build_debian(full_image: Path, suite: str) -> Path:
+    """Directory with `root`: Debian with systemd, Python and SQLite, built from the hosts' packages."""
+    boot = build(full_image)
+    recipe = {"boot": boot.name, "packages": DEBIAN_PACKAGES, "steps": 1}
+    return cached(
+        "guest-debian",
+        recipe,
+        NEEDED_MIB["debian"],
+        lambda target: _build_debian(full_image, boot, suite, target),
+    )
+
+
+def _build_debian(full_image: Path, boot: Path, suite: str, target: Path) -> None:
+    root = target / "root"
+    bootstrap_from_packages(full_image / "packages", suite, DEBIAN_PACKAGES, root)
+    program = root / "usr/local/lib/lab/database"
+    for source, path, mode in (
+        (boot / "agent", root / "usr/local/sbin/lab-agent", 0o755),
+        (SOURCES / "debian/database", program, 0o755),
+        (SOURCES / "debian/lab-agent.service", root / "etc/systemd/system/lab-agent.service", 0o644),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read_bytes())
+        path.chmod(mode)
+    wanted = root / "etc/systemd/system/multi-user.target.wants/lab-agent.service"
+    wanted.symlink_to("/etc/systemd/system/lab-agent.service")
+    # The paths of the tiny guest, whose disks are mounted below /.
+    (root / "disk1").symlink_to(".")
+    for number in (2, 3, 4):
+        (root / f"disk{number}").mkdir()
+    (root / "etc/fstab").write_text("LABEL=lab1 / ext4 errors=remount-ro 0 1\n")
+    (root / "etc/hostname").write_text("debian\n")
+    for unit in (*BARE_MASKED_UNITS, "systemd-udev-settle.service"):
+        (root / "etc/systemd/system" / unit).unlink(missing_ok=True)
+        (root / "etc/systemd/system" / unit).symlink_to("/dev/null")
 
 
 def _build(full_image: Path, target: Path) -> None:
@@ -37,7 +79,7 @@ def _build(full_image: Path, target: Path) -> None:
         run(["dpkg-deb", "--extract", str(packages[-1]), str(unpacked)])
         (target / "vmlinuz").write_bytes(next((unpacked / "boot").glob("vmlinuz-*")).read_bytes())
         modules = Modules(next((unpacked / "usr/lib/modules").iterdir()))
-        agent = unpacked / "agent"
+        agent = target / "agent"
         run(["gcc", *FLAGS, "-o", str(agent), str(SOURCES / "agent.c")])
         archive = Archive()
         for directory in DIRECTORIES:
@@ -60,7 +102,7 @@ def _build(full_image: Path, target: Path) -> None:
         compressor = zlib.compressobj(6, wbits=31)
         (target / "initrd.img").write_bytes(compressor.compress(archive.finished()) + compressor.flush())
     for path in target.iterdir():
-        path.chmod(0o644)
+        path.chmod(0o755 if path.name == "agent" else 0o644)
 
 
 class Modules:

@@ -11,12 +11,13 @@ from lifeboat_lab.settings import CLIENT_ADDRESS
 
 BOOT_DIRECTORY = "/var/lib/libvirt/lab-guest"
 RECORDS_DIRECTORY = f"{BOOT_DIRECTORY}/records"
-WORKLOADS = ("idle", "fsync-log", "dirty-ram", "page-cache", "file-tree")
+WORKLOADS = ("idle", "fsync-log", "dirty-ram", "page-cache", "file-tree", "database")
+# Smallest memory and first disk of each system, in MiB.
+SYSTEMS = {"tiny": (64, 16), "debian": (256, 700)}
 BUSES = {"virtio": "vd", "scsi": "sd", "sata": "sd"}
 BUS_MODULES = {"virtio": ("virtio_blk",), "scsi": ("virtio_scsi", "sd_mod"), "sata": ("ahci", "sd_mod")}
 CDROM_MODULES = ("ahci", "sr_mod", "isofs")
 MOST_DISKS = 4
-SMALLEST_DISK_MIB = 16
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class GuestPlan:
     commas."""
 
     name: str
+    system: str = "tiny"
     workload: str = "fsync-log"
     ram_mib: int = 128
     virtual_processors: int = 1
@@ -61,8 +63,19 @@ class GuestPlan:
             findings.append(f"firmware {self.firmware} is not known; use bios or uefi")
         if self.disk_format not in {"qcow2", "raw"}:
             findings.append(f"disk format {self.disk_format} is not known; use qcow2 or raw")
-        if self.disk_mib < max(SMALLEST_DISK_MIB, self.content_mib * 1.1 + 12):
-            findings.append(f"disk of {self.disk_mib} MiB: too small for {self.content_mib} MiB of content")
+        if self.system not in SYSTEMS:
+            findings.append(f"system {self.system} is not known; use one of {', '.join(SYSTEMS)}")
+        else:
+            ram_mib, disk_mib = SYSTEMS[self.system]
+            if self.ram_mib < ram_mib:
+                findings.append(f"{self.ram_mib} MiB of memory: {self.system} needs {ram_mib}")
+            if self.disk_mib < disk_mib + self.content_mib * 1.1:
+                findings.append(
+                    f"disk of {self.disk_mib} MiB: too small for {self.system} and {self.content_mib} MiB of "
+                    "content"
+                )
+            if "database" in self.workload.split(",") and self.system != "debian":
+                findings.append("workload database: only in a guest with the system debian")
         if not self.name or "/" in self.name:
             findings.append("the name must not be empty nor hold a slash")
         if findings:
@@ -101,6 +114,7 @@ class GuestPlan:
         """The kernel's command line, which is also the agent's settings."""
         settings = {
             "tag": self.tag,
+            "system": self.system,
             "address": address,
             "collector": CLIENT_ADDRESS,
             "disks": self.disks,

@@ -28,6 +28,7 @@ class Told:
     boots: int = 0
     beats: list[Beat] = field(default_factory=list)
     acknowledged: dict[int, float] = field(default_factory=dict)
+    committed: dict[int, float] = field(default_factory=dict)
     canaries: list[str] = field(default_factory=list)
     # Heartbeats of the newest boot that more than one host got: two copies were running.
     doubled_beats: int = 0
@@ -40,6 +41,11 @@ class Told:
     def highest_acknowledged(self) -> int:
         """Number of the newest record that the guest called durable; 0 for none."""
         return max(self.acknowledged, default=0)
+
+    @property
+    def highest_committed(self) -> int:
+        """Number of the newest row that the guest's database committed; 0 for none."""
+        return max(self.committed, default=0)
 
     def longest_gap_seconds(self) -> float:
         """Largest time between two consecutive heartbeats by the guest's real-time clock."""
@@ -86,6 +92,8 @@ def _take(told: Told, beats: dict[int, Beat], boots: set[int], words: Sequence[s
             beats[beat.number] = beat
     elif kind == "ack":
         told.acknowledged[int(words[1])] = int(words[2]) / 1e9
+    elif kind == "commit":
+        told.committed[int(words[1])] = int(words[2]) / 1e9
     elif kind == "boot":
         boots.add(int(words[1]))
     elif kind == "canary":

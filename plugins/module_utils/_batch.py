@@ -152,8 +152,8 @@ def verdict_line(outcome: t.Mapping[str, t.Any]) -> str:
 def wire_bytes(job: Job) -> int | None:
     """What the job took on the channel, both ways, None where that was not measured."""
     counted = job.get("bytes") or {}
-    ways = [counted.get("channel_sent_wire_bytes"), counted.get("channel_received_wire_bytes")]
-    return None if None in ways else int(sum(ways))
+    sent, received = counted.get("channel_sent_wire_bytes"), counted.get("channel_received_wire_bytes")
+    return None if sent is None or received is None else int(sent + received)
 
 
 def _step_began(job: Job, now: float) -> float:

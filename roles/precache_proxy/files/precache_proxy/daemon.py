@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from precache_proxy import __version__
 from precache_proxy import config as configuration
@@ -27,6 +27,7 @@ from precache_proxy.control.checks import CLOCK_METHOD
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.service_manager import ServiceManager
 from precache_proxy.errors import Conflict, LifeboatError
+from precache_proxy.evacuation.rooms import SourceRoom
 from precache_proxy.evacuation.service import Evacuation
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.source.service import Source
@@ -131,7 +132,8 @@ async def build(config: Config) -> Parts:
         config.paths.run,
         hypervisor,
         channel,
-        source,
+        # An evacuation hands keywords through to adopt_for_return; no protocol can say that.
+        cast(SourceRoom, source),
         store,
         config.evacuation,
         qemu_user=config.hypervisor.qemu_user,

@@ -30,7 +30,7 @@ class Case:
 
 
 def _cases() -> list[Case]:
-    base = GuestPlan("bench", "idle", ram_mib=256, content_mib=256, disk_mib=512)
+    base = GuestPlan("bench", workload="idle", ram_mib=256, content_mib=256, disk_mib=512)
     loads = {
         "idle": base,
         "fsync-log": replace(base, workload="fsync-log"),

@@ -37,7 +37,7 @@ def run(ground: Ground) -> Table:
 
 def _throughput(ground: Ground, table: Table) -> None:
     """Acknowledged writes a second, protected and not in turn, so that a drift of the machine hits both."""
-    plan = GuestPlan("writer", "fsync-log", content_mib=64, disk_mib=2048,
+    plan = GuestPlan("writer", workload="fsync-log", content_mib=64, disk_mib=2048,
                      records_per_second=AS_FAST_AS_POSSIBLE)  # fmt: skip
     guest = ground.lab.guests.define(SOURCE, plan)
     guest.start()

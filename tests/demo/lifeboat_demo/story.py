@@ -20,10 +20,10 @@ from lifeboat_lab.lab import Lab
 
 # Three kinds of VM, on both pairs of hypervisors. The last one is also moved by stock means, as its equal.
 CAST = {
-    "log1": ("home1", GuestPlan("log1", "fsync-log", content_mib=96, disk_mib=512)),
-    "busy1": ("home1", GuestPlan("busy1", "fsync-log,dirty-ram", content_mib=64, disk_mib=512, disks=2,
+    "log1": ("home1", GuestPlan("log1", workload="fsync-log", content_mib=96, disk_mib=512)),
+    "busy1": ("home1", GuestPlan("busy1", workload="fsync-log,dirty-ram", content_mib=64, disk_mib=512, disks=2,
                                  dirty_mib_per_second=1, dirty_mib=16)),
-    "files1": ("home2", GuestPlan("files1", "fsync-log,page-cache", content_mib=192, disk_mib=512,
+    "files1": ("home2", GuestPlan("files1", workload="fsync-log,page-cache", content_mib=192, disk_mib=512,
                                   ram_mib=384)),
 }  # fmt: skip
 COMPARED = "files1"

@@ -222,7 +222,7 @@ def cached(kind: str, recipe: object, needed_mib: int, build: Callable[[Path], N
 
 
 def remove_unused(used: set[Path]) -> list[Path]:
-    """Delete cached images except these; what a later `up` needs of them is built again. Returns what went."""
+    """Delete cached images except these; they are built again when needed. Returns what went."""
     if not CACHE.is_dir():
         return []
     with _only_builder():

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from lifeboat_bench.memory import measure
-
 from lifeboat_demo.report import Report, VmResult
 from lifeboat_lab import stock
 from lifeboat_lab.controller import Controller
@@ -21,10 +20,15 @@ from lifeboat_lab.lab import Lab
 # Three kinds of VM, on both pairs of hypervisors. The last one is also moved by stock means, as its equal.
 CAST = {
     "log1": ("home1", GuestPlan("log1", workload="fsync-log", content_mib=96, disk_mib=512)),
-    "busy1": ("home1", GuestPlan("busy1", workload="fsync-log,dirty-ram", content_mib=64, disk_mib=512, disks=2,
-                                 dirty_mib_per_second=1, dirty_mib=16)),
-    "files1": ("home2", GuestPlan("files1", workload="fsync-log,page-cache", content_mib=192, disk_mib=512,
-                                  ram_mib=384)),
+    "busy1": (
+        "home1",
+        GuestPlan("busy1", workload="fsync-log,dirty-ram", content_mib=64, disk_mib=512, disks=2,
+                  dirty_mib_per_second=1, dirty_mib=16),
+    ),
+    "files1": (
+        "home2",
+        GuestPlan("files1", workload="fsync-log,page-cache", content_mib=192, disk_mib=512, ram_mib=384),
+    ),
 }  # fmt: skip
 COMPARED = "files1"
 EQUAL = "equal1"

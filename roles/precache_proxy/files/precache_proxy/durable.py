@@ -64,7 +64,7 @@ def read_json(path: Path) -> Any:
         return json.loads(content)
     except ValueError as error:
         raise IntegrityError(
-            f"{path}: not a whole record ({error}); it was not written by this program: move it away and look into it"
+            f"{path}: not a whole record ({error}); this program did not write it: move it away and look"
         ) from error
 
 

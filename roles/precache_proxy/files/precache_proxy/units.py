@@ -49,7 +49,7 @@ def parse_bytes(text: str | float) -> int:
 
 
 def parse_rate(text: str | float) -> float:
-    """``400Mbit/s`` or ``50MB/s`` -> bytes per second; a bare number is bytes per second. Raises InvalidInput."""
+    """``400Mbit/s`` or ``50MB/s`` -> bytes per second; a bare number is bytes. Raises InvalidInput."""
     number, unit = _split(re.sub(r"(/s|ps)\s*$", "", str(text).strip()), "rate", "400Mbit/s")
     if unit in _BITS:
         rate = number * _BITS[unit] / 8

@@ -68,7 +68,7 @@ def run_playbook(
     environment: Mapping[str, str] | None = None,
     options: tuple[str, ...] = (),
     wrap: Callable[[list[str]], list[str]] = list,
-    timeout_seconds: float = 240,
+    timeout_seconds: float = 900,
 ) -> PlaybookResult:
     """Run a playbook (a path, an FQCN or plays) and parse its JSON result.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from integration.source_pair import PACKAGE, make_certificates
+from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
@@ -204,6 +205,10 @@ class EvacuationPair:
 
     def make_guest(self, name: str, **plan: Any) -> Guest:
         """A running, protected guest at home."""
+        for left in self.lab.guests.all():
+            # of a test run that was killed
+            if left.name == name:
+                left.remove()
         guest = self.lab.guests.define(HOME, GuestPlan(name, **plan))
         self.guests.append(guest)
         guest.start()
@@ -282,7 +287,10 @@ class EvacuationPair:
 
         def watch() -> None:
             while not end.wait(0.2):
-                first = guest.running_on()
+                try:
+                    first = guest.running_on()
+                except LabError:
+                    continue  # a host lost power between two questions; asked again at once
                 # The hosts are asked one after the other: both count only if the first still says so after.
                 if len(first) > 1 and first[0] in guest.running_on():
                     seen.append(f"{time.time():.1f}: {first}")

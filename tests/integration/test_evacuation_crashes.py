@@ -185,6 +185,7 @@ def test_home_loses_power_in_confirm_and_starts_nothing_when_it_is_back(
         assert job["verdict"] == "evacuated"
         wait_for(guest.running_on, lambda hosts: hosts == [BACKUP])
     assert HOME not in guest.states()
+    pair.wait_landed(BACKUP, guest)
     assert guest.verify(BACKUP).intact
 
 

@@ -173,6 +173,7 @@ async def test_full_disk_keeps_the_last_generation_and_heals(tmp_path: Path, sma
         source.resize(vda=200 * MIB)
         await source.prepare()
         await source.send([Change("vda", 0, noise(MIB))])
+    await merged(store)
     kept = files(store)
     with pytest.raises(NoSpace, match="web1"):
         await large.send([Change("vda", 0, noise(60 * MIB))])

@@ -85,6 +85,7 @@ async def test_seeding_generations_and_merges(store: Store, source: Source) -> N
 
 async def test_an_idle_generation_costs_no_image(store: Store, source: Source) -> None:
     await source.send()
+    await merged(store)
     before = files(store)
     for _ in range(5):
         await source.send()
@@ -113,6 +114,7 @@ async def test_zero_records_become_holes_that_mask_the_base(store: Store, source
 
 async def test_wrong_digest_and_early_end_leave_nothing(store: Store, source: Source) -> None:
     await source.send([Change("vda", 0, noise(MIB))])
+    await merged(store)
     before = files(store)
     with pytest.raises(IntegrityError, match="web1"):
         await source.send([Change("vda", 0, b"y" * 4096)], seal={"digest": "0" * 64})

@@ -115,6 +115,7 @@ async def create(
     if backing is not None:
         command += ["-u", "-b", backing, "-F", backing_format]
     await qemu_img(image, *command, _plain(image), str(rounded_size(size_bytes)))
+    image.chmod(0o640)  # qemu-img leaves a disk readable to everybody on the host
 
 
 async def commit(overlay: Path, base: Path) -> None:

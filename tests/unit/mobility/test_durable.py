@@ -96,3 +96,22 @@ def test_the_restart_counter_rises(tmp_path: Path) -> None:
     assert [raise_counter(path) for _ in range(3)] == [1, 2, 3]
     path.write_text("garbage")
     assert raise_counter(path) == 1
+
+
+async def test_a_full_disk_is_told_and_later_changes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fdatasync", full)
+        journal.put("a", {})
+        with pytest.raises(OSError, match="No space"):
+            await journal.commit()
+    journal.put("b", {})
+    await journal.commit()
+    assert "b" in Journal(tmp_path / "journal").open()

@@ -76,6 +76,14 @@ def _parse(line: bytes) -> tuple[str, Record | None] | None:
     return str(key), record
 
 
+class _Written(asyncio.Event):
+    """Set when a group of changes is durable, or could not be made so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: OSError | None = None
+
+
 class Journal:
     """Keyed records that survive. One process at a time; all calls from one event loop."""
 
@@ -86,6 +94,8 @@ class Journal:
         self._lines = 0
         self._waiting: list[bytes] = []
         self._task: asyncio.Task[None] | None = None
+        self._next, self._writing = _Written(), _Written()
+        self._writing.set()
 
     def open(self) -> dict[str, Record]:
         """Read what is there and get ready to append. Raises ConfigurationError when it cannot be read."""
@@ -132,24 +142,37 @@ class Journal:
             self._waiting.append(_line(key, None))
 
     async def commit(self) -> None:
-        """Return when everything put and removed so far is durable. Callers share one sync."""
-        while self._waiting or self._task is not None:
+        """Return when everything put and removed so far is durable. Callers share one sync.
+
+        Raises OSError when the disk does not take it.
+        """
+        if self._waiting:
+            written = self._next
             if self._task is None:
                 self._task = asyncio.create_task(self._write())
-            last = not self._waiting
-            await asyncio.shield(self._task)
-            if last:
-                return
+        else:
+            written = self._writing
+        await written.wait()
+        if written.failure is not None:
+            raise written.failure
 
     async def _write(self) -> None:
-        batch, self._waiting = b"".join(self._waiting), []
         try:
-            self._lines += batch.count(b"\n")
-            if self._lines > 2 * len(self._live) + _SPARE_LINES:
-                # In the loop's thread, and rare: nothing may be put while the file is replaced.
-                self._rewrite()
-            else:
-                await asyncio.to_thread(self._append, batch)
+            while self._waiting:
+                batch, self._waiting = b"".join(self._waiting), []
+                self._writing, self._next = self._next, _Written()
+                try:
+                    self._lines += batch.count(b"\n")
+                    if self._lines > 2 * len(self._live) + _SPARE_LINES:
+                        # In the loop's thread, and rare: nothing may be put while the file is replaced.
+                        self._rewrite()
+                    else:
+                        await asyncio.to_thread(self._append, batch)
+                except OSError as error:
+                    logger.error("%s: not written: %s", self._path, error)
+                    self._writing.failure = error
+                finally:
+                    self._writing.set()
         finally:
             self._task = None
 

@@ -89,6 +89,7 @@ class AnchorDuty:
         self._tellings: dict[tuple[str, IPv6Address], _Telling] = {}
         self._telling_sequence = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unsent: list[tuple[Peer, BindingAcknowledgement]] = []
         self._wake = asyncio.Event()
         self.refusals: dict[str, int] = {}
 
@@ -184,13 +185,23 @@ class AnchorDuty:
         kept = verdict.before != verdict.after and verdict.cause != "refreshed"
         if kept:
             # Nobody is told that it is bound before it would be bound after a power cut, too.
-            self._spawn(self._answer_when_kept(peer, answer))
+            self._unsent.append((peer, answer))
+            if len(self._unsent) == 1:
+                self._spawn(self._answer_when_kept())
         else:
             self._send(peer, answer)
 
-    async def _answer_when_kept(self, peer: Peer, answer: BindingAcknowledgement) -> None:
-        await self._journal.commit()
-        self._send(peer, answer)
+    async def _answer_when_kept(self) -> None:
+        # What comes in this turn of the loop shares one sync.
+        await asyncio.sleep(0)
+        answers, self._unsent = self._unsent, []
+        try:
+            await self._journal.commit()
+        except OSError:
+            # It was logged; the gateways ask again, and perhaps there is room then.
+            return
+        for peer, answer in answers:
+            self._send(peer, answer)
 
     @staticmethod
     def _answer(asked: Registration, verdict: Verdict, sequence: int) -> BindingAcknowledgement:

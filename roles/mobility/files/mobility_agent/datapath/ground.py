@@ -69,8 +69,11 @@ class Ground:
 
     def index(self, device: str) -> int | None:
         """The device's number, None where it is not there."""
-        found = self._route.link_lookup(ifname=device)
-        return int(found[0]) if found else None
+        # Asked for each of thousands of routes: a system call, not a dump of all links.
+        try:
+            return socket.if_nametoindex(device)
+        except OSError:
+            return None
 
     def make_loop(self, mtu: int) -> None:
         """The loop link, up, without addresses of its own. Raises KernelRefused."""

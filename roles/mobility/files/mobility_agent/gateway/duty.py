@@ -258,9 +258,13 @@ class GatewayDuty:
         self.attachments.put(attachment)
         self._journal.put(attachment.vm, attachment.as_record())
         # Who must know that it is kept awaits a commit of its own; this one only sees that it happens.
-        commit = asyncio.get_running_loop().create_task(self._journal.commit())
+        commit = asyncio.get_running_loop().create_task(self._commit())
         self._commits.add(commit)
         commit.add_done_callback(self._commits.discard)
+
+    async def _commit(self) -> None:
+        with contextlib.suppress(OSError):
+            await self._journal.commit()
 
     def _judge(self, vm: str, homes: tuple[IPv6Network, ...], bridge: str, epoch: int) -> None:
         findings: list[Finding] = []
@@ -319,7 +323,7 @@ class GatewayDuty:
         self._announce(attachment, attachment.mac)
         self._wake.set()
         self._journal.put(vm, attachment.as_record())
-        await self._journal.commit()
+        await self._commit()
         await self._acknowledged(vm, began + wait_seconds)
         logger.info("VM %s: here on %s, epoch %d", vm, bridge, epoch, extra={"VM": vm})
         return self.describe(self.attachments.get(vm) or attachment)
@@ -355,7 +359,7 @@ class GatewayDuty:
             self._registrar.forget(vm)
             self._leave(vm, to, attachment.epoch)
         self._wake.set()
-        await self._journal.commit()
+        await self._commit()
         known = self.attachments.get(vm)
         return {"vm": vm, "state": "withdrawn"} if known is None else self.describe(known)
 

@@ -23,6 +23,7 @@ from mobility_agent.messages.registration import Acknowledgement, Registration
 
 _UNKNOWN_ROUND_TRIP_SECONDS = 0.25
 _MARGIN_SECONDS = 0.02
+_ROUTINE_SECONDS = 1.0
 _BACKOFF = 1.5
 _SLOWEST_RETRY_SECONDS = 3.0
 _REFUSED_RETRY_SECONDS = 30.0
@@ -211,7 +212,7 @@ class Registrar:
         if not line.under_way:
             line.under_way = True
             anchor.under_way += 1
-        self._schedule(line, now + self._patience(anchor, line.attempts))
+        self._schedule(line, now + self._patience(anchor, line))
         line.attempts += 1
         registration = Registration(
             vm=line.vm,
@@ -226,11 +227,14 @@ class Registrar:
         return [Outgoing(anchor.name, anchor.sequence, registration)]
 
     @staticmethod
-    def _patience(anchor: _Anchor, attempts: int) -> float:
+    def _patience(anchor: _Anchor, line: _Line) -> float:
         known = anchor.round_trip_seconds
         first = _UNKNOWN_ROUND_TRIP_SECONDS if known is None else known + _MARGIN_SECONDS
+        if line.phase is not Phase.WITHDRAWING and line.handoff is HandoffIndicator.UNCHANGED:
+            # No packet waits for it, but hundreds of its like may: the anchor's queue is no loss.
+            first += _ROUTINE_SECONDS
         # Bounded before it is multiplied: an anchor may be silent for days.
-        return min(first * _BACKOFF ** min(attempts, 20), max(_SLOWEST_RETRY_SECONDS, first))
+        return min(first * _BACKOFF ** min(line.attempts, 20), max(_SLOWEST_RETRY_SECONDS, first))
 
     def _drop(self, line: _Line) -> None:
         self._settle(line)

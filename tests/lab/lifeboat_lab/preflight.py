@@ -81,4 +81,5 @@ def _space_findings() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(missing_packages()))
+    for missing in missing_packages():
+        print(missing)

@@ -98,6 +98,14 @@ def test_a_broken_guard_file_forbids(host: Host) -> None:
         host.guard.forbidden(VM)
 
 
+def test_a_guard_directory_that_cannot_be_searched_forbids(host: Host) -> None:
+    (host.state / "guard").rmdir()
+    (host.state / "guard").write_text("not a directory")
+    refused = host.start()
+    assert refused.returncode == 1
+    assert "cannot be read" in refused.stderr
+
+
 def test_only_the_job_that_forbade_allows_again(host: Host) -> None:
     host.guard.forbid(forbidden(job="job2"))
     host.guard.allow(VM, job="job1")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from precache_proxy import durable
 from precache_proxy.errors import Conflict, IntegrityError
+from precache_proxy.evacuation.arrival import Arrival, ArrivalJournal, ArrivalState
 from precache_proxy.evacuation.job import (
     ENDS,
     FOLLOWING,
@@ -97,6 +100,30 @@ def test_a_refused_step_leaves_the_durable_record_alone(tmp_path: Path) -> None:
     with pytest.raises(Conflict):
         journal.enter(job, Step.RELEASED)
     assert journal.load()[0].step is Step.PREFLIGHT
+
+
+def test_a_step_that_cannot_be_made_durable_is_not_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, arrivals = Journal(tmp_path / "jobs"), ArrivalJournal(tmp_path / "arrivals")
+    job, arrival = a_job(), Arrival("job1", VM, "web ä1", "home1", 3, 7)
+    journal.enter(job, Step.CATCH_UP)
+    arrivals.save(arrival)
+    before = job.record()
+
+    def full(*_arguments: object, **_keywords: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(durable, "write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            journal.enter(job, Step.FREEZE)
+        with pytest.raises(OSError, match="No space"):
+            arrivals.enter(arrival, ArrivalState.RELEASED)
+    assert job.record() == before
+    assert arrival.state is ArrivalState.PREPARED
+    journal.enter(job, Step.FREEZE)
+    assert journal.load() == [job]
 
 
 def test_what_a_kill_leaves_beside_the_record_is_no_job(tmp_path: Path) -> None:

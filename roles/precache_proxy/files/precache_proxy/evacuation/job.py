@@ -7,6 +7,7 @@ done.
 
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -239,9 +240,17 @@ class Journal:
         durable.write_json(self.path(job.id), job.record())
 
     def enter(self, job: Job, step: Step) -> None:
-        """Advance and make that durable; only then may the step be begun (blocking)."""
+        """Advance and make that durable; only then may the step be begun (blocking).
+
+        Where it cannot be made durable (a full disk) the job stays at its step: nobody may act upon the next.
+        """
+        before = copy.deepcopy((job.step, job.steps, job.undecided_from, job.ended_at))
         job.advance(step, self.clock())
-        self.save(job)
+        try:
+            self.save(job)
+        except OSError:
+            job.step, job.steps, job.undecided_from, job.ended_at = before
+            raise
 
     def load(self) -> list[Job]:
         """Every job on record, oldest first."""

@@ -295,7 +295,8 @@ class Tracker:
             record = PassRecord.read(path)
             if record is not None and record.proxy_pid != os.getpid():
                 vm = VmReference(record.domain, record.domain)
-                await self._end_quietly(vm)
+                if not await self._end_quietly(vm):
+                    continue  # the watchdog ends it when its time is over
             path.unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager
@@ -328,9 +329,16 @@ class Tracker:
                 deadline_boottime_seconds=lease.deadline + GRACE_SECONDS,
                 proxy_pid=os.getpid(),
             ).write(record_path)
+            # Where libvirt was not seen to end the job, the record stays: the watchdog goes by it.
+            ended = True
             try:
                 xml = backup_xml(socket, scratch, incremental, absent)
-                await self._begin(vm, xml, socket, incremental, checkpoint, [*disks], [*absent])
+                try:
+                    await self._begin(vm, xml, socket, incremental, checkpoint, [*disks], [*absent])
+                except HypervisorError as error:
+                    # without an answer of libvirt the job may still begin, after we have gone
+                    ended = libvirt_code(error) is not None
+                    raise
                 crash_point("pass-open")
                 watch = asyncio.create_task(lease.watch(lambda: self._abort(vm)))
                 try:
@@ -338,10 +346,11 @@ class Tracker:
                 finally:
                     watch.cancel()
                     # cancelled or not, the job must not stay open: QEMU would go on copying
-                    await asyncio.shield(self._end_quietly(vm))
+                    ended = await asyncio.shield(self._end_quietly(vm))
                     await asyncio.gather(watch, return_exceptions=True)
             finally:
-                record_path.unlink(missing_ok=True)
+                if ended:
+                    record_path.unlink(missing_ok=True)
                 socket.unlink(missing_ok=True)
 
     async def _begin(
@@ -394,11 +403,13 @@ class Tracker:
         logger.warning("%s: pass reached its hard limit; ending its backup job", vm)
         await self._end_quietly(vm)
 
-    async def _end_quietly(self, vm: VmReference) -> None:
+    async def _end_quietly(self, vm: VmReference) -> bool:
+        """End our job; False when that could not be seen: then it is the watchdog's matter."""
         try:
             await self.end_backup(vm)
         except NotFound:
             pass  # with the VM went its job
         except (LifeboatError, TimeoutError) as error:
-            # a VM that was shut off took its job with it; a libvirtd that is away is the watchdog's matter
             logger.warning("%s: the backup job could not be seen to end: %s", vm, error)
+            return False
+        return True

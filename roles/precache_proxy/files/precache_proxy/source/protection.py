@@ -53,6 +53,8 @@ class Protection:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._work: asyncio.Task[Any] | None = None
+        # a comparison of everything that somebody waits for (verify): an evacuation does not wait for it
+        self._comparison: asyncio.Task[PassResult] | None = None
         self._failures = 0
         self._duration_seconds = 0.0
         self._next_at = 0.0
@@ -93,6 +95,8 @@ class Protection:
         if self.replication.record.sealed is None or self.replication.record.resync_cause:
             # a first copy or a resync takes long, and goes on where it stood
             await self._cut_work()
+        if self._comparison is not None:
+            self._comparison.cancel()
         async with self._lock:
             pass
         self._set("held", "held", f"held by {', '.join(self.held_by)}")
@@ -120,7 +124,23 @@ class Protection:
             await self._require_seeded()
             return await self._pass(reason=reason, compare_all=compare_all)
 
-        return await self.exclusive(work)
+        if not compare_all:
+            return await self.exclusive(work)
+        if self._comparison is not None:
+            raise Conflict(f"VM {self.record.name}: it is being compared already; wait for that")
+        comparison = self._comparison = asyncio.create_task(self.exclusive(work))
+        try:
+            return await comparison
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            raise Conflict(
+                f"VM {self.record.name}: the comparison was ended, for something else needs the VM "
+                f"({', '.join(self.held_by)}); ask again when that is over"
+            ) from None
+        finally:
+            self._comparison = None
 
     async def _require_seeded(self) -> None:
         record = self.record
@@ -141,6 +161,12 @@ class Protection:
                     reason=reason, compare_all=compare_all, scrub_bytes=scrub_bytes
                 )
             except TrackingLost as error:
+                if record.sealed is None:
+                    # Nothing is sealed that could be compared with (a disk was added during the first copy):
+                    # the first copy begins anew.
+                    record.seeding_checkpoint = ""
+                    await self.replication.save()
+                    raise
                 record.resync_cause = error.message
                 await self.replication.save()
                 self._set("resync", "tracking-lost", error.message)

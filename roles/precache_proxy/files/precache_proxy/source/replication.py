@@ -84,6 +84,7 @@ class Replication:
                 logger.warning("%s: peer %s has no replica any more; copying it anew", self.vm, record.peer)
             record.sealed, record.seeding_checkpoint, record.seeding_offsets = None, "", {}
             record.attachments, record.disks = {}, {}
+            record.resync_cause = ""  # nothing is there to compare with
             await self.save()
             self.needs_reconcile = False
             return
@@ -100,7 +101,7 @@ class Replication:
         sealed = status.get("sealed")
         if sealed is None:
             offsets = status.get("seeding") or {}
-            record.sealed = None
+            record.sealed, record.resync_cause = None, ""
             record.seeding_offsets = {key: int(value) for key, value in offsets.items()}
         else:
             await self._adopt(int(sealed["generation"]), str(sealed.get("checkpoint") or ""))
@@ -118,6 +119,11 @@ class Replication:
                 generation, record.return_checkpoint, time.time(), time.time(), disks=disks
             )
             record.return_overlays = {}
+        elif generation == record.return_generation and not record.return_checkpoint:
+            # The overlays alone do not say what was written since they were put on.
+            record.sealed = Sealed(generation, "", time.time(), 0.0)
+            record.return_overlays = {}
+            record.resync_cause = "changes since the VM arrived here are not counted"
         elif generation != record.return_generation:
             record.sealed = Sealed(generation, "", time.time(), 0.0)
             record.return_overlays = {}

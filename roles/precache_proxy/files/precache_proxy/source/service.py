@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from precache_proxy import durable
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel.channel import Channel
-from precache_proxy.errors import Finding, LifeboatError, NotFound
+from precache_proxy.errors import Conflict, Finding, LifeboatError, NotFound
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.domain_xml import Definition
 from precache_proxy.hypervisor.events import DomainEvent
@@ -269,6 +270,7 @@ class Source:
                     priority=spec.priority,
                     only_disks=disks,
                     raw_overlay_consent=spec.raw_overlay_consent,
+                    epoch=await self._last_epoch(definition.uuid),
                 )
             if spec.raw_overlay_consent:
                 record.raw_overlays.update(await raw_overlay.put_on(self._hypervisor, definition, spec.disks))
@@ -292,6 +294,11 @@ class Source:
         async with self._changing:
             protection = self._find(vm)
             record = protection.record
+            if protection.held_by:
+                raise Conflict(
+                    f"VM {record.name}: it is being moved, or has just been (held by "
+                    f"{', '.join(protection.held_by)}); wait for that to end, or cancel it"
+                )
             if not keep_replica:
                 link = self._here.link(record.peer)
                 await link.call("store.remove", {"vm": record.uuid, "epoch": record.epoch})
@@ -303,8 +310,20 @@ class Source:
             await autostart.give_back(self._hypervisor, record)
             await self._forget(record)
 
+    def _epoch_path(self, uuid: str) -> Path:
+        return self.directory / "epochs" / f"{uuid}.json"
+
+    async def _last_epoch(self, uuid: str) -> int:
+        """The epoch that the VM had when its protection here ended: peers refuse older ones, and rightly."""
+        kept = await asyncio.to_thread(durable.read_json, self._epoch_path(uuid))
+        return 0 if kept is None else int(kept["epoch"])
+
     async def _forget(self, record: ProtectionRecord) -> None:
         self._protections.pop(record.uuid, None)
+        if record.epoch:
+            path = self._epoch_path(record.uuid)
+            await asyncio.to_thread(path.parent.mkdir, mode=0o750, exist_ok=True)
+            await asyncio.to_thread(durable.write_json, path, {"epoch": record.epoch})
         await asyncio.to_thread(record.remove, self.directory)
 
     # -- work on demand ----------------------------------------------------------------------------

@@ -86,8 +86,10 @@ async def test_there_and_back_again(store: Store, source: Source, tmp_path: Path
     assert (await store.status(VM))["state"] == "detached"
     with pytest.raises(Conflict, match="became the disk"):
         await source.send()
-    with pytest.raises(StaleEpoch):
-        await source.prepare(epoch=0)
+    assert (await store.status(VM))["epoch"] == 2, "the old home asks by this whether the VM has moved"
+    for epoch in (0, 1):
+        with pytest.raises(StaleEpoch):
+            await source.prepare(epoch=epoch)
 
     kept = tmp_path / "kept by home, 1.qcow2"
     shutil.copy(chains["vda"][0].path, kept)

@@ -71,6 +71,10 @@ async def _start(environment: Environment, record: ProtectionRecord) -> None:
             if status.get("exists") and int(status["epoch"]) > record.epoch:
                 logger.warning("%s: not started after boot: its home has moved to %s", subject, record.peer)
                 return
+            if status.get("state") == "frozen":
+                # A hand-off was under way when this host went down: who runs the VM is decided by that.
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+                continue
             domain = await environment.hypervisor.lookup(record.uuid)
             if not await environment.hypervisor.is_active(domain, subject=subject):
                 # looked at again: the answer took its time, and the hook judges once more

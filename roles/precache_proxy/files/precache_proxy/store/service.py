@@ -88,6 +88,7 @@ class Store:
         channel.handle_call("store.status", self._answer_status)
         channel.handle_call("store.prepare", self.prepare)
         channel.handle_call("store.remove", self._answer_remove)
+        channel.handle_call("store.allow_commit", self._answer_allow_commit)
         channel.handle_stream("generation", self._serve("generation", self._take_generation))
         channel.handle_stream("seed", self._serve("seed", receive_seed))
         channel.handle_stream("digests", self._serve("digests", serve_digests))
@@ -228,6 +229,14 @@ class Store:
             replica.check_epoch(int(parameters.get("epoch", -1)), "removing it")
         await self.remove(vm)
         return {"removed": True}
+
+    async def _answer_allow_commit(self, peer: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        vm = check_vm(parameters.get("vm"))
+        replica = self._replica(vm)
+        replica.check_peer(peer)
+        replica.check_epoch(int(parameters.get("epoch", -1)), "its landing")
+        await self.allow_commit(vm)
+        return {"commit_allowed": True}
 
     # -- asked by the other rooms ------------------------------------------------------------------
 
@@ -382,7 +391,9 @@ class Store:
             await replica.end_streams({"generation", "seed", "digests"}, "the VM has landed here")
             if not record.detached:
                 async with replica.chain_lock.writing(), replica.changing:
-                    await replica.save(replace(replica.record, detached=True, frozen_epoch=None))
+                    # The old home asks by this whether the VM has moved: before it starts or protects it.
+                    epoch = max(replica.record.epoch, replica.record.frozen_epoch or 0)
+                    await replica.save(replace(replica.record, detached=True, frozen_epoch=None, epoch=epoch))
             return {
                 disk: tuple(replica.reference(layer) for layer in reversed(record.chain(disk, sealed)))
                 for disk in sealed.disks

@@ -53,6 +53,8 @@ class ArrivalDisk:
     size_bytes: int
     # the lowest image of the chain that is ours: landing collapses into it and no deeper; "" until then
     base: str = ""
+    # the layers that landing merges into it, to be removed once that is done
+    merged: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -140,9 +142,17 @@ class ArrivalJournal:
         durable.write_json(self.directory / f"{arrival.id}.json", arrival.record())
 
     def enter(self, arrival: Arrival, state: ArrivalState) -> None:
-        """Advance and make that durable; only then may it be acted upon (blocking)."""
+        """Advance and make that durable; only then may it be acted upon (blocking).
+
+        Where it cannot be made durable (a full disk) the arrival stays as it was.
+        """
+        before = arrival.state
         arrival.advance(state)
-        self.save(arrival)
+        try:
+            self.save(arrival)
+        except OSError:
+            arrival.state = before
+            raise
 
     def load(self) -> list[Arrival]:
         """Every arrival on record, oldest first."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -36,6 +37,21 @@ from precache_proxy.hypervisor.qemu_user import QemuUser
 logger = logging.getLogger(__name__)
 
 ARRIVAL_POLL_SECONDS = 0.25
+# It names files and a directory here.
+_JOB_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+def _foreign_replica(peer: str, status: Mapping[str, Any]) -> list[Finding]:
+    """A replica is for the host that sends its generations; no other one may have a VM run on it."""
+    owner = str(status.get("peer") or peer)
+    if owner == peer:
+        return []
+    name = status.get("name") or status.get("vm")
+    return [
+        Finding(
+            f"replica of {name}", f"it belongs to {owner}, not to {peer}", "protect the VM anew", "conflict"
+        )
+    ]
 
 
 class Arrivals:
@@ -119,13 +135,26 @@ class Arrivals:
         """What stands in the way here, and whether the VM is here already. Changes nothing."""
         vm = str(parameters["vm"])
         latest = self.latest_of(vm)
+        findings: list[Finding] = []
         if latest is not None and latest.state in RUNS_HERE and latest.epoch >= int(parameters["epoch"]):
-            return {"already_there": True, "findings": []}
-        findings = await preflight.destination_findings(
+            # A record alone may be of an earlier stay: "it is out" is said of a VM that is here now.
+            if await self._domains.presence(vm) is not Presence.ABSENT:
+                return {"already_there": True, "findings": []}
+            findings.append(
+                Finding(
+                    f"VM {latest.name}",
+                    f"it was here with epoch {latest.epoch} and has left, the source counts only to epoch "
+                    f"{parameters['epoch']}",
+                    f"see that it runs nowhere else, then move {latest.id}.json away from this host's "
+                    "arrivals, restart the proxy and try again",
+                    "stale-epoch",
+                )
+            )
+        findings += await preflight.destination_findings(
             self._domains, self._guard, str(parameters["definition"]), self.disks_directory
         )
         try:
-            await self._store.status(vm)
+            findings += _foreign_replica(peer, await self._store.status(vm))
         except NotFound:
             findings.append(
                 Finding(
@@ -140,6 +169,8 @@ class Arrivals:
     async def prepare(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Make everything ready for libvirt to come: overlays on the replica, guard, sockets' directory."""
         job_id, vm = str(parameters["job"]), str(parameters["vm"])
+        if not _JOB_ID.fullmatch(job_id):
+            raise InvalidInput(f"job {job_id!r}: not a job's number; are both proxies of one version?")
         async with self.lock(vm):
             arrival = self._arrivals.get(job_id)
             if arrival is None:
@@ -175,6 +206,7 @@ class Arrivals:
         findings = await preflight.destination_findings(
             self._domains, self._guard, str(parameters["definition"]), self.disks_directory
         )
+        findings += _foreign_replica(peer, await self._store.status(vm))
         if findings:
             raise InvalidInput(f"VM {name} cannot arrive here: {preflight.sentence(findings)}", findings)
         earlier = await asyncio.to_thread(self._guard.forbidden, vm)
@@ -291,6 +323,7 @@ class Arrivals:
             arrival = self._arrivals.get(job_id)
             if arrival is None:
                 self._called_off.add(job_id)
+                await self._thaw_unclaimed(vm)
                 return {"state": ArrivalState.ABORTED.value}
             self._known(job_id, peer)
             if arrival.state is ArrivalState.RELEASED:
@@ -304,6 +337,30 @@ class Arrivals:
                 )
             await self._clear(arrival)
             return {"state": arrival.state.value}
+
+    async def thaw_unclaimed(self) -> None:
+        """Replicas that a killed `prepare` froze before its arrival was on record take generations again.
+
+        Called after :meth:`load` and before any peer is answered.
+        """
+        for status in await self._store.statuses():
+            if status["state"] == "frozen":
+                await self._thaw_unclaimed(str(status["vm"]))
+
+    async def _thaw_unclaimed(self, vm: str) -> None:
+        # An activated arrival holds it too: the VM runs on those files until the store has let them go.
+        if any(not item.ended for item in self._arrivals.values() if item.vm == vm):
+            return
+        with contextlib.suppress(NotFound):
+            if (await self._store.status(vm))["state"] == "frozen":
+                logger.warning("VM %s: its replica was held for an arrival that is not on record", vm)
+                await self._store.thaw(vm)
+
+    def watch_all(self) -> None:
+        """After a restart: see to it that the hook's exception ends for those that have arrived meanwhile."""
+        for arrival in self._arrivals.values():
+            if arrival.state is ArrivalState.PREPARED:
+                self._watchers[arrival.id] = asyncio.create_task(self._watch_arrival(arrival))
 
     def _known(self, job_id: str, peer: str) -> Arrival:
         arrival = self._arrivals.get(job_id)
@@ -345,6 +402,7 @@ class Arrivals:
         checkpoint = f"lifeboat-e{arrival.epoch}-g{arrival.generation + 1}"
         tops = {key: disk.top for key, disk in arrival.disks.items()}
         try:
+            await self._refuse_late_tracking(arrival, checkpoint)
             definition = await self._domains.definition(arrival.vm)
             on_top = [key for key, top in tops.items() if (disk := definition.disk(key)) and disk.path == top]
             if len(on_top) < len(tops):
@@ -365,6 +423,13 @@ class Arrivals:
         await asyncio.to_thread(sync)
         await self.save(arrival)
         crash_point("arrival-tracked")
+
+    async def _refuse_late_tracking(self, arrival: Arrival, checkpoint: str) -> None:
+        """Raise where the VM has run untracked: between overlay and checkpoint its writes would be lost."""
+        if await self._domains.presence(arrival.vm) is not Presence.RUNNING:
+            return
+        if not await layers.has_checkpoint(self._domains, arrival.vm, checkpoint):
+            raise Conflict(f"VM {arrival.name}: it ran before its writes were counted from {checkpoint}")
 
     async def _activate_whichever(self, arrival: Arrival) -> None:
         """Run a released VM: resume it, or start it anew when this host lost its memory meanwhile."""

@@ -225,6 +225,9 @@ class Departures:
         job = item.job
         if job.step in BEFORE_FREEZE:
             if job.step is Step.PREFLIGHT:
+                # After a restart it is held like every open job: without this its passes would never go on.
+                with contextlib.suppress(NotFound):
+                    await self._source.release(job.vm, job.id)
                 job.verdict = Verdict.STAYED
                 await item.enter(Step.STAYED)
             else:

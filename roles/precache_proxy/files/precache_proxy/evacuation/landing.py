@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from precache_proxy import durable
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import LifeboatError, NotFound
+from precache_proxy.errors import Conflict, LifeboatError, NotFound
 from precache_proxy.evacuation import layers
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrivals import Arrivals
@@ -38,11 +40,13 @@ class Landing:
         domains: Domains,
         source: SourceRoom,
         store: StoreRoom,
+        links: Mapping[str, Any],
     ) -> None:
         self._arrivals = arrivals
         self._domains = domains
         self._source = source
         self._store = store
+        self._links = links
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, arrival: Arrival) -> None:
@@ -88,10 +92,28 @@ class Landing:
             arrival.landing = "left"
         else:
             await self._collapse_between_passes(arrival)
+            await self._tell_home(arrival)
             arrival.landing = "collapsed"
         crash_point("landing-collapsed")
         async with self._arrivals.lock(arrival.vm):
             await self._arrivals.enter(arrival, ArrivalState.LANDED)
+
+    async def _tell_home(self, arrival: Arrival) -> None:
+        """The old home may merge generations into what it kept; until told its chain grows with every pass.
+
+        Raises PeerUnreachable: told again with the next attempt.
+        """
+        link = self._links.get(arrival.peer)
+        if link is None:
+            logger.warning(
+                "VM %s: %s is no peer any more; it is not told of the landing", arrival.vm, arrival.peer
+            )
+            return
+        try:
+            await link.call("store.allow_commit", {"vm": arrival.vm, "epoch": arrival.epoch})
+        except (Conflict, NotFound) as error:
+            # It keeps nothing of the VM, or something of another owner: nothing there waits for us.
+            logger.info("VM %s: landing: %s", arrival.vm, error)
 
     async def _protect_way_back(self, arrival: Arrival) -> None:
         await self._take_over_files(arrival)
@@ -170,10 +192,14 @@ class Landing:
                 continue
             chain = [current.path, *(image.path for image in current.backing)]
             base = disk.base
-            if base not in chain or current.path == base:
+            if base not in chain:
                 continue
-            await layers.commit(self._domains, vm, key, top=None, base=base)
-            await layers.wait_for_layer(self._domains, vm, key, base)
-            for path in chain[: chain.index(base)]:
+            if current.path != base:
+                # On record first: a kill after the merge must still find what is to be removed.
+                disk.merged = chain[: chain.index(base)]
+                await self._arrivals.save(arrival)
+                await layers.commit(self._domains, vm, key, top=None, base=base)
+                await layers.wait_for_layer(self._domains, vm, key, base)
+            for path in disk.merged:
                 # Generations of the replica and our overlays: their content is in the base now.
                 await asyncio.to_thread(durable.remove, Path(path))

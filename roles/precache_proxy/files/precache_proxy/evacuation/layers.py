@@ -69,6 +69,13 @@ async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Itera
     await domains.run(vm, work)
 
 
+async def has_checkpoint(domains: Domains, vm: str, name: str) -> bool:
+    """Whether the VM's writes are tracked under ``name``."""
+    return await domains.run(
+        vm, lambda domain: any(checkpoint.getName() == name for checkpoint in domain.listAllCheckpoints(0))
+    )
+
+
 async def drop_stray_bitmaps(domains: Domains, vm: str, names: Mapping[str, Iterable[str]]) -> None:
     """Remove bitmaps (name -> targets that carry it) of which libvirt has no checkpoint, in all layers.
 

@@ -12,6 +12,7 @@ import time
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound, PeerUnreachable
 from precache_proxy.evacuation import freeze
+from precache_proxy.evacuation.arrival import RUNS_HERE
 from precache_proxy.evacuation.departure import Departure, clear_local_leftovers
 from precache_proxy.evacuation.guard import FENCED, Forbidden
 from precache_proxy.evacuation.job import Step, Verdict
@@ -20,6 +21,7 @@ from precache_proxy.evacuation.reconcile import Presence
 logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_SECONDS = 90.0
+STATUS_TIMEOUT_SECONDS = 30.0
 # Of the time after which the destination presumes us dead: we stop well before it starts.
 FENCE_SHARE = 0.7
 
@@ -86,9 +88,10 @@ async def _clean_peer(departure: Departure, *, must: bool) -> None:
     kept = job.settled == "keep-at-source"
     try:
         await departure.call("abort", {"kept_at_source": kept}, ABORT_TIMEOUT_SECONDS)
-    except Conflict as error:
-        raise ActivatedThere(error.message) from error
     except (PeerUnreachable, LifeboatError) as error:
+        # What follows ends the copy here: a mere "not now" of the other side must not be taken for it.
+        if isinstance(error, Conflict) and await _runs_there(departure):
+            raise ActivatedThere(error.message) from error
         if must:
             raise
         logger.warning("evacuation %s: %s has not cleared its arrival away yet: %s", job.id, job.peer, error)
@@ -99,6 +102,15 @@ async def _clean_peer(departure: Departure, *, must: bool) -> None:
     job.owes_abort = False
     job.progress.pop("contact_lost_at", None)
     await departure.save()
+
+
+async def _runs_there(departure: Departure) -> bool:
+    """Whether the destination says, durably, that the VM is its own now."""
+    try:
+        answer = await departure.call("status", {}, STATUS_TIMEOUT_SECONDS)
+    except LifeboatError:
+        return False
+    return answer.get("state") in {state.value for state in RUNS_HERE}
 
 
 async def settle_debt(departure: Departure) -> None:

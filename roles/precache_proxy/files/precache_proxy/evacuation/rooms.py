@@ -25,6 +25,9 @@ class StoreRoom(Protocol):
     async def status(self, vm: str) -> dict[str, Any]:
         """State of a replica."""
 
+    async def statuses(self) -> list[dict[str, Any]]:
+        """State of every replica."""
+
     async def freeze_for_arrival(self, vm: str, generation: int, epoch: int) -> Mapping[str, ImageLike]:
         """Close our writers; the top of each disk's sealed chain."""
 

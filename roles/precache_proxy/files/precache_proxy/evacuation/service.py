@@ -87,7 +87,7 @@ class Evacuation:
             user,
             presume_source_dead_after_seconds=settings.presume_source_dead_after_seconds,
         )
-        self._landing = Landing(self._arrivals, self._domains, source, store)
+        self._landing = Landing(self._arrivals, self._domains, source, store, channel.links)
         self._departures = Departures(self._around, self._landing.leave)
         self._loaded = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
@@ -128,7 +128,9 @@ class Evacuation:
             self._departures.load()
 
         await asyncio.to_thread(load)
+        await self._arrivals.thaw_unclaimed()
         self._loaded.set()
+        self._arrivals.watch_all()
         await self._departures.hold_all()
         self._tender = asyncio.create_task(self._tend(), name="evacuation-tender")
 

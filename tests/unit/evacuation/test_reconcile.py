@@ -249,9 +249,23 @@ def test_the_source_never_rolls_back_what_runs_there(
     if decision is SourceDecision.ROLL_BACK_COLD:
         assert reachable, "an off VM is started here only on the destination's word"
     if step is Step.RELEASED and back:
-        assert state in {ArrivalState.ABORTED, ArrivalState.ABORTING}
+        lost = state is ArrivalState.PREPARED and there in {
+            Presence.ABSENT, Presence.SHUT_OFF, Presence.ENDED
+        }  # fmt: skip
+        assert lost or state in {ArrivalState.ABORTED, ArrivalState.ABORTING}
     if decision is SourceDecision.FINISH:
         assert step is Step.FINISH or (reachable and state in RUNS_HERE)
+
+
+def test_a_release_that_came_too_late_does_not_leave_the_vm_nowhere() -> None:
+    """Released here, the word was lost, and the destination's host went down with the paused VM."""
+    run = TwoHosts()
+    run.step, run.source, run.tombstone, run.owes_abort = Step.RELEASED, Presence.SHUT_OFF, True, True
+    run.arrival, run.destination = ArrivalState.PREPARED, Presence.ARRIVED
+    run.destination_host_reboots()
+    run.teardown()
+    assert run.step is Step.STAYED
+    assert run.source is Presence.RUNNING
 
 
 @given(

@@ -30,6 +30,9 @@ class Presence(StrEnum):
     UNKNOWN = "unknown"
 
 
+_NOT_THERE = frozenset({Presence.ABSENT, Presence.SHUT_OFF, Presence.ENDED})
+
+
 @dataclass(frozen=True, slots=True)
 class DestinationView:
     """What the destination answered; ``reachable`` False: nothing."""
@@ -91,6 +94,10 @@ def _after_release(destination: DestinationView) -> SourceDecision:
         # Without its record we cannot know whether it ever ran there: a case for a person.
         return SourceDecision.WAIT
     if destination.state in {ArrivalState.ABORTED, ArrivalState.ABORTING}:
+        return SourceDecision.ROLL_BACK_COLD
+    if destination.state is ArrivalState.PREPARED and destination.vm in _NOT_THERE:
+        # Our word never came there, and what it was for is gone (that host went down): it would be refused
+        # for ever. The abort that comes first is durable: no release can be heard after it.
         return SourceDecision.ROLL_BACK_COLD
     return SourceDecision.RELEASE
 

@@ -242,7 +242,7 @@ def _evacuation(reader: Reader) -> EvacuationConfig:
     return EvacuationConfig(
         stall_seconds=reader.duration("stall_seconds", EvacuationConfig.stall_seconds, 1, 600),
         presume_source_dead_after_seconds=reader.optional_duration(
-            "presume_source_dead_after_seconds", 60, 30 * 86400
+            "presume_source_dead_after_seconds", 300, 30 * 86400
         ),
     )
 

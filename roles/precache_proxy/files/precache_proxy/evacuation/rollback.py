@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 ABORT_TIMEOUT_SECONDS = 90.0
 STATUS_TIMEOUT_SECONDS = 30.0
 # Of the time after which the destination presumes us dead: we stop well before it starts.
-FENCE_SHARE = 0.7
+FENCE_SHARE = 0.5
 
 
 class ActivatedThere(Conflict):

@@ -77,6 +77,7 @@ def _measure(ground: Ground, table: Table, case: Case) -> None:
             "load": case.load,
             "wan": case.profile,
             "plain_seconds": plain.seconds,
+            "plain_finished": plain.finished,
             "plain_megabytes": plain.wire_bytes / 1e6,
             "multifd_zstd_seconds": packed.seconds,
             "multifd_zstd_downtime_seconds": packed.downtime_seconds,

@@ -28,10 +28,14 @@ class VmResult:
 
 @dataclass(frozen=True)
 class Report:
-    """Seconds are wall-clock; `bound_seconds` and `baseline_seconds` belong to the VM named `compared`."""
+    """Seconds are wall-clock; `bound_seconds` and `baseline_seconds` belong to the VM named `compared`.
+
+    A baseline that is not finished was given up after `baseline_seconds`.
+    """
 
     vms: tuple[VmResult, ...]
     compared: str
+    baseline_finished: bool
     baseline_seconds: float
     baseline_bytes: int
     baseline_downtime_seconds: float | None
@@ -90,7 +94,8 @@ def render(report: Report) -> str:
     lines += [
         "",
         f"all {len(report.vms)} out in {report.makespan_seconds:.1f} s over a WAN of {report.wan['name']}",
-        f"virsh migrate --copy-storage-all of a VM like {report.compared}: {report.baseline_seconds:.1f} s, "
+        f"virsh migrate --copy-storage-all of a VM like {report.compared}: "
+        f"{'' if report.baseline_finished else 'given up after '}{report.baseline_seconds:.1f} s, "
         f"{report.baseline_bytes / 1e6:.0f} MB, downtime {_seconds(report.baseline_downtime_seconds)}",
         f"{report.compared} by Lifeboat: {_seconds(compared.eviction_seconds)}, {report.reduction:.1%} less "
         f"(bound for its memory on this link: {report.bound_seconds:.1f} s)",

@@ -17,23 +17,25 @@ from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
 
-# Three kinds of VM, on both pairs of hypervisors. The last one is also moved by stock means, as its equal.
+# Three kinds of VM, on both pairs of hypervisors.
 CAST = {
-    "log1": ("home1", GuestPlan("log1", workload="fsync-log", content_mib=96, disk_mib=512)),
+    "log1": ("home1", GuestPlan("log1", workload="fsync-log", content_mib=96, disk_mib=256)),
     "busy1": (
         "home1",
         GuestPlan("busy1", workload="fsync-log,dirty-ram", content_mib=64, disk_mib=512, disks=2,
                   dirty_mib_per_second=1, dirty_mib=16),
     ),
-    "files1": (
+    # One write a second: stock mirroring, which moves an equal of it, never catches up with more here.
+    "quiet1": (
         "home2",
-        GuestPlan("files1", workload="fsync-log,page-cache", content_mib=192, disk_mib=512, ram_mib=384),
+        GuestPlan("quiet1", workload="fsync-log", records_per_second=1, content_mib=384, disk_mib=640),
     ),
 }  # fmt: skip
-COMPARED = "files1"
+COMPARED = "quiet1"
 EQUAL = "equal1"
 # A slow machine boots three guests under emulation at once.
 BOOT_SECONDS = 180.0
+BASELINE_SECONDS = 300.0
 LAG_SECONDS = 300.0
 
 
@@ -66,6 +68,7 @@ class Story:
         return Report(
             vms=tuple(results),
             compared=COMPARED,
+            baseline_finished=baseline.finished,
             baseline_seconds=baseline.seconds,
             baseline_bytes=baseline.wire_bytes,
             baseline_downtime_seconds=baseline.downtime_seconds,
@@ -186,8 +189,11 @@ class Story:
         equal.wait_ready(BOOT_SECONDS)
         peer = self._lab.host(host).plan.peer
         assert peer is not None
-        result = stock.migrate(self._lab, equal, host, peer)
-        self._say(f"that took {result.seconds:.1f} s and {result.wire_bytes / 1e6:.0f} MB")
+        result = stock.migrate(self._lab, equal, host, peer, patience_seconds=BASELINE_SECONDS)
+        self._say(
+            f"{'that took' if result.finished else 'given up after'} {result.seconds:.1f} s and "
+            f"{result.wire_bytes / 1e6:.0f} MB"
+        )
         return result
 
     def _proxy(self, host: str, command: str) -> dict[str, Any]:

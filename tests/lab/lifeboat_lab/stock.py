@@ -6,27 +6,41 @@ import re
 import time
 from dataclasses import dataclass
 
+from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.lab import Lab
+
+_TIMED_OUT = 124  # the exit code of timeout(1)
 
 
 @dataclass(frozen=True)
 class StockMigration:
-    """What one `virsh migrate` came to. `wire_bytes` counts both directions of the WAN."""
+    """What one `virsh migrate` came to. `wire_bytes` counts both directions of the WAN.
 
+    Not `finished`: given up after `seconds`, the guest is where it was. A guest that writes all the
+    time keeps stock mirroring busy for ever on a long, thin line.
+    """
+
+    finished: bool
     seconds: float
     wire_bytes: int
     downtime_seconds: float | None
 
 
 def migrate(
-    lab: Lab, guest: Guest, source: str, destination: str, *, storage: bool = True, multifd_zstd: bool = False
+    lab: Lab,
+    guest: Guest,
+    source: str,
+    destination: str,
+    *,
+    storage: bool = True,
+    multifd_zstd: bool = False,
+    patience_seconds: float = 900,
 ) -> StockMigration:
     """Move a running guest with `virsh migrate`; raises LabError when that fails.
 
     The destination's images are made beforehand and not counted: libvirt would need a storage pool for it.
     """
-    allow_stock_migration(lab, source, destination)
     options = ["--live", "--p2p", "--verbose"]
     for path, image_format in guest.images(source).values():
         told = lab.exec(source, "qemu-img", "info", "-U", "--output=json", path).stdout
@@ -38,10 +52,22 @@ def migrate(
         options += ["--parallel", "--parallel-connections", "4", "--comp-methods", "zstd"]
     before = crossed_bytes(lab)
     began = time.monotonic()
-    lab.exec(source, "virsh", "migrate", *options, guest.plan.uuid, f"qemu+ssh://{destination}/system",
-             timeout_seconds=1800)  # fmt: skip
+    command = ("virsh", "migrate", *options, guest.plan.uuid, f"qemu+ssh://{destination}/system")
+    ended = lab.exec(
+        source,
+        "timeout",
+        f"{patience_seconds:.0f}",
+        *command,
+        check=False,
+        timeout_seconds=patience_seconds + 60,
+    )
     seconds = time.monotonic() - began
-    return StockMigration(seconds, crossed_bytes(lab) - before, _downtime(lab, guest, destination))
+    if ended.returncode == _TIMED_OUT:
+        lab.exec(source, "virsh", "domjobabort", guest.plan.uuid, check=False)
+        return StockMigration(False, seconds, crossed_bytes(lab) - before, None)
+    if ended.returncode != 0:
+        raise LabError(f"virsh migrate of {guest.name}: {ended.stderr.strip()}")
+    return StockMigration(True, seconds, crossed_bytes(lab) - before, _downtime(lab, guest, destination))
 
 
 def crossed_bytes(lab: Lab) -> int:
@@ -55,20 +81,3 @@ def _downtime(lab: Lab, guest: Guest, destination: str) -> float | None:
     text = lab.exec(destination, "virsh", "domjobinfo", "--completed", guest.plan.uuid, check=False).stdout
     found = re.search(r"Total downtime:\s+(\d+)\s+ms", text)
     return int(found.group(1)) / 1000 if found else None
-
-
-def allow_stock_migration(lab: Lab, source: str, destination: str) -> None:
-    """Let root of one host reach root of another by SSH: what stock `virsh migrate` over qemu+ssh needs."""
-    lab.exec(source, "sh", "-ec", "mkdir -p /root/.ssh; test -f /root/.ssh/id_ed25519 || "
-             "ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519")  # fmt: skip
-    public = (lab.host(source).root / "root/.ssh/id_ed25519.pub").read_text()
-    authorized = lab.host(destination).root / "root/.ssh/authorized_keys"
-    text = authorized.read_text() if authorized.exists() else ""
-    if public not in text:
-        authorized.write_text(text + public)
-    keys = lab.exec(destination, "cat", "/etc/ssh/ssh_host_ed25519_key.pub").stdout.split()
-    known = lab.host(source).root / "root/.ssh/known_hosts"
-    line = f"{destination} {keys[0]} {keys[1]}\n"
-    if not known.exists() or line not in known.read_text():
-        with known.open("a") as file:
-            file.write(line)

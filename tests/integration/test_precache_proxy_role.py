@@ -104,7 +104,7 @@ def test_proxy_is_sandboxed(host: Host) -> None:
         "systemctl show precache-proxy "
         "-p ProtectSystem,NoNewPrivileges,CapabilityBoundingSet,MemoryDenyWriteExecute"
     )
-    assert "ProtectSystem=strict" in told
+    assert "ProtectSystem=full" in told
     assert "NoNewPrivileges=yes" in told
     assert "MemoryDenyWriteExecute=yes" in told
     assert "cap_sys_admin" not in told
@@ -193,13 +193,21 @@ def test_changed_setting_restarts_the_proxy_once(
     assert site_setup.return_code == 0
     host = lab_host(lab, "home1")
     before = host.check_output("systemctl show precache-proxy -p MainPID --value")
-    change = {"variables": {"precache_proxy_rpo_seconds": 33}, "options": ("--limit", "home1")}
+    settings = {"precache_proxy_rpo_seconds": 33, "precache_proxy_image_directories": ["/var/lib/libvirt"]}
+    change = {"variables": settings, "options": ("--limit", "home1")}
     dry = lab_playbook("site_setup", check=True, **change).require_success()
     assert any("Configure the proxy" in task for task in dry.changed_tasks)
     assert host.check_output("systemctl show precache-proxy -p MainPID --value") == before
     lab_playbook("site_setup", **change).require_success()
     assert host.check_output("systemctl show precache-proxy -p MainPID --value") != before
     assert "rpo_seconds = 33.0" in host.file("/etc/lifeboat/precache_proxy.toml").content_string
+    # Told where images lie, it may write nowhere else, and still serves.
+    assert "ProtectSystem=strict" in host.check_output("systemctl show precache-proxy -p ProtectSystem")
+    pid = host.check_output("systemctl show precache-proxy -p MainPID --value")
+    assert host.run(f"nsenter -t {pid} -m touch /srv/lifeboat-was-here").rc != 0
+    assert host.run(f"nsenter -t {pid} -m touch /var/lib/libvirt/images/.lifeboat-test").rc == 0
+    host.check_output("rm /var/lib/libvirt/images/.lifeboat-test")
+    assert proxy_status(host)["name"] == "home1"
     lab_playbook("site_setup", options=("--limit", "home1")).require_success()
 
 

@@ -119,7 +119,7 @@ class EvacuationPair:
             hook = self.root(host) / HOOK_PATH.lstrip("/")
             hook.write_text(
                 f"#!/bin/sh\nexport LIFEBOAT_STATE_DIRECTORY={STATE} LIFEBOAT_RUN_DIRECTORY={RUN}\n"
-                f'exec {DIRECTORY}/hook "$@"\n'
+                f'exec /usr/bin/python3 -IS {DIRECTORY}/hook "$@"\n'
             )
             hook.chmod(0o755)
             (base / "proxy.toml").write_text(self._configuration(host, other))

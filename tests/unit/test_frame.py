@@ -50,7 +50,8 @@ def test_make_help_documents_every_public_target() -> None:
 def test_role_arguments_are_specified_and_prefixed(role: Path) -> None:
     """Every default is specified with the same default, every name bears the role's name."""
     specification = yaml.safe_load((role / "meta" / "argument_specs.yml").read_text())
-    options = specification["argument_specs"]["main"]["options"]
+    entry_points = specification["argument_specs"].values()
+    options = {name: option for entry in entry_points for name, option in entry["options"].items()}
     defaults = yaml.safe_load((role / "defaults" / "main.yml").read_text())
     assert all(name.startswith(f"{role.name}_") for name in options)
     assert set(defaults) <= set(options), "defaults that no specification names"

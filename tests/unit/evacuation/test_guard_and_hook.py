@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Host:
 
     def hook(self, *operation: str, xml: str = XML) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [HOOK, "web ä1", *operation],
+            [sys.executable, "-IS", HOOK, "web ä1", *operation],
             input=xml,
             env={"LIFEBOAT_STATE_DIRECTORY": str(self.state), "LIFEBOAT_RUN_DIRECTORY": str(self.run)},
             capture_output=True,

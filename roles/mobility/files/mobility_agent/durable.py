@@ -66,7 +66,7 @@ def _line(key: str, record: Record | None) -> bytes:
 
 
 def _parse(line: bytes) -> tuple[str, Record | None] | None:
-    sum_text, _, text = line.partition(b" ")
+    sum_text, _unused, text = line.partition(b" ")
     try:
         if int(sum_text, 16) != zlib.crc32(text.rstrip(b"\n")):
             return None

@@ -63,12 +63,18 @@ class Reader:
 
     def name(self, key: str) -> str:
         """A name of letters, digits and ``. - _``."""
-        fits = lambda v: v if isinstance(v, str) and _NAME.match(v) else None  # noqa: E731
+
+        def fits(value: object) -> str | None:
+            return value if isinstance(value, str) and _NAME.match(value) else None
+
         return self._take(key, None, fits, "write a name of letters, digits and . - _") or ""
 
     def uuid(self, key: str) -> str:
         """A VM's UUID."""
-        fits = lambda v: v.lower() if isinstance(v, str) and _UUID.match(v.lower()) else None  # noqa: E731
+
+        def fits(value: object) -> str | None:
+            return value.lower() if isinstance(value, str) and _UUID.match(value.lower()) else None
+
         return self._take(key, None, fits, "write a UUID, as `virsh domuuid` shows it") or ""
 
     def choice(self, key: str, default: str, known: tuple[str, ...]) -> str:
@@ -103,7 +109,10 @@ class Reader:
 
     def path(self, key: str, default: Path) -> Path:
         """An absolute path."""
-        fits = lambda v: Path(v) if isinstance(v, str) and v.startswith("/") else None  # noqa: E731
+
+        def fits(value: object) -> Path | None:
+            return Path(value) if isinstance(value, str) and value.startswith("/") else None
+
         return self._take(key, default, fits, f"write it in full, like {default}") or default
 
     def address(self, key: str) -> IPv6Address:
@@ -142,8 +151,7 @@ class Reader:
 
     def network(self, key: str) -> IPv6Network:
         """A required IPv6 prefix."""
-        fits = lambda v: parse_network(v)  # noqa: E731, PLW0108
-        taken = self._take(key, None, fits, "write a prefix like 2001:db8:100::/64, host bits zero")
+        taken = self._take(key, None, parse_network, "write a prefix like 2001:db8:100::/64, host bits zero")
         return taken or IPv6Network((0, 128))
 
     def networks(self, key: str) -> tuple[IPv6Network, ...]:

@@ -68,7 +68,7 @@ CRASH_POINTS: Final[dict[str, str]] = {
 
 
 def _wanted() -> tuple[str, int]:
-    name, _, count = os.environ.get(VARIABLE, "").partition(":")
+    name, _unused, count = os.environ.get(VARIABLE, "").partition(":")
     if name and name not in CRASH_POINTS:
         raise ConfigurationError(f"{VARIABLE}={name}: no such crash point; the table is in crash_points.py")
     return name, int(count) if count.isdigit() else 1

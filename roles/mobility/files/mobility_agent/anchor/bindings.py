@@ -301,7 +301,7 @@ class BindingTable:
         """End what was not refreshed in time; the verdicts say which routes go."""
         ended: list[Verdict] = []
         while self._expiries and self._expiries[0][0] <= now:
-            _, vm = heapq.heappop(self._expiries)
+            _unused, vm = heapq.heappop(self._expiries)
             before = self._bindings.get(vm)
             if before is None or before.expires_seconds > now:
                 continue

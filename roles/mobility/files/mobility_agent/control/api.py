@@ -81,7 +81,7 @@ class Api:
         )
         return application
 
-    async def _status(self, _: web.Request) -> web.Response:
+    async def _status(self, _unused: web.Request) -> web.Response:
         parts, config = self._parts, self._parts.config
         answer: dict[str, Any] = {
             "name": config.name,
@@ -96,7 +96,7 @@ class Api:
             answer["hypervisor"] = "up" if parts.moves.hypervisor.up else "down"
         return web.json_response(answer)
 
-    async def _check(self, _: web.Request) -> web.Response:
+    async def _check(self, _unused: web.Request) -> web.Response:
         findings = list(self._parts.path.findings())
         gateway = self._parts.gateway
         for name, told in gateway.status()["anchors"].items() if gateway is not None else ():
@@ -117,7 +117,7 @@ class Api:
         ]
         return web.json_response({"name": self._parts.config.name, "findings": told_findings})
 
-    async def _vms(self, _: web.Request) -> web.Response:
+    async def _vms(self, _unused: web.Request) -> web.Response:
         gateway = self._parts.the_gateway()
         return web.json_response({"vms": [gateway.describe(known) for known in gateway.attachments.all()]})
 
@@ -200,7 +200,7 @@ class Api:
             raise NotFound(f"VM {vm}: no binding here; see `mobility-agent bindings`")
         return web.json_response(anchor.describe(binding))
 
-    async def _metrics(self, _: web.Request) -> web.Response:
+    async def _metrics(self, _unused: web.Request) -> web.Response:
         text = metrics.render(self._parts)
         return web.Response(
             body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}

@@ -162,7 +162,7 @@ class Responder:
 
     def _read(self) -> None:
         # Bounded: a storm of solicitations must not keep the loop from its other work.
-        for _ in range(64):
+        for _unused in range(64):
             if self._socket is None:
                 return
             try:

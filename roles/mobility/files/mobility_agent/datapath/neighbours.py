@@ -55,7 +55,7 @@ def drop(neighbour: Neighbour) -> Request:
 def _read(kernel: RouteSocket, flags: int) -> list[Neighbour]:
     found: list[Neighbour] = []
     for content in kernel.dump(_GET, _MESSAGE.pack(socket.AF_INET6, 0, 0, flags, 0)):
-        _, index, _, entry_flags, _ = _MESSAGE.unpack_from(content)
+        _unused, index, _unused, entry_flags, _unused = _MESSAGE.unpack_from(content)
         told = attributes(content[_MESSAGE.size :])
         if told.get(_PROTOCOL, b"\0")[0] != PROTOCOL or _ADDRESS not in told:
             continue

@@ -84,7 +84,7 @@ class RouteSocket:
         data = self._socket.recv(1 << 18)
         at = 0
         while at + _HEADER.size <= len(data):
-            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
+            length, kind, flags, sequence, _unused = _HEADER.unpack_from(data, at)
             yield kind, flags, sequence, data[at + _HEADER.size : at + length]
             at += (length + 3) & ~3
 
@@ -136,7 +136,7 @@ class RouteSocket:
         head = _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _DUMP, wanted, 0)
         self._socket.send(head + body)
         while True:
-            for reply, _, sequence, content in self._messages():
+            for reply, _unused, sequence, content in self._messages():
                 if sequence != wanted:
                     continue
                 if reply == _DONE:

@@ -58,7 +58,7 @@ class PathMtuListener:
             self._socket = None
 
     def _read(self) -> None:
-        for _ in range(32):
+        for _unused in range(32):
             if self._socket is None:
                 return
             try:

@@ -121,7 +121,7 @@ def drop(route: Route) -> Request:
 
 
 def _parse(content: bytes, name: Callable[[int], str]) -> Route | None:
-    _, length, _, _, table, protocol, _, kind, _ = _MESSAGE.unpack_from(content)
+    _unused, length, _unused, _unused, table, protocol, _unused, kind, _unused = _MESSAGE.unpack_from(content)
     if protocol != PROTOCOL or kind not in set(Kind):
         return None
     found = attributes(content[_MESSAGE.size :])

@@ -88,7 +88,7 @@ class Hypervisor:
     def start(self) -> None:
         """Connect, now or when libvirt is there."""
         if not Hypervisor._events_started:
-            self._libvirt.registerErrorHandler(lambda *_: None, None)
+            self._libvirt.registerErrorHandler(lambda *_unused: None, None)
             self._libvirt.virEventRegisterDefaultImpl()
             threading.Thread(target=self._run_events, name="libvirt-events", daemon=True).start()
             Hypervisor._events_started = True
@@ -125,11 +125,11 @@ class Hypervisor:
         libvirt = self._libvirt
         connection = libvirt.openReadOnly(self._uri)
 
-        def on_lifecycle(_: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+        def on_lifecycle(_unused: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._tell, domain.UUIDString(), event, detail)
 
-        def on_close(*_: Any) -> None:
+        def on_close(*_unused: Any) -> None:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(lost.set)
 

@@ -188,7 +188,7 @@ class Registrar:
                 if self._current(line) and line.due_at <= now and not line.under_way:
                     outgoing += self._send(line, anchor, now, wall)
         while self._queue and self._queue[0][0] <= now:
-            at, _, line = heapq.heappop(self._queue)
+            at, _unused, line = heapq.heappop(self._queue)
             # Scheduled anew since, or forgotten: this entry says nothing any more.
             if at != line.due_at or not self._current(line):
                 continue
@@ -379,7 +379,7 @@ class Registrar:
 
     def anchor_returned(self, anchor_name: str, now: float) -> None:
         """An anchor that was silent answers again: what it missed goes out now, not after the backoff."""
-        for (_, name), line in self._lines.items():
+        for (_unused, name), line in self._lines.items():
             if (
                 name == anchor_name
                 and line.phase in {Phase.CLAIMING, Phase.WITHDRAWING}

@@ -157,7 +157,7 @@ class Revocation:
     @classmethod
     def parse(cls, fixed: bytes, options: tuple[Option, ...]) -> Revocation:
         """From the six octets and the options."""
-        _, trigger, sequence, flags = struct.unpack(">BBHH", fixed)
+        _unused, trigger, sequence, flags = struct.unpack(">BBHH", fixed)
         return cls(trigger, sequence, options, bool(flags & 0x8000))
 
 
@@ -179,7 +179,7 @@ class RevocationAcknowledgement:
     @classmethod
     def parse(cls, fixed: bytes, options: tuple[Option, ...]) -> RevocationAcknowledgement:
         """From the six octets and the options."""
-        _, status, sequence, flags = struct.unpack(">BBHH", fixed)
+        _unused, status, sequence, flags = struct.unpack(">BBHH", fixed)
         return cls(status, sequence, options, bool(flags & 0x8000))
 
 

@@ -104,7 +104,7 @@ class Transport:
 
     def _read(self) -> None:
         # A bounded share, so that timers and the control interface get their turn in a flood.
-        for _ in range(64):
+        for _unused in range(64):
             if self._socket is None:
                 return
             try:

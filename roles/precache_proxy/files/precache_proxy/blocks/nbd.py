@@ -49,7 +49,7 @@ class _BufferPool:
         """A writable view of ``length`` bytes of whatever was in memory."""
         if length > MIB:
             return memoryview(bytearray(length))
-        for _ in range(len(self._buffers)):
+        for _unused in range(len(self._buffers)):
             self._buffers.rotate(1)
             # Every view, slice or libnbd buffer of it holds a reference: two are left when all are gone.
             if sys.getrefcount(self._buffers[0]) == 2:
@@ -170,9 +170,9 @@ class NbdClient:
                 ahead.popleft()
                 yield offset, length, data
         finally:
-            for _, _, task in ahead:
+            for _unused, _unused, task in ahead:
                 task.cancel()
-            await asyncio.gather(*(task for _, _, task in ahead), return_exceptions=True)
+            await asyncio.gather(*(task for _unused, _unused, task in ahead), return_exceptions=True)
 
     async def write(self, offset: int, data: Buffer) -> None:
         """Write ``data``, which may not change until this returns; not ordered against other requests."""
@@ -346,7 +346,7 @@ class NbdClient:
             self._descriptor = -1
         if self._failure is None:
             self._failure = HypervisorError(f"{self.subject}: the NBD connection was closed")
-        waiting = [future for future, _ in self._waiting.values()]
+        waiting = [future for future, _unused in self._waiting.values()]
         self._waiting.clear()
         if self._ready is not None:
             waiting.append(self._ready)

@@ -51,7 +51,7 @@ async def _connect(
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     problem: OSError = ConnectionRefusedError("no address")
-    for family, kind, protocol, _, place in found:
+    for family, kind, protocol, _unused, place in found:
         raw = socket.socket(family, kind, protocol)
         try:
             raw.setblocking(False)

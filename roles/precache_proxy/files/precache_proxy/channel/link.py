@@ -380,8 +380,9 @@ class Link:
                 async with asyncio.timeout(self._config.handshake_seconds):
                     await self._dial(slot)
                 continue
-            except (OSError, LifeboatError) as problem:
-                error = explain(self.peer, self._where, problem)
+            except (OSError, LifeboatError) as raised:
+                problem = raised
+            error = explain(self.peer, self._where, problem)
             if isinstance(error, PeerRestarted | LinkLost):
                 self._replace_session(error)
                 continue

@@ -152,7 +152,9 @@ class Stream:
                 await waiter
                 self._check_sending()
                 limit = CLASS_LIMITS[self._traffic_class].send_queue_bytes
-            views = [memoryview(part if type(part) is bytes else bytes(part)) for part in parts if len(part)]
+            views = [
+                memoryview(part if isinstance(part, bytes) else bytes(part)) for part in parts if len(part)
+            ]
             self._pending.append(SentFrame(FrameType.DATA, FrameFlag.END_OF_MESSAGE, 0, views, length))
             self._pending_bytes += length + FRAME_CHARGE_BYTES
             self.sent_raw_bytes += length

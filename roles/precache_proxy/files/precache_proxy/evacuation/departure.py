@@ -174,7 +174,7 @@ async def _catch_up(departure: Departure) -> None:
     await departure.enter(Step.CATCH_UP)
     await around.source.hold(job.vm, job.id)
     before: int | None = None
-    for _ in range(job.options.catch_up_passes_limit):
+    for _unused in range(job.options.catch_up_passes_limit):
         departure.check_cancelled()
         began = time.monotonic()
         result = await around.source.run_pass(job.vm, reason="evacuation")

@@ -174,7 +174,7 @@ class Departures:
         except NotFound:
             status = {}
         peer = peer or str(status.get("peer") or "")
-        _, found, already_there = await departure.findings(
+        _unused, found, already_there = await departure.findings(
             self._around, definition.uuid, peer, int(status.get("epoch") or 0) + 1
         )
         return [] if already_there else found

@@ -85,9 +85,8 @@ async def drop_stray_bitmaps(domains: Domains, vm: str, names: Mapping[str, Iter
     warning.
     """
     for name, targets in names.items():
-        wanted = set(targets)
 
-        def work(domain: Any, name: str = name, wanted: set[str] = wanted) -> None:
+        def work(domain: Any, name: str = name, wanted: frozenset[str] = frozenset(targets)) -> None:
             known = {checkpoint.getName() for checkpoint in domain.listAllCheckpoints(0)}
             if name not in known:
                 disks = "".join(

@@ -217,7 +217,7 @@ class Evacuation:
         return answer
 
     async def _abort(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        for task, (job_id, _) in list(self._relays.items()):
+        for task, (job_id, _unused) in list(self._relays.items()):
             if job_id == parameters["job"]:
                 task.cancel()
         return await self._arrivals.abort(peer, parameters)

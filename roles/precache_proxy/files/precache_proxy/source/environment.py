@@ -48,7 +48,7 @@ class PriorityGate:
 
     def _pass_on(self) -> None:
         while self._waiting:
-            _, _, waiter = heapq.heappop(self._waiting)
+            _unused, _unused, waiter = heapq.heappop(self._waiting)
             if not waiter.done():
                 waiter.set_result(None)
                 return

@@ -141,7 +141,7 @@ class Replication:
             target: ImageReference(offline.path(image[0]), image[1], int(image[2]))
             for target, image in record.return_overlays.items()
         }
-        definition, layout, _ = await self.look()
+        definition, layout, _unused = await self.look()
         contents = await asyncio.to_thread(read_attachments, definition)
         attachments, digests = changed_attachments(contents, {})
         plan = GenerationPlan(
@@ -464,7 +464,7 @@ class Replication:
                 self.vm, result.different_bytes, result.generation,
             )  # fmt: skip
         for target, extents in plan.compare.items():
-            record.scrub_offsets[target] = max(end for _, end in extents)
+            record.scrub_offsets[target] = max(end for _unused, end in extents)
         if all(record.scrub_offsets.get(target, 0) >= plan.disks[target] for target in plan.since):
             record.scrub_offsets = {}
             record.scrub_turns += 1
@@ -639,7 +639,7 @@ class Replication:
     async def drop_checkpoints(self) -> None:
         """Remove every checkpoint and bitmap of ours: the VM is not protected any more."""
         with contextlib.suppress(NotFound):
-            _, layout, active = await self.look()
+            _unused, layout, active = await self.look()
             if active:
                 await self._tracker.keep_only(self.vm, None)
             else:

@@ -163,7 +163,7 @@ class Tracker:
             lambda: [checkpoint.getName() for checkpoint in domain.listAllCheckpoints(0)], subject=str(vm)
         )
         ours = [(key, name) for name in names if (key := parse_checkpoint_name(name)) is not None]
-        return [name for _, name in sorted(ours)]
+        return [name for _unused, name in sorted(ours)]
 
     async def dirty_bytes(self, vm: VmReference, checkpoint: str) -> dict[str, int]:
         """Bytes changed since the checkpoint, per disk that it covers. Raises TrackingLost."""

@@ -63,6 +63,6 @@ def _of_replica(replica: Replica, peer: str, epoch: int, disks: dict[str, int]) 
 
 def finding(name: str, error: LifeboatError) -> Finding:
     """An error's sentence (thing: fact; way out) as a finding."""
-    subject, _, rest = error.message.partition(": ")
-    fact, _, way_out = rest.rpartition("; ")
+    subject, _unused, rest = error.message.partition(": ")
+    fact, _unused, way_out = rest.rpartition("; ")
     return Finding(subject or name, fact or rest, way_out, error.cause)

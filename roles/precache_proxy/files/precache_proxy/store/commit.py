@@ -134,10 +134,10 @@ async def _copy_range(
     zero: Sequence[tuple[int, int, int]],
 ) -> None:
     held = Extents((start, start + length) for start, length, depth in depths if depth > 0)
-    zeroes = held.intersection(Extents((start, start + length) for start, length, _ in zero))
+    zeroes = held.intersection(Extents((start, start + length) for start, length, _unused in zero))
     for start, end in zeroes:
         await writer.zero(start, end - start)
-    async for offset, _, data in reader.read_extents(held.difference(zeroes), in_flight=8):
+    async for offset, _unused, data in reader.read_extents(held.difference(zeroes), in_flight=8):
         await writer.write(offset, data)
     await writer.settled()
 

@@ -376,13 +376,9 @@ class Link:
             # A connection that breaks as soon as it stands must not make us dial without a pause.
             await asyncio.sleep(dialled_at + self._config.reconnect_minimum_seconds - time.monotonic())
             dialled_at = time.monotonic()
-            try:
-                async with asyncio.timeout(self._config.handshake_seconds):
-                    await self._dial(slot)
+            error = await self._attempt(slot)
+            if error is None:
                 continue
-            except (OSError, LifeboatError) as raised:
-                problem = raised
-            error = explain(self.peer, self._where, problem)
             if isinstance(error, PeerRestarted | LinkLost):
                 self._replace_session(error)
                 continue
@@ -397,6 +393,15 @@ class Link:
         if isinstance(error, PeerRefused):
             pause = min(pause * _REFUSED_FACTOR, 3 * most)
         return float(pause * (0.5 + random.random() / 2))
+
+    async def _attempt(self, slot: int) -> LifeboatError | None:
+        """Dial one connection; why it could not be had, or None when it stands."""
+        try:
+            async with asyncio.timeout(self._config.handshake_seconds):
+                await self._dial(slot)
+        except (OSError, LifeboatError) as problem:
+            return explain(self.peer, self._where, problem)
+        return None
 
     async def _dial(self, slot: int) -> None:
         session = self._session

@@ -166,20 +166,25 @@ class Tracker:
         return [name for _unused, name in sorted(ours)]
 
     async def dirty_bytes(self, vm: VmReference, checkpoint: str) -> dict[str, int]:
-        """Bytes changed since the checkpoint, per disk that it covers. Raises TrackingLost."""
+        """Bytes changed since the checkpoint, per disk that it covers and the VM has. Raises TrackingLost."""
         domain = await self._domain(vm)
 
-        def ask() -> str:
+        def ask() -> tuple[str, str]:
             flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE | libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN
-            return str(domain.checkpointLookupByName(checkpoint, 0).getXMLDesc(flags))
+            xml = str(domain.checkpointLookupByName(checkpoint, 0).getXMLDesc(flags))
+            return xml, str(domain.XMLDesc(0))
 
         try:
-            xml = await self._hypervisor.call(ask, subject=str(vm))
+            xml, now = await self._hypervisor.call(ask, subject=str(vm))
         except LifeboatError as error:
             raise _as_tracking_lost(error, vm, checkpoint) from error
         sizes: dict[str, int] = {}
+        present = {
+            target.get("dev") for target in etree.fromstring(now.encode()).findall("devices/disk/target")
+        }
         for disk in etree.fromstring(xml.encode()).findall("disks/disk"):
-            if disk.get("checkpoint") != "bitmap":
+            # A disk that was taken away since has no bitmap to ask for, and nothing that could be lost.
+            if disk.get("checkpoint") != "bitmap" or disk.get("name") not in present:
                 continue
             size = disk.get("size")
             if size is None:  # how libvirt says that the bitmap is inconsistent, or not there

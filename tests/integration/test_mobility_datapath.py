@@ -21,7 +21,8 @@ from integration.mobility_net import (
     stream,
 )
 from mobility_agent.datapath import filters
-from mobility_agent.datapath.path import DataPath, HomePrefix, PathSettings
+from mobility_agent.datapath.path import DataPath
+from mobility_agent.datapath.settings import HomePrefix, PathSettings
 from mobility_agent.errors import Conflict, KernelRefused
 
 NODES = ("anchor1", "gateway1", "gateway2")
@@ -98,7 +99,7 @@ def test_the_tunnel_is_plain_ipv6_in_ipv6_from_the_configured_source(paths: Path
     guest = net.guest("guest1", "gateway1")
     paths.bind(guest, "gateway1")
     fields = ["-T", "fields", "-e", "ipv6.src", "-e", "ipv6.dst", "-e", "ipv6.nxt", "-e", "ipv6.routing.type"]
-    words = ["tshark", "-i", "any", "-l", "-c", "4", "-a", "duration:10", "-f", "ip6 proto 41", *fields]
+    words = ["tshark", "-i", "any", "-l", "-c", "16", "-a", "duration:10", "-f", "ip6 proto 41", *fields]
     capture = subprocess.Popen(
         net["router"].command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 
-from mobility_agent.datapath.path import HomePrefix, PathSettings
+from mobility_agent.datapath.settings import HomePrefix, PathSettings
 from mobility_agent.errors import ConfigurationError, Finding
 from mobility_agent.messages.codec import ALGORITHMS, Key
 from mobility_agent.typed_reader import Reader
@@ -119,10 +119,19 @@ class Config:
 
 def load(path: Path = DEFAULT_PATH) -> Config:
     """The configuration in ``path`` and the keys that it names. Raises ConfigurationError."""
+    return _read(path, _text(path), None)
+
+
+def parse(text: str, keys_text: str) -> Config:
+    """As :func:`load`, for files that are not written yet. Raises ConfigurationError."""
+    return _read(DEFAULT_PATH, text, keys_text)
+
+
+def _read(path: Path, text: str, keys_text: str | None) -> Config:
     findings: list[Finding] = []
-    top = Reader(_toml(path), str(path), findings)
+    top = Reader(_toml(path, text), str(path), findings)
     keys_path = top.path("keys", path.with_name("mobility_keys.toml"))
-    keys = _keys(keys_path, findings)
+    keys = _keys(keys_path, _text(keys_path) if keys_text is None else keys_text, findings)
     config = _config(top, keys, keys_path)
     top.finish()
     _judge(config, path, findings)
@@ -134,20 +143,25 @@ def load(path: Path = DEFAULT_PATH) -> Config:
     return config
 
 
-def _toml(path: Path) -> dict[str, object]:
+def _text(path: Path) -> str:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         way_out = "the role lifeboat.evacuation.mobility writes it, or give --config"
         raise ConfigurationError(f"{path}: no such file; {way_out}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read ({error}); run as root") from error
+
+
+def _toml(path: Path, text: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: not valid TOML: {error}; nothing was taken from it") from error
 
 
-def _keys(path: Path, findings: list[Finding]) -> dict[int, Key]:
-    reader = Reader(_toml(path), str(path), findings)
+def _keys(path: Path, text: str, findings: list[Finding]) -> dict[int, Key]:
+    reader = Reader(_toml(path, text), str(path), findings)
     keys: dict[int, Key] = {}
     for item in reader.tables("keys"):
         # Below 256 the numbers are reserved (RFC 4285 section 5.1).

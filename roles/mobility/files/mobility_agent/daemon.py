@@ -129,7 +129,7 @@ class Daemon:
         gateway = self.parts.gateway
         return gateway is not None and gateway.elsewhere(address, duplicate_detection)
 
-    def _bound(self, address: IPv6Address, _: bool) -> bool:
+    def _bound(self, address: IPv6Address, _unused: bool) -> bool:
         anchor = self.parts.anchor
         return anchor is not None and anchor.bound(address)
 

@@ -25,6 +25,7 @@ from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, Gro
 from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
 from mobility_agent.datapath.routes import DEFAULT, Kind, Route
+from mobility_agent.datapath.settings import PathSettings
 from mobility_agent.errors import Finding, KernelRefused, MobilityError
 
 logger = logging.getLogger(__name__)
@@ -32,44 +33,6 @@ logger = logging.getLogger(__name__)
 _MAIN_TABLE = 254
 _OUTER_HEADER_OCTETS = 40
 _MINIMUM_MTU = 1280
-
-
-@dataclass(frozen=True, slots=True)
-class HomePrefix:
-    """A home prefix; ``native``: this site's own routing carries what its VMs send."""
-
-    network: IPv6Network
-    native: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PathSettings:
-    """What the data path is built from."""
-
-    address: IPv6Address
-    tunnel_address: IPv6Address
-    peers: frozenset[IPv6Address]
-    prefixes: tuple[HomePrefix, ...]
-    bridges: tuple[str, ...] = ()
-    anchor: bool = False
-    path_mtu_octets: int = 1500
-    first_table: int = 7600
-    first_priority: int = 890
-
-    @property
-    def hosts_table(self) -> int:
-        """VMs here and gone."""
-        return self.first_table
-
-    @property
-    def tunnels_table(self) -> int:
-        """What is encapsulated, and to whom."""
-        return self.first_table + 1
-
-    @property
-    def guests_table(self) -> int:
-        """What VMs send."""
-        return self.first_table + 2
 
 
 @dataclass(slots=True)
@@ -390,7 +353,7 @@ class DataPath:
 
     def bridge_came(self, bridge: str) -> None:
         """A bridge is there (again): put what leads to it."""
-        homes = [home for home, (device, _) in self._wanted.local.items() if device == bridge]
+        homes = [home for home, (device, _unused) in self._wanted.local.items() if device == bridge]
         self._kernel.apply([routes.put(route) for route in self._now(homes)])
         self._reconcile_neighbours()
 
@@ -415,7 +378,7 @@ class DataPath:
         try:
             OuterSource().close()
         except MobilityError as error:
-            fact, _, way_out = error.message.partition("; ")
+            fact, _unused, way_out = error.message.partition("; ")
             found.append(Finding("this kernel", fact, way_out, "unsupported"))
         return found
 

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a data path is built from; importable where there is no pyroute2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv6Address, IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class HomePrefix:
+    """A home prefix; ``native``: this site's own routing carries what its VMs send."""
+
+    network: IPv6Network
+    native: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PathSettings:
+    """What the data path is built from."""
+
+    address: IPv6Address
+    tunnel_address: IPv6Address
+    peers: frozenset[IPv6Address]
+    prefixes: tuple[HomePrefix, ...]
+    bridges: tuple[str, ...] = ()
+    anchor: bool = False
+    path_mtu_octets: int = 1500
+    first_table: int = 7600
+    first_priority: int = 890
+
+    @property
+    def hosts_table(self) -> int:
+        """VMs here and gone."""
+        return self.first_table
+
+    @property
+    def tunnels_table(self) -> int:
+        """What is encapsulated, and to whom."""
+        return self.first_table + 1
+
+    @property
+    def guests_table(self) -> int:
+        """What VMs send."""
+        return self.first_table + 2

@@ -26,9 +26,11 @@ def pair(lab: Lab) -> Iterator[SourcePair]:
     pair = SourcePair(lab)
     pair.install()
     yield pair
-    for vm in pair.vms:
-        vm.remove()
-    pair.close()
+    try:
+        for vm in pair.vms:
+            vm.remove()
+    finally:
+        pair.close()
 
 
 def backup_job(vm: Vm) -> str:
@@ -81,6 +83,7 @@ def test_destination_proxy_killed_in_a_pass(pair: SourcePair, point: str) -> Non
     vm.run_pass()
     assert len(vm.checkpoints()) == 1
     vm.require_equal()
+    pair.call(HOME, "release", vm=vm.uuid, holder="test")
 
 
 def test_a_first_copy_goes_on_where_it_stood(pair: SourcePair, lab: Lab) -> None:

@@ -48,7 +48,8 @@ def test_source_proxy_killed_in_a_pass(pair: SourcePair, point: str) -> None:
     pair.restart(HOME, crash_at=point)
     vm.write("vda", 2, "1M", BLOCK)
     vm.write("vdb", 2, "1M", BLOCK)
-    with pytest.raises(ConnectionResetError):
+    # A pass of its own may have got there before ours.
+    with pytest.raises(ConnectionError):
         pair.wait(vm.run_pass, lambda _: False, timeout_seconds=20)
     pair.wait_gone(HOME)
     vm.write("vda", 3, "2M", BLOCK)
@@ -168,7 +169,8 @@ def test_the_watchdog_ends_what_a_killed_proxy_left_open(pair: SourcePair) -> No
     pair.protect(vm)
     pair.restart(HOME, crash_at="pass-open")
     vm.write("vda", 2, "1M", BLOCK)
-    with pytest.raises(ConnectionResetError):
+    # A pass of its own may have got there before ours.
+    with pytest.raises(ConnectionError):
         pair.wait(vm.run_pass, lambda _: False, timeout_seconds=20)
     pair.wait_gone(HOME)
     assert "orphan" not in backup_job(vm)

@@ -50,7 +50,7 @@ class Report:
         return all(vm.verdict == TARGET_VERDICT and vm.integrity for vm in self.vms)
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON form, documented in docs/report-schema.md."""
+        """The JSON form, documented in docs/benchmarks.md."""
         return {"schema": "lifeboat-demo/1", **asdict(self), "holds": self.holds}
 
 

@@ -18,7 +18,7 @@ class VmResult:
     verdict: str
     eviction_seconds: float | None
     downtime_seconds: float | None
-    client_gap_seconds: float | None
+    guest_clock_gap_seconds: float | None
     wire_bytes: int | None
     ram_wire_bytes: int | None
     integrity: bool

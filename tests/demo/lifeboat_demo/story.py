@@ -151,7 +151,7 @@ class Story:
             verdict=str(outcome.get("verdict", "failed")),
             eviction_seconds=outcome.get("eviction_seconds"),
             downtime_seconds=outcome.get("downtime_seconds"),
-            client_gap_seconds=gap,
+            guest_clock_gap_seconds=gap,
             wire_bytes=bytes_told.get("channel_sent_wire_bytes"),
             ram_wire_bytes=bytes_told.get("ram_sent_bytes"),
             integrity=not findings,

@@ -20,6 +20,7 @@ from precache_proxy.config import Config, parse
 from precache_proxy.control.api import ControlServer
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, PeerUnreachable
+from precache_proxy.source.totals import PassTotals
 
 CONFIGURATION = """
 name = "home1"
@@ -133,6 +134,7 @@ class Protected:
     lag_seconds: float = 4.2
     last_pass: dict[str, Any] | None = None
     sealed_at: float = 0.0
+    passes: dict[str, Any] = field(default_factory=lambda: PassTotals().as_dict())
     scrub: dict[str, Any] = field(default_factory=lambda: {"turns": 1, "different_blocks": 0})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from precache_proxy.control.metrics import render
+from precache_proxy.source.totals import PassTotals
 from small_parts.parts import WEB
 
 
@@ -22,7 +23,9 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def test_metrics_of_a_whole_proxy(served: Any) -> None:
     served.client.request("PUT", "/v1/vms/web1", {"peer": "backup1"})
     last_pass = {"open_seconds": 0.2, "total_seconds": 0.5, "data_bytes": 65536, "at": 5.0}
-    served.parts.source.spoil(WEB, last_pass=last_pass, scrub={"turns": 2, "different_blocks": 1})
+    totals = PassTotals(made=3, failed=1, wire_bytes=4096, _closed_seconds=1.5)
+    scrub = {"turns": 2, "different_blocks": 1}
+    served.parts.source.spoil(WEB, last_pass=last_pass, passes=totals.as_dict(), scrub=scrub)
     served.parts.store.replicas = [
         {"vm": WEB, "name": "web1", "state": "sealed", "sealed": {"generation": 9}, "allocated_bytes": 5}
     ]
@@ -33,6 +36,10 @@ def test_metrics_of_a_whole_proxy(served: Any) -> None:
     assert told["lifeboat_vm_coverage_ratio", vm] == 1.0
     assert told["lifeboat_vm_rpo_kept", vm] == 1.0
     assert told["lifeboat_vm_last_pass_open_seconds", vm] == 0.2
+    assert told["lifeboat_vm_passes_total", vm] == 3
+    assert told["lifeboat_vm_passes_failed_total", vm] == 1
+    assert told["lifeboat_vm_passes_wire_bytes_total", vm] == 4096
+    assert told["lifeboat_vm_passes_open_seconds_total", vm] == 1.5
     assert told["lifeboat_vm_scrub_different_blocks_total", vm] == 1.0
     assert told["lifeboat_link_state", (("peer", "backup1"), ("state", "up"))] == 1.0
     wire = (("class", "precache"), ("direction", "sent"), ("kind", "wire"), ("peer", "backup1"))

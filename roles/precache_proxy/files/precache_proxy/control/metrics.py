@@ -32,6 +32,16 @@ _PASS_GAUGES = (
     ("last_pass_slices", "Slices of the last pass", "slices"),
     ("last_pass_at_seconds", "When the last pass ended", "at"),
 )
+# Since the proxy took the VM up.
+_PASSES_COUNTERS = (
+    ("passes", "Passes whose generation was sealed", "made"),
+    ("passes_empty", "Passes that found nothing to send", "empty"),
+    ("passes_failed", "Passes that an error ended", "failed"),
+    ("passes_data_bytes", "Changed bytes sent by passes, before compression", "data_bytes"),
+    ("passes_zero_bytes", "Bytes that passes told to be zero", "zero_bytes"),
+    ("passes_wire_bytes", "Payload of passes as handed to the link", "wire_bytes"),
+    ("passes_open_seconds", "Seconds for which a backup job was open in QEMU", "open_seconds"),
+)
 _SCRUB_COUNTERS = (
     ("scrub_turns", "Times that a scrub has compared all blocks", "turns"),
     ("scrub_different_blocks", "Blocks that a scrub found to differ", "different_blocks"),
@@ -83,11 +93,11 @@ class ProxyCollector(Collector):
         passes = [{**vm, **vm["last_pass"]} for vm in vms if vm.get("last_pass")]
         for name, text, key in _PASS_GAUGES:
             yield _family(GaugeMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, passes, key)
-        scrubs = [{**vm, **vm["scrub"]} for vm in vms]
-        for name, text, key in _SCRUB_COUNTERS:
-            yield _family(
-                CounterMetricFamily(f"lifeboat_vm_{name}", text, labels=labels), labels, scrubs, key
-            )
+        for part, counters in (("passes", _PASSES_COUNTERS), ("scrub", _SCRUB_COUNTERS)):
+            parts = [{**vm, **vm[part]} for vm in vms]
+            for name, text, key in counters:
+                counter = CounterMetricFamily(f"lifeboat_vm_{name}", text, labels=labels)
+                yield _family(counter, labels, parts, key)
         yield _states("lifeboat_vm_state", "1 for the state that a protected VM is in", labels, vms)
 
     def _links(self) -> Iterator[Metric]:

@@ -157,9 +157,10 @@ class Protection:
         gate = self._environment.long_work if compare_all else self._environment.passes
         async with gate.turn(record.priority):
             try:
-                result = await self.replication.run_pass(
-                    reason=reason, compare_all=compare_all, scrub_bytes=scrub_bytes
-                )
+                with self.replication.totals.counted():
+                    result = await self.replication.run_pass(
+                        reason=reason, compare_all=compare_all, scrub_bytes=scrub_bytes
+                    )
             except TrackingLost as error:
                 if record.sealed is None:
                     # Nothing is sealed that could be compared with (a disk was added during the first copy):
@@ -241,7 +242,8 @@ class Protection:
             await replication.reconcile()
         if record.return_overlays:
             self._set("seeding", "way-back", f"what changed since {record.peer} was left is on its way there")
-            await replication.send_return()
+            with replication.totals.counted():
+                await replication.send_return()
         elif record.sealed is None and not record.resync_cause:
             self._set("seeding", "first-copy", f"the first copy to {record.peer} is under way")
             async with self._environment.long_work.turn(record.priority):
@@ -355,6 +357,7 @@ class Protection:
             "lag_bytes": replication.dirty_bytes,
             "lag_seconds": self.lag_seconds,
             "last_pass": None if last is None else {**last.as_dict(), "at": replication.last_pass_at},
+            "passes": replication.totals.as_dict(),
             "pass_open": replication.generation is not None,
             "held_by": self.held_by,
             "scrub": {

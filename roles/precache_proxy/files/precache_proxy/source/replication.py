@@ -29,6 +29,7 @@ from precache_proxy.source.passes import Generation, GenerationPlan, PassResult
 from precache_proxy.source.reader import BLOCK_BYTES
 from precache_proxy.source.record import DiskRecord, ProtectionRecord, Sealed
 from precache_proxy.source.seeding import Seeding
+from precache_proxy.source.totals import PassTotals
 from precache_proxy.source.tracker import Tracker, VmReference, checkpoint_name, is_of_generation
 from precache_proxy.source.views import ClosedImages, RunningVm, ViewSource
 
@@ -46,6 +47,7 @@ class Replication:
         self.needs_reconcile = True
         self.seeding: Seeding | None = None
         self.generation: Generation | None = None
+        self.totals = PassTotals()
         self.last_pass: PassResult | None = None
         self.last_pass_at: float | None = None
         self.replica_name = ""
@@ -362,6 +364,7 @@ class Replication:
         )
         if nothing and not scrub_bytes and (active or self._unchanged_off(layout)):
             self.clean_at = looked_at
+            self.totals.empty += 1
             return PassResult(record.next_generation - 1, skipped=True, reason=reason)
         sizes = await self.sizes(definition, {**layout.tracked, **layout.static}, active=active)
         if self.replica_name not in {"", record.name}:
@@ -535,6 +538,11 @@ class Replication:
             raise
         finally:
             self.generation = None
+            sent = generation.result
+            self.totals.add_sent(
+                data_bytes=sent.data_bytes, zero_bytes=sent.zero_bytes, wire_bytes=sent.wire_bytes
+            )
+        self.totals.made += 1
         checkpoint = plan.checkpoint or generation.made[-1]
         self.last_pass, self.last_pass_at = generation.result, time.time()
         if disks is None:
@@ -581,6 +589,7 @@ class Replication:
                 list(layout.tracked),
                 layout.absent,
                 limit_seconds=self.environment.settings.pass_limit_seconds,
+                totals=self.totals,
             )
         return self._closed(layout.tracked)
 

@@ -381,7 +381,8 @@ class Source:
         async def work() -> PassResult:
             if protection.replication.needs_reconcile:
                 await protection.replication.reconcile()
-            return await protection.replication.send_residual(frozen, bitmap, definition)
+            with protection.replication.totals.counted():
+                return await protection.replication.send_residual(frozen, bitmap, definition)
 
         return await protection.exclusive(work)
 

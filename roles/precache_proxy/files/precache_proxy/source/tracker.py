@@ -22,6 +22,7 @@ from precache_proxy.hypervisor.connection import Hypervisor, libvirt_code
 from precache_proxy.hypervisor.handles import DomainHandle
 from precache_proxy.hypervisor.qemu_user import QemuUser, make_qemu_directory
 from precache_proxy.source.scratch import GRACE_SECONDS, Lease, PassRecord, ScratchPool
+from precache_proxy.source.totals import PassTotals
 
 logger = logging.getLogger(__name__)
 
@@ -314,6 +315,7 @@ class Tracker:
         incremental: Mapping[str, str],
         checkpoint: str | None,
         limit_seconds: float,
+        totals: PassTotals,
     ) -> AsyncIterator[Backup]:
         """A view of all ``disks`` at one instant, for a bounded time and with bounded scratch space.
 
@@ -337,22 +339,23 @@ class Tracker:
             # Where libvirt was not seen to end the job, the record stays: the watchdog goes by it.
             ended = True
             try:
-                xml = backup_xml(socket, scratch, incremental, absent)
-                try:
-                    await self._begin(vm, xml, socket, incremental, checkpoint, [*disks], [*absent])
-                except HypervisorError as error:
-                    # without an answer of libvirt the job may still begin, after we have gone
-                    ended = libvirt_code(error) is not None
-                    raise
-                crash_point("pass-open")
-                watch = asyncio.create_task(lease.watch(lambda: self._abort(vm)))
-                try:
-                    yield Backup(vm, socket, tuple(disks), frozenset(incremental), checkpoint, lease)
-                finally:
-                    watch.cancel()
-                    # cancelled or not, the job must not stay open: QEMU would go on copying
-                    ended = await asyncio.shield(self._end_quietly(vm))
-                    await asyncio.gather(watch, return_exceptions=True)
+                with totals.backup_open():
+                    xml = backup_xml(socket, scratch, incremental, absent)
+                    try:
+                        await self._begin(vm, xml, socket, incremental, checkpoint, [*disks], [*absent])
+                    except HypervisorError as error:
+                        # without an answer of libvirt the job may still begin, after we have gone
+                        ended = libvirt_code(error) is not None
+                        raise
+                    crash_point("pass-open")
+                    watch = asyncio.create_task(lease.watch(lambda: self._abort(vm)))
+                    try:
+                        yield Backup(vm, socket, tuple(disks), frozenset(incremental), checkpoint, lease)
+                    finally:
+                        watch.cancel()
+                        # cancelled or not, the job must not stay open: QEMU would go on copying
+                        ended = await asyncio.shield(self._end_quietly(vm))
+                        await asyncio.gather(watch, return_exceptions=True)
             finally:
                 if ended:
                     record_path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from precache_proxy.blocks.export import open_export
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.blocks.nbd import NbdClient
 from precache_proxy.source.reader import DiskReader
+from precache_proxy.source.totals import PassTotals
 from precache_proxy.source.tracker import EXPORT_BITMAP, Backup, Tracker, VmReference
 
 
@@ -44,13 +45,21 @@ class RunningVm:
     sliced = True
 
     def __init__(
-        self, tracker: Tracker, vm: VmReference, disks: list[str], absent: list[str], *, limit_seconds: float
+        self,
+        tracker: Tracker,
+        vm: VmReference,
+        disks: list[str],
+        absent: list[str],
+        *,
+        limit_seconds: float,
+        totals: PassTotals,
     ) -> None:
         self._tracker = tracker
         self._vm = vm
         self._disks = disks
         self._absent = absent
         self._limit_seconds = limit_seconds
+        self._totals = totals
 
     @contextlib.asynccontextmanager
     async def open(self, since: Mapping[str, str], checkpoint: str | None) -> AsyncIterator[View]:
@@ -63,6 +72,7 @@ class RunningVm:
                 incremental=since,
                 checkpoint=checkpoint,
                 limit_seconds=self._limit_seconds,
+                totals=self._totals,
             ) as backup,
             _backup_readers(self._vm, backup) as readers,
         ):

@@ -15,7 +15,7 @@ from lifeboat_lab.lab import Lab, silent
 
 ROOT = Path(__file__).parents[3]
 INVENTORY = ROOT / "inventories" / "lab"
-INSTALLED = ROOT / "build" / "installed"
+INSTALLED = Path(os.environ.get("LIFEBOAT_INSTALLED", ROOT / "build" / "installed"))
 COLLECTION = "lifeboat.evacuation"
 
 

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""How long a VM takes to get out, at a given rate, by each rung of the ladder.
+
+Memory crosses in rounds: each sends what the guest dirtied during the one before, so that rounds shrink by
+the factor dirty rate / transfer rate (pre-copy; Clark et al., NSDI 2005). Where they do not shrink the guest
+is stopped for as long as what is left takes.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import LADDER, Rung, VmSummary
+
+# What one evacuation spends beside its bytes: about 12 round trips and a second, most of it before the memory
+# begins to cross.
+LEAD_IN_ROUND_TRIPS = 8.0
+LEAD_IN_SECONDS = 0.7
+CLOSING_ROUND_TRIPS = 4.0
+CLOSING_SECONDS = 0.3
+DOWNTIME_LIMIT_SECONDS = 0.3
+SHUTDOWN_SECONDS = 20.0
+BOOT_SECONDS = 5.0
+# Rounds that do not shrink below this share of the one before lead nowhere: the proxy gives them two more.
+CONVERGES_BELOW = 0.7
+ROUNDS_WITHOUT_PROGRESS = 4
+_STOP_MARGIN = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What moving a VM by one rung comes to, if it has the rate all the time.
+
+    ``stop_seconds``: how long its guest will not run. ``feasible`` is False where the rung does not lead out;
+    ``reason`` says why in a word.
+    """
+
+    rung: Rung
+    seconds: float
+    wire_bytes: float
+    stop_seconds: float
+    feasible: bool
+    reason: str
+    bytes_per_second: float
+
+
+def lead_in_seconds(round_trip_seconds: float) -> float:
+    """What passes before the memory begins to cross, with nothing to catch up."""
+    return LEAD_IN_SECONDS + LEAD_IN_ROUND_TRIPS * round_trip_seconds
+
+
+def closing_seconds(round_trip_seconds: float) -> float:
+    """What passes between the last byte of memory and the destination's word."""
+    return CLOSING_SECONDS + CLOSING_ROUND_TRIPS * round_trip_seconds
+
+
+def forecast(vm: VmSummary, rung: Rung, bytes_per_second: float, round_trip_seconds: float) -> Forecast:
+    """The forecast of one rung. A rate of 0 or less leads nowhere."""
+    rate = bytes_per_second
+    fixed = lead_in_seconds(round_trip_seconds) + closing_seconds(round_trip_seconds)
+    if rung is Rung.STAY:
+        return Forecast(rung, 0.0, 0.0, 0.0, True, "stays", rate)
+    if rate <= 0:
+        return Forecast(rung, float("inf"), 0.0, 0.0, False, "no-link", rate)
+    memory = vm.memory_used_bytes * vm.packed_ratio if vm.running else 0.0
+    lag = vm.lag_bytes
+    if rung is Rung.RESTART:
+        stop = SHUTDOWN_SECONDS + BOOT_SECONDS + lag / rate + closing_seconds(round_trip_seconds)
+        return Forecast(rung, fixed + stop, lag, stop, True, "restarts", rate)
+    if rung is Rung.PAUSED or not vm.running:
+        stop = memory / rate + closing_seconds(round_trip_seconds) if vm.running else 0.0
+        return Forecast(rung, fixed + (lag + memory) / rate, lag + memory, stop, True, "pauses", rate)
+    shrink = vm.dirty_bytes_per_second * vm.packed_ratio / rate
+    if shrink < CONVERGES_BELOW:
+        # Rounds until what is left takes no longer than QEMU is allowed to stop the guest for.
+        left, sent = memory, 0.0
+        while left / rate > DOWNTIME_LIMIT_SECONDS and left > 1.0:
+            sent += left
+            left *= shrink
+        stop = left / rate + round_trip_seconds
+        total = lag + sent + left
+        return Forecast(rung, fixed + total / rate, total, stop, True, "converges", rate)
+    left = min(shrink * memory, memory)
+    total = lag + memory + ROUNDS_WITHOUT_PROGRESS * left + left
+    stop = left / rate * _STOP_MARGIN + round_trip_seconds
+    feasible = stop <= vm.longest_stop_seconds
+    return Forecast(
+        rung, fixed + total / rate, total, stop, feasible,
+        "dirties-as-fast-as-sent" if feasible else "does-not-converge", rate,
+    )  # fmt: skip
+
+
+def choose(vm: VmSummary, bytes_per_second: float, round_trip_seconds: float) -> Forecast:
+    """The first rung that the operator allows and that leads out; STAY where none does."""
+    last: Forecast | None = None
+    for rung in LADDER:
+        if rung not in vm.rungs or rung is Rung.STAY:
+            continue
+        last = forecast(vm, rung, bytes_per_second, round_trip_seconds)
+        if last.feasible:
+            return last
+    reason = last.reason if last is not None else "no-rung-allowed"
+    return Forecast(Rung.STAY, 0.0, 0.0, 0.0, True, reason, bytes_per_second)
+
+
+def alternatives(vm: VmSummary, bytes_per_second: float, round_trip_seconds: float) -> t.Iterator[Forecast]:
+    """Every rung that leads out but STAY, in the ladder's order."""
+    for rung in LADDER:
+        if rung in vm.rungs and rung is not Rung.STAY:
+            told = forecast(vm, rung, bytes_per_second, round_trip_seconds)
+            if told.feasible:
+                yield told

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What cannot be meant, or cannot work, told before anything moves: all of it, each with its way out."""
+
+from __future__ import annotations
+
+import re
+import typing as t
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._order import cycles
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    LADDER,
+    Finding,
+    Rung,
+    SiteSummary,
+    VmSummary,
+)
+
+STRATEGIES = ("feedback", "sequential", "parallel", "static:N")
+_STATIC = re.compile(r"^static:([1-9]\d{0,3})$")
+
+
+def strategy_findings(strategy: object) -> list[Finding]:
+    """An unknown strategy."""
+    text = str(strategy)
+    if text in STRATEGIES[:3] or _STATIC.match(text):
+        return []
+    way_out = f"use one of {', '.join(STRATEGIES)} (N from 1 to 9999)"
+    return [Finding(f"strategy {text!r}", "is not known", way_out)]
+
+
+def wish_findings(vm: str, wish: t.Mapping[str, t.Any]) -> list[Finding]:
+    """What the inventory says about one VM: priority, group, after, fallback."""
+    found: list[Finding] = []
+    priority = wish.get("priority")
+    if priority is not None and _priority(priority) is None:
+        found.append(
+            Finding(f"VM {vm}: priority {priority!r}", "is no number from 0 to 100", "write one, such as 50")
+        )
+    group = wish.get("group")
+    if group is not None and (not isinstance(group, str) or not group.strip()):
+        found.append(Finding(f"VM {vm}: group {group!r}", "is no name", "write a word, or leave it out"))
+    after = wish.get("after")
+    if after is not None and not _is_names(after):
+        found.append(
+            Finding(f"VM {vm}: after {after!r}", "is no list of VMs", "write a list, such as [database1]")
+        )
+    rungs = wish.get("fallback")
+    if rungs is not None:
+        words = [rung.value for rung in LADDER]
+        unknown = sorted({str(rung) for rung in rungs if rung not in words}) if _is_names(rungs) else None
+        if unknown is None:
+            found.append(
+                Finding(f"VM {vm}: fallback {rungs!r}", "is no list", f"choose of {', '.join(words)}")
+            )
+        elif unknown:
+            found.append(
+                Finding(f"VM {vm}: fallback {', '.join(unknown)}", "is not known", f"use {', '.join(words)}")
+            )
+        elif not rungs:
+            found.append(Finding(f"VM {vm}: fallback", "is empty", f"choose of {', '.join(words)}"))
+    return found
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value)
+
+
+def _priority(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = int(str(value))
+    except ValueError:
+        return None
+    return number if 0 <= number <= 100 else None
+
+
+def wished(vm: VmSummary, wish: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    """What a wish without findings changes of a summary, as keywords of ``replace``."""
+    changed: dict[str, t.Any] = {}
+    if wish.get("priority") is not None:
+        changed["priority"] = _priority(wish["priority"])
+    if wish.get("group"):
+        changed["group"] = str(wish["group"])
+    if wish.get("after"):
+        changed["after"] = tuple(wish["after"])
+    if wish.get("fallback"):
+        rungs = {*map(Rung, wish["fallback"]), Rung.STAY}
+        changed["rungs"] = tuple(rung for rung in LADDER if rung in rungs)
+    del vm
+    return changed
+
+
+def deadline_findings(seconds_left: float | None, what: str) -> list[Finding]:
+    """A deadline that has passed."""
+    if seconds_left is None or seconds_left > 0:
+        return []
+    return [
+        Finding(
+            f"deadline {what}",
+            f"passed {-seconds_left:.0f} s ago" if seconds_left < 0 else "is now",
+            "name a later one, or none; without a deadline everything is moved that can be",
+        )
+    ]
+
+
+def site_findings(site: SiteSummary) -> list[Finding]:
+    """Everything about the VMs together: destinations, groups, dependencies, one VM named twice."""
+    found = _destination_findings(site) + _group_findings(site)
+    for ring in cycles(site.vms):
+        found.append(
+            Finding(
+                f"VM {ring[0]}",
+                "waits for itself: " + " after ".join([*ring, ring[0]]),
+                "take one `after` out of the inventory",
+            )
+        )
+    sources: dict[str, list[str]] = {}
+    for vm in site.vms:
+        sources.setdefault(vm.uuid, []).append(vm.source)
+    for uuid, hosts in sorted(sources.items()):
+        if len(hosts) > 1:
+            name = next(vm.name for vm in site.vms if vm.uuid == uuid)
+            found.append(
+                Finding(
+                    f"VM {name} ({uuid})",
+                    f"is protected on several hosts: {', '.join(sorted(hosts))}",
+                    "find out where it runs, and unprotect it on the others",
+                )
+            )
+    return found
+
+
+def _destination_findings(site: SiteSummary) -> list[Finding]:
+    sites = {item.name: item.site for item in site.destinations}
+    sources = {vm.source for vm in site.vms}
+    found = []
+    for name in sorted({vm.destination for vm in site.vms}):
+        if name in sources or (sites.get(name) and sites[name] == site.site):
+            names = sorted(vm.name for vm in site.vms if vm.destination == name)
+            found.append(
+                Finding(
+                    f"destination {name}",
+                    f"stands at {site.site}, the site to be emptied; it holds the replicas of "
+                    f"{', '.join(names)}",
+                    "protect them to a hypervisor at another site, or name them out with evacuate_vms",
+                )
+            )
+    return found
+
+
+def _group_findings(site: SiteSummary) -> list[Finding]:
+    free = {item.name: item.memory_free_bytes for item in site.destinations}
+    groups: dict[str, dict[str, float]] = {}
+    for vm in site.vms:
+        if vm.group:
+            needed = groups.setdefault(vm.group, {})
+            needed[vm.destination] = needed.get(vm.destination, 0.0) + vm.memory_bytes
+    found = []
+    for group, needed in sorted(groups.items()):
+        for destination, bytes_needed in sorted(needed.items()):
+            room = free.get(destination)
+            if room is not None and bytes_needed > room:
+                found.append(
+                    Finding(
+                        f"group {group}",
+                        f"needs {bytes_needed / 2**30:.1f} GiB of memory on {destination}, "
+                        f"{room / 2**30:.1f} GiB are free",
+                        "free memory there, place replicas elsewhere, or take VMs out of the group",
+                    )
+                )
+    return found
+
+
+def placement_findings(site: SiteSummary) -> list[Finding]:
+    """Destinations that cannot hold all VMs whose replicas they have: no error, but rehearsal says so."""
+    free = {item.name: item.memory_free_bytes for item in site.destinations}
+    found = []
+    for destination in sorted({vm.destination for vm in site.vms}):
+        room = free.get(destination)
+        needed = sum(vm.memory_bytes for vm in site.vms if vm.destination == destination)
+        if room is not None and needed > room:
+            found.append(
+                Finding(
+                    f"destination {destination}",
+                    f"has {room / 2**30:.1f} GiB of memory free and replicas of VMs that need "
+                    f"{needed / 2**30:.1f} GiB",
+                    "free memory there or place replicas elsewhere; the last in the order would stay",
+                )
+            )
+    return found

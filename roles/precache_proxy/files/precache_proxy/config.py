@@ -103,6 +103,17 @@ class EvacuationConfig:
 
 
 @dataclass(frozen=True)
+class MobilityConfig:
+    """The mobility agent of this host; None: VMs' addresses are somebody else's business.
+
+    ``wait_seconds``: how long one that does not answer may hold an arrived VM up.
+    """
+
+    socket: Path | None = None
+    wait_seconds: float = 2.0
+
+
+@dataclass(frozen=True)
 class RateWindow:
     """A time of day, local, on some weekdays (0 = Monday), at which another rate holds.
 
@@ -141,6 +152,7 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     evacuation: EvacuationConfig = field(default_factory=EvacuationConfig)
+    mobility: MobilityConfig = field(default_factory=MobilityConfig)
     peers: tuple[PeerConfig, ...] = ()
 
     def peer(self, name: str) -> PeerConfig | None:
@@ -194,6 +206,7 @@ def _config(top: Reader) -> Config:
         store=_store(top.table("store"), state),
         source=_source(top.table("source"), state),
         evacuation=_evacuation(top.table("evacuation")),
+        mobility=_mobility(top.table("mobility")),
         peers=tuple(_peer(reader) for reader in top.tables("peers")),
     )
     top.finish()
@@ -244,6 +257,14 @@ def _evacuation(reader: Reader) -> EvacuationConfig:
         presume_source_dead_after_seconds=reader.optional_duration(
             "presume_source_dead_after_seconds", 300, 30 * 86400
         ),
+    )
+
+
+def _mobility(reader: Reader) -> MobilityConfig:
+    configured = reader.text("socket", "", empty=True)
+    return MobilityConfig(
+        socket=reader.path("socket", Path("/run/lifeboat/mobility.sock")) if configured else None,
+        wait_seconds=reader.duration("wait_seconds", MobilityConfig.wait_seconds, 0.1, 60),
     )
 
 

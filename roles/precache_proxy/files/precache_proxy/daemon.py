@@ -27,6 +27,7 @@ from precache_proxy.control.checks import CLOCK_METHOD
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.service_manager import ServiceManager
 from precache_proxy.errors import Conflict, LifeboatError
+from precache_proxy.evacuation.arrival_network import ArrivalNetwork, MobilityAgent, NothingToDo
 from precache_proxy.evacuation.rooms import SourceRoom
 from precache_proxy.evacuation.service import Evacuation
 from precache_proxy.hypervisor.connection import Hypervisor
@@ -115,6 +116,12 @@ def source_settings(config: Config) -> SourceSettings:
     )
 
 
+def arrival_network(config: Config) -> ArrivalNetwork:
+    """Who makes addresses follow their VMs."""
+    mobility = config.mobility
+    return NothingToDo() if mobility.socket is None else MobilityAgent(mobility.socket, mobility.wait_seconds)
+
+
 async def build(config: Config) -> Parts:
     """All parts, connected to each other and none started."""
     hypervisor = Hypervisor(config.hypervisor.uri)
@@ -136,6 +143,7 @@ async def build(config: Config) -> Parts:
         cast(SourceRoom, source),
         store,
         config.evacuation,
+        network=arrival_network(config),
         qemu_user=config.hypervisor.qemu_user,
     )
     return Parts(config, hypervisor, channel, store, source, evacuation)

@@ -85,6 +85,8 @@ class Arrival:
     # the checkpoint that tracks the way back from the first instant, "" until it exists
     checkpoint: str = ""
     memory_lost: bool = False
+    # its addresses do not lead here yet: the mobility agent is asked again
+    network_owed: bool = False
     # on whose word it was activated without the source's: "" (with it), "operator", "presumed"
     activated_by: str = ""
     timings: dict[str, float] = field(default_factory=dict)

@@ -3,16 +3,44 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
 
+import aiohttp
+
+from precache_proxy.errors import LifeboatError
 from precache_proxy.evacuation.arrival import Arrival
+from precache_proxy.evacuation.job import Job
+
+logger = logging.getLogger(__name__)
+
+# An agent that is just being restarted is back within this: asked anew so often.
+_RETRY_SECONDS = 0.1
+# Of its answers, those that asking again may change.
+_PASSING = frozenset({502, 503, 504})
 
 
 class ArrivalNetwork(Protocol):
-    """Called with a released, still paused VM. ``install`` must be repeatable: a crash may call it twice."""
+    """Told where a VM runs. Every call may be repeated: a crash may call it twice."""
 
     async def install(self, definition: str, arrival: Arrival) -> None:
-        """Make the VM's addresses lead here, with the arrival's epoch. Raises LifeboatError."""
+        """Of a released, still paused VM: make its addresses lead here, with the arrival's epoch.
+
+        Raises LifeboatError.
+        """
+
+    async def remove(self, arrival: Arrival) -> None:
+        """It will not run here after all. Never raises: the old place's claim has to hold without it."""
+
+    async def left(self, job: Job) -> None:
+        """It runs at the job's peer: what still comes here is sent on. Never raises."""
+
+    async def stayed(self, definition: str, job: Job) -> None:
+        """It was started anew here after its release had been taken back. Never raises."""
 
 
 class NothingToDo:
@@ -20,3 +48,93 @@ class NothingToDo:
 
     async def install(self, definition: str, arrival: Arrival) -> None:
         """Do nothing."""
+
+    async def remove(self, arrival: Arrival) -> None:
+        """Do nothing."""
+
+    async def left(self, job: Job) -> None:
+        """Do nothing."""
+
+    async def stayed(self, definition: str, job: Job) -> None:
+        """Do nothing."""
+
+
+class NetworkNotInstalled(LifeboatError):
+    """The mobility agent did not take the VM."""
+
+    cause = "network"
+    http_status = 502
+
+
+class MobilityAgent:
+    """This host's mobility agent, asked over its UNIX socket (its control API ``/v1``).
+
+    ``wait_seconds``: how long an agent that does not answer may keep a VM waiting.
+    """
+
+    def __init__(self, socket: Path, wait_seconds: float) -> None:
+        self._socket = socket
+        self._wait_seconds = wait_seconds
+
+    async def install(self, definition: str, arrival: Arrival) -> None:
+        """Have routes and registrations made for it. Raises NetworkNotInstalled."""
+        began = time.monotonic()
+        # The release is the word that it runs nowhere else: a newer epoch that anchors know of a move by
+        # hand, or of an attempt that was taken back, must not stand against it.
+        body = {"epoch": arrival.epoch, "definition": definition, "evident": True}
+        answer = await self._post(arrival.vm, arrival.name, "arrive", body)
+        arrival.timings["network_seconds"] = time.monotonic() - began
+        if answer.get("state") == "no-home-address":
+            logger.info("VM %s: has no home address; its network is left as it is", arrival.vm)
+
+    async def remove(self, arrival: Arrival) -> None:
+        """Withdraw it here."""
+        await self._tell(arrival.vm, arrival.name, "depart", {"withdraw": True})
+
+    async def left(self, job: Job) -> None:
+        """Have the agent send on to the peer's gateway; anchors tell it the same a little later."""
+        await self._tell(job.vm, job.name, "depart", {"to": job.peer})
+
+    async def stayed(self, definition: str, job: Job) -> None:
+        """Claim it back from the destination, which may have been told of it already."""
+        body = {"epoch": job.epoch, "definition": definition, "evident": True}
+        await self._tell(job.vm, job.name, "arrive", body)
+
+    async def _tell(self, vm: str, name: str, what: str, body: dict[str, Any]) -> None:
+        try:
+            await self._post(vm, name, what, body)
+        except NetworkNotInstalled as error:
+            logger.warning("%s", error)
+
+    async def _post(self, vm: str, name: str, what: str, body: dict[str, Any]) -> dict[str, Any]:
+        reason = "no answer"
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                while True:
+                    try:
+                        status, answer = await self._once(vm, what, body)
+                    except (aiohttp.ClientError, OSError, ValueError) as error:
+                        reason = str(error)
+                    else:
+                        reason = str(answer.get("message", f"status {status}"))
+                        if status < 400 or (what == "depart" and status == 404):
+                            return answer
+                        if status not in _PASSING:
+                            break
+                    await asyncio.sleep(_RETRY_SECONDS)
+        except TimeoutError:
+            reason = f"not within {self._wait_seconds:g} s: {reason}"
+        raise NetworkNotInstalled(
+            f"VM {name}: the mobility agent at {self._socket} did not take it ({reason}); "
+            "see `mobility-agent check` and journalctl -u mobility-agent"
+        )
+
+    async def _once(self, vm: str, what: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        connector = aiohttp.UnixConnector(path=str(self._socket))
+        url = f"http://agent/v1/vms/{quote(vm, safe='')}/{what}"
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            session.post(url, json=body) as response,
+        ):
+            answer: dict[str, Any] = await response.json()
+            return response.status, answer

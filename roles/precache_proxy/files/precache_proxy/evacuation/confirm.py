@@ -58,6 +58,8 @@ async def release(departure: Departure) -> None:
         await departure.enter(Step.RELEASED)
     answer = await departure.call("release", {}, RELEASE_TIMEOUT_SECONDS)
     job.memory_lost = bool(answer.get("memory_lost"))
+    if answer.get("network"):
+        job.warning = f"Its addresses do not lead there yet; it is tried again: {answer['network']}"
     departure.measure.activated(answer)
     crash_point("departure-activated")
     await finish(departure)
@@ -74,6 +76,7 @@ async def finish(departure: Departure) -> None:
         await departure.enter(Step.FINISH)
     crash_point("departure-before-undefine")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))
+    await around.network.left(job)
     presence = await around.domains.presence_at_source(job.vm)
     if presence is Presence.UNKNOWN:
         raise HypervisorError(

@@ -16,6 +16,7 @@ from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Cancelled, Conflict, Finding, InvalidInput, LifeboatError, NotFound, Stalled
 from precache_proxy.evacuation import freeze, layers, migrate, preflight, relay
+from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Guard, hook_findings
@@ -47,6 +48,7 @@ class Surroundings:
     links: Any
     source: SourceRoom
     store: StoreRoom
+    network: ArrivalNetwork
     qemu_user: QemuUser
     stall_seconds: float
 

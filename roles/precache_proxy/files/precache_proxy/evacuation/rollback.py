@@ -69,6 +69,7 @@ async def _run_here(departure: Departure, presence: Presence) -> Presence:
     if presence is Presence.SHUT_OFF:
         job.memory_lost = True
         await around.domains.start(job.vm)
+        await around.network.stayed(job.definition, job)
         job.sentence += " It had to be started anew here: its memory was lost, its disks are whole."
         return Presence.RUNNING
     if presence is Presence.ABSENT:

@@ -65,6 +65,7 @@ class Evacuation:
         self._domains = Domains(hypervisor)
         self._guard = Guard(directory, run_directory)
         user = find_qemu_user(qemu_user)
+        network = network or NothingToDo()
         self._around = Surroundings(
             directory=directory,
             run_directory=run_directory,
@@ -74,6 +75,7 @@ class Evacuation:
             links=channel.links,
             source=source,
             store=store,
+            network=network,
             qemu_user=user,
             stall_seconds=float(settings.stall_seconds),
         )
@@ -83,7 +85,7 @@ class Evacuation:
             self._domains,
             self._guard,
             store,
-            network or NothingToDo(),
+            network,
             user,
             presume_source_dead_after_seconds=settings.presume_source_dead_after_seconds,
         )

@@ -45,7 +45,7 @@ class SourceProxy:
     def __init__(self, configuration: dict[str, Any]) -> None:
         state, run, keys = (Path(configuration[key]) for key in ("state", "run", "keys"))
         self.run_directory = run
-        self.hypervisor = Hypervisor()
+        self.hypervisor = Hypervisor(turns_directory=run / "turns")
         port = configuration["port"]
         peers = {name: PeerAddress(host=name, port=port) for name in configuration["peers"]}
         self.channel = Channel(

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lxml import etree
 
+from precache_proxy.source.backups import backup_socket, backup_xml
 from precache_proxy.source.tracker import (
-    backup_socket,
-    backup_xml,
     checkpoint_name,
     checkpoint_xml,
     is_of_generation,

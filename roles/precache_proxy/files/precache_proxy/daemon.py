@@ -31,6 +31,7 @@ from precache_proxy.evacuation.arrival_network import ArrivalNetwork, MobilityAg
 from precache_proxy.evacuation.rooms import SourceRoom
 from precache_proxy.evacuation.service import Evacuation
 from precache_proxy.hypervisor.connection import Hypervisor
+from precache_proxy.hypervisor.turns import TURNS
 from precache_proxy.source.service import Source
 from precache_proxy.source.settings import SourceSettings
 from precache_proxy.store.service import Store
@@ -124,7 +125,7 @@ def arrival_network(config: Config) -> ArrivalNetwork:
 
 async def build(config: Config) -> Parts:
     """All parts, connected to each other and none started."""
-    hypervisor = Hypervisor(config.hypervisor.uri)
+    hypervisor = Hypervisor(config.hypervisor.uri, config.paths.run / TURNS)
     channel = Channel(channel_config(config))
     store = Store(
         config.store.directory,

@@ -67,6 +67,19 @@ class Domains:
 
         return await self.hypervisor.call(work, subject=f"VM {vm}", timeout_seconds=timeout_seconds)
 
+    async def run_in_turn(
+        self, vm: str, function: Callable[[Any], T], *, timeout_seconds: float | None = 60.0
+    ) -> T:
+        """:meth:`run` for what touches checkpoints or layers: never beside another such call on the VM."""
+        connection = self.hypervisor.connection
+
+        def work() -> T:
+            return function(connection.lookupByUUIDString(vm))
+
+        return await self.hypervisor.call_in_turn(
+            vm, work, subject=f"VM {vm}", timeout_seconds=timeout_seconds
+        )
+
     async def presence(self, vm: str) -> Presence:
         """What libvirt says of the VM here; UNKNOWN when libvirt does not answer."""
 

@@ -48,7 +48,7 @@ async def put_overlays(domains: Domains, vm: str, overlays: Mapping[str, str]) -
     definition = await domains.definition(vm)
     targets = [disk.target for disk in definition.disks]
     xml = _snapshot_xml(overlays, targets)
-    await domains.run(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
+    await domains.run_in_turn(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
 
 
 async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Iterable[str]) -> None:
@@ -66,12 +66,12 @@ async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Itera
             return
         domain.checkpointCreateXML(xml, 0)
 
-    await domains.run(vm, work)
+    await domains.run_in_turn(vm, work)
 
 
 async def has_checkpoint(domains: Domains, vm: str, name: str) -> bool:
     """Whether the VM's writes are tracked under ``name``."""
-    return await domains.run(
+    return await domains.run_in_turn(
         vm, lambda domain: any(checkpoint.getName() == name for checkpoint in domain.listAllCheckpoints(0))
     )
 
@@ -101,7 +101,7 @@ async def drop_stray_bitmaps(domains: Domains, vm: str, names: Mapping[str, Iter
             domain.checkpointLookupByName(name).delete(0)
 
         try:
-            await domains.run(vm, work)
+            await domains.run_in_turn(vm, work)
         except (HypervisorError, NotFound) as error:
             logger.warning("VM %s: stray bitmap %s stays: %s", vm, name, error)
             await _forget_checkpoint(domains, vm, name)
@@ -112,7 +112,7 @@ async def _forget_checkpoint(domains: Domains, vm: str, name: str) -> None:
         domain.checkpointLookupByName(name).delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
 
     with contextlib.suppress(HypervisorError, NotFound):
-        await domains.run(vm, work)
+        await domains.run_in_turn(vm, work)
 
 
 async def commit(
@@ -133,7 +133,7 @@ async def commit(
         if not domain.blockJobInfo(target, 0):
             domain.blockCommit(target, base, top, bandwidth_bytes_per_second, flags)
 
-    await domains.run(vm, begin)
+    await domains.run_in_turn(vm, begin)
     await _finish_block_job(domains, vm, target)
 
 
@@ -159,7 +159,7 @@ async def _finish_block_job(domains: Domains, vm: str, target: str) -> None:
             return True
         return False
 
-    while not await domains.run(vm, step, timeout_seconds=120):  # noqa: ASYNC110
+    while not await domains.run_in_turn(vm, step, timeout_seconds=120):  # noqa: ASYNC110
         await asyncio.sleep(POLL_SECONDS)
 
 
@@ -172,7 +172,7 @@ async def cancel_block_jobs(domains: Domains, vm: str, targets: Iterable[str]) -
                 domain.blockJobAbort(target, 0)
 
         with contextlib.suppress(HypervisorError, NotFound):
-            await domains.run(vm, work)
+            await domains.run_in_turn(vm, work)
 
 
 async def wait_for_layer(

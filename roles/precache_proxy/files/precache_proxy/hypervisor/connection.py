@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import libvirt
@@ -20,6 +21,7 @@ from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from precache_proxy.hypervisor.events import DomainEvent, EventRelay
 from precache_proxy.hypervisor.features import Features, read_features
 from precache_proxy.hypervisor.handles import ConnectionHandle, DomainHandle, Opaque
+from precache_proxy.hypervisor.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +91,13 @@ class Hypervisor:
 
     Objects of libvirt (domains, checkpoints) belong to the connection they came from: look a domain up for
     each piece of work and do not keep it over a wait of unknown length.
+
+    ``turns_directory``: where calls of other processes of ours (the watchdog) on the same VM wait.
     """
 
-    def __init__(self, uri: str = DEFAULT_URI) -> None:
+    def __init__(self, uri: str = DEFAULT_URI, turns_directory: Path | None = None) -> None:
         self.uri = uri
+        self._turns = Turns(turns_directory)
         self.features: Features | None = None
         self._connection: ConnectionHandle = None
         self._executor: ThreadPoolExecutor | None = None
@@ -182,12 +187,40 @@ class Hypervisor:
 
         A call that is too late is given up, not undone: it may still take effect.
         """
+        work = functools.partial(function, *arguments, **keywords)
+        loop = asyncio.get_running_loop()
+        answer = asyncio.wait_for(loop.run_in_executor(self._threads(subject), work), timeout_seconds)
+        return await self._mapped(answer, function, subject, timeout_seconds)
+
+    async def call_in_turn(
+        self,
+        vm: str,
+        function: Callable[..., T],
+        *arguments: object,
+        subject: str,
+        timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
+        **keywords: object,
+    ) -> T:
+        """:meth:`call` for what touches checkpoints, backups or layers of the VM with this UUID.
+
+        One at a time for each VM. A call that is given up keeps its turn until libvirt has answered it.
+        """
+        work = functools.partial(function, *arguments, **keywords)
+        answer = self._turns.run(
+            self._threads(subject), vm, work, subject=subject, timeout_seconds=timeout_seconds
+        )
+        return await self._mapped(answer, function, subject, timeout_seconds)
+
+    def _threads(self, subject: str) -> ThreadPoolExecutor:
         if self._executor is None:
             raise HypervisorError(f"{subject}: no connection to libvirt; start the proxy's connection first")
-        work = functools.partial(function, *arguments, **keywords)
-        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return self._executor
+
+    async def _mapped(
+        self, answer: Awaitable[T], function: Callable[..., T], subject: str, timeout_seconds: float | None
+    ) -> T:
         try:
-            return await asyncio.wait_for(future, timeout_seconds)
+            return await answer
         except TimeoutError as error:
             name = getattr(function, "__name__", "call")
             raise HypervisorError(

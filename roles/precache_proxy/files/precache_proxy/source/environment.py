@@ -15,6 +15,7 @@ from precache_proxy.channel.channel import Channel
 from precache_proxy.channel.link import Link
 from precache_proxy.errors import NotFound
 from precache_proxy.hypervisor.connection import Hypervisor
+from precache_proxy.source.backups import Backups
 from precache_proxy.source.settings import SourceSettings
 from precache_proxy.source.tracker import Tracker
 
@@ -65,6 +66,7 @@ class Environment:
     hypervisor: Hypervisor
     channel: Channel
     tracker: Tracker
+    backups: Backups
     # passes, and what takes long (first copies, resyncs): they may not keep each other out
     passes: PriorityGate
     long_work: PriorityGate

@@ -375,5 +375,7 @@ class Protection:
         if sealed is None or not sealed.checkpoint or self.replication.generation is not None:
             return
         with contextlib.suppress(LifeboatError):
-            dirty = await self._environment.tracker.dirty_bytes(self.replication.vm, sealed.checkpoint)
-            self.replication.dirty_bytes = sum(dirty.values())
+            tracker, vm = self._environment.tracker, self.replication.vm
+            dirty = await tracker.dirty_bytes(vm, sealed.checkpoint, sealed.disks)
+            if dirty is not None:
+                self.replication.dirty_bytes = sum(dirty.values())

@@ -105,7 +105,8 @@ async def put_on(
         | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
         | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
     )
-    await hypervisor.call(
+    await hypervisor.call_in_turn(
+        definition.uuid,
         domain.snapshotCreateXML,
         etree.tostring(root, encoding="unicode"),
         flags,

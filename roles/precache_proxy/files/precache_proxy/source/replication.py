@@ -323,11 +323,12 @@ class Replication:
         """Bytes changed since the checkpoint; libvirt is told of it where it forgot. Raises TrackingLost."""
         if not name:
             raise TrackingLost(f"{self.vm}: changes are not counted; what differs is found by digest")
-        if name not in await self._tracker.checkpoints(self.vm):
-            present = [disk for disk in disks if disk in layout.tracked]
+        present = [disk for disk in disks if disk in layout.tracked]
+        dirty = await self._tracker.dirty_bytes(self.vm, name, present)
+        if dirty is None:
             absent = [*layout.absent, *(disk for disk in layout.tracked if disk not in disks)]
-            await self._tracker.restore_checkpoint(self.vm, name, present, absent)
-        return await self._tracker.dirty_bytes(self.vm, name)
+            dirty = await self._tracker.restore_checkpoint(self.vm, name, present, absent)
+        return dirty
 
     # -- passes ------------------------------------------------------------------------------------
 
@@ -584,7 +585,7 @@ class Replication:
     def _source(self, layout: Layout, *, active: bool) -> ViewSource:
         if active:
             return RunningVm(
-                self._tracker,
+                self.environment.backups,
                 self.vm,
                 list(layout.tracked),
                 layout.absent,

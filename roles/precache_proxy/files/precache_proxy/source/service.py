@@ -20,6 +20,7 @@ from precache_proxy.hypervisor.domain_xml import Definition
 from precache_proxy.hypervisor.events import DomainEvent
 from precache_proxy.hypervisor.qemu_user import find_qemu_user
 from precache_proxy.source import autostart, raw_overlay
+from precache_proxy.source.backups import Backups
 from precache_proxy.source.environment import Environment, PriorityGate
 from precache_proxy.source.layout import device_findings, disk_findings, raise_findings
 from precache_proxy.source.passes import PassResult
@@ -103,17 +104,19 @@ class Source:
         await asyncio.to_thread(scratch.clean)
         await asyncio.to_thread(self.directory.mkdir, mode=0o750, parents=True, exist_ok=True)
         user = await asyncio.to_thread(find_qemu_user, settings.qemu_user)
+        tracker = Tracker(self._hypervisor)
         self._environment = Environment(
             directory=self.directory,
             run_directory=self._run_directory,
             settings=settings,
             hypervisor=self._hypervisor,
             channel=self._channel,
-            tracker=Tracker(self._hypervisor, self._run_directory, scratch, user),
+            tracker=tracker,
+            backups=Backups(tracker, self._run_directory, scratch, user),
             passes=PriorityGate(settings.open_pass_limit),
             long_work=PriorityGate(max(1, settings.open_pass_limit // 2)),
         )
-        await self._environment.tracker.end_leftovers()
+        await self._environment.backups.end_leftovers()
         for path in sorted(self.directory.glob("*.json")):
             record = await asyncio.to_thread(ProtectionRecord.read, path)
             if record is not None:

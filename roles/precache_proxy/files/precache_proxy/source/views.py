@@ -13,9 +13,10 @@ from typing import Protocol
 from precache_proxy.blocks.export import open_export
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.blocks.nbd import NbdClient
+from precache_proxy.source.backups import EXPORT_BITMAP, Backup, Backups
 from precache_proxy.source.reader import DiskReader
 from precache_proxy.source.totals import PassTotals
-from precache_proxy.source.tracker import EXPORT_BITMAP, Backup, Tracker, VmReference
+from precache_proxy.source.tracker import VmReference
 
 
 @dataclass
@@ -46,7 +47,7 @@ class RunningVm:
 
     def __init__(
         self,
-        tracker: Tracker,
+        backups: Backups,
         vm: VmReference,
         disks: list[str],
         absent: list[str],
@@ -54,7 +55,7 @@ class RunningVm:
         limit_seconds: float,
         totals: PassTotals,
     ) -> None:
-        self._tracker = tracker
+        self._backups = backups
         self._vm = vm
         self._disks = disks
         self._absent = absent
@@ -65,7 +66,7 @@ class RunningVm:
     async def open(self, since: Mapping[str, str], checkpoint: str | None) -> AsyncIterator[View]:
         """See :class:`ViewSource`. Raises TrackingLost, NoSpace, Conflict, HypervisorError."""
         async with (
-            self._tracker.backup(
+            self._backups.open(
                 self._vm,
                 disks=self._disks,
                 absent=self._absent,

@@ -18,12 +18,15 @@ from pathlib import Path
 import libvirt
 
 from precache_proxy.hypervisor.handles import ConnectionHandle, DomainHandle
+from precache_proxy.hypervisor.turns import TURNS, file_turn, turn_path
+from precache_proxy.source.backups import backup_socket
 from precache_proxy.source.scratch import HARD_SHARE, PassRecord, allocated_bytes, boottime_seconds
-from precache_proxy.source.tracker import backup_socket
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+# for a call of the proxy on the same VM that is under way
+PATIENCE_SECONDS = 5.0
 # The proxy itself ends a pass at HARD_SHARE: only what it failed to end is left for us.
 _SCRATCH_SHARE = (1 + HARD_SHARE) / 2
 
@@ -59,6 +62,7 @@ class Watchdog:
         self, run_directory: Path, uri: str, open_connection: Callable[[str], ConnectionHandle] = libvirt.open
     ) -> None:
         self._run_directory = run_directory
+        self._turns = run_directory / TURNS
         self._uri = uri
         self._open = open_connection
         self._connection: ConnectionHandle | None = None
@@ -111,9 +115,11 @@ class Watchdog:
         if domain is None:
             return False
         try:
-            if backup_socket(domain.backupGetXMLDesc(0)) != record.socket:
-                return False
-            domain.abortJob()
+            # A proxy that hangs in libvirt keeps its turn: the guest's disk cannot wait for that.
+            with file_turn(turn_path(self._turns, record.domain), patience_seconds=PATIENCE_SECONDS):
+                if backup_socket(domain.backupGetXMLDesc(0)) != record.socket:
+                    return False
+                domain.abortJob()
         except libvirt.libvirtError as error:
             code = error.get_error_code()
             if code in {libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_OPERATION_INVALID}:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.mobility_agents import SECRET, Agents, Conversation, Refused, agents_running
-from integration.mobility_net import ROUTER_MAC, Guest, eventually, pings
+from integration.mobility_agents import ANCHORS, SECRET, Agents, Conversation, Refused, agents_running
+from integration.mobility_net import BRIDGE, ROUTER_MAC, Guest, eventually, pings
 from mobility_agent.messages.codec import Key, decode, encode
 from mobility_agent.messages.headers import BindingAcknowledgement, Status
 from mobility_agent.messages.options import HandoffIndicator, Timestamp
@@ -379,6 +379,41 @@ def test_an_epoch_older_than_the_gateway_itself_knows_is_refused(agents: Agents)
     with pytest.raises(Refused) as told:
         agents["gateway1"].arrive(guest, 4)
     assert told.value.status == 409
+
+
+def test_one_whose_arrival_is_evident_gets_an_epoch_that_is_new_enough(agents: Agents) -> None:
+    guest = settle(agents, epoch=5)
+    agents["gateway2"].arrive(guest, 5, wait_seconds=5)
+    assert agents["anchor1"].holder(guest) == "gateway1"
+    # The anchors know a newer epoch than the proxy counts: somebody moved it by hand meanwhile.
+    agents["gateway2"].arrive(guest, 3, evident=True, wait_seconds=5)
+    for name in ANCHORS:
+        eventually(lambda name=name: agents[name].holder(guest) == "gateway2")
+    # And back to a gateway that itself knows better: asked for at once, no refusal in between.
+    agents["gateway1"].turn_page()
+    answer = agents["gateway1"].arrive(guest, 4, evident=True, wait_seconds=5)
+    assert (sorted(answer["acknowledged"]), answer["epoch"]) == (sorted(ANCHORS), 7)
+    assert "claimed as" not in agents["gateway1"].log
+
+
+def test_an_arrival_is_read_from_the_vms_definition(agents: Agents) -> None:
+    guest = agents.net.guest("defined", at="gateway1")
+    domain = (
+        "<domain><name>g</name><metadata><m:addresses xmlns:m='urn:lifeboat:mobility:1'><m:address>{}"
+        "</m:address></m:addresses></metadata><devices><interface type='bridge'><mac address='{}'/>"
+        "<source bridge='{}'/></interface></devices></domain>"
+    )
+    path = f"/v1/vms/{guest.vm}/arrive"
+    body = {"epoch": 1, "definition": domain.format(guest.home, guest.mac, BRIDGE), "wait_seconds": 5}
+    assert agents["gateway1"].ask("POST", path, body)["addresses"] == [f"{guest.home}/128"]
+    assert agents["anchor1"].holder(guest) == "gateway1"
+    # Most VMs have none: whoever tells of them all is not told off for it.
+    without = {"epoch": 1, "definition": "<domain><name>g</name></domain>"}
+    other = "99999999-1111-2222-3333-444444444444"
+    answer = agents["gateway1"].ask("POST", f"/v1/vms/{other}/arrive", without)
+    assert answer == {"vm": other, "state": "no-home-address"}
+    with pytest.raises(Refused, match="no XML"):
+        agents["gateway1"].ask("POST", path, {"epoch": 2, "definition": "<domain"})
 
 
 def test_stop_withdraws_if_told_so(tmp_path: Path) -> None:

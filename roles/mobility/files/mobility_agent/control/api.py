@@ -8,6 +8,7 @@ import grp
 import json
 import logging
 import os
+import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from aiohttp import web
 from mobility_agent.control import metrics
 from mobility_agent.control.parts import Parts
 from mobility_agent.errors import Conflict, Finding, InvalidInput, MobilityError, NotFound
+from mobility_agent.gateway.definition import VmNetwork, read_definition
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.typed_reader import conclude
 from mobility_agent.typed_reader import request as reader_of
@@ -55,6 +57,13 @@ async def _body(request: web.Request) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InvalidInput(f"request: the body is no JSON ({error}); see docs/mobility.md") from error
+
+
+def _defined(text: Any) -> VmNetwork:
+    try:
+        return read_definition(str(text))
+    except ET.ParseError as error:
+        raise InvalidInput(f"request: the definition is no XML ({error}); give the domain's") from error
 
 
 class Api:
@@ -134,12 +143,17 @@ class Api:
         findings: list[Finding] = []
         values = await _body(request)
         if isinstance(values, dict):
-            values = await self._completed(request.match_info["vm"], values)
+            vm, defined = request.match_info["vm"], "definition" in values
+            values = await self._completed(vm, values)
+            if defined and not values.get("addresses"):
+                # Whoever tells of every VM need not know which of them keep their addresses.
+                return web.json_response({"vm": vm, "state": "no-home-address"})
         told = reader_of(values, findings)
         vm = told.uuid("vm")
         homes, mac, bridge = told.networks("addresses"), told.mac("mac"), told.text("bridge")
         epoch = told.whole("epoch", None, 0, _MAX_EPOCH)
         wait_seconds = told.seconds("wait_seconds", 0, 0, 60)
+        evident = told.boolean("evident", default=False)
         conclude(told, findings)
         answer = await gateway.arrive(
             vm,
@@ -148,29 +162,40 @@ class Api:
             bridge,
             epoch,
             handoff=HandoffIndicator.BETWEEN_GATEWAYS,
+            evident=evident,
             wait_seconds=wait_seconds,
         )
         return web.json_response(answer)
 
     async def _completed(self, vm: str, values: dict[str, Any]) -> dict[str, Any]:
+        """What the request says, then its definition, then libvirt, then what was known before."""
         whole = {"vm": vm, **values}
-        missing = {"addresses", "mac", "bridge"} - whole.keys()
-        if not missing:
-            return whole
+        definition = whole.pop("definition", None)
         moves, gateway = self._parts.moves, self._parts.the_gateway()
-        found = await moves.hypervisor.read(vm) if moves is not None else None
-        known = gateway.attachments.get(vm)
-        ours = {bridge.name for bridge in self._parts.config.bridges}
-        if "addresses" in missing:
+        found = _defined(definition) if definition is not None else None
+        if {"addresses", "mac", "bridge"} <= whole.keys():
+            return whole
+        place = self._place(found)
+        # An interface of a libvirt network has its bridge in the live definition only.
+        if moves is not None and (found is None or (found.homes and place is None)):
+            live = await moves.hypervisor.read(vm)
+            found, place = found or live, self._place(live)
+        if "addresses" not in whole:
+            known = gateway.attachments.get(vm)
             homes = found.homes if found is not None else ()
-            homes = homes or (known.homes if known is not None else ())
+            if not homes and definition is None and known is not None:
+                homes = known.homes
             if homes:
                 whole["addresses"] = [str(home) for home in homes]
-        place = next((pair for pair in found.interfaces if pair[0] in ours), None) if found else None
         if place is not None:
             whole.setdefault("bridge", place[0])
             whole.setdefault("mac", place[1])
         return whole
+
+    def _place(self, network: VmNetwork | None) -> tuple[str, str] | None:
+        """On which of our bridges it is, and with which MAC."""
+        ours = {bridge.name for bridge in self._parts.config.bridges}
+        return next((pair for pair in network.interfaces if pair[0] in ours), None) if network else None
 
     async def _depart(self, request: web.Request) -> web.Response:
         """A VM runs here no more: it went ``to`` a gateway, or was stopped (``withdraw``)."""

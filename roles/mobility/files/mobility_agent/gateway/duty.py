@@ -266,7 +266,9 @@ class GatewayDuty:
         with contextlib.suppress(OSError):
             await self._journal.commit()
 
-    def _judge(self, vm: str, homes: tuple[IPv6Network, ...], bridge: str, epoch: int) -> None:
+    def _judge(
+        self, vm: str, homes: tuple[IPv6Network, ...], bridge: str, epoch: int, *, evident: bool
+    ) -> None:
         findings: list[Finding] = []
         subject = f"VM {vm}"
         for home in homes:
@@ -286,7 +288,7 @@ class GatewayDuty:
         if findings:
             raise InvalidInput("; ".join(str(finding) for finding in findings), findings)
         known_before = self.attachments.get(vm)
-        if known_before is not None and epoch < known_before.epoch:
+        if known_before is not None and epoch < known_before.epoch and not evident:
             raise Conflict(
                 f"{subject}: epoch {epoch} is older than epoch {known_before.epoch}, which is known here; "
                 "hand it off with a newer one"
@@ -306,12 +308,16 @@ class GatewayDuty:
     ) -> dict[str, Any]:
         """The VM is about to run here. Returns when its routes stand and its registrations are sent.
 
+        ``evident``: whoever says so knows that it runs nowhere else: an epoch that proves too old is raised.
         ``wait_seconds``: how long to wait for all anchors to acknowledge. Raises InvalidInput, Conflict,
         KernelRefused; then nothing was changed.
         """
         began = time.monotonic()
-        self._judge(vm, homes, bridge, epoch)
+        self._judge(vm, homes, bridge, epoch, evident=evident)
         before = self.attachments.get(vm)
+        if evident and before is not None:
+            # Asked for at once what the anchors would make us ask for a round trip later.
+            epoch = max(epoch, before.epoch + (before.state == AWAY))
         attachment = Attachment(vm, homes, mac, bridge, epoch, time.time(), handoff=handoff, evident=evident)
         if before is not None:
             self._path.clear(set(before.homes) - set(homes))

@@ -13,51 +13,25 @@ import logging
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from ipaddress import IPv6Network
 from typing import Any, ClassVar
 
 from mobility_agent.errors import Unsupported
 from mobility_agent.gateway.attachments import HERE
+from mobility_agent.gateway.definition import METADATA_URI, VmNetwork, read_definition
 from mobility_agent.gateway.duty import GatewayDuty
 from mobility_agent.messages.options import HandoffIndicator
-from mobility_agent.typed_reader import parse_network
 
 logger = logging.getLogger(__name__)
 
-#: The namespace of our element in a VM's metadata: <addresses xmlns=...><address>2001:db8::5</address>...
-METADATA_URI = "urn:lifeboat:mobility:1"
 _RETRY_SECONDS = 5.0
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
 
 
-@dataclass(frozen=True, slots=True)
-class VmNetwork:
-    """What a definition says of a VM's place in the network."""
-
-    vm: str
-    name: str
-    interfaces: tuple[tuple[str, str], ...]  # (bridge, MAC)
-    homes: tuple[IPv6Network, ...]
-
-
-def read_definition(text: str) -> VmNetwork:
-    """From a domain's live definition. Raises ET.ParseError."""
-    root = ET.fromstring(text)
-    interfaces = []
-    for interface in root.iterfind("devices/interface"):
-        source, mac = interface.find("source"), interface.find("mac")
-        bridge = None if source is None else source.get("bridge")
-        if bridge and mac is not None:
-            interfaces.append((bridge, str(mac.get("address")).lower()))
-    texts = [(item.text or "").strip() for item in root.iterfind(f"metadata//{{{METADATA_URI}}}address")]
-    parsed = [parse_network(item) for item in texts]
-    homes = tuple(dict.fromkeys(home for home in parsed if home is not None))
-    return VmNetwork(root.findtext("uuid") or "", root.findtext("name") or "", tuple(interfaces), homes)
-
-
 class Hypervisor:
-    """A read-only connection to libvirt, kept up; ``tell(vm, event, detail)`` is called in the loop."""
+    """A read-only connection to libvirt, kept up; ``tell(vm, event, detail)`` is called in the loop.
+
+    ``connected`` gets the active VMs, and of each whether it runs.
+    """
 
     _events_started: ClassVar[bool] = False
 
@@ -65,7 +39,7 @@ class Hypervisor:
         self,
         uri: str,
         tell: Callable[[str, int, int], None],
-        connected: Callable[[set[str]], Awaitable[None]],
+        connected: Callable[[dict[str, bool]], Awaitable[None]],
     ) -> None:
         try:
             import libvirt  # noqa: PLC0415 anchors have none
@@ -110,24 +84,29 @@ class Hypervisor:
         while True:
             lost = asyncio.Event()
             try:
-                running = await asyncio.to_thread(self._connect, loop, lost)
+                active = await asyncio.to_thread(self._connect, loop, lost)
             except self._libvirt.libvirtError as error:
                 logger.warning("libvirt at %s: no answer (%s); trying again", self._uri, error)
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            logger.info("libvirt at %s: connected, %d VMs are active", self._uri, len(running))
-            await self._connected(running)
+            logger.info("libvirt at %s: connected, %d VMs are active", self._uri, len(active))
+            await self._connected(active)
             await lost.wait()
             self._connection = None
             logger.warning("libvirt at %s: connection lost; connecting again", self._uri)
 
-    def _connect(self, loop: asyncio.AbstractEventLoop, lost: asyncio.Event) -> set[str]:
+    def _connect(self, loop: asyncio.AbstractEventLoop, lost: asyncio.Event) -> dict[str, bool]:
         libvirt = self._libvirt
         connection = libvirt.openReadOnly(self._uri)
 
         def on_lifecycle(_unused: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._tell, domain.UUIDString(), event, detail)
+
+        def on_metadata(_unused: Any, domain: Any, _kind: int, uri: str | None, _opaque: Any) -> None:
+            if uri == METADATA_URI:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._tell, domain.UUIDString(), Event.METADATA, 0)
 
         def on_close(*_unused: Any) -> None:
             with contextlib.suppress(RuntimeError):
@@ -139,9 +118,21 @@ class Hypervisor:
         with contextlib.suppress(libvirt.libvirtError):
             connection.registerCloseCallback(on_close, None)
         connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle, None)
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.domainEventRegisterAny(
+                None, libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, on_metadata, None
+            )
         active = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         self._connection = connection
-        return {domain.UUIDString() for domain in active}
+        return {domain.UUIDString(): self._runs(domain) for domain in active}
+
+    def _runs(self, domain: Any) -> bool:
+        """Whether its vCPUs run: one that is arriving stands paused, and is not ours to claim yet."""
+        libvirt = self._libvirt
+        try:
+            return domain.state()[0] in {libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED}
+        except libvirt.libvirtError:
+            return False
 
     async def read(self, vm: str) -> VmNetwork | None:
         """What the VM's definition says; None when there is no such VM, or nobody to ask."""
@@ -160,9 +151,10 @@ class Hypervisor:
 
 
 class Event:
-    """virDomainEventType, and of the details those that matter here."""
+    """virDomainEventType, and of the details those that matter here; METADATA is our own."""
 
     STARTED, RESUMED, STOPPED = 2, 4, 5
+    METADATA = 1000
     STARTED_MIGRATED, RESUMED_MIGRATED, STOPPED_MIGRATED = 1, 1, 3
 
 
@@ -174,6 +166,7 @@ class Moves:
         self._bridges = bridges
         self.hypervisor = Hypervisor(uri, self._on_event, self._on_connected)
         self._queue: asyncio.Queue[tuple[str, int, int]] = asyncio.Queue()
+        self._incoming: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -205,21 +198,40 @@ class Moves:
         known = self._duty.attachments.get(vm)
         here = known is not None and known.state == HERE
         match (event, detail):
-            case (Event.RESUMED, Event.RESUMED_MIGRATED):
-                # It surely came, whatever epoch the anchors hold; one that we were told of has its epoch.
+            case (Event.RESUMED, _):
+                # One that came surely is here, whatever epoch the anchors hold. One that we were told of
+                # before it ran has its epoch; one paused and resumed by hand is here already, too.
+                came = detail == Event.RESUMED_MIGRATED or vm in self._incoming
+                self._incoming.discard(vm)
                 if not here:
-                    await self._arrive(vm, HandoffIndicator.BETWEEN_GATEWAYS, evident=True)
+                    how = HandoffIndicator.BETWEEN_GATEWAYS if came else HandoffIndicator.NEW_INTERFACE
+                    await self._arrive(vm, how, evident=came)
             case (Event.STARTED, Event.STARTED_MIGRATED):
                 # Incoming, and not running yet.
-                pass
+                self._incoming.add(vm)
             case (Event.STARTED, _):
                 await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)
             case (Event.STOPPED, Event.STOPPED_MIGRATED) if here:
                 await self._duty.depart(vm, None)
-            case (Event.STOPPED, _) if here:
-                await self._duty.depart(vm, None, withdraw=True)
+            case (Event.STOPPED, _):
+                self._incoming.discard(vm)
+                if here:
+                    await self._duty.depart(vm, None, withdraw=True)
+            case (Event.METADATA, _):
+                await self._follow_metadata(vm)
             case _:
                 pass
+
+    async def _follow_metadata(self, vm: str) -> None:
+        """Somebody gave a VM home addresses, or took them from it."""
+        known = self._duty.attachments.get(vm)
+        told = await self.hypervisor.read(vm)
+        if told is None or vm in self._incoming:
+            return
+        if told.homes and (known is None or known.state == HERE):
+            await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)
+        elif known is not None and known.state == HERE and not told.homes:
+            await self._duty.depart(vm, None, withdraw=True)
 
     async def _arrive(self, vm: str, handoff: HandoffIndicator, *, evident: bool) -> None:
         told = await self.hypervisor.read(vm)
@@ -232,11 +244,11 @@ class Moves:
         epoch = known.epoch if known is not None else 0
         await self._duty.arrive(vm, homes, place[1], place[0], epoch, handoff=handoff, evident=evident)
 
-    async def _on_connected(self, running: set[str]) -> None:
-        await self._duty.reconcile(running)
-        for vm in running:
+    async def _on_connected(self, active: dict[str, bool]) -> None:
+        await self._duty.reconcile(set(active))
+        for vm, runs in active.items():
             known = self._duty.attachments.get(vm)
-            if known is None or known.state != HERE:
+            if runs and (known is None or known.state != HERE):
                 told = await self.hypervisor.read(vm)
                 if told is not None and told.homes:
                     # Found running, not seen coming: it claims, but does not make an epoch up.

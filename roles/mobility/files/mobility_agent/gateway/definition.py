@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a VM's definition says of its place in the network.
+
+Home addresses travel in the VM's metadata, MAC and bridge are in its definition: nothing need be configured
+twice.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from ipaddress import IPv6Network
+
+from mobility_agent.typed_reader import parse_network
+
+#: The namespace of our element in a VM's metadata: <addresses xmlns=...><address>2001:db8::5</address>...
+METADATA_URI = "urn:lifeboat:mobility:1"
+
+
+@dataclass(frozen=True, slots=True)
+class VmNetwork:
+    """What a definition says of a VM's place in the network."""
+
+    vm: str
+    name: str
+    interfaces: tuple[tuple[str, str], ...]  # (bridge, MAC)
+    homes: tuple[IPv6Network, ...]
+
+
+def read_definition(text: str) -> VmNetwork:
+    """From a domain's live definition. Raises ET.ParseError."""
+    root = ET.fromstring(text)
+    interfaces = []
+    for interface in root.iterfind("devices/interface"):
+        source, mac = interface.find("source"), interface.find("mac")
+        bridge = None if source is None else source.get("bridge")
+        if bridge and mac is not None:
+            interfaces.append((bridge, str(mac.get("address")).lower()))
+    texts = [(item.text or "").strip() for item in root.iterfind(f"metadata//{{{METADATA_URI}}}address")]
+    parsed = [parse_network(item) for item in texts]
+    homes = tuple(dict.fromkeys(home for home in parsed if home is not None))
+    return VmNetwork(root.findtext("uuid") or "", root.findtext("name") or "", tuple(interfaces), homes)

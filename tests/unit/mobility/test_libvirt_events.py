@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the gateway does on libvirt's events, and what it reads in a definition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import IPv6Network
+from typing import Any, cast
+
+import pytest
+
+from mobility_agent.gateway.attachments import AWAY, HERE, Attachment
+from mobility_agent.gateway.definition import METADATA_URI, VmNetwork, read_definition
+from mobility_agent.gateway.hypervisor import Event, Moves
+from mobility_agent.messages.options import HandoffIndicator
+
+VM = "11111111-2222-4333-8444-555555555501"
+HOME = IPv6Network("2001:db8:100::5/128")
+PLACE = ("vmbr0", "52:54:00:00:00:01")
+
+
+@dataclass
+class Duty:
+    """A gateway that only keeps what it is told."""
+
+    attachments: dict[str, Attachment] = field(default_factory=dict)
+    told: list[tuple[Any, ...]] = field(default_factory=list)
+
+    async def arrive(
+        self, vm: str, homes: Any, mac: str, bridge: str, epoch: int, *, handoff: Any, evident: bool
+    ) -> None:
+        self.told.append(("arrive", vm, homes, (bridge, mac), epoch, handoff, evident))
+
+    async def depart(self, vm: str, to: Any, *, withdraw: bool = False) -> None:
+        self.told.append(("depart", vm, withdraw))
+
+    async def reconcile(self, running: set[str]) -> None:
+        self.told.append(("reconcile", running))
+
+
+class Hypervisor:
+    """A libvirt with one VM."""
+
+    def __init__(self, homes: tuple[IPv6Network, ...] = (HOME,)) -> None:
+        self.homes = homes
+
+    async def read(self, vm: str) -> VmNetwork:
+        return VmNetwork(vm, "web1", (("br9", "52:54:00:00:00:09"), PLACE), self.homes)
+
+
+def moves(state: str | None = None, homes: tuple[IPv6Network, ...] = (HOME,)) -> tuple[Moves, Duty]:
+    duty = Duty()
+    if state is not None:
+        duty.attachments[VM] = Attachment(VM, (HOME,), PLACE[1], PLACE[0], 4, 0.0, state=state)
+    pytest.importorskip("libvirt")
+    made = Moves(cast(Any, duty), "test:///default", frozenset({"vmbr0"}))
+    made.hypervisor = cast(Any, Hypervisor(homes))
+    return made, duty
+
+
+def arrived(epoch: int, handoff: HandoffIndicator, evident: bool) -> tuple[Any, ...]:
+    return ("arrive", VM, (HOME,), PLACE, epoch, handoff, evident)
+
+
+async def test_one_that_comes_is_claimed_when_it_runs_and_not_before() -> None:
+    made, duty = moves()
+    await made._act(VM, Event.STARTED, Event.STARTED_MIGRATED)
+    assert duty.told == []
+    await made._act(VM, Event.RESUMED, 0)
+    assert duty.told == [arrived(0, HandoffIndicator.BETWEEN_GATEWAYS, True)]
+
+
+async def test_one_that_the_proxy_told_of_is_left_as_it_was_told() -> None:
+    made, duty = moves(HERE)
+    await made._act(VM, Event.STARTED, Event.STARTED_MIGRATED)
+    await made._act(VM, Event.RESUMED, 0)
+    assert duty.told == []
+
+
+async def test_one_resumed_by_hand_that_nobody_saw_coming_makes_no_epoch_up() -> None:
+    made, duty = moves()
+    await made._act(VM, Event.RESUMED, 0)
+    assert duty.told == [arrived(0, HandoffIndicator.NEW_INTERFACE, False)]
+
+
+async def test_one_that_never_ran_here_and_ends_is_nobodys_departure() -> None:
+    made, duty = moves()
+    await made._act(VM, Event.STARTED, Event.STARTED_MIGRATED)
+    await made._act(VM, Event.STOPPED, 0)
+    await made._act(VM, Event.RESUMED, 0)
+    assert duty.told == [arrived(0, HandoffIndicator.NEW_INTERFACE, False)]
+
+
+@pytest.mark.parametrize(("detail", "withdraw"), [(Event.STOPPED_MIGRATED, False), (0, True)])
+async def test_one_that_leaves_is_followed_and_one_that_stops_withdrawn(detail: int, withdraw: bool) -> None:
+    made, duty = moves(HERE)
+    await made._act(VM, Event.STOPPED, detail)
+    assert duty.told == [("depart", VM, withdraw)]
+
+
+async def test_an_agent_that_starts_claims_what_runs_and_not_what_is_arriving() -> None:
+    made, duty = moves()
+    await made._on_connected({VM: False})
+    assert duty.told == [("reconcile", {VM})]
+    await made._on_connected({VM: True})
+    assert duty.told[2:] == [arrived(0, HandoffIndicator.NEW_INTERFACE, False)]
+
+
+async def test_addresses_given_and_taken_while_it_runs_are_followed() -> None:
+    made, duty = moves(HERE)
+    await made._act(VM, Event.METADATA, 0)
+    assert duty.told == [arrived(4, HandoffIndicator.NEW_INTERFACE, False)]
+    made, duty = moves(HERE, homes=())
+    await made._act(VM, Event.METADATA, 0)
+    assert duty.told == [("depart", VM, True)]
+    made, duty = moves(AWAY)
+    await made._act(VM, Event.METADATA, 0)
+    assert duty.told == []
+
+
+def test_a_definition_tells_addresses_bridges_and_macs() -> None:
+    told = read_definition(
+        f"""<domain><name>web1</name><uuid>{VM}</uuid>
+        <metadata><m:addresses xmlns:m='{METADATA_URI}'><m:address>2001:db8:100::5</m:address>
+        <m:address>rubbish</m:address></m:addresses></metadata>
+        <devices>
+        <interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='vmbr0'/></interface>
+        <interface type='network'><mac address='52:54:00:00:00:02'/><source network='default'/></interface>
+        </devices></domain>"""
+    )
+    assert told == VmNetwork(VM, "web1", (PLACE,), (HOME,))

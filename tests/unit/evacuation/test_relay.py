@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +18,7 @@ from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
 from precache_proxy.evacuation.relay import (
     DISK,
     LIBVIRT,
+    PIECE_BYTES,
     RAM,
     JobSockets,
     Packer,
@@ -78,7 +81,7 @@ def pair() -> tuple[Pipe, Pipe]:
         st.one_of(
             st.binary(max_size=300),
             st.integers(0, 2**32).map(lambda seed: random.Random(seed).randbytes(70_000)),
-            st.integers(1, 300_000).map(lambda size: b"page" * (size // 4)),
+            st.integers(1, PIECE_BYTES).map(lambda size: b"page" * (size // 4)),
         ),
         max_size=30,
     )
@@ -103,6 +106,33 @@ def test_random_data_is_soon_no_longer_tried() -> None:
 def test_a_message_that_makes_no_sense_is_refused(message: bytes) -> None:
     with pytest.raises(ProtocolError):
         Unpacker().unpack(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\x01" + zstandard.ZstdCompressor().compress(bytes(64 << 20)),
+        b"\x01" + zstandard.ZstdCompressor().compress(bytes(PIECE_BYTES + 1)),
+        b"\x00" + bytes(PIECE_BYTES + 4096),
+    ],
+)
+def test_a_few_bytes_that_stand_for_gigabytes_are_refused_and_not_kept(message: bytes) -> None:
+    unpacker = Unpacker()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="a piece has 131072 at most"):
+            unpacker.unpack(message)
+        assert tracemalloc.get_traced_memory()[1] < 8 * PIECE_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_window_beyond_ours_takes_no_memory() -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=27)
+    packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    message = packed.compress(bytes(1000)) + packed.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    with pytest.raises(ProtocolError, match="does not decompress"):
+        Unpacker().unpack(b"\x01" + message)
 
 
 async def serve(
@@ -154,6 +184,17 @@ async def test_both_directions_reach_the_other_end_whole(tmp_path: Path) -> None
     server.close()
     await sockets.close()
     assert not sockets.directory.exists()
+
+
+async def test_a_job_that_is_over_leaves_no_connection_open_on_either_side(tmp_path: Path) -> None:
+    here, _ = pair()
+    sockets, _ = await serve(tmp_path, here)
+    reader, writer = await asyncio.open_unix_connection(sockets.path(LIBVIRT))
+    writer.write(b"hello")
+    await asyncio.sleep(0.05)
+    await sockets.close()
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert here.reset_by is not None, "libvirt's socket at the peer is root there"
 
 
 async def test_only_root_reaches_the_libvirt_socket(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def arrivals(tmp_path: Path, store: Replicas, presence: Presence = Presence.ABSE
 async def test_a_replica_frozen_by_a_killed_prepare_takes_generations_again(tmp_path: Path) -> None:
     store = Replicas()
     there = arrivals(tmp_path, store)
-    await there.thaw_unclaimed()
+    await there.footprint.thaw_unclaimed()
     assert store.thawed == 1
     store.state = "frozen"
     assert await there.abort("home1", {"job": "j1", "vm": VM}) == {"state": "aborted"}
@@ -77,9 +77,9 @@ async def test_a_replica_frozen_by_a_killed_prepare_takes_generations_again(tmp_
 async def test_a_replica_that_an_arrival_needs_stays_frozen(tmp_path: Path, state: ArrivalState) -> None:
     store = Replicas()
     there = arrivals(tmp_path, store)
-    await there.save(Arrival("j0", VM, "web1", "home1", 1, 7, state))
+    await there.records.save(Arrival("j0", VM, "web1", "home1", 1, 7, state))
     there.load()
-    await there.thaw_unclaimed()
+    await there.footprint.thaw_unclaimed()
     await there.abort("home1", {"job": "another", "vm": VM})
     assert store.thawed == 0
 
@@ -94,7 +94,7 @@ async def test_already_there_is_said_only_of_a_vm_that_is_there(
     question = {"vm": VM, "name": "web1", "epoch": 1, "definition": "<domain/>"}
     for presence, expected in ((Presence.RUNNING, True), (Presence.UNKNOWN, True), (Presence.ABSENT, False)):
         there = arrivals(tmp_path, Replicas("sealed"), presence)
-        await there.save(Arrival("j0", VM, "web1", "home1", 1, 7, ArrivalState.LANDED))
+        await there.records.save(Arrival("j0", VM, "web1", "home1", 1, 7, ArrivalState.LANDED))
         there.load()
         answer = await there.check("home1", question)
         assert answer["already_there"] is expected
@@ -114,7 +114,7 @@ async def test_only_its_own_home_may_send_a_vm_onto_a_replica(
         await there.prepare("home2", wanted | {"job": "j1"})
     with pytest.raises(InvalidInput, match="not a job's number"):
         await there.prepare("home1", wanted | {"job": "../j1"})
-    assert there.all() == []
+    assert there.records.all() == []
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,6 @@ async def test_writes_before_the_checkpoint_are_not_taken_for_counted(
     overlay.touch()
     arrival = Arrival("j0", VM, "web1", "home1", 1, 7)
     arrival.disks["vda"] = ArrivalDisk("/replica", "qcow2", str(overlay), "/top", 4096)
-    await there._track(arrival)
+    await there.tracking.begin(arrival)
     assert arrival.checkpoint == ""
     assert "ran before" in arrival.sentence

@@ -156,6 +156,10 @@ class ArrivalJournal:
             arrival.state = before
             raise
 
+    def remove(self, job_id: str) -> None:
+        """Forget one for good (blocking)."""
+        durable.remove(self.directory / f"{job_id}.json")
+
     def load(self) -> list[Arrival]:
         """Every arrival on record, oldest first."""
         if not self.directory.is_dir():

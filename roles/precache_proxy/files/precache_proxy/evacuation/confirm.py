@@ -72,7 +72,6 @@ async def finish(departure: Departure) -> None:
     if job.step is not Step.FINISH:
         # Its memory is there with it: nothing was lost, whatever was asked for meanwhile.
         job.owes_abort = False
-        job.progress.pop("contact_lost_at", None)
         await departure.enter(Step.FINISH)
     crash_point("departure-before-undefine")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))

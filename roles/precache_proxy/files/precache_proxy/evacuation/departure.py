@@ -9,12 +9,21 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import Cancelled, Conflict, Finding, InvalidInput, LifeboatError, NotFound, Stalled
+from precache_proxy.errors import (
+    Cancelled,
+    Conflict,
+    Finding,
+    InvalidInput,
+    LifeboatError,
+    NotFound,
+    PeerUnreachable,
+    Stalled,
+)
 from precache_proxy.evacuation import freeze, layers, migrate, preflight, relay
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.domain_edit import destination_xml
@@ -25,6 +34,7 @@ from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
 from precache_proxy.hypervisor.domain_xml import Definition
 from precache_proxy.hypervisor.qemu_user import QemuUser
+from precache_proxy.source.scratch import boottime_seconds
 from precache_proxy.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -34,6 +44,8 @@ CATCH_UP_ENOUGH_BYTES = 8 * MIB
 CATCH_UP_SHRINK = 0.7
 PREPARE_TIMEOUT_SECONDS = 180.0
 CHECK_TIMEOUT_SECONDS = 60.0
+LINK_LOOK_SECONDS = 0.5
+ABORT_AGAIN_SECONDS = 0.2
 
 
 @dataclass(slots=True)
@@ -58,6 +70,16 @@ class Surroundings:
         return self.directory / "disks"
 
 
+class DestinationContact(Protocol):
+    """Who keeps account of when the destination was last in touch (fence.py)."""
+
+    def heard(self, departure: Departure, asked_at: float) -> None:
+        """It has answered what we asked at that time of the boot clock."""
+
+    def watch(self, departure: Departure) -> None:
+        """From now on the account matters, if the destination may presume us dead."""
+
+
 @dataclass(slots=True)
 class Departure:
     """A job under way, with what only lives as long as this process."""
@@ -65,9 +87,14 @@ class Departure:
     job: Job
     around: Surroundings
     measure: Measure
+    contact: DestinationContact
     cancelled: bool = False
     failure: LifeboatError | None = None
     sockets: relay.JobSockets | None = field(default=None)
+    # set when the migration has to end: on the operator's word, or because a relay is dead
+    enough: asyncio.Event = field(default_factory=asyncio.Event)
+    # whether the VM runs here is changed by one at a time
+    deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def link(self) -> Any:
@@ -96,11 +123,29 @@ class Departure:
             raise self.failure
 
     async def call(self, method: str, parameters: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-        """Ask the destination about this job."""
+        """Ask the destination about this job. Raises PeerUnreachable when the link stays down for too long.
+
+        A link that comes back carries the question on; whatever is asked may be asked twice.
+        """
         complete = {"job": self.job.id, "vm": self.job.vm, **parameters}
-        answer: dict[str, Any] = await self.link.call(
-            f"evacuation.{method}", complete, timeout_seconds=timeout_seconds
+        link, asked_at = self.link, boottime_seconds()
+        call = asyncio.ensure_future(
+            link.call(f"evacuation.{method}", complete, timeout_seconds=timeout_seconds)
         )
+        try:
+            down_seconds = 0.0
+            while not (await asyncio.wait({call}, timeout=LINK_LOOK_SECONDS))[0]:
+                down_seconds = 0.0 if link.state == "up" else down_seconds + LINK_LOOK_SECONDS
+                if down_seconds >= self.around.stall_seconds:
+                    raise PeerUnreachable(
+                        f"peer {self.job.peer}: the link has been down for {down_seconds:.0f} s while it was "
+                        f"asked to {method}; see `precache-proxy status`"
+                    )
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+        answer: dict[str, Any] = call.result()
+        self.contact.heard(self, asked_at)
         return answer
 
 
@@ -245,6 +290,7 @@ async def _prepare(departure: Departure, definition: Definition) -> dict[str, st
         PREPARE_TIMEOUT_SECONDS,
     )
     job.presumed_dead_after_seconds = answer.get("presumed_dead_after_seconds")
+    departure.contact.watch(departure)
     crash_point("departure-prepared")
     del definition
     return {str(key): str(path) for key, path in answer["disks"].items()}
@@ -283,19 +329,32 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         departure.measure.migrating(progress)
         crash_point("departure-migrating")
 
+    stopper = asyncio.create_task(_end_when_enough(departure))
     try:
+        departure.check_cancelled()
         await migrate.migrate(around.domains, job.vm, plan, on_progress)
     except LifeboatError as error:
         # The operator's word and the relay's reason say more than libvirt's "canceled" and "broken pipe".
         departure.check_cancelled()
         raise departure.failure or error from error
     finally:
+        stopper.cancel()
         departure.measure.migrated(
             departure.sockets.counters, await migrate.completed_statistics(around.domains, job.vm)
         )
         await departure.sockets.close()
         departure.sockets = None
     crash_point("departure-migrated")
+    if departure.cancelled:
+        job.warning = "It was cancelled when its memory was there already, and was not taken back."
+
+
+async def _end_when_enough(departure: Departure) -> None:
+    """End the migration once that is asked for: again and again, for libvirt may not have begun it yet."""
+    await departure.enough.wait()
+    while True:
+        await migrate.abort(departure.around.domains, departure.job.vm)
+        await asyncio.sleep(ABORT_AGAIN_SECONDS)
 
 
 def _sockets(departure: Departure) -> relay.JobSockets:
@@ -313,9 +372,7 @@ def _sockets(departure: Departure) -> relay.JobSockets:
         if departure.failure is None and departure.sockets is not None:
             departure.failure = error if isinstance(error, Stalled) else departure.failure
             departure.sockets.close_connections()
-            task = asyncio.create_task(migrate.abort(around.domains, job.vm))
-            _background.add(task)
-            task.add_done_callback(_background.discard)
+            departure.enough.set()
 
     return relay.JobSockets(
         around.run_directory / "jobs" / job.id,
@@ -327,9 +384,6 @@ def _sockets(departure: Departure) -> relay.JobSockets:
     )
 
 
-_background: set[asyncio.Task[None]] = set()
-
-
 async def cancel(departure: Departure) -> None:
     """Ask a job to stop. Raises Conflict once the VM has stopped here: then it goes forward or is settled."""
     job = departure.job
@@ -339,8 +393,7 @@ async def cancel(departure: Departure) -> None:
             "wait for its verdict, or settle it if it stays undecided"
         )
     departure.cancelled = True
-    if job.step is Step.MIGRATE:
-        await migrate.abort(departure.around.domains, job.vm)
+    departure.enough.set()
 
 
 async def clear_local_leftovers(departure: Departure) -> None:

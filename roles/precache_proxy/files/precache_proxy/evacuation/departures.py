@@ -16,6 +16,7 @@ from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError
 from precache_proxy.evacuation import confirm, departure, migrate, rollback
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure, Surroundings
+from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
 from precache_proxy.evacuation.job import (
     BEFORE_FREEZE,
     FOLLOWING,
@@ -26,12 +27,12 @@ from precache_proxy.evacuation.job import (
     new_job,
 )
 from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.pruning import Entry, superseded
 from precache_proxy.evacuation.reconcile import DestinationView, Presence, SourceDecision, decide_at_source
 
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_SECONDS = 30.0
-KEEP_AT_SOURCE = "keep-at-source"
 
 
 class Departures:
@@ -46,6 +47,7 @@ class Departures:
         self._guard = around.guard
         self._source = around.source
         self._leave = leave
+        self._fence = Fence()
         self._departures: dict[str, Departure] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._beginning: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -54,6 +56,28 @@ class Departures:
         """Read the records (blocking)."""
         for job in self._around.journal.load():
             self._departures[job.id] = self._departure(job)
+
+    async def fence_all(self) -> None:
+        """Whatever was due while this proxy was not there comes before anything else."""
+        for item in self._departures.values():
+            if self._fence.is_due(item):
+                with contextlib.suppress(LifeboatError, OSError):
+                    await self._fence.stand_still(item)
+            self._fence.watch(item)
+
+    async def prune(self) -> list[str]:
+        """Forget jobs that are history; see pruning.py. Their numbers. Raises IntegrityError."""
+        guarding = {forbidden.job for forbidden in await asyncio.to_thread(lambda: list(self._guard.all()))}
+        entries = [
+            Entry(job.id, job.vm, job.epoch, job.commanded_at, not job.ended or job.owes_abort)
+            for job in self.jobs()
+        ]
+        gone = superseded(entries, time.time(), guarding)
+        for job_id in gone:
+            await asyncio.to_thread(self._around.journal.remove, job_id)
+            del self._departures[job_id]
+            self._tasks.pop(job_id, None)
+        return gone
 
     async def hold_all(self) -> None:
         """No periodic pass may touch the disks of a VM whose hand-off is not over."""
@@ -69,6 +93,7 @@ class Departures:
 
     async def stop(self) -> None:
         """Leave every job as it is; it is taken up again by the next start."""
+        await self._fence.stop()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -182,7 +207,8 @@ class Departures:
     # -- forward and back
 
     def _departure(self, job: Job) -> Departure:
-        return Departure(job, self._around, Measure.resumed(job, self._around.links.get(job.peer)))
+        measure = Measure.resumed(job, self._around.links.get(job.peer))
+        return Departure(job, self._around, measure, self._fence)
 
     def _run(self, key: str, work: Coroutine[Any, Any, None]) -> None:
         self._tasks[key] = asyncio.create_task(work, name=f"evacuation-{key}")
@@ -231,7 +257,7 @@ class Departures:
                 job.verdict = Verdict.STAYED
                 await item.enter(Step.STAYED)
             else:
-                await rollback.roll_back(item, cold=False)
+                await rollback.roll_back(item, self._fence, cold=False)
             return
         if job.effective_step is Step.MIGRATE:
             await departure.clear_local_leftovers(item)
@@ -262,7 +288,7 @@ class Departures:
 
     async def _roll_back(self, item: Departure, *, cold: bool) -> None:
         try:
-            await rollback.roll_back(item, cold=cold)
+            await rollback.roll_back(item, self._fence, cold=cold)
         except rollback.ActivatedThere:
             await confirm.finish(item)
 
@@ -292,7 +318,8 @@ class Departures:
         """The operator keeps an undecided VM here. Raises Conflict when there is nothing to settle."""
         item = self.get(job_id)
         job = item.job
-        if job.step not in {Step.UNDECIDED, Step.RELEASED, Step.CONFIRM, Step.ROLLBACK}:
+        fenced = job.step is Step.STAYED and self._fence.is_due(item)
+        if job.step not in {Step.UNDECIDED, Step.RELEASED, Step.CONFIRM, Step.ROLLBACK} and not fenced:
             raise Conflict(
                 f"evacuation {job.id} of {job.name}: it is at step {job.step.value}, there is nothing to "
                 f"settle"
@@ -304,11 +331,14 @@ class Departures:
         view = await self._ask_destination(item)
         if view.reachable:
             # With contact nobody has to guess: the ordinary way decides.
-            await self._decide(item)
+            await (self._settle_debt(item) if fenced else self._decide(item))
             return
         job.settled = KEEP_AT_SOURCE
         job.explain("settled", f"the operator keeps VM {job.name} here; {job.peer} must not run it.")
         await item.save()
+        if fenced:
+            await self._fence.lift(item)
+            return
         if job.step is not Step.ROLLBACK:
             await item.enter(Step.ROLLBACK)
         self._run(job.id, self._decide_quietly(item))
@@ -343,10 +373,8 @@ class Departures:
         job = item.job
         try:
             await rollback.settle_debt(item)
-            if job.owes_abort:
-                await rollback.fence_if_due(item)
-            else:
-                await rollback.unfence(item)
+            if not job.owes_abort:
+                await self._fence.lift(item)
         except rollback.ActivatedThere as error:
             await self._end_old_copy(item, error)
         except LifeboatError as error:

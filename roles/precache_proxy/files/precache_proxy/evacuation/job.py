@@ -139,6 +139,9 @@ class Job:
     settled: str = ""
     # the destination activates by itself after that long without us (its operator's setting), or None
     presumed_dead_after_seconds: float | None = None
+    # when that destination last surely heard of us: seconds since boot (suspended time counted), which boot
+    heard_boottime_seconds: float | None = None
+    heard_boot: str = ""
     # the VM had to be started anew: its memory is lost, its disks are whole
     memory_lost: bool = False
     # it went well, but the operator should know this
@@ -251,6 +254,10 @@ class Journal:
         except OSError:
             job.step, job.steps, job.undecided_from, job.ended_at = before
             raise
+
+    def remove(self, job_id: str) -> None:
+        """Forget one for good (blocking)."""
+        durable.remove(self.path(job_id))
 
     def load(self) -> list[Job]:
         """Every job on record, oldest first."""

@@ -19,7 +19,7 @@ from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, LifeboatError, NotFound
 from precache_proxy.evacuation import layers
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
-from precache_proxy.evacuation.arrivals import Arrivals
+from precache_proxy.evacuation.arrival_records import ArrivalRecords
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
@@ -36,13 +36,13 @@ class Landing:
 
     def __init__(
         self,
-        arrivals: Arrivals,
+        records: ArrivalRecords,
         domains: Domains,
         source: SourceRoom,
         store: StoreRoom,
         links: Mapping[str, Any],
     ) -> None:
-        self._arrivals = arrivals
+        self._records = records
         self._domains = domains
         self._source = source
         self._store = store
@@ -58,7 +58,7 @@ class Landing:
     async def leave(self, vm: str) -> None:
         """The VM moves on: stop merging its layers. What is on record stays; the next hand-off takes the
         chain along."""
-        for arrival in [item for item in self._arrivals.all() if item.vm == vm]:
+        for arrival in self._records.of(vm):
             task = self._tasks.pop(arrival.id, None)
             if task is not None and not task.done():
                 task.cancel()
@@ -95,8 +95,8 @@ class Landing:
             await self._tell_home(arrival)
             arrival.landing = "collapsed"
         crash_point("landing-collapsed")
-        async with self._arrivals.lock(arrival.vm):
-            await self._arrivals.enter(arrival, ArrivalState.LANDED)
+        async with self._records.lock(arrival.vm):
+            await self._records.enter(arrival, ArrivalState.LANDED)
 
     async def _tell_home(self, arrival: Arrival) -> None:
         """The old home may merge generations into what it kept; until told its chain grows with every pass.
@@ -136,7 +136,7 @@ class Landing:
             **{"rpo_seconds": DEFAULT_RPO_SECONDS, **arrival.protection},
         )
         arrival.landing = "way-back-protected"
-        await self._arrivals.save(arrival)
+        await self._records.save(arrival)
 
     async def _take_over_files(self, arrival: Arrival) -> None:
         """The replica's files are the VM's own from now on; remember how deep they go."""
@@ -145,7 +145,7 @@ class Landing:
             for key, chain in chains.items():
                 if key in arrival.disks and chain:
                     arrival.disks[key].base = str(chain[-1].path)
-            await self._arrivals.save(arrival)
+            await self._records.save(arrival)
 
     async def _wait_until_home_has_it(self, arrival: Arrival) -> None:
         """Until the old home has sealed what arrived here. A home that is gone keeps the chain as it is."""
@@ -197,7 +197,7 @@ class Landing:
             if current.path != base:
                 # On record first: a kill after the merge must still find what is to be removed.
                 disk.merged = chain[: chain.index(base)]
-                await self._arrivals.save(arrival)
+                await self._records.save(arrival)
                 await layers.commit(self._domains, vm, key, top=None, base=base)
                 await layers.wait_for_layer(self._domains, vm, key, base)
             for path in disk.merged:

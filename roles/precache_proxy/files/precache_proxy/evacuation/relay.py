@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import IO, Any, Final, Protocol, cast
 
 import zstandard
 
-from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
+from precache_proxy.errors import Cancelled, LifeboatError, ProtocolError, Stalled
 from precache_proxy.units import KIB
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ LIBVIRT_SOCKET: Final = Path("/run/libvirt/libvirt-sock")
 PIECE_BYTES: Final = 128 * KIB
 _RAW: Final = b"\x00"
 _ZSTD: Final = b"\x01"
+# What zstd adds to a piece that does not shrink: three bytes a block, and the frame's header.
+_PACKING_BYTES: Final = 1 * KIB
 _COMPRESSION_LEVEL: Final = 1
 # Memory repeats itself over megabytes: an idle guest's RAM of 72 MB took 42.1 MB without this and 30.0 MB
 # with it,
@@ -92,15 +95,51 @@ class Packer:
         return _ZSTD, packed
 
 
+class _Piece(io.RawIOBase):
+    """Takes what is unpacked, up to the size of a piece: a few bytes may stand for gigabytes of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[bytes] = []
+        self._bytes = 0
+
+    def write(self, part: Any) -> int:
+        """Take a part, or drop it: zstandard does not hear what is raised here."""
+        self._bytes += len(part)
+        if self._bytes <= PIECE_BYTES:
+            self._parts.append(bytes(part))
+        return len(part)
+
+    def take(self) -> bytes:
+        """The piece; the next one begins. Raises ProtocolError when it was too long."""
+        piece, unpacked_bytes = b"".join(self._parts), self._bytes
+        self._parts.clear()
+        self._bytes = 0
+        if unpacked_bytes > PIECE_BYTES:
+            raise ProtocolError(
+                f"relay: a message unpacks to {unpacked_bytes} bytes; a piece has {PIECE_BYTES} at most"
+            )
+        return piece
+
+
 class Unpacker:
     """The other end of :class:`Packer`."""
 
     def __init__(self) -> None:
-        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        # A window beyond the packer's is refused before memory is taken for it.
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _LONG_DISTANCE_MATCHING["window_log"])
+        self._piece = _Piece()
+        self._decompressor = decompressor.stream_writer(
+            cast("IO[bytes]", self._piece), write_size=PIECE_BYTES
+        )
 
     def unpack(self, message: bytes) -> bytes:
-        """The piece that a message carries. Raises ProtocolError."""
+        """The piece that a message carries, PIECE_BYTES at most. Raises ProtocolError."""
         marker, payload = message[:1], message[1:]
+        if len(payload) > PIECE_BYTES + _PACKING_BYTES:
+            raise ProtocolError(
+                f"relay: a message of {len(payload)} bytes; a piece has {PIECE_BYTES} at most"
+            )
         if marker == _RAW:
             return payload
         if marker != _ZSTD:
@@ -108,7 +147,8 @@ class Unpacker:
                 f"relay: a message of unknown form {marker!r}; are both proxies of one version?"
             )
         try:
-            return self._decompressor.decompress(payload)
+            self._decompressor.write(payload)
+            return self._piece.take()
         except zstandard.ZstdError as error:
             raise ProtocolError(f"relay: a message that does not decompress ({error})") from error
 
@@ -158,6 +198,12 @@ class RelayedConnection:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
+        except asyncio.CancelledError:
+            # Without this the other side would hold its end open, and libvirt's is root there.
+            self._stream.reset(
+                Cancelled(f"relay of the {self.socket} socket: its job does not need it any more")
+            )
+            raise
         except (OSError, LifeboatError) as error:
             reason = error if isinstance(error, LifeboatError) else self._broken(error)
             self._stream.reset(reason)

@@ -7,14 +7,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound, PeerUnreachable
 from precache_proxy.evacuation import freeze
 from precache_proxy.evacuation.arrival import RUNS_HERE
 from precache_proxy.evacuation.departure import Departure, clear_local_leftovers
-from precache_proxy.evacuation.guard import FENCED, Forbidden
+from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
 from precache_proxy.evacuation.job import Step, Verdict
 from precache_proxy.evacuation.reconcile import Presence
 
@@ -22,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_SECONDS = 90.0
 STATUS_TIMEOUT_SECONDS = 30.0
-# Of the time after which the destination presumes us dead: we stop well before it starts.
-FENCE_SHARE = 0.5
 
 
 class ActivatedThere(Conflict):
@@ -32,7 +29,7 @@ class ActivatedThere(Conflict):
     cause = "activated-there"
 
 
-async def roll_back(departure: Departure, *, cold: bool) -> None:
+async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
     """Undo. ``cold``: the VM is off here and has to be started anew, so the peer's word must come first.
 
     Raises ActivatedThere, PeerUnreachable (cold only), HypervisorError: the job stays in ROLLBACK and is
@@ -46,10 +43,18 @@ async def roll_back(departure: Departure, *, cold: bool) -> None:
     presence = await around.domains.presence_at_source(job.vm)
     if presence in {Presence.RUNNING, Presence.PAUSED, Presence.ENDED}:
         cold = False
-    await _clean_peer(departure, must=cold and job.settled != "keep-at-source")
+    await _clean_peer(departure, must=cold and job.settled != KEEP_AT_SOURCE)
     crash_point("rollback-peer-cleaned")
-    await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
-    presence = await _run_here(departure, presence)
+    async with departure.deciding:
+        if not fence.is_due(departure):
+            await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
+            presence = await _run_here(departure, presence)
+    if fence.is_due(departure):
+        await fence.stand_still(departure)
+        raise PeerUnreachable(
+            f"VM {job.name}: {job.peer} may have presumed this host dead and run it; it stands still here "
+            f"until contact returns"
+        )
     if job.disks:
         await freeze.merge_back(around.domains, job.vm, job.disks, presence)
     crash_point("rollback-merged")
@@ -86,7 +91,7 @@ async def _clean_peer(departure: Departure, *, must: bool) -> None:
     job = departure.job
     if not job.owes_abort:
         return
-    kept = job.settled == "keep-at-source"
+    kept = job.settled == KEEP_AT_SOURCE
     try:
         await departure.call("abort", {"kept_at_source": kept}, ABORT_TIMEOUT_SECONDS)
     except (PeerUnreachable, LifeboatError) as error:
@@ -96,12 +101,9 @@ async def _clean_peer(departure: Departure, *, must: bool) -> None:
         if must:
             raise
         logger.warning("evacuation %s: %s has not cleared its arrival away yet: %s", job.id, job.peer, error)
-        if "contact_lost_at" not in job.progress:
-            job.progress["contact_lost_at"] = time.time()
         await departure.save()
         return
     job.owes_abort = False
-    job.progress.pop("contact_lost_at", None)
     await departure.save()
 
 
@@ -117,37 +119,3 @@ async def _runs_there(departure: Departure) -> bool:
 async def settle_debt(departure: Departure) -> None:
     """A job that is over owes the peer an abort: try again. Raises ActivatedThere."""
     await _clean_peer(departure, must=False)
-
-
-async def fence_if_due(departure: Departure) -> bool:
-    """Stop the VM here before a destination that cannot hear us presumes us dead and runs its arrival.
-
-    Only where its operator has set such a time. True when the VM is paused by us now.
-    """
-    job, around = departure.job, departure.around
-    limit = job.presumed_dead_after_seconds
-    lost_at = job.progress.get("contact_lost_at")
-    if not job.owes_abort or limit is None or lost_at is None or time.time() - lost_at < limit * FENCE_SHARE:
-        return False
-    found = await asyncio.to_thread(around.guard.forbidden, job.vm)
-    if found is not None and found.job == job.id and found.cause == FENCED:
-        return True
-    sentence = (
-        f"VM {job.name}: {job.peer} cannot be reached and may run it by now, as it was set to presume this "
-        f"host dead "
-        f"after {limit:.0f} s; it goes on here when contact returns, or on `precache-proxy settle {job.id} "
-        f"keep-at-source`"
-    )
-    await asyncio.to_thread(around.guard.forbid, Forbidden(job.vm, FENCED, sentence, job.id, job.epoch))
-    await around.domains.suspend(job.vm)
-    logger.critical("%s", sentence)
-    return True
-
-
-async def unfence(departure: Departure) -> None:
-    """The peer has cleared its arrival away: the VM may run here again."""
-    job, around = departure.job, departure.around
-    found = await asyncio.to_thread(around.guard.forbidden, job.vm)
-    if found is not None and found.job == job.id and found.cause == FENCED:
-        await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
-        await around.domains.resume(job.vm)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The tracking of the way back, put in place while an arrival stands here complete and paused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from precache_proxy import durable
+from precache_proxy.crash_points import crash_point
+from precache_proxy.errors import Conflict, LifeboatError
+from precache_proxy.evacuation import layers
+from precache_proxy.evacuation.arrival import Arrival
+from precache_proxy.evacuation.arrival_records import ArrivalRecords
+from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.reconcile import Presence
+
+logger = logging.getLogger(__name__)
+
+
+class Tracking:
+    """Top overlays and the checkpoint of arrivals. The VM's lock is held by the caller."""
+
+    def __init__(self, domains: Domains, records: ArrivalRecords) -> None:
+        self._domains = domains
+        self._records = records
+
+    async def begin(self, arrival: Arrival) -> None:
+        """Put the top overlays on and the checkpoint in, while paused: the way back is tracked from the first
+        instant.
+
+        What arrived stands still below, flushed and synced. A failure costs the way back its bitmap, not the
+        VM its run. Repeating it is no error.
+        """
+        if arrival.checkpoint:
+            return
+        checkpoint = f"lifeboat-e{arrival.epoch}-g{arrival.generation + 1}"
+        tops = {key: disk.top for key, disk in arrival.disks.items()}
+        try:
+            await self._refuse_when_late(arrival, checkpoint)
+            definition = await self._domains.definition(arrival.vm)
+            on_top = [key for key, top in tops.items() if (disk := definition.disk(key)) and disk.path == top]
+            if len(on_top) < len(tops):
+                await layers.put_overlays(self._domains, arrival.vm, tops)
+            await layers.create_checkpoint(self._domains, arrival.vm, checkpoint, tops)
+        except LifeboatError as error:
+            logger.error(
+                "VM %s: the way back is not tracked and will need a comparison: %s", arrival.vm, error
+            )
+            arrival.cause, arrival.sentence = "tracking-lost", str(error)
+        else:
+            arrival.checkpoint = checkpoint
+
+        def sync() -> None:
+            for disk in arrival.disks.values():
+                durable.sync_file(Path(disk.overlay))
+
+        await asyncio.to_thread(sync)
+        await self._records.save(arrival)
+        crash_point("arrival-tracked")
+
+    async def _refuse_when_late(self, arrival: Arrival, checkpoint: str) -> None:
+        """Raise where the VM has run untracked: between overlay and checkpoint its writes would be lost."""
+        if await self._domains.presence(arrival.vm) is not Presence.RUNNING:
+            return
+        if not await layers.has_checkpoint(self._domains, arrival.vm, checkpoint):
+            raise Conflict(f"VM {arrival.name}: it ran before its writes were counted from {checkpoint}")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How the proxy tells the mobility agent where a VM runs; the agent is a real server on a UNIX socket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from aiohttp import web
+
+from precache_proxy.errors import Conflict
+from precache_proxy.evacuation.arrival import Arrival, ArrivalState
+from precache_proxy.evacuation.arrival_network import MobilityAgent, NetworkNotInstalled, NothingToDo
+from precache_proxy.evacuation.arrivals import Arrivals
+from precache_proxy.evacuation.guard import Guard
+from precache_proxy.evacuation.job import EvacuationOptions, new_job
+from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.hypervisor.qemu_user import QemuUser
+
+VM = "11111111-2222-4333-8444-555555555501"
+JOB = new_job(VM, "web1", "backup1", 4, EvacuationOptions(), 0.0)
+
+
+class Agent:
+    """Answers with what ``answers`` holds, the last one for ever; keeps what it was asked."""
+
+    def __init__(self, *answers: tuple[int, dict[str, Any]]) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked.append((request.path, await request.json()))
+        status, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return web.json_response(body, status=status)
+
+    @asynccontextmanager
+    async def serve(self, socket: Path) -> AsyncIterator[None]:
+        application = web.Application()
+        application.add_routes([web.post("/v1/vms/{vm}/{what}", self.answer)])
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.UnixSite(runner, str(socket)).start()
+        yield
+        await runner.cleanup()
+
+
+def arrival() -> Arrival:
+    return Arrival("j1", VM, "web1", "home1", 4, 7, ArrivalState.RELEASED)
+
+
+async def test_an_arrival_is_told_with_its_epoch_and_definition(tmp_path: Path) -> None:
+    agent, socket = Agent((200, {"state": "here"})), tmp_path / "agent.sock"
+    told = arrival()
+    async with agent.serve(socket):
+        await MobilityAgent(socket, 2).install("<domain/>", told)
+    expected = {"epoch": 4, "definition": "<domain/>", "evident": True}
+    assert agent.asked == [(f"/v1/vms/{VM}/arrive", expected)]
+    assert 0 < told.timings["network_seconds"] < 2
+
+
+async def test_an_agent_that_is_just_starting_is_waited_for(tmp_path: Path) -> None:
+    agent, socket = Agent((503, {"message": "starting"}), (200, {"state": "here"})), tmp_path / "agent.sock"
+    async with agent.serve(socket):
+        await MobilityAgent(socket, 5).install("<domain/>", arrival())
+    assert len(agent.asked) == 2
+
+
+async def test_a_silent_agent_holds_nothing_up_for_longer_than_it_may(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(NetworkNotInstalled, match=r"not within 0\.3 s.*mobility-agent check"):
+        await MobilityAgent(tmp_path / "none.sock", 0.3).install("<domain/>", arrival())
+    assert time.monotonic() - began < 2
+    # What only makes things better must not keep a finished evacuation from ending.
+    await MobilityAgent(tmp_path / "none.sock", 0.1).left(JOB)
+
+
+async def test_a_refusal_is_told_at_once_in_the_agents_words(tmp_path: Path) -> None:
+    agent, socket = Agent((400, {"message": "VM web1: 2001:db8::5 is in no home prefix"})), tmp_path / "a"
+    async with agent.serve(socket):
+        with pytest.raises(NetworkNotInstalled, match="is in no home prefix"):
+            await MobilityAgent(socket, 30).install("<domain/>", arrival())
+    assert len(agent.asked) == 1
+
+
+async def test_the_source_has_sent_on_what_still_comes(tmp_path: Path) -> None:
+    agent, socket = Agent((404, {"message": "not known"})), tmp_path / "agent.sock"
+    async with agent.serve(socket):
+        await MobilityAgent(socket, 2).left(JOB)
+        await MobilityAgent(socket, 2).remove(arrival())
+        await MobilityAgent(socket, 2).stayed("<domain/>", JOB)
+    assert [(path.rpartition("/")[2], body) for path, body in agent.asked[:2]] == [
+        ("depart", {"to": "backup1"}),
+        ("depart", {"withdraw": True}),
+    ]
+    assert agent.asked[2][1]["evident"] is True
+
+
+class Network(NothingToDo):
+    """Fails as often as it is told to."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.installed, self.removed = failures, 0, 0
+
+    async def install(self, definition: str, arrival: Arrival) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise Conflict("the agent says no")
+        self.installed += 1
+
+    async def remove(self, arrival: Arrival) -> None:
+        self.removed += 1
+
+
+class Machines:
+    """A libvirt with one VM that does as it is told."""
+
+    presence_there = Presence.ARRIVED
+
+    async def presence(self, _vm: str) -> Presence:
+        return self.presence_there
+
+    async def resume(self, _vm: str) -> None:
+        self.presence_there = Presence.RUNNING
+
+    async def destroy(self, _vm: str) -> None:
+        self.presence_there = Presence.SHUT_OFF
+
+    async def undefine(self, _vm: str) -> None:
+        self.presence_there = Presence.ABSENT
+
+
+async def _thaw(_vm: str) -> None:
+    """A store that has nothing frozen."""
+
+
+def arrivals(tmp_path: Path, network: Network) -> tuple[Arrivals, Machines]:
+    state, run = tmp_path / "state", tmp_path / "run"
+    state.mkdir()
+    machines, guard = Machines(), Guard(state, run)
+    guard.prepare_directories()
+    made = Arrivals(
+        state, run, cast(Any, machines), guard, cast(Any, SimpleNamespace(thaw=_thaw)), network,
+        QemuUser(65534, 65534), presume_source_dead_after_seconds=None,
+    )  # fmt: skip
+    made.load()
+    return made, machines
+
+
+async def test_a_vm_runs_without_its_network_says_so_and_gets_it_later(tmp_path: Path) -> None:
+    network = Network(failures=2)
+    there, machines = arrivals(tmp_path, network)
+    record = arrival()
+    record.checkpoint = "tracked"
+    await there.records.save(record)
+    there.load()
+    answer = await there.release("home1", {"job": "j1", "vm": VM})
+    assert machines.presence_there is Presence.RUNNING
+    assert "the agent says no" in answer["network"]
+    (kept,) = there.records.all()
+    await there.activation.install_owed_network(kept)
+    assert kept.network_owed
+    await there.activation.install_owed_network(kept)
+    assert (kept.network_owed, kept.cause, network.installed) == (False, "", 1)
+    there.load()
+    assert [item.network_owed for item in there.records.all()] == [False]
+
+
+async def test_a_release_that_is_taken_back_takes_its_network_back(tmp_path: Path) -> None:
+    network = Network(failures=0)
+    there, _unused = arrivals(tmp_path, network)
+    await there.records.save(arrival())
+    there.load()
+    await there.abort("home1", {"job": "j1", "vm": VM, "kept_at_source": True})
+    assert network.removed == 1

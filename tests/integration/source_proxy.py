@@ -26,7 +26,8 @@ from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel import Channel, ChannelConfig, PeerAddress
 from precache_proxy.errors import LifeboatError
 from precache_proxy.hypervisor.connection import Hypervisor
-from precache_proxy.source.service import Protect, Source
+from precache_proxy.source.request import Protect
+from precache_proxy.source.service import Source
 from precache_proxy.source.settings import SourceSettings
 from precache_proxy.store.service import Store
 from precache_proxy.store.settings import StoreSettings

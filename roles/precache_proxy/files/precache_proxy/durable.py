@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -32,20 +33,37 @@ def sync_file(path: Path) -> None:
 def write_bytes(path: Path, content: bytes, *, mode: int = 0o640) -> None:
     """Replace ``path`` as a whole: a reader, or a power cut, sees the old content or the new one.
 
-    A kill between any two lines leaves at most ``.NAME.new`` beside it, which the next write replaces.
+    Of two writers at once, threads or processes, each writes a whole content, and the later one's stays. A
+    kill between any two lines leaves at most ``.NAME.new`` beside it, which the next write replaces.
     """
     beside = path.with_name(f".{path.name}.new")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    descriptor = _open_alone(beside, mode)
     try:
+        os.truncate(descriptor, 0)
         view = memoryview(content)
         while view:
             view = view[os.write(descriptor, view) :]
         os.fchmod(descriptor, mode)
         os.fsync(descriptor)
+        os.rename(beside, path)
+        sync_directory(path.parent)
     finally:
         os.close(descriptor)
-    os.rename(beside, path)
-    sync_directory(path.parent)
+
+
+def _open_alone(path: Path, mode: int) -> int:
+    """A descriptor of ``path`` that nobody else writes to until it is closed."""
+    while True:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Who had the lock before us has renamed the file away: then the name is free, or another file's.
+        try:
+            mine = os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except FileNotFoundError:
+            mine = False
+        if mine:
+            return descriptor
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any, *, mode: int = 0o640) -> None:
@@ -61,11 +79,14 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except ValueError as error:
         raise IntegrityError(
             f"{path}: not a whole record ({error}); this program did not write it: move it away and look"
         ) from error
+    if value is None:
+        raise IntegrityError(f"{path}: holds nothing; this program did not write it: move it away and look")
+    return value
 
 
 def remove(path: Path) -> None:

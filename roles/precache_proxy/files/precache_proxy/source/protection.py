@@ -68,6 +68,10 @@ class Protection:
             self._set_at_rest()
             self._task = asyncio.create_task(self._run(), name=f"protection-{self.record.name}")
 
+    def refuse(self, cause: str, sentence: str) -> None:
+        """Show why nothing is done for this VM; it must not have been started."""
+        self._set("stopped", cause, sentence)
+
     async def stop(self) -> None:
         """End what is under way in order; the record stays."""
         if self._task is not None:

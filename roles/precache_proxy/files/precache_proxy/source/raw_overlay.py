@@ -17,7 +17,7 @@ from precache_proxy.hypervisor.domain_xml import Definition, Disk
 from precache_proxy.units import GIB, format_bytes
 
 if TYPE_CHECKING:
-    from precache_proxy.source.service import ProtectSpec
+    from precache_proxy.source.request import ProtectSpec
 
 SUFFIX = ".lifeboat.qcow2"
 FALLBACK_DIRECTORY = Path("/var/lib/libvirt/images")

@@ -10,6 +10,7 @@ from typing import Any
 
 from precache_proxy import durable
 from precache_proxy.errors import IntegrityError
+from precache_proxy.well_formed import require_well_formed
 
 FORMAT_VERSION = 1
 
@@ -101,11 +102,14 @@ class ProtectionRecord:
         if value is None:
             return None
         try:
-            return cls.from_dict(value)
+            record = cls.from_dict(value)
+            require_well_formed(record, str(path))
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise IntegrityError(
-                f"{path}: not a record of this version ({error}); move it away and protect the VM again"
-            ) from error
+            raise IntegrityError(f"{path}: not a record of this release ({error})") from error
+        if record.format != FORMAT_VERSION or record.uuid != path.stem:
+            found = f"format {record.format}" if record.uuid == path.stem else f"of VM {record.uuid}"
+            raise IntegrityError(f"{path}: not a record of this release ({found})")
+        return record
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ProtectionRecord:

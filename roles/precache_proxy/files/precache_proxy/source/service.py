@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from precache_proxy import durable
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel.channel import Channel
-from precache_proxy.errors import Conflict, Finding, LifeboatError, NotFound
+from precache_proxy.errors import Conflict, Finding, IntegrityError, LifeboatError, NotFound
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.domain_xml import Definition
 from precache_proxy.hypervisor.events import DomainEvent
@@ -22,10 +21,11 @@ from precache_proxy.hypervisor.qemu_user import find_qemu_user
 from precache_proxy.source import autostart, raw_overlay
 from precache_proxy.source.backups import Backups
 from precache_proxy.source.environment import Environment, PriorityGate
-from precache_proxy.source.layout import device_findings, disk_findings, raise_findings
+from precache_proxy.source.layout import raise_findings
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord
+from precache_proxy.source.request import ProtectSpec, request_findings, vm_findings
 from precache_proxy.source.scratch import ScratchPool
 from precache_proxy.source.settings import SourceSettings
 from precache_proxy.source.tracker import Tracker
@@ -35,35 +35,6 @@ logger = logging.getLogger(__name__)
 # What may have changed which disks a VM has, or whether it runs.
 _TELLING_EVENTS = {"device-added", "device-removed"}
 _TELLING_CHANGES = {"started", "stopped", "defined", "undefined"}
-
-
-class ProtectSpec(Protocol):
-    """What an operator asks for. ``vm`` is a name or a UUID; ``disks`` None means all."""
-
-    @property
-    def vm(self) -> str: ...
-    @property
-    def peer(self) -> str: ...
-    @property
-    def rpo_seconds(self) -> float: ...
-    @property
-    def priority(self) -> int: ...
-    @property
-    def disks(self) -> Sequence[str] | None: ...
-    @property
-    def raw_overlay_consent(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Protect:
-    """A plain :class:`ProtectSpec`."""
-
-    vm: str
-    peer: str
-    rpo_seconds: float = 15.0
-    priority: int = 50
-    disks: tuple[str, ...] | None = None
-    raw_overlay_consent: bool = False
 
 
 class Source:
@@ -83,6 +54,8 @@ class Source:
         self._hypervisor = hypervisor
         self._channel = channel
         self._protections: dict[str, Protection] = {}
+        # VMs whose records cannot be read: shown, never worked on
+        self._damaged: dict[str, Protection] = {}
         self._environment: Environment | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -93,7 +66,8 @@ class Source:
     async def start(self) -> None:
         """Take the records up again; what they say is reconciled with the peers as links come up.
 
-        Raises IntegrityError for a record that is none, ConfigurationError where QEMU's user is not found.
+        A record that is none keeps its own VM from being passed, and no other. Raises ConfigurationError
+        where QEMU's user is not found.
         """
         settings = self.settings
         scratch = ScratchPool(
@@ -118,7 +92,11 @@ class Source:
         )
         await self._environment.backups.end_leftovers()
         for path in sorted(self.directory.glob("*.json")):
-            record = await asyncio.to_thread(ProtectionRecord.read, path)
+            try:
+                record = await asyncio.to_thread(ProtectionRecord.read, path)
+            except (IntegrityError, OSError) as error:
+                await self._keep_damaged(path, error)
+                continue
             if record is not None:
                 self._add(record)
         self._unsubscribe = self._hypervisor.subscribe(self._on_event)
@@ -132,6 +110,22 @@ class Source:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(protection.stop() for protection in self._protections.values()))
         self._protections.clear()
+
+    async def _keep_damaged(self, path: Path, error: Exception) -> None:
+        """Show the VM of a record that cannot be read, and leave the record alone."""
+        uuid = path.stem
+        record = ProtectionRecord(uuid=uuid, name=uuid, peer="", rpo_seconds=self.settings.rpo_seconds)
+        with contextlib.suppress(LifeboatError):
+            record.name = (await self._hypervisor.definition(uuid)).name
+        fact = error.message if isinstance(error, IntegrityError) else f"{path}: {error}"
+        sentence = (
+            f"VM {record.name}: its record cannot be read and it is not passed ({fact}); "
+            "protect it again with its peer: what differs there is found by digest"
+        )
+        logger.error("%s", sentence)
+        protection = Protection(record, self._here)
+        protection.refuse("integrity", sentence)
+        self._damaged[uuid] = protection
 
     def records(self) -> list[ProtectionRecord]:
         """The records of all protected VMs."""
@@ -183,13 +177,17 @@ class Source:
         named = [one for one in self._protections.values() if one.record.name == vm]
         if len(named) == 1:
             return named[0]
+        for one in self._damaged.values():
+            if vm in {one.record.uuid, one.record.name}:
+                raise IntegrityError(one.sentence)
         raise NotFound(
             f"VM {vm}: not protected on {self.settings.name}; see `precache-proxy status`, or protect it"
         )
 
     def statuses(self) -> list[dict[str, Any]]:
         """Of all protected VMs, by name."""
-        return sorted((one.status() for one in self._protections.values()), key=lambda one: one["name"])
+        everyone = [*self._protections.values(), *self._damaged.values()]
+        return sorted((one.status() for one in everyone), key=lambda one: one["name"])
 
     def status(self, vm: str) -> dict[str, Any]:
         """Of one VM by name or UUID. Raises NotFound."""
@@ -199,60 +197,20 @@ class Source:
 
     async def check(self, spec: ProtectSpec) -> Definition:
         """Everything that keeps the VM from being protected as asked, raised at once; changes nothing."""
-        findings = self._judge_request(spec)
-        definition: Definition | None = None
+        findings = request_findings(
+            spec, self.settings.name, sorted(self._channel.links), self._hypervisor.features
+        )
         try:
             definition = await self._hypervisor.definition(spec.vm)
         except NotFound as error:
             way_out = "see `virsh list --all` for the VMs of this host"
             findings.append(Finding(f"VM {spec.vm}", "it is not defined on this host", way_out, error.cause))
-        if definition is not None:
-            findings += disk_findings(definition, spec.disks, raw_overlay_consent=spec.raw_overlay_consent)
-            findings += device_findings(definition)
-            findings += raw_overlay.findings(definition, spec)
-            present = self._protections.get(definition.uuid)
-            if present is not None and spec.peer != present.record.peer:
-                findings.append(
-                    Finding(
-                        f"VM {definition.name}",
-                        f"it is protected at {present.record.peer} already, and one peer holds its replica",
-                        f"unprotect it first, or keep {present.record.peer}",
-                        "conflict",
-                    )
-                )
+            raise_findings(findings, f"VM {spec.vm} cannot be protected")
+            raise
+        present = self._protections.get(definition.uuid)
+        findings += vm_findings(spec, definition, None if present is None else present.record.peer)
         raise_findings(findings, f"VM {spec.vm} cannot be protected")
-        assert definition is not None
         return definition
-
-    def _judge_request(self, spec: ProtectSpec) -> list[Finding]:
-        settings = self.settings
-        found: list[Finding] = []
-        if spec.peer == settings.name:
-            found.append(
-                Finding(f"peer {spec.peer}", "it is this host itself", "name a hypervisor at another site")
-            )
-        elif spec.peer not in self._channel.links:
-            known = ", ".join(sorted(self._channel.links)) or "none"
-            found.append(
-                Finding(
-                    f"peer {spec.peer}",
-                    "it is not configured here",
-                    f"name one of: {known}; or add it to the proxy's peers",
-                    "not-found",
-                )
-            )
-        if not (math.isfinite(spec.rpo_seconds) and spec.rpo_seconds > 0):
-            found.append(
-                Finding(
-                    f"RPO {spec.rpo_seconds} s",
-                    "changes cannot be at the peer before they were made",
-                    "ask for some seconds, such as 15",
-                )
-            )
-        features = self._hypervisor.features
-        if features is not None and not features.backup:
-            found += features.findings()
-        return found
 
     async def protect(self, spec: ProtectSpec) -> dict[str, Any]:
         """Protect a VM, or change how it is. Raises all findings at once, with nothing changed."""
@@ -275,11 +233,15 @@ class Source:
                     raw_overlay_consent=spec.raw_overlay_consent,
                     epoch=await self._last_epoch(definition.uuid),
                 )
+                if definition.uuid in self._damaged:
+                    # Checkpoints of the lost record may be there: what they count from is not known any more.
+                    record.resync_cause = "the record of its protection was lost"
             if spec.raw_overlay_consent:
                 record.raw_overlays.update(await raw_overlay.put_on(self._hypervisor, definition, spec.disks))
             await autostart.take_over(self._hypervisor, record, self._save)
             await self._save(record)
             if present is None:
+                self._damaged.pop(definition.uuid, None)
                 present = self._add(record)
             else:
                 present.wake()
@@ -295,8 +257,16 @@ class Source:
         nothing was changed.
         """
         async with self._changing:
-            protection = self._find(vm)
+            damaged = next(
+                (one for one in self._damaged.values() if vm in {one.record.uuid, one.record.name}), None
+            )
+            protection = damaged or self._find(vm)
             record = protection.record
+            if damaged is not None and not keep_replica:
+                raise Conflict(
+                    f"VM {record.name}: its record, which names its peer, cannot be read; unprotect it and "
+                    "keep the replica, or protect it again first"
+                )
             if protection.held_by:
                 raise Conflict(
                     f"VM {record.name}: it is being moved, or has just been (held by "
@@ -318,15 +288,23 @@ class Source:
 
     async def _last_epoch(self, uuid: str) -> int:
         """The epoch that the VM had when its protection here ended: peers refuse older ones, and rightly."""
-        kept = await asyncio.to_thread(durable.read_json, self._epoch_path(uuid))
-        return 0 if kept is None else int(kept["epoch"])
+        path = self._epoch_path(uuid)
+        kept = await asyncio.to_thread(durable.read_json, path)
+        try:
+            return 0 if kept is None else int(kept["epoch"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise IntegrityError(f"{path}: tells no epoch ({error}); see what wrote it") from error
 
-    async def _forget(self, record: ProtectionRecord) -> None:
-        self._protections.pop(record.uuid, None)
+    async def _keep_epoch(self, record: ProtectionRecord) -> None:
         if record.epoch:
             path = self._epoch_path(record.uuid)
             await asyncio.to_thread(path.parent.mkdir, mode=0o750, exist_ok=True)
             await asyncio.to_thread(durable.write_json, path, {"epoch": record.epoch})
+
+    async def _forget(self, record: ProtectionRecord) -> None:
+        self._protections.pop(record.uuid, None)
+        self._damaged.pop(record.uuid, None)
+        await self._keep_epoch(record)
         await asyncio.to_thread(record.remove, self.directory)
 
     # -- work on demand ----------------------------------------------------------------------------
@@ -445,6 +423,8 @@ class Source:
                     for target, image in overlays.items()
                 },
             )
+            await self._keep_epoch(record)
             await self._save(record)
+            self._damaged.pop(vm, None)
             await autostart.take_over(self._hypervisor, record, self._save)
             return self._add(record).status()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy.errors import IntegrityError, InvalidInput
+from precache_proxy.well_formed import require_well_formed
 
 FORMAT = 1
 _DISK_KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")
@@ -148,6 +149,7 @@ class ReplicaRecord:
             data["generations"] = tuple(SealedGeneration(**entry) for entry in data["generations"])
             data["garbage"] = tuple(data["garbage"])
             record = cls(**data)
+            require_well_formed(record, str(path))
             check_vm(record.vm)
         except (KeyError, TypeError, AttributeError, InvalidInput) as error:
             raise IntegrityError(

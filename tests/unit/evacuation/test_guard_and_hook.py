@@ -27,12 +27,16 @@ class Host:
         self.guard = Guard(self.state, self.run)
         self.state.mkdir()
         self.guard.prepare_directories()
+        self.configuration = directory / "precache_proxy.toml"
+        self.configuration.write_text(
+            f'name = "home1"\n[paths]\nstate = "{self.state}"\nrun = "{self.run}"\n', encoding="utf-8"
+        )
 
     def hook(self, *operation: str, xml: str = XML) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-IS", HOOK, "web ä1", *operation],
             input=xml,
-            env={"LIFEBOAT_STATE_DIRECTORY": str(self.state), "LIFEBOAT_RUN_DIRECTORY": str(self.run)},
+            env={"LIFEBOAT_CONFIGURATION": str(self.configuration)},
             capture_output=True,
             text=True,
             timeout=20,
@@ -53,6 +57,15 @@ def forbidden(cause: str = TOMBSTONE, job: str = "job1") -> Forbidden:
 
 
 def test_a_vm_that_nothing_forbids_starts(host: Host) -> None:
+    assert host.start().returncode == 0
+
+
+def test_a_configuration_that_names_paths_and_cannot_be_read_is_no_permission(host: Host) -> None:
+    host.configuration.write_text("[paths]\nstate = \n")
+    refused = host.start()
+    assert refused.returncode == 1
+    assert f"{host.configuration} cannot be read" in refused.stderr
+    host.configuration.unlink()
     assert host.start().returncode == 0
 
 

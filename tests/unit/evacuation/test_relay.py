@@ -15,16 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
+from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker
 from precache_proxy.evacuation.relay import (
     DISK,
     LIBVIRT,
-    PIECE_BYTES,
     RAM,
     JobSockets,
-    Packer,
     RelayCounters,
     RelayedConnection,
-    Unpacker,
 )
 
 

@@ -4,6 +4,8 @@
 Honoured only when the environment says ``LIFEBOAT_CRASH_AT=name`` (or ``name:3`` for the third time there)
 when
 the process starts. The table is the one list of them; docs/evacuation.md says what each line leaves.
+``LIFEBOAT_STOP_AT=name`` stops the process there instead (SIGSTOP), until the test has changed the world and
+sends SIGCONT. ``LIFEBOAT_DROP_AT=name`` loses a message on its way (DROP_POINTS).
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Final
 from precache_proxy.errors import ConfigurationError
 
 VARIABLE: Final = "LIFEBOAT_CRASH_AT"
+STOP_VARIABLE: Final = "LIFEBOAT_STOP_AT"
+DROP_VARIABLE: Final = "LIFEBOAT_DROP_AT"
 
 CRASH_POINTS: Final[dict[str, str]] = {
     # source side of an evacuation, in order
@@ -67,21 +71,40 @@ CRASH_POINTS: Final[dict[str, str]] = {
 }
 
 
-def _wanted() -> tuple[str, int]:
-    name, _unused, count = os.environ.get(VARIABLE, "").partition(":")
-    if name and name not in CRASH_POINTS:
-        raise ConfigurationError(f"{VARIABLE}={name}: no such crash point; the table is in crash_points.py")
+DROP_POINTS: Final[dict[str, str]] = {
+    "relay-finish-reply": "the destination's libvirt has the VM whole, the source's never hears of it",
+}
+
+
+def _wanted(variable: str, table: dict[str, str]) -> tuple[str, int]:
+    name, _unused, count = os.environ.get(variable, "").partition(":")
+    if name and name not in table:
+        raise ConfigurationError(f"{variable}={name}: no such point; the tables are in crash_points.py")
     return name, int(count) if count.isdigit() else 1
 
 
-_name, _remaining = _wanted()
+_name, _remaining = _wanted(VARIABLE, CRASH_POINTS)
+_stop_name, _stop_remaining = _wanted(STOP_VARIABLE, CRASH_POINTS)
+_drop_name, _unused_count = _wanted(DROP_VARIABLE, DROP_POINTS)
+
+
+def drops(name: str) -> bool:
+    """Whether the environment asked for what passes there to be lost. KeyError on an unlisted name."""
+    DROP_POINTS[name]
+    return name == _drop_name
 
 
 def crash_point(name: str) -> None:
-    """Die here by SIGKILL if the environment asked for it; otherwise nothing. KeyError on an unlisted
-    name."""
-    global _remaining  # noqa: PLW0603  (how often we came by is a fact of the process)
+    """Die here by SIGKILL, or stop here by SIGSTOP, if the environment asked for it; otherwise nothing.
+
+    KeyError on an unlisted name.
+    """
+    global _remaining, _stop_remaining  # noqa: PLW0603  (how often we came by is a fact of the process)
     CRASH_POINTS[name]
+    if name == _stop_name:
+        _stop_remaining -= 1
+        if _stop_remaining == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
     if name != _name:
         return
     _remaining -= 1

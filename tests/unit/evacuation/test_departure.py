@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The source's side of a job where libvirt or the link does not do as it should."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import libvirt
+import pytest
+
+from precache_proxy.errors import Cancelled, HypervisorError, PeerUnreachable
+from precache_proxy.evacuation import departure as departure_module
+from precache_proxy.evacuation.departure import Departure, Surroundings, cancel
+from precache_proxy.evacuation.departures import Departures
+from precache_proxy.evacuation.guard import Guard
+from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, Verdict, new_job
+from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.reconcile import Presence
+
+VM = "11111111-2222-4333-8444-555555555501"
+
+
+class SlowDomain:
+    """A domain whose migration becomes a job only a while after it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.has_job = False
+        self.aborted = threading.Event()
+
+    def migrateSetMaxDowntime(self, *_unused: int) -> None: ...  # noqa: N802
+
+    def migrateToURI3(self, *_unused: object) -> None:  # noqa: N802
+        self.asked.set()
+        time.sleep(0.5)
+        self.has_job = True
+        assert self.aborted.wait(5), "the migration ran to its end"
+        raise libvirt.libvirtError("operation aborted: migration out job: canceled by client")
+
+    def abortJob(self) -> None:  # noqa: N802
+        if not self.has_job:
+            raise libvirt.libvirtError("no job is active on the domain")
+        self.aborted.set()
+
+    def jobStats(self, *_unused: int) -> dict[str, Any]:  # noqa: N802
+        return {}
+
+
+class Domains:
+    def __init__(self, domain: Any) -> None:
+        self.domain = domain
+
+    async def run(self, _vm: str, function: Callable[[Any], Any], **_unused: Any) -> Any:
+        try:
+            return await asyncio.to_thread(function, self.domain)
+        except libvirt.libvirtError as error:
+            raise HypervisorError(str(error)) from error
+
+    async def xml(self, _vm: str, *, inactive: bool) -> str:
+        return f"<domain inactive='{inactive}'/>"
+
+    async def presence_at_source(self, _vm: str) -> Presence:
+        return Presence.RUNNING
+
+
+class Link:
+    state = "up"
+    least_round_trip_seconds: float | None = 0.1
+    rate_bytes_per_second = None
+    answer: Any = None
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+    async def call(self, _method: str, _parameters: object, *, timeout_seconds: float) -> dict[str, Any]:
+        if self.answer is None:
+            await asyncio.sleep(timeout_seconds)
+        return dict(self.answer)
+
+
+class Source:
+    def __init__(self) -> None:
+        self.holders: set[str] = set()
+
+    async def hold(self, _vm: str, holder: str) -> None:
+        self.holders.add(holder)
+
+    async def release(self, _vm: str, holder: str) -> None:
+        self.holders.discard(holder)
+
+
+class Contact:
+    def heard(self, departure: Departure, asked_at: float) -> None: ...
+    def watch(self, departure: Departure) -> None: ...
+
+
+def around(tmp_path: Path, domains: Any = None, source: Any = None) -> Surroundings:
+    guard = Guard(tmp_path / "state", tmp_path / "run")
+    guard.prepare_directories()
+    user = SimpleNamespace(uid=0, gid=0)
+    return Surroundings(
+        tmp_path / "state", tmp_path / "run", domains, guard, Journal(tmp_path / "state" / "jobs"),
+        {"backup1": Link()}, source, cast(Any, None), cast(Any, None), cast(Any, user), 0.5,
+    )  # fmt: skip
+
+
+def a_departure(surroundings: Surroundings, step: Step) -> Departure:
+    job = new_job(VM, "web1", "backup1", 1, EvacuationOptions(), 0.0)
+    job.step = step
+    return Departure(job, surroundings, Measure(job, surroundings.links["backup1"], 0), Contact())
+
+
+async def test_a_cancel_before_libvirt_has_a_job_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, _paths: xml)
+    monkeypatch.setattr("os.chown", lambda *_unused: None)
+    domain = SlowDomain()
+    item = a_departure(around(tmp_path, Domains(domain)), Step.PREPARE)
+    migrating = asyncio.create_task(departure_module._migrate(item, {"vda": "/overlay"}))
+    assert await asyncio.to_thread(domain.asked.wait, 5)
+    assert item.job.step is Step.MIGRATE
+    await cancel(item)
+    assert not domain.aborted.is_set(), "libvirt has nothing to abort yet"
+    with pytest.raises(Cancelled):
+        await asyncio.wait_for(migrating, 10)
+
+
+async def test_a_cancel_before_the_migration_is_asked_for_asks_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, _paths: xml)
+    monkeypatch.setattr("os.chown", lambda *_unused: None)
+    domain = SlowDomain()
+    item = a_departure(around(tmp_path, Domains(domain)), Step.PREPARE)
+
+    async def cancelled_meanwhile(_vm: str, *, inactive: bool) -> str:
+        with contextlib.suppress(Exception):
+            await cancel(item)
+        return f"<domain inactive='{inactive}'/>"
+
+    monkeypatch.setattr(item.around.domains, "xml", cancelled_meanwhile)
+    with pytest.raises(Cancelled):
+        await departure_module._migrate(item, {"vda": "/overlay"})
+    assert not domain.asked.is_set()
+
+
+async def test_a_question_over_a_dead_link_is_given_up_before_its_time(tmp_path: Path) -> None:
+    item = a_departure(around(tmp_path), Step.CONFIRM)
+    item.link.state = "down"
+    began = time.monotonic()
+    with pytest.raises(PeerUnreachable, match="asked to release"):
+        await item.call("release", {}, 60)
+    assert time.monotonic() - began < 10
+    item.link.state, item.link.answer = "up", {"state": "activated"}
+    assert await item.call("release", {}, 60) == {"state": "activated"}
+
+
+async def test_a_job_found_in_preflight_after_a_restart_holds_nothing(tmp_path: Path) -> None:
+    source = Source()
+    surroundings = around(tmp_path, Domains(None), source)
+    job = new_job(VM, "web1", "backup1", 1, EvacuationOptions(), 0.0)
+    surroundings.journal.save(job)
+    again = Departures(surroundings, cast(Any, None))
+    again.load()
+    await again.hold_all()
+    assert source.holders == {job.id}
+    await again.tend_all()
+    ended = await again.wait(job.id, 5)
+    assert (ended.step, ended.verdict) == (Step.STAYED, Verdict.STAYED)
+    assert source.holders == set(), "its passes go on"
+    await again.stop()

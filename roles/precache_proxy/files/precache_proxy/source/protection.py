@@ -24,7 +24,7 @@ from precache_proxy.errors import (
 from precache_proxy.source.environment import Environment
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.record import ProtectionRecord
-from precache_proxy.source.replication import Replication
+from precache_proxy.source.replication import OldHomeNotReady, Replication
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ T = TypeVar("T")
 RETRY_SECONDS = (2.0, 5.0, 15.0, 30.0, 60.0)
 # Errors that no waiting heals: the operator has to do something first. Looked at again this often.
 STOPPED_RETRY_SECONDS = 60.0
+# A VM's old home has its domain to undefine and bitmaps to drop before it can take the way back.
+OLD_HOME_SECONDS = 120.0
 _UNREACHABLE = {"unreachable", "link-lost", "peer-restarted", "stalled", "refused"}
 
 
@@ -56,6 +58,7 @@ class Protection:
         # a comparison of everything that somebody waits for (verify): an evacuation does not wait for it
         self._comparison: asyncio.Task[PassResult] | None = None
         self._failures = 0
+        self._began_at = time.monotonic()
         self._duration_seconds = 0.0
         self._next_at = 0.0
         self._last_scrub_at = time.monotonic()
@@ -285,6 +288,10 @@ class Protection:
         if isinstance(error, TrackingLost):
             self._set("resync", "tracking-lost", error.message)
             return 0.1 if self._failures < 3 else delay
+        if isinstance(error, OldHomeNotReady) and time.monotonic() - self._began_at < OLD_HOME_SECONDS:
+            self._set("seeding", "way-back", f"{record.peer} is taking what the VM left there as a replica")
+            self.replication.needs_reconcile = True
+            return RETRY_SECONDS[0]
         if isinstance(error, PeerUnreachable) or cause in _UNREACHABLE:
             self._set("unreachable", cause, error.message)
             self.replication.needs_reconcile = True

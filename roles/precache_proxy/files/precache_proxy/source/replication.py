@@ -38,6 +38,12 @@ logger = logging.getLogger(__name__)
 PREPARE_TIMEOUT_SECONDS = 120.0
 
 
+class OldHomeNotReady(Conflict):
+    """A VM has just arrived, and its old home is still making what it kept the base of a replica."""
+
+    cause = "way-back"
+
+
 class Replication:
     """The work on one VM. ``needs_reconcile``: only the peer knows where we stand."""
 
@@ -77,7 +83,7 @@ class Replication:
         record = self.record
         status = await self.environment.link(record.peer).call("store.status", {"vm": record.uuid})
         if not status.get("exists") and record.return_overlays:
-            raise Conflict(
+            raise OldHomeNotReady(
                 f"{self.vm}: its old home {record.peer} has not yet taken what it kept as a replica; "
                 "wait for it, or resync to copy anew"
             )

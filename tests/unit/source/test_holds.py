@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What an evacuation may expect of the source: it waits for no comparison, and nothing is taken from it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from precache_proxy.errors import Conflict
+from precache_proxy.source import protection as protection_module
+from precache_proxy.source.environment import PriorityGate
+from precache_proxy.source.protection import Protection
+from precache_proxy.source.record import ProtectionRecord, Sealed
+from precache_proxy.source.service import Source
+from precache_proxy.source.settings import SourceSettings
+
+VM = "11111111-2222-4333-8444-555555555501"
+
+
+class Link:
+    """A peer that answers ``store.status`` with what it is told to."""
+
+    state, cause, sentence = "up", "up", ""
+
+    def __init__(self) -> None:
+        self.status: dict[str, Any] = {"exists": False}
+        self.asked = asyncio.Event()
+
+    async def call(self, _method: str, _parameters: object, **_unused: object) -> dict[str, Any]:
+        self.asked.set()
+        return self.status
+
+
+def a_protection(tmp_path: Path, **record: Any) -> tuple[Protection, Link]:
+    link = Link()
+    environment = SimpleNamespace(
+        directory=tmp_path, run_directory=tmp_path, passes=PriorityGate(1), long_work=PriorityGate(1),
+        link=lambda _peer: link,
+    )  # fmt: skip
+    made = ProtectionRecord(VM, "web1", "backup1", 15.0, **record)
+    return Protection(made, cast(Any, environment)), link
+
+
+async def test_a_hold_ends_a_comparison_that_somebody_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    protection.replication.needs_reconcile = False
+    comparing = asyncio.Event()
+
+    async def compare_for_ever(**_unused: object) -> None:
+        comparing.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(protection.replication, "run_pass", compare_for_ever)
+    verify = asyncio.create_task(protection.run_pass(reason="verify", compare_all=True))
+    await asyncio.wait_for(comparing.wait(), 5)
+    await asyncio.wait_for(protection.hold("evacuation-1"), 5)
+    with pytest.raises(Conflict, match=r"comparison was ended.*evacuation-1"):
+        await verify
+    assert protection.state == "held"
+
+
+async def test_a_vm_that_is_being_moved_is_not_unprotected(tmp_path: Path) -> None:
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    settings = SourceSettings(name="home1", peers=("backup1",), scratch_directory=tmp_path)
+    source = Source(tmp_path, tmp_path, cast(Any, None), cast(Any, None), settings)
+    source._protections[VM] = protection
+    protection.record.write(tmp_path)
+    await protection.hold("evacuation-1")
+    for keep_replica in (True, False):
+        with pytest.raises(Conflict, match=r"being moved.*evacuation-1.*cancel it"):
+            await source.unprotect(VM, keep_replica=keep_replica)
+    assert source.status(VM)["state"] == "held"
+    assert ProtectionRecord.read(tmp_path / f"{VM}.json") == protection.record
+
+
+async def test_waiting_for_the_old_home_is_no_failure_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just after a hand-off the old home still makes what it kept a replica; it is wrong when that lasts."""
+    protection, link = a_protection(
+        tmp_path, return_overlays={"vda": ["/overlay", "qcow2", 4096]}, return_generation=7, epoch=1
+    )
+    monkeypatch.setattr(protection_module, "RETRY_SECONDS", (0.01,))
+    protection.start()
+    await asyncio.wait_for(link.asked.wait(), 5)
+    await asyncio.sleep(0.05)
+    assert (protection.state, protection.cause) == ("seeding", "way-back"), protection.sentence
+    assert "backup1" in protection.sentence
+    monkeypatch.setattr(protection_module, "OLD_HOME_SECONDS", 0.0)
+    await asyncio.sleep(0.1)
+    assert protection.state == "failing"
+    assert "resync" in protection.sentence
+    await protection.stop()

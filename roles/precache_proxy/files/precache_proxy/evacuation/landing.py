@@ -53,7 +53,9 @@ class Landing:
         """Land an activated arrival, unless that is under way."""
         task = self._tasks.get(arrival.id)
         if arrival.state is ArrivalState.ACTIVATED and (task is None or task.done()):
-            self._tasks[arrival.id] = asyncio.create_task(self._run(arrival), name=f"landing-{arrival.id}")
+            task = asyncio.create_task(self._run(arrival), name=f"landing-{arrival.id}")
+            self._tasks[arrival.id] = task
+            task.add_done_callback(lambda _done: self._tasks.pop(arrival.id, None))
 
     async def leave(self, vm: str) -> None:
         """The VM moves on: stop merging its layers. What is on record stays; the next hand-off takes the

@@ -91,11 +91,9 @@ async def landed(
     landing = Landing(records, cast(Any, machine), cast(Any, source), cast(Any, None), {"home1": link})
     landing.begin(kept)
     async with asyncio.timeout(5):
-        while kept.state is not ArrivalState.LANDED:  # noqa: ASYNC110
+        while kept.state is not ArrivalState.LANDED or landing._tasks:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    await asyncio.sleep(0)
     assert source.held == [], "its passes go on"
-    assert landing._tasks == {}, "nothing of it is kept in memory"
     return kept, link
 
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""VMs' home addresses: as they stand in a VM's metadata, and what is wrong with those that somebody wants.
+
+They travel with the VM's definition, so whoever has the VM knows them, on any host.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import typing as t
+import xml.etree.ElementTree as ET
+
+METADATA_URI = "urn:lifeboat:mobility:1"
+METADATA_KEY = "mobility"
+
+Network = ipaddress.IPv6Network
+# Who wants addresses: (whom to name, the addresses as they were written)
+Wanted = t.Sequence[tuple[str, t.Sequence[str]]]
+
+
+def parse(text: str) -> Network:
+    """An address, or a prefix that is all one VM's. Raises ValueError with what is wrong with it."""
+    try:
+        network = ipaddress.ip_network(text.strip(), strict=True)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}; write it like 2001:db8:100::5") from error
+    if not isinstance(network, Network):
+        raise ValueError(f"{text}: is IPv4, which does not follow VMs; give IPv6 addresses only")
+    address = network.network_address
+    if address.is_multicast or address.is_link_local or address.is_loopback or address.is_unspecified:
+        raise ValueError(f"{text}: is no address that others could reach the VM by; give a global one")
+    return network
+
+
+def shown(network: Network) -> str:
+    """An address without its length where that says nothing."""
+    return str(network.network_address) if network.prefixlen == 128 else str(network)
+
+
+def findings(wanted: Wanted, prefixes: t.Sequence[str]) -> list[str]:
+    """Everything that is wrong: addresses, and over all of them those in no prefix and those wanted twice.
+
+    ``prefixes`` empty: they are not known here, and not asked about.
+    """
+    told: list[str] = []
+    homes = [network for network in (_prefix(text, told) for text in prefixes) if network is not None]
+    taken: list[tuple[Network, str]] = []
+    for who, texts in wanted:
+        for text in texts:
+            try:
+                network = parse(text)
+            except ValueError as error:
+                told.append(f"{who}: {error}")
+                continue
+            if homes and not any(network.subnet_of(home) for home in homes):
+                known = ", ".join(str(home) for home in homes)
+                told.append(
+                    f"{who}: {shown(network)} is in no home prefix ({known}); "
+                    "correct it, or add its prefix to mobility_prefixes"
+                )
+            told += [
+                f"{who}: {shown(network)} is {other}'s too; give each VM addresses of its own"
+                for present, other in taken
+                if present.overlaps(network)
+            ]
+            taken.append((network, who))
+    return told
+
+
+def _prefix(text: str, told: list[str]) -> Network | None:
+    try:
+        return ipaddress.IPv6Network(text)
+    except ValueError as error:
+        told.append(f"home prefix {text}: {error}; correct mobility_prefixes")
+        return None
+
+
+def read(definition: str) -> list[str]:
+    """The home addresses in a domain's definition, as they stand there."""
+    found = ET.fromstring(definition).iterfind(f"metadata//{{{METADATA_URI}}}address")
+    return [(item.text or "").strip() for item in found]
+
+
+def element(addresses: t.Sequence[str]) -> str:
+    """The metadata element that holds them."""
+    root = ET.Element("addresses")
+    for address in addresses:
+        ET.SubElement(root, "address").text = address
+    return ET.tostring(root, encoding="unicode")

@@ -1,0 +1,166 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Give a VM the IPv6 addresses that it keeps wherever it runs, or take them from it."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: home_address
+short_description: Give a VM the IPv6 addresses that it keeps wherever it runs
+version_added: 0.1.0
+description:
+  - Writes a VM's home addresses into the metadata of its definition, where they travel with it.
+  - The mobility agent of the host that the VM runs on follows at once.
+  - The guest's own configuration is not touched.
+extends_documentation_fragment:
+  - lifeboat.evacuation.mobility.libvirt
+  - lifeboat.evacuation.attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: full
+options:
+  vm:
+    description:
+      - Name or UUID of the VM.
+    type: str
+    required: true
+  addresses:
+    description:
+      - All home addresses that the VM shall have, and no others. A prefix is one that is all the VM's.
+      - An empty list takes them away.
+    type: list
+    elements: str
+    required: true
+  prefixes:
+    description:
+      - Home prefixes that there are. An address in none of them is refused. Not asked about if left out.
+    type: list
+    elements: str
+    default: []
+seealso:
+  - module: lifeboat.evacuation.home_address_info
+  - module: lifeboat.evacuation.binding_info
+"""
+
+EXAMPLES = r"""
+- name: Let web1 keep its address
+  lifeboat.evacuation.home_address:
+    vm: web1
+    addresses: ["2001:db8:100::5"]
+    prefixes: "{{ mobility_prefixes | map(attribute='prefix') }}"
+"""
+
+RETURN = r"""
+vm:
+  description: The VM and its home addresses, as they are or in check mode would be.
+  returned: success
+  type: dict
+  contains:
+    name:
+      description: Name of the VM.
+      type: str
+    uuid:
+      description: UUID of the VM.
+      type: str
+    addresses:
+      description: Its home addresses, in the order given.
+      type: list
+      elements: str
+findings:
+  description: Everything that is wrong with the addresses; then nothing was changed.
+  returned: failure
+  type: list
+  elements: str
+"""
+
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import (
+    METADATA_KEY,
+    METADATA_URI,
+    element,
+    findings,
+    parse,
+    read,
+    shown,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._libvirt import (
+    Hypervisor,
+    LibvirtFailed,
+    libvirt_arguments,
+)
+
+
+class HomeAddress:
+    """The difference between a VM's addresses and those asked for, and the call that closes it."""
+
+    def __init__(self, hypervisor: Hypervisor, parameters: t.Mapping[str, t.Any]) -> None:
+        self._hypervisor = hypervisor
+        self._parameters = parameters
+        self._domain = hypervisor.domain(parameters["vm"])
+
+    def findings(self) -> list[str]:
+        """What is wrong with the addresses, those of the host's other VMs beside them."""
+        own = (f"VM {self._domain.name()}", self._parameters["addresses"])
+        told = findings([own], self._parameters["prefixes"])
+        if told:
+            return told
+        others = []
+        for domain in self._hypervisor.domains():
+            if domain.UUIDString() != self._domain.UUIDString():
+                addresses = read(self._hypervisor.definition(domain))
+                # Only whose addresses clash matters, not what else may be wrong with somebody else's.
+                others += [(f"VM {domain.name()}", [text]) for text in addresses]
+        return [finding for other in others for finding in findings([other, own], ()) if own[0] in finding]
+
+    def result(self, check_mode: bool) -> dict[str, t.Any]:
+        """Bring the addresses about, or in check mode only tell."""
+        before = read(self._hypervisor.definition(self._domain))
+        after = [shown(parse(text)) for text in self._parameters["addresses"]]
+        if before != after and not check_mode:
+            self._write(after)
+        vm = {"name": self._domain.name(), "uuid": self._domain.UUIDString(), "addresses": after}
+        diff = {"before": {"addresses": before}, "after": {"addresses": after}}
+        return {"changed": before != after, "vm": vm, "diff": diff}
+
+    def _write(self, addresses: list[str]) -> None:
+        libvirt = self._hypervisor.libvirt
+        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if self._domain.isPersistent() else 0
+        if self._domain.isActive():
+            flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
+        text = element(addresses) if addresses else None
+        kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
+        self._domain.setMetadata(kind, text, METADATA_KEY if text else None, METADATA_URI, flags)
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec=dict(
+            libvirt_arguments(),
+            vm={"type": "str", "required": True},
+            addresses={"type": "list", "elements": "str", "required": True},
+            prefixes={"type": "list", "elements": "str", "default": []},
+        ),
+        supports_check_mode=True,
+    )
+    try:
+        hypervisor = Hypervisor(module, read_only=module.check_mode)
+        asked = HomeAddress(hypervisor, module.params)
+        found = asked.findings()
+        if found:
+            module.fail_json(msg="; ".join(found), findings=found)
+        result = asked.result(module.check_mode)
+    except LibvirtFailed as error:
+        module.fail_json(msg=str(error), findings=[])
+    except hypervisor.libvirt.libvirtError as error:
+        module.fail_json(msg=f"VM {module.params['vm']}: libvirt refused: {error}", findings=[])
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

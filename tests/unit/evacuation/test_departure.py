@@ -23,6 +23,7 @@ from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, Verdict, new_job
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.evacuation.relay import RelayCounters
 
 VM = "11111111-2222-4333-8444-555555555501"
 
@@ -68,6 +69,9 @@ class Domains:
 
     async def presence_at_source(self, _vm: str) -> Presence:
         return Presence.RUNNING
+
+    def on_lifecycle(self, _vm: str, _tell: Callable[[str], None]) -> Callable[[], None]:
+        return lambda: None
 
 
 class Link:
@@ -161,6 +165,26 @@ async def test_a_question_over_a_dead_link_is_given_up_before_its_time(tmp_path:
     assert time.monotonic() - began < 10
     item.link.state, item.link.answer = "up", {"state": "activated"}
     assert await item.call("release", {}, 60) == {"state": "activated"}
+
+
+def test_downtime_is_from_the_stop_here_to_the_run_there() -> None:
+    """A round trip of 0.1 s: stopped at 10.0, told of at 12.0; it runs there since 0.3 s when it answers."""
+    now = 9.0
+    job = new_job(VM, "web1", "backup1", 1, EvacuationOptions(), 0.0)
+    measure = Measure(job, Link(), 0, clock=lambda: now)
+    measure.changed_here("suspended")
+    measure.changed_here("resumed")
+    now = 10.0
+    measure.changed_here("suspended")
+    now = 10.5
+    measure.changed_here("suspended")
+    now = 11.0
+    measure.migrated(RelayCounters(), {"downtime_milliseconds": 200})
+    now = 12.0
+    measure.activated({"running_seconds": 0.3})
+    assert job.downtime_seconds == pytest.approx(12.0 - 0.05 - 0.3 - 10.0)
+    assert job.qemu_downtime_seconds == 0.2
+    assert job.eviction_seconds == 3.0
 
 
 async def test_a_job_found_in_preflight_after_a_restart_holds_nothing(tmp_path: Path) -> None:

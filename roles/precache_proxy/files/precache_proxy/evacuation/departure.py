@@ -330,6 +330,7 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         crash_point("departure-migrating")
 
     stopper = asyncio.create_task(_end_when_enough(departure))
+    unsubscribe = around.domains.on_lifecycle(job.vm, departure.measure.changed_here)
     try:
         departure.check_cancelled()
         await migrate.migrate(around.domains, job.vm, plan, on_progress)
@@ -339,6 +340,7 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         raise departure.failure or error from error
     finally:
         stopper.cancel()
+        unsubscribe()
         departure.measure.migrated(
             departure.sockets.counters, await migrate.completed_statistics(around.domains, job.vm)
         )

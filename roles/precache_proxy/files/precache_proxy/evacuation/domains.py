@@ -15,6 +15,7 @@ from precache_proxy.errors import HypervisorError, NotFound
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
+from precache_proxy.hypervisor.events import DomainEvent
 
 T = TypeVar("T")
 
@@ -102,6 +103,15 @@ class Domains:
         """:meth:`presence` for the side that the VM leaves: a paused VM there is just a paused one."""
         found = await self.presence(vm)
         return Presence.PAUSED if found in {Presence.ARRIVED, Presence.INCOMING} else found
+
+    def on_lifecycle(self, vm: str, tell: Callable[[str], None]) -> Callable[[], None]:
+        """Have ``tell`` called with the word of each lifecycle event of the VM; the answer ends that."""
+
+        def on_event(event: DomainEvent) -> None:
+            if event.kind == "lifecycle" and event.uuid == vm:
+                tell(event.what)
+
+        return self.hypervisor.subscribe(on_event)
 
     async def migrating(self, vm: str) -> bool:
         """Whether libvirt still has a migration of the VM under way here."""

@@ -148,6 +148,8 @@ class Job:
     warning: str = ""
     eviction_seconds: float | None = None
     downtime_seconds: float | None = None
+    # what QEMU says of its own switch-over
+    qemu_downtime_seconds: float | None = None
     bytes: dict[str, Any] = field(default_factory=dict)
     bound: dict[str, Any] = field(default_factory=dict)
     forecast: dict[str, Any] = field(default_factory=dict)

@@ -238,8 +238,7 @@ class OuterSource:
         except (NetlinkError, OSError, KeyError) as error:
             self._socket.close()
             raise Unsupported(
-                f"tunnels: this kernel has no seg6 ({error}); use one with CONFIG_IPV6_SEG6_LWTUNNEL, "
-                'or set data_path = "ip6tnl"'
+                f"tunnels: this kernel has no seg6 ({error}); use one with CONFIG_IPV6_SEG6_LWTUNNEL"
             ) from error
 
     def read(self) -> IPv6Address:

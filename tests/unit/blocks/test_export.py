@@ -20,7 +20,14 @@ import pytest
 
 from precache_proxy.blocks import images
 from precache_proxy.blocks.export import Export, open_export
-from precache_proxy.blocks.nbd import ALLOCATION, ALLOCATION_DEPTH, STATE_ZERO, NbdClient, dirty_bitmap
+from precache_proxy.blocks.nbd import (
+    ALLOCATION,
+    ALLOCATION_DEPTH,
+    NbdClient,
+    dirty_bitmap,
+    is_dirty,
+    reads_zero,
+)
 from precache_proxy.errors import Conflict, HypervisorError, InvalidInput, NoSpace, NotFound
 from precache_proxy.units import KIB, MIB
 
@@ -144,7 +151,7 @@ async def test_bitmap_and_allocation_depth(tmp_path: Path) -> None:
         await NbdClient.connect(export.socket, contexts=contexts) as client,
     ):
         assert client.read_only
-        dirty = await client.extents(contexts[2], 1)
+        dirty = await client.extents(contexts[2], is_dirty)
         assert list(dirty) == [(2 * MIB, 2 * MIB + 128 * KIB), (3 * MIB, 3 * MIB + 64 * KIB)]
         depth = await client.block_status(ALLOCATION_DEPTH)
         assert [entry for entry in depth if entry[2] == 1] == [
@@ -152,7 +159,7 @@ async def test_bitmap_and_allocation_depth(tmp_path: Path) -> None:
             (3 * MIB, 64 * KIB, 1),
         ]
         assert (0, MIB, 2) in depth
-        zero = await client.extents(ALLOCATION, STATE_ZERO)
+        zero = await client.extents(ALLOCATION, reads_zero)
         assert list(zero.intersection(dirty)) == [(3 * MIB, 3 * MIB + 64 * KIB)]
     with pytest.raises(HypervisorError, match="bitmap"):
         await open_export(top, format="qcow2", bitmap="other", socket_directory=tmp_path)

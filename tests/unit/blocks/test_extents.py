@@ -76,3 +76,16 @@ def test_a_copy_is_independent(ranges: list[tuple[int, int]]) -> None:
     twin.remove(0, 100)
     assert offsets(extents) == model(ranges)
     assert len(twin) == 0
+
+
+@given(RANGES, st.integers(1, 6))
+def test_a_coarser_set_holds_all_of_it_in_few_ranges(ranges: list[tuple[int, int]], limit: int) -> None:
+    blocks = Extents((start << 16, end << 16) for start, end in ranges)
+    coarse = blocks.coarsened(limit)
+    assert canonical(coarse)
+    assert len(coarse) <= limit
+    assert len(blocks.difference(coarse)) == 0
+    if len(blocks):
+        assert (min(coarse)[0], max(coarse)[1]) == (min(blocks)[0], max(blocks)[1])
+    if len(blocks) <= limit:
+        assert coarse == blocks

@@ -3,27 +3,31 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from heapq import merge
+
+_NARROW_BYTES = 4096
 
 
 class Extents:
     """Sorted, disjoint, non-adjacent half-open byte ranges ``[start, end)``.
 
-    Two integers a range; a disk that changed everywhere is one range, so memory is bounded by
-    fragmentation: at the bitmap granularity of 64 KiB no disk has more ranges than half its blocks.
+    16 bytes a range; a disk that changed everywhere is one range. What grows with a disk's fragmentation is
+    kept within bounds by :meth:`coarsened`. Not to be changed while it is walked through.
     """
 
     __slots__ = ("_ends", "_starts")
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._starts = array("q")
+        self._ends = array("q")
         for start, end in ranges:
             self.add(start, end)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(list(zip(self._starts, self._ends, strict=True)))
+        return zip(self._starts, self._ends, strict=True)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -62,8 +66,8 @@ class Extents:
         if first < last:
             start = min(start, self._starts[first])
             end = max(end, self._ends[last - 1])
-        self._starts[first:last] = [start]
-        self._ends[first:last] = [end]
+        self._starts[first:last] = array("q", [start])
+        self._ends[first:last] = array("q", [end])
 
     def remove(self, start: int, end: int) -> None:
         """Exclude ``[start, end)``."""
@@ -73,8 +77,7 @@ class Extents:
         last = bisect_left(self._starts, end)
         if first >= last:
             return
-        starts: list[int] = []
-        ends: list[int] = []
+        starts, ends = array("q"), array("q")
         if self._starts[first] < start:
             starts.append(self._starts[first])
             ends.append(start)
@@ -86,19 +89,21 @@ class Extents:
 
     def union(self, other: Extents) -> Extents:
         """What is in either."""
+        if not len(other):
+            return self.copy()
         result = Extents()
-        for start, end in sorted([*self, *other]):
+        for start, end in merge(self, other):
             result.add(start, end)
         return result
 
     def intersection(self, other: Extents) -> Extents:
         """What is in both."""
         result = Extents()
-        mine, theirs = list(self), list(other)
         i = j = 0
-        while i < len(mine) and j < len(theirs):
-            result.add(max(mine[i][0], theirs[j][0]), min(mine[i][1], theirs[j][1]))
-            if mine[i][1] < theirs[j][1]:
+        while i < len(self) and j < len(other):
+            my_end, their_end = self._ends[i], other._ends[j]
+            result.add(max(self._starts[i], other._starts[j]), min(my_end, their_end))
+            if my_end < their_end:
                 i += 1
             else:
                 j += 1
@@ -107,17 +112,32 @@ class Extents:
     def difference(self, other: Extents) -> Extents:
         """What is in this one only."""
         result = Extents()
-        theirs = list(other)
+        starts, ends = other._starts, other._ends
         j = 0
         for start, end in self:
-            while j < len(theirs) and theirs[j][1] <= start:
+            while j < len(ends) and ends[j] <= start:
                 j += 1
             k = j
-            while k < len(theirs) and theirs[k][0] < end:
-                result.add(start, theirs[k][0])
-                start = max(start, theirs[k][1])
+            while k < len(starts) and starts[k] < end:
+                result.add(start, starts[k])
+                start = max(start, ends[k])
                 k += 1
             result.add(start, end)
+        return result
+
+    def coarsened(self, limit: int) -> Extents:
+        """A set of at most ``limit`` ranges (at least 1) that holds this one: narrow gaps are filled."""
+        result, gap_bytes = self, _NARROW_BYTES
+        while (excess := len(result) - limit) > 0:
+            wider = Extents()
+            for start, end in result:
+                # no more of them than has to be: what lies in a gap is sent for nothing
+                if excess and len(wider) and start - wider._ends[-1] <= gap_bytes:
+                    wider._ends[-1] = end
+                    excess -= 1
+                else:
+                    wider.add(start, end)
+            result, gap_bytes = wider, gap_bytes * 2
         return result
 
     def pieces(self, limit_bytes: int) -> Iterator[tuple[int, int]]:

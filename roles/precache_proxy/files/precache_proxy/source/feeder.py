@@ -19,6 +19,8 @@ from precache_proxy.units import KIB, MIB
 MAX_PAYLOAD_BYTES = MIB
 # How much is read ahead of the link: enough to keep it busy while the next slice's job opens.
 QUEUE_BYTES = 24 * MIB
+# what a record takes in memory beside its payload: many holes in a row are records too
+_RECORD_BYTES = 256
 _REGION_BYTES = 16 * MIB
 _SAMPLE_BYTES = 4 * KIB
 # Compression is worth its time when it takes off at least a tenth.
@@ -167,7 +169,7 @@ class Feeder:
         self._check()
         batch = self._batch
         batch.records.append((kind, disk, offset, length, payload))
-        batch.raw_bytes += len(payload) + 64
+        batch.raw_bytes += len(payload) + _RECORD_BYTES
         if batch.raw_bytes >= MAX_PAYLOAD_BYTES or len(batch.records) >= 64:
             await self._push()
 

@@ -22,6 +22,7 @@ from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, IntegrityError, LifeboatError, ProtocolError
 from precache_proxy.source.compare import Comparison
 from precache_proxy.source.feeder import Feeder
+from precache_proxy.source.reader import most_ranges
 from precache_proxy.source.tracker import checkpoint_name
 from precache_proxy.source.views import View, ViewSource
 from precache_proxy.store.records import Record, RecordType, attachment_records, json_record
@@ -226,7 +227,8 @@ class Generation:
                 # nothing is counted here: what changed is what differs
                 changed = Extents()
             cold = progress.send.get(disk, Extents()).difference(changed)
-            progress.send[disk] = cold.union(changed)
+            most = most_ranges(reader.size_bytes)
+            progress.send[disk] = cold.union(changed).coarsened(most) if len(cold) else changed
             progress.compare[disk] = compare.intersection(everything).difference(progress.send[disk])
             hot[disk] = changed
         try:

@@ -7,7 +7,14 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
 from precache_proxy.blocks.extents import Extents
-from precache_proxy.blocks.nbd import ALLOCATION, ALLOCATION_DEPTH, STATE_ZERO, NbdClient, dirty_bitmap
+from precache_proxy.blocks.nbd import (
+    ALLOCATION,
+    ALLOCATION_DEPTH,
+    NbdClient,
+    dirty_bitmap,
+    is_dirty,
+    reads_zero,
+)
 from precache_proxy.units import GIB, KIB
 
 REQUEST_BYTES = 512 * KIB
@@ -16,6 +23,16 @@ IN_FLIGHT = 16
 WINDOW_BYTES = 4 * GIB
 # The bitmap's granularity: what is compared and repaired is whole blocks of it.
 BLOCK_BYTES = 64 * KIB
+
+
+# What is remembered of a disk may take 16 bytes a block; the sets that a pass has at once share that.
+_BLOCKS_PER_RANGE = 8
+_FEWEST_RANGES = 64
+
+
+def most_ranges(size_bytes: int) -> int:
+    """How many ranges a set of this disk may have: beyond that unchanged blocks in between go along."""
+    return max(_FEWEST_RANGES, size_bytes // BLOCK_BYTES // _BLOCKS_PER_RANGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +59,20 @@ class DiskReader:
 
     async def changed(self) -> Extents:
         """What changed since the checkpoint, what the top layer holds itself, or else the whole disk."""
+        limit = most_ranges(self.size_bytes)
         if self._top_layer:
-            depths = await self.client.block_status(ALLOCATION_DEPTH)
-            return Extents((start, start + length) for start, length, depth in depths if depth == 1)
+            return await self.client.extents(ALLOCATION_DEPTH, lambda depth: depth == 1, limit=limit)
         if self._bitmap is None:
             return Extents([(0, self.size_bytes)])
-        return await self.client.extents(self._bitmap, 1)
+        return await self.client.extents(self._bitmap, is_dirty, limit=limit)
+
+    async def allocated_bytes(self, start: int, end: int) -> int:
+        """How much of ``[start, end)`` does not read as zeroes."""
+        allocated = end - start
+        for at in range(start, end, WINDOW_BYTES):
+            length = min(WINDOW_BYTES, end - at)
+            allocated -= (await self.client.extents(ALLOCATION, reads_zero, at, length)).total_bytes
+        return allocated
 
     async def pieces(
         self, extents: Extents, over: Callable[[], bool] = lambda: False, *, whole_blocks: bool = False
@@ -60,7 +85,7 @@ class DiskReader:
             if over():
                 return
             start, end = _span(window)
-            zero = await self.client.extents(ALLOCATION, STATE_ZERO, start, end - start)
+            zero = await self.client.extents(ALLOCATION, reads_zero, start, end - start)
             if whole_blocks:
                 zero = _whole_blocks(zero, self.size_bytes)
             zeroes = iter(window.intersection(zero).pieces(WINDOW_BYTES))

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 
 from precache_proxy.blocks.extents import Extents
-from precache_proxy.blocks.nbd import ALLOCATION, STATE_ZERO
 from precache_proxy.channel.link import Link
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.channel.stream import Stream
@@ -142,10 +141,10 @@ class Seeding:
 
     async def _measure(self, view: View) -> None:
         for disk, reader in view.readers.items():
-            zero = await reader.client.extents(ALLOCATION, STATE_ZERO)
-            self.allocated_bytes[disk] = reader.size_bytes - zero.total_bytes
-            held = Extents([(0, min(self._sent_offsets[disk], reader.size_bytes))])
-            self.held_bytes[disk] = held.total_bytes - held.intersection(zero).total_bytes
+            held_end = min(self._sent_offsets[disk], reader.size_bytes)
+            self.held_bytes[disk] = await reader.allocated_bytes(0, held_end)
+            rest = await reader.allocated_bytes(held_end, reader.size_bytes)
+            self.allocated_bytes[disk] = self.held_bytes[disk] + rest
 
     async def _slice(self, feeder: Feeder, view: View) -> None:
         try:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 
 from precache_proxy.blocks.export import open_export
 from precache_proxy.blocks.extents import Extents
-from precache_proxy.blocks.nbd import ALLOCATION, STATE_ZERO, NbdClient
+from precache_proxy.blocks.nbd import ALLOCATION, NbdClient, reads_zero
 from precache_proxy.channel import Stream
 from precache_proxy.errors import InvalidInput, NotFound
 from precache_proxy.store.record import SealedGeneration
@@ -69,7 +69,7 @@ async def generation_digests(
 
 async def _window(client: NbdClient, start: int, end: int, block_bytes: int) -> AsyncGenerator[bytes, None]:
     loop = asyncio.get_running_loop()
-    zero = await client.extents(ALLOCATION, STATE_ZERO, start, end - start)
+    zero = await client.extents(ALLOCATION, reads_zero, start, end - start)
     data = Extents()
     for first, last in Extents([(start, end)]).difference(zero):
         down = first - (first - start) % block_bytes

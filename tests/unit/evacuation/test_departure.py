@@ -17,13 +17,14 @@ import pytest
 
 from precache_proxy.errors import Cancelled, HypervisorError, PeerUnreachable
 from precache_proxy.evacuation import departure as departure_module
-from precache_proxy.evacuation.departure import Departure, Surroundings, cancel
+from precache_proxy.evacuation.departure import Departure, cancel
 from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, Verdict, new_job
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.relay import RelayCounters
+from precache_proxy.evacuation.surroundings import Surroundings
 
 VM = "11111111-2222-4333-8444-555555555501"
 

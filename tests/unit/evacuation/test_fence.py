@@ -12,13 +12,14 @@ import pytest
 
 from precache_proxy.errors import Conflict, PeerUnreachable
 from precache_proxy.evacuation import departures, rollback
-from precache_proxy.evacuation.departure import Departure, Surroundings
+from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.fence import FENCE_SHARE, Fence
 from precache_proxy.evacuation.guard import FENCED, TOMBSTONE, Forbidden, Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, Verdict, new_job
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.source_contact import SourceContact
+from precache_proxy.evacuation.surroundings import Surroundings
 
 VM = "11111111-2222-4333-8444-555555555501"
 LIMIT_SECONDS = 300.0

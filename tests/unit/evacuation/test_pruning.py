@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrival_records import ArrivalRecords
-from precache_proxy.evacuation.departure import Surroundings
 from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden, Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, new_job
@@ -24,6 +23,7 @@ from precache_proxy.evacuation.pruning import (
     Entry,
     superseded,
 )
+from precache_proxy.evacuation.surroundings import Surroundings
 
 VM = "11111111-2222-4333-8444-555555555501"
 NOW = 1e9

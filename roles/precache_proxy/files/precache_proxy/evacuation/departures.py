@@ -15,7 +15,7 @@ from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
 from precache_proxy.evacuation import confirm, departure, migrate, rollback
 from precache_proxy.evacuation.arrival import ArrivalState
-from precache_proxy.evacuation.departure import Departure, Surroundings
+from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
 from precache_proxy.evacuation.job import (
     BEFORE_FREEZE,
@@ -29,6 +29,7 @@ from precache_proxy.evacuation.job import (
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.pruning import Entry, superseded
 from precache_proxy.evacuation.reconcile import DestinationView, Presence, SourceDecision, decide_at_source
+from precache_proxy.evacuation.surroundings import Surroundings, findings
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class Departures:
         except NotFound:
             status = {}
         peer = peer or str(status.get("peer") or "")
-        _unused, found, already_there = await departure.findings(
+        _unused, found, already_there = await findings(
             self._around, definition.uuid, peer, int(status.get("epoch") or 0) + 1
         )
         return [] if already_there else found

@@ -17,7 +17,6 @@ from precache_proxy.evacuation.arrival_network import ArrivalNetwork, NothingToD
 from precache_proxy.evacuation.arrival_relays import ArrivalRelays
 from precache_proxy.evacuation.arrival_tender import ArrivalTender
 from precache_proxy.evacuation.arrivals import Arrivals
-from precache_proxy.evacuation.departure import Surroundings
 from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE
@@ -26,6 +25,7 @@ from precache_proxy.evacuation.job import EvacuationOptions, Job, Journal
 from precache_proxy.evacuation.landing import Landing
 from precache_proxy.evacuation.relay import STREAM_KIND
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
+from precache_proxy.evacuation.surroundings import Surroundings
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.qemu_user import find_qemu_user
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What every evacuation that leaves this host works with, and whether one may begin."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from precache_proxy.errors import Finding, LifeboatError, NotFound
+from precache_proxy.evacuation import preflight
+from precache_proxy.evacuation.arrival_network import ArrivalNetwork
+from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.guard import Guard, hook_findings
+from precache_proxy.evacuation.job import Journal
+from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
+from precache_proxy.hypervisor.domain_xml import Definition
+from precache_proxy.hypervisor.qemu_user import QemuUser
+
+CHECK_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What every job of this host works with."""
+
+    directory: Path
+    run_directory: Path
+    domains: Domains
+    guard: Guard
+    journal: Journal
+    links: Any
+    source: SourceRoom
+    store: StoreRoom
+    network: ArrivalNetwork
+    qemu_user: QemuUser
+    stall_seconds: float
+
+    @property
+    def fallback_overlay_directory(self) -> Path:
+        """For overlays that have no image file to lie beside."""
+        return self.directory / "disks"
+
+
+async def findings(
+    around: Surroundings, vm: str, peer: str, epoch: int
+) -> tuple[Definition, list[Finding], bool]:
+    """The definition, everything in the way on both sides, and whether the VM is at the peer already."""
+    definition = await around.domains.definition(vm)
+    presence = await around.domains.presence_at_source(vm)
+    try:
+        status: dict[str, Any] | None = around.source.status(vm)
+    except NotFound:
+        status = None
+    found = preflight.source_findings(definition, presence, status, peer) + hook_findings("source")
+    found += await asyncio.to_thread(
+        preflight.overlay_findings, definition, around.fallback_overlay_directory
+    )
+    link = around.links.get(peer)
+    if link is None:
+        found.append(
+            Finding(f"peer {peer}", "it is not configured here", "add it to precache_proxy.toml", "not-found")
+        )
+        return definition, found, False
+    try:
+        answer = await link.call(
+            "evacuation.check",
+            {
+                "vm": vm,
+                "name": definition.name,
+                "epoch": epoch,
+                "definition": await around.domains.xml(vm, inactive=False),
+            },
+            timeout_seconds=CHECK_TIMEOUT_SECONDS,
+        )
+    except LifeboatError as error:
+        found.append(
+            Finding(f"peer {peer}", str(error), "see `precache-proxy status` on both hosts", error.cause)
+        )
+        return definition, found, False
+    found += [Finding(**finding) for finding in answer["findings"]]
+    return definition, found, bool(answer.get("already_there"))

@@ -79,7 +79,7 @@ class Source:
         def over() -> bool:
             nonlocal pieces
             pieces += 1
-            return self.views == 1 and pieces > 500
+            return self.views == 1 and pieces > 100
 
         yield View({"vda": Reader(Statuses(self.views % 2), "dirty")}, over)
 

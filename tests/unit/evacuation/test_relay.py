@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
-from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker
+from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker, WindowBudget, level_for
 from precache_proxy.evacuation.relay import (
     DISK,
     LIBVIRT,
@@ -100,6 +100,43 @@ def test_random_data_is_soon_no_longer_tried() -> None:
     assert min(sizes) < 1000, "and tried again later"
 
 
+def test_while_the_channel_is_slow_nothing_is_given_up() -> None:
+    packer = Packer()
+    content = random.Random(1)
+    for _ in range(40):
+        assert packer.pack(content.randbytes(128 * 1024), waited=True)[0] == b"\x01"
+
+
+def test_memory_that_repeats_itself_far_away_goes_once() -> None:
+    seed = random.Random(2)
+    memory = [seed.randbytes(PIECE_BYTES) for _ in range(160)]
+    near, far = Packer(), Packer(window_log=26)
+    sizes = {
+        packer: sum(len(packer.pack(piece, waited=True)[1]) for piece in memory * 2) for packer in (near, far)
+    }
+    once = len(memory) * PIECE_BYTES
+    assert sizes[near] > 1.9 * once
+    assert sizes[far] < 1.1 * once
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_windows_together_stay_within_their_budget(steps: list[bool]) -> None:
+    budget, taken = WindowBudget(1 << 29), list[int]()
+    for take in steps:
+        if take:
+            taken.append(budget.take())
+        elif taken:
+            budget.give_back(taken.pop())
+        large = [log for log in taken if log > 20]
+        assert sum(1 << log for log in large) <= 1 << 29
+        assert all(20 <= log <= 27 for log in taken)
+
+
+def test_slow_channels_get_the_strongest_compression() -> None:
+    assert level_for(6.25e6) > level_for(50e6) > level_for(1e9)
+    assert level_for(None) == level_for(50e6)
+
+
 @pytest.mark.parametrize("message", [b"\x07abc", b"\x01no zstd frame"])
 def test_a_message_that_makes_no_sense_is_refused(message: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -126,7 +163,7 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_refused_and_not_kept(message: 
 
 
 def test_a_window_beyond_ours_takes_no_memory() -> None:
-    parameters = zstandard.ZstdCompressionParameters(window_log=27)
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)
     packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     message = packed.compress(bytes(1000)) + packed.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     with pytest.raises(ProtocolError, match="does not decompress"):

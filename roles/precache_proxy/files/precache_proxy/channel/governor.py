@@ -85,6 +85,11 @@ class Governor:
         self._paused_until = 0.0
         self._peak = 0.0
 
+    @property
+    def capacity_bytes_per_second(self) -> float | None:
+        """What the path carried when it was last pressed; None while it never was."""
+        return max(self._delivered) if self._delivered else None
+
     def sample(self, now: Sample) -> float | None:
         """The new rate."""
         base = self._base_seconds(now)

@@ -128,6 +128,14 @@ class Link:
         """The limit that was set; None = none."""
         return self._pacer.limit_bytes_per_second
 
+    @property
+    def expected_bytes_per_second(self) -> float | None:
+        """What can be sent to the peer: the limit, or what the path carried when it was last pressed, if
+        less; None while neither is known.
+        """
+        known = (self._pacer.limit_bytes_per_second, self._governor.capacity_bytes_per_second)
+        return min((rate for rate in known if rate is not None), default=None)
+
     def status(self) -> dict[str, Any]:
         """JSON form of the link's state."""
         connections = self._session.connections.values()
@@ -145,6 +153,7 @@ class Link:
             "congestion_control": self._session.congestion_control,
             "rate_bytes_per_second": self.rate_bytes_per_second,
             "paced_bytes_per_second": self._pacer.rate_bytes_per_second,
+            "expected_bytes_per_second": self.expected_bytes_per_second,
             "queue_seconds": self._governor.queue_seconds,
             "rate_by": "operator" if self._rate_chosen else "configuration",
             "goodput_bytes_per_second": self._goodput,

@@ -27,6 +27,7 @@ from precache_proxy.evacuation import freeze, layers, migrate, preflight, relay
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.packing import level_for
 from precache_proxy.evacuation.surroundings import Surroundings, findings
 from precache_proxy.hypervisor.domain_xml import Definition
 from precache_proxy.source.scratch import boottime_seconds
@@ -315,6 +316,7 @@ def _sockets(departure: Departure) -> relay.JobSockets:
         stall_seconds=around.stall_seconds,
         link_up=lambda: bool(link.state == "up"),
         on_failure=on_failure,
+        level=level_for(departure.measure.channel_bytes_per_second),
     )
 
 

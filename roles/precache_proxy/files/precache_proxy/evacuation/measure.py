@@ -48,15 +48,9 @@ class Measure:
 
     @property
     def channel_bytes_per_second(self) -> float | None:
-        """What the channel can send: its limit where there is one, else what it has just carried; None
-        unknown."""
-        if self._link is None:
-            return None
-        limit = getattr(self._link, "rate_bytes_per_second", None)
-        goodput = float(self._link.counters().get("goodput_bytes_per_second") or 0.0)
-        if limit:
-            return float(limit)
-        return goodput or None
+        """What the channel can send; None unknown. What an idle link has just carried says nothing."""
+        rate = getattr(self._link, "expected_bytes_per_second", None)
+        return None if rate is None else float(rate)
 
     def passed(self, data_bytes: int, seconds: float) -> None:
         """A pass that sent so much: what the guest wrote since the one before."""

@@ -9,7 +9,7 @@ from typing import IO, Any, Final, cast
 import zstandard
 
 from precache_proxy.errors import ProtocolError
-from precache_proxy.units import KIB
+from precache_proxy.units import GIB, KIB
 
 # Large enough for a good ratio, small enough that QEMU's estimate of the bandwidth follows the link.
 PIECE_BYTES: Final = 128 * KIB
@@ -17,42 +17,71 @@ _RAW: Final = b"\x00"
 _ZSTD: Final = b"\x01"
 # What zstd adds to a piece that does not shrink: three bytes a block, and the frame's header.
 _PACKING_BYTES: Final = 1 * KIB
-_COMPRESSION_LEVEL: Final = 1
-# Memory repeats itself over megabytes: an idle guest's RAM of 72 MB took 42.1 MB without this and 30.0 MB
-# with it,
-# at 295 instead of 450 MB/s of one core. The window costs 16 MiB on both sides of a stream. All five are
-# given,
-# for the binding divides by those that are left out.
+# Memory repeats itself over its whole length: 95 MB of an idle guest's RAM stream came to 46.4 MB with a
+# window of 16 MiB and to 34.7 MB with one of 128 MiB, which is what its distinct pages alone come to.
+# All five are given, for the binding divides by those that are left out.
 _LONG_DISTANCE_MATCHING: Final = {
-    "window_log": 24,
     "enable_ldm": True,
     "ldm_min_match": 64,
     "ldm_hash_rate_log": 7,
-    "ldm_hash_log": 17,
+    "ldm_hash_log": 20,
     "ldm_bucket_size_log": 3,
 }
+LARGEST_WINDOW_LOG: Final = 27
+_SMALLEST_WINDOW_LOG: Final = 20
+_WINDOWS_BYTES: Final = 1 * GIB
+# What a level costs and brings on that stream: 1: 352 MB/s of one core; 3: 243 MB/s, -4 %; 9: 93 MB/s, -8 %.
+_LEVELS: Final = ((12.5e6, 9), (125e6, 3))
+_FASTEST_LEVEL: Final = 1
 # A run of pieces that shrank by less than this is followed by some that are not tried.
 _WORTHWHILE_RATIO: Final = 0.95
 _GIVE_UP_AFTER_PIECES: Final = 8
 _NOT_TRIED_PIECES: Final = 64
 
 
+def level_for(channel_bytes_per_second: float | None) -> int:
+    """The strongest compression that keeps ahead of the channel with a part of one core."""
+    rate = _LEVELS[0][0] if channel_bytes_per_second is None else channel_bytes_per_second
+    return next((level for most, level in _LEVELS if rate < most), _FASTEST_LEVEL)
+
+
+class WindowBudget:
+    """How much memory all packers of this process may use for their windows, in bytes."""
+
+    def __init__(self, limit_bytes: int = _WINDOWS_BYTES) -> None:
+        self._left_bytes = limit_bytes
+
+    def take(self) -> int:
+        """The binary logarithm of the largest window that there is room for; the smallest always has."""
+        log = max(min(LARGEST_WINDOW_LOG, max(self._left_bytes, 0).bit_length() - 1), _SMALLEST_WINDOW_LOG)
+        self._left_bytes -= 1 << log
+        return log
+
+    def give_back(self, window_log: int) -> None:
+        """What :meth:`take` gave is not used any more."""
+        self._left_bytes += 1 << window_log
+
+
 class Packer:
     """Pieces of a byte stream as messages, compressed where that pays."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, window_log: int = _SMALLEST_WINDOW_LOG, level: int = _FASTEST_LEVEL) -> None:
         parameters = zstandard.ZstdCompressionParameters.from_level(
-            _COMPRESSION_LEVEL, **_LONG_DISTANCE_MATCHING
+            level, window_log=window_log, **_LONG_DISTANCE_MATCHING
         )
         self._compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
         self._poor = 0
         self._skip = 0
 
-    def pack(self, piece: bytes) -> tuple[bytes, bytes]:
-        """The message for ``piece`` in two parts (marker, payload)."""
-        if self._skip:
+    def pack(self, piece: bytes, *, waited: bool = False) -> tuple[bytes, bytes]:
+        """The message for ``piece`` in two parts (marker, payload).
+
+        ``waited``: the channel is what is slow, so trying costs nothing even where it brings little.
+        """
+        if self._skip and not waited:
             self._skip -= 1
             return _RAW, piece
+        self._skip = 0
         packed = self._compressor.compress(piece) + self._compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         # Short pieces say nothing about the content.
         if len(piece) >= PIECE_BYTES // 4:
@@ -94,7 +123,7 @@ class Unpacker:
 
     def __init__(self) -> None:
         # A window beyond the packer's is refused before memory is taken for it.
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _LONG_DISTANCE_MATCHING["window_log"])
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << LARGEST_WINDOW_LOG)
         self._piece = _Piece()
         self._decompressor = decompressor.stream_writer(
             cast("IO[bytes]", self._piece), write_size=PIECE_BYTES

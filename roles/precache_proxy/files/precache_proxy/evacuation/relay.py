@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 from precache_proxy.crash_points import drops
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
 from precache_proxy.evacuation.libvirt_replies import DOMAIN_MIGRATE_FINISH3_PARAMS, Replies
-from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker
+from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker, WindowBudget
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ DISK: Final = "disk"
 SOCKETS: Final = (LIBVIRT, RAM, DISK)
 STREAM_KIND: Final = "relay"
 LIBVIRT_SOCKET: Final = Path("/run/libvirt/libvirt-sock")
+# One for the process, as the memory that it divides.
+_windows = WindowBudget()
 
 
 class RelayStream(Protocol):
@@ -67,8 +69,10 @@ class RelayedConnection:
         *,
         stall_seconds: float,
         link_up: Callable[[], bool],
+        level: int = 1,
     ) -> None:
         self.socket = socket
+        self._level = level
         self._reader = reader
         self._writer = writer
         self._stream = stream
@@ -115,15 +119,28 @@ class RelayedConnection:
         return ProtocolError(f"relay of the {self.socket} socket: the local side broke off ({error})")
 
     async def _outward(self) -> None:
-        packer = Packer()
+        # Only memory is worth a window of its own size.
+        window_log = _windows.take() if self.socket == RAM else None
+        try:
+            await self._send(Packer(level=self._level, window_log=window_log) if window_log else Packer())
+        finally:
+            if window_log:
+                _windows.give_back(window_log)
+
+    async def _send(self, packer: Packer) -> None:
         lost = Replies(DOMAIN_MIGRATE_FINISH3_PARAMS) if drops("relay-finish-reply") else None
+        clock = asyncio.get_running_loop().time
+        waited = False
         while piece := await self._reader.read(PIECE_BYTES):
             if lost is not None and self.socket == LIBVIRT and lost.contain(piece):
                 raise ProtocolError("relay of the libvirt socket: lost its last reply, as the test asked")
-            parts = packer.pack(piece)
+            began = clock()
+            parts = packer.pack(piece, waited=waited)
             self._counters.raw_bytes[self.socket] += len(piece)
             self._counters.packed_bytes[self.socket] += len(parts[1]) + 1
+            packed = clock()
             await self._stream.send(*parts)
+            waited = clock() - packed > packed - began
         await self._stream.close()
 
     async def _inward(self) -> None:
@@ -181,8 +198,10 @@ class JobSockets:
         stall_seconds: float,
         link_up: Callable[[], bool],
         on_failure: Callable[[LifeboatError], None],
+        level: int = 1,
     ) -> None:
         self.directory = directory
+        self._level = level
         self.counters = RelayCounters()
         self._owner = owner
         self._open_stream = open_stream
@@ -231,6 +250,7 @@ class JobSockets:
                 self.counters,
                 stall_seconds=self._stall_seconds,
                 link_up=self._link_up,
+                level=self._level,
             )
             await connection.run()
         except LifeboatError as error:

@@ -144,12 +144,14 @@ class EvacuationPair:
 
     # -- proxies
 
-    def start(self, host: str, *, crash_at: str = "") -> None:
-        """Start a proxy and wait until it answers."""
+    def start(self, host: str, *, crash_at: str = "", stop_at: str = "", drop_at: str = "") -> None:
+        """Start a proxy, to be killed, stopped or to lose something at a named point; wait until it
+        answers."""
         socket_path = self.root(host) / RUN.lstrip("/") / "control.sock"
         self.shell(host, f"mkdir -p -m 0711 {RUN}; rm -f {RUN}/control.sock")
         script = (
-            f"cd /; LIFEBOAT_CRASH_AT={crash_at} PYTHONPATH={DIRECTORY} PYTHONDONTWRITEBYTECODE=1 "
+            f"cd /; LIFEBOAT_CRASH_AT={crash_at} LIFEBOAT_STOP_AT={stop_at} LIFEBOAT_DROP_AT={drop_at} "
+            f"PYTHONPATH={DIRECTORY} PYTHONDONTWRITEBYTECODE=1 "
             f"setsid python3 -m precache_proxy run --config {DIRECTORY}/proxy.toml "
             f">> {LOG} 2>&1 < /dev/null & echo $!"
         )
@@ -163,17 +165,42 @@ class EvacuationPair:
             host, f"grep -q precache_proxy /proc/{pid}/cmdline 2>/dev/null && echo yes", check=False
         )
 
+    def wait_stopped(self, host: str, timeout_seconds: float = 120) -> None:
+        """Until a proxy stands still at its point (SIGSTOP)."""
+        pid = self._pids[host]
+        wait_for(
+            lambda: self.shell(host, f"cut -d' ' -f3 /proc/{pid}/stat", check=False).strip(),
+            lambda state: state == "T",
+            timeout_seconds=timeout_seconds,
+        )
+
+    def go_on(self, host: str) -> None:
+        """Let a stopped proxy go on."""
+        self.shell(host, f"kill -CONT {self._pids[host]}")
+
     def kill(self, host: str, name: str = "KILL") -> None:
-        """Signal a proxy and wait until it is gone."""
+        """Signal a proxy, a stopped one too, and wait until it is gone."""
         if self.alive(host):
+            self.shell(host, f"kill -CONT {self._pids[host]}", check=False)
             self.shell(host, f"kill -{name} {self._pids[host]}", check=False)
             wait_for(lambda: not self.alive(host), timeout_seconds=60)
         self._pids.pop(host, None)
 
-    def restart(self, host: str, *, crash_at: str = "") -> None:
+    def restart(self, host: str, *, crash_at: str = "", stop_at: str = "", drop_at: str = "") -> None:
         """End a proxy by SIGTERM and start it anew."""
         self.kill(host, "TERM")
-        self.start(host, crash_at=crash_at)
+        self.start(host, crash_at=crash_at, stop_at=stop_at, drop_at=drop_at)
+
+    def configure(self, host: str, lines: str = "") -> None:
+        """Add lines to a proxy's configuration, which counts from its next start; "" takes them back."""
+        other = BACKUP if host == HOME else HOME
+        path = self.root(host) / DIRECTORY.lstrip("/") / "proxy.toml"
+        path.write_text(self._configuration(host, other) + lines)
+
+    def cut(self) -> None:
+        """Lose every packet between the sites from now on."""
+        self.lab.wan.cut("home", "backup")
+        self.lab.wan.cut("backup", "home")
 
     def log(self, host: str) -> str:
         """The last lines of a proxy's log."""
@@ -341,7 +368,8 @@ class EvacuationPair:
         self.guests.clear()
         for host in (HOME, BACKUP):
             self.kill(host)
-            self.shell(host, f"rm -rf {shlex.quote(STATE)}/* {shlex.quote(RUN)}/*", check=False)
+            left = "/var/lib/libvirt/images/*.lifeboat-*"
+            self.shell(host, f"rm -rf {shlex.quote(STATE)}/* {shlex.quote(RUN)}/* {left}", check=False)
 
     def close(self) -> None:
         """End both proxies and remove what was installed."""

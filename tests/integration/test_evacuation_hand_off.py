@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -97,6 +98,25 @@ def test_ten_times_there_and_back(pair: EvacuationPair) -> None:
         chain = pair.virsh(source, "dumpxml", guest.plan.uuid).count("<backingStore type=")
         assert chain == 0, "every landing collapses the chain"
         assert told["epoch"] == turn + 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("profile", ["metro", "rate=400mbit,rtt=180ms"])
+def test_the_downtime_that_is_told_is_the_guests(pair: EvacuationPair, profile: str) -> None:
+    """Judged by the guest's heartbeats, which need no network and are read on both hosts."""
+    guest = pair.make_guest("pulse", workload="idle", ram_mib=96)
+    pair.lab.wan.set(profile)
+    try:
+        with guest.watch() as watch:
+            job = pair.wait_job(HOME, pair.begin(HOME, guest)["id"])
+            time.sleep(1)
+        assert job["verdict"] == "evacuated", job
+        gap_seconds = watch.longest_gap_seconds()
+        print(f"{profile}: told {job['downtime_seconds']:.3f} s, by its heartbeats {gap_seconds:.3f} s")
+        print(f"QEMU's own: {job['qemu_downtime_seconds']} s")
+        assert job["downtime_seconds"] == pytest.approx(gap_seconds, abs=0.15)
+    finally:
+        pair.lab.wan.set("none")
 
 
 def test_two_starts_at_once_are_one_job_and_a_third_after_the_end_is_too(pair: EvacuationPair) -> None:

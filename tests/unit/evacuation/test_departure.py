@@ -17,6 +17,7 @@ import pytest
 
 from precache_proxy.errors import Cancelled, HypervisorError, PeerUnreachable
 from precache_proxy.evacuation import departure as departure_module
+from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure, cancel
 from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.guard import Guard
@@ -186,6 +187,15 @@ def test_downtime_is_from_the_stop_here_to_the_run_there() -> None:
     assert job.downtime_seconds == pytest.approx(12.0 - 0.05 - 0.3 - 10.0)
     assert job.qemu_downtime_seconds == 0.2
     assert job.eviction_seconds == 3.0
+
+
+async def test_a_lost_memory_is_told_though_the_answer_to_the_release_was_lost(tmp_path: Path) -> None:
+    surroundings = around(tmp_path, Domains(None))
+    item = a_departure(surroundings, Step.RELEASED)
+    item.link.answer = {"known": True, "state": "activated", "vm": "running", "memory_lost": True}
+    view = await Departures(surroundings, cast(Any, None))._ask_destination(item)
+    assert view.state is ArrivalState.ACTIVATED
+    assert item.job.memory_lost
 
 
 async def test_a_job_found_in_preflight_after_a_restart_holds_nothing(tmp_path: Path) -> None:

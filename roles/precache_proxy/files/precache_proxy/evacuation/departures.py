@@ -313,6 +313,8 @@ class Departures:
         except LifeboatError:
             return DestinationView(reachable=False)
         state = answer.get("state")
+        # The answer to our release may have been lost, and with it the word that it had to be started anew.
+        item.job.memory_lost = item.job.memory_lost or bool(answer.get("memory_lost"))
         return DestinationView(True, ArrivalState(state) if state else None, Presence(answer["vm"]))
 
     async def keep_at_source(self, job_id: str) -> None:

@@ -225,3 +225,26 @@ def test_evacuate_named_vms_only(site: Site) -> None:
     assert site.first.evacuation.begun == []
     good(site.play("evacuate", evacuate_site="home", evacuate_vms=["web1"]))
     assert (site.first.evacuation.begun, site.second.evacuation.begun) == (["web1"], [])
+    as_text = good(site.play("evacuate", evacuate_site="home", evacuate_vms=f"web1, {KNOWN[DATABASE]}"))
+    assert "2 of 2 VMs are out" in as_text.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"evacuate_vms": []}, "evacuate_vms: is an empty list; name VMs, or leave it out"),
+        ({"evacuate_vms": "web1,nosuch"}, "nosuch: neither protected on nor evacuated from"),
+        ({"evacuate_report": "/nowhere/report.json"}, "/nowhere is no directory that this user can write to"),
+        ({"evacuate_parallel": 0}, "parallel 0, progress 5.0: give 1 or more of each; nothing was started"),
+        ({"evacuate_bandwidth": "0"}, "rate '0': nothing could be sent; give one above 0"),
+    ],
+    ids=["no-vms", "unknown-vm", "report", "parallel", "bandwidth"],
+)
+def test_evacuate_refuses_bad_input_before_anything_is_started(
+    site: Site, variables: dict[str, Any], told: str
+) -> None:
+    protect(site)
+    refused = site.play("evacuate", evacuate_site="home", **variables)
+    assert refused.returncode != 0
+    assert told in " ".join(refused.stdout.split())
+    assert (site.first.evacuation.begun, site.second.evacuation.begun) == ([], [])

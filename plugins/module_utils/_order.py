@@ -3,9 +3,9 @@
 """Who goes before whom: weighted shortest processing time over groups and start-order dependencies.
 
 Smith's rule (Naval Research Logistics Quarterly, 1956): the highest weight per second first makes the
-weighted sum of completion times least. Where one must follow another, a small one that many wait for is worth what
-follows it: its index is the best of the composites that it begins (Horn's algorithm on in-trees, a heuristic
-beyond).
+weighted sum of completion times least. Where one must follow another, a small one that many wait for is
+worth what follows it: its index is the best of the composites that it begins (Horn's algorithm on in-trees, a
+heuristic beyond).
 """
 
 from __future__ import annotations

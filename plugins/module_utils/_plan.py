@@ -216,7 +216,7 @@ def _schedule(
     deadline_seconds: float | None,
     overlap: bool,
 ) -> Plan:
-    positions = {vm.uuid: number for number, vm in enumerate(ordered)}
+    positions = {vm.uuid: position for position, vm in enumerate(ordered)}
     known = {name: vm.uuid for vm in ordered for name in (vm.name, vm.uuid)}
     memory = {item.name: item.memory_free_bytes for item in site.destinations}
     uplinks: dict[str, _Uplink] = {}
@@ -250,7 +250,9 @@ def _schedule(
                 followers.setdefault(uuid, []).append(vm)
         else:
             push(vm)
+    # (when, number, uplink, pair whose slot is free again or nothing, VM that is out or nothing)
     events: list[tuple[float, int, str, tuple[str, str] | None, str]] = []
+    number = 0
     while True:
         for name, uplink in list(uplinks.items()):
             while uplink.free > 0:
@@ -269,11 +271,12 @@ def _schedule(
                 uplink.pair_free[vm.pair] -= 1
                 left = planned.end_seconds
                 freed = left - closing_seconds(pair.round_trip_seconds) if overlap else left
-                heapq.heappush(events, (freed, position, name, vm.pair, ""))
-                heapq.heappush(events, (left, position, name, None, vm.uuid))
+                number += 2
+                heapq.heappush(events, (freed, number, name, vm.pair, ""))
+                heapq.heappush(events, (left, number + 1, name, None, vm.uuid))
         if not events:
             break
-        now, _position, name, freed_pair, uuid = heapq.heappop(events)
+        now, _number, name, freed_pair, uuid = heapq.heappop(events)
         if freed_pair is not None:
             uplinks[name].give_back(freed_pair)
         if uuid:

@@ -1,0 +1,571 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The control law of a coordinated evacuation: from what was seen in an interval to what is done in the next.
+
+Pure: it is given what proxies say and tells what to ask of them. It keeps nothing that a new one, begun in
+the middle, would not find out again.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, field, replace
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
+    Fall,
+    Move,
+    Phase,
+    judge,
+    live_seconds,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
+    alternatives,
+    choose,
+    closing_seconds,
+    lead_in_seconds,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import FixedGate, Gate, Served
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import TOO_LATE, Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    PairSummary,
+    Rung,
+    SiteSummary,
+    VmSummary,
+)
+
+INTERVAL_SECONDS = 2.0
+INTERVAL_ROUND_TRIPS = 10.0
+# What those that are not open get at least, together: a relay that stands still for 10 s is closed.
+_TRICKLE_SHARE = 0.05
+_TRICKLE_BYTES_PER_SECOND = 65_536.0
+_HOLD_AHEAD_SECONDS = 45.0
+_ATTEMPTS = 3
+# After so many intervals in which a move could take what it can get, what it got says what it can get.
+_CERTAIN_INTERVALS = 4
+_RETRY_SECONDS = 5.0
+_PLAN_EVERY_SECONDS = 30.0
+
+
+def interval_seconds(round_trip_seconds: t.Iterable[float]) -> float:
+    """How often to look and decide."""
+    longest = max(round_trip_seconds, default=0.0)
+    return max(INTERVAL_SECONDS, INTERVAL_ROUND_TRIPS * longest)
+
+
+@dataclass(frozen=True, slots=True)
+class PairView:
+    """A pair as it was seen over the last interval."""
+
+    up: bool = True
+    goodput_bytes_per_second: float = 0.0
+    round_trip_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen: moves under way by UUID, VMs that are over with whether they may be tried again."""
+
+    now: float
+    moves: t.Mapping[str, Move] = field(default_factory=dict)
+    pairs: t.Mapping[tuple[str, str], PairView] = field(default_factory=dict)
+    out: t.Collection[str] = ()
+    failed: t.Mapping[str, bool] = field(default_factory=dict)
+    deadline_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided about a VM: a word for the report, a sentence for people."""
+
+    vm: str
+    what: str
+    reason: str
+    sentence: str = ""
+
+
+@dataclass
+class Orders:
+    """What to ask of the proxies now. A share of None: no limit of ours."""
+
+    starts: list[tuple[str, Rung]] = field(default_factory=list)
+    shares: dict[str, float | None] = field(default_factory=dict)
+    falls: dict[str, Fall] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    decisions: list[Decision] = field(default_factory=list)
+
+
+class Controller:
+    """One evacuation of one site."""
+
+    def __init__(self, site: SiteSummary, strategy: str = "feedback") -> None:
+        self.strategy = strategy
+        self.site = site
+        self.plan: Plan | None = None
+        self._adaptive = strategy == "feedback"
+        self._vms = {vm.uuid: vm for vm in site.vms}
+        self._uuid = {name: vm.uuid for vm in site.vms for name in (vm.name, vm.uuid)}
+        self._pairs = {pair.key: pair for pair in site.pairs}
+        for vm in site.vms:
+            self._pairs.setdefault(vm.pair, PairSummary(vm.source, vm.destination, site.site))
+        self._waiting: dict[str, None] = {}
+        self._rank: dict[str, int] = {}
+        self._starts_at: dict[str, float] = {}
+        self._planned_at = float("-inf")
+        self._planned_with: tuple[float | None, ...] = ()
+        self._attempts: dict[str, int] = {}
+        self._retry_at: dict[str, float] = {}
+        self._over: dict[str, str] = {}
+        self._stream: dict[tuple[str, str], float] = {}
+        self._memory = {item.name: item.memory_free_bytes for item in site.destinations}
+        self._gates: dict[str, Gate] = {}
+        self._told: dict[str, str] = {}
+        self._started: set[str] = set()
+        self._sent_before: set[str] = set()
+        # Per gate: the moves that are served fully, in the order in which they came to be.
+        self._open: dict[int, dict[str, None]] = {}
+        self._opened_before: set[str] = set()
+        self._shares: dict[str, float | None] = {}
+        self._intervals_open: dict[str, int] = {}
+        self._make_gates()
+
+    def _make_gates(self) -> None:
+        if self._adaptive:
+            for pair in {vm.pair for vm in self.site.vms}:
+                uplink = self._pairs[pair].uplink
+                if uplink not in self._gates:
+                    self._gates[uplink] = Gate(self.site.uplinks.get(uplink))
+            return
+        number = {"sequential": 1, "parallel": 10**9}.get(self.strategy)
+        if number is not None:
+            self._gates[""] = FixedGate(number)
+            return
+        each = int(self.strategy.partition(":")[2])
+        for pair in self._pairs:
+            self._gates["|".join(pair)] = FixedGate(each)
+
+    def gate_of(self, vm: VmSummary) -> Gate:
+        """The gate that a VM goes through."""
+        if self._adaptive:
+            return self._gates[self._pairs[vm.pair].uplink]
+        return self._gates.get("") or self._gates["|".join(vm.pair)]
+
+    @property
+    def gates(self) -> t.Mapping[str, Gate]:
+        """The gates by name, for progress lines and the report."""
+        return self._gates
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """UUIDs of the VMs that wait for their turn, in their order."""
+        return tuple(sorted(self._waiting, key=lambda uuid: self._rank.get(uuid, 0)))
+
+    def given_up(self) -> dict[str, str]:
+        """UUIDs of the VMs that will not leave, with the reason's word."""
+        return dict(self._over)
+
+    def update(self, vm: VmSummary) -> None:
+        """A VM is known better by now."""
+        if vm.uuid in self._vms:
+            self._vms[vm.uuid] = vm
+
+    # -- one interval
+
+    def step(self, seen: Observation) -> Orders:
+        """Decide. To be called once an interval."""
+        orders = Orders()
+        self._take_in(seen)
+        left = None if seen.deadline_at is None else seen.deadline_at - seen.now
+        if self._plan_is_old(seen, left):
+            self._replan(seen, left)
+        if self._adaptive:
+            self._fall(seen, left, orders)
+        self._start(seen, left, orders)
+        if self._adaptive:
+            self._share(seen, orders)
+            self._hold(seen, orders)
+        return orders
+
+    def _take_in(self, seen: Observation) -> None:
+        if not self._rank:
+            for uuid in self._vms:
+                self._waiting[uuid] = None
+        for uuid in seen.out:
+            self._waiting.pop(uuid, None)
+            self._over.pop(uuid, None)
+        for uuid in seen.moves:
+            self._waiting.pop(uuid, None)
+        for uuid, may_retry in seen.failed.items():
+            if uuid in self._waiting and uuid not in self._started:
+                continue
+            self._started.discard(uuid)
+            if may_retry and self._attempts.get(uuid, 0) < _ATTEMPTS and uuid not in self._over:
+                self._waiting[uuid] = None
+                self._retry_at.setdefault(uuid, seen.now + _RETRY_SECONDS)
+            else:
+                self._waiting.pop(uuid, None)
+        served: dict[int, dict[str, Served]] = {}
+        sent_before, self._sent_before = self._sent_before, set()
+        for uuid, move in seen.moves.items():
+            vm = self._vms.get(uuid)
+            if vm is None or move.phase not in {Phase.BULK, Phase.LAST}:
+                continue
+            self._sent_before.add(uuid)
+            # One that began to send within the interval, or was opened in it, would look slow.
+            if uuid in sent_before and move.phase is Phase.BULK:
+                share = self._shares.get(uuid)
+                fully = uuid in self._opened_before
+                told = Served(move.bytes_per_second, fully, share)
+                if fully or share is not None:
+                    served.setdefault(id(self.gate_of(vm)), {})[uuid] = told
+            if move.bytes_per_second > 0:
+                known = self._stream.get(vm.pair, 0.0)
+                self._stream[vm.pair] = max(move.bytes_per_second, known * 0.95)
+        goodput: dict[int, float] = {}
+        for pair, view in seen.pairs.items():
+            if pair in self._pairs:
+                gate = self._gate_of_pair(pair)
+                goodput[id(gate)] = goodput.get(id(gate), 0.0) + view.goodput_bytes_per_second
+        gates = {id(gate): gate for gate in self._gates.values()}
+        waiting: set[int] = set()
+        for uuid in self._waiting:
+            waiting.add(id(self.gate_of(self._vms[uuid])))
+            if len(waiting) == len(gates):
+                break
+        for key, gate in gates.items():
+            most = max(
+                (move.bytes_per_second for uuid, move in seen.moves.items() if self._goes_through(uuid, key)),
+                default=0.0,
+            )
+            gate.observe(goodput.get(key, 0.0), served.get(key, {}), most, more_wait=key in waiting)
+
+    def _goes_through(self, uuid: str, key: int) -> bool:
+        vm = self._vms.get(uuid)
+        return vm is not None and id(self.gate_of(vm)) == key
+
+    def _gate_of_pair(self, pair: tuple[str, str]) -> Gate:
+        if self._adaptive:
+            return self._gates[self._pairs[pair].uplink]
+        return self._gates.get("") or self._gates["|".join(pair)]
+
+    # -- the plan for those that wait
+
+    def _plan_is_old(self, seen: Observation, left: float | None) -> bool:
+        if seen.now - self._planned_at >= _PLAN_EVERY_SECONDS or self.plan is None:
+            return True
+        before = self._planned_with
+        now = self._planning_inputs(seen, left)
+        return len(before) != len(now) or any(
+            (old is None) != (new is None)
+            or (old is not None and new is not None and abs(new - old) > 0.2 * max(abs(old), 1.0))
+            for old, new in zip(before, now, strict=True)
+        )
+
+    def _planning_inputs(self, seen: Observation, left: float | None) -> tuple[float | None, ...]:
+        # The deadline as an instant: time that simply passes is no news.
+        deadline = None if left is None or seen.deadline_at is None else seen.deadline_at - self._epoch(seen)
+        return (deadline, *(self._gates[name].capacity for name in sorted(self._gates)))
+
+    def _epoch(self, seen: Observation) -> float:
+        return self._planned_at if self._planned_at != float("-inf") else seen.now
+
+    def _replan(self, seen: Observation, left: float | None) -> None:
+        self.plan = make_plan(self.current_site(), left, overlap=self.strategy != "sequential")
+        self._planned_at = seen.now
+        self._planned_with = self._planning_inputs(seen, left)
+        for planned in self.plan.vms:
+            self._rank[planned.vm.uuid] = planned.position
+            if planned.start_seconds is not None:
+                self._starts_at[planned.vm.uuid] = seen.now + planned.start_seconds
+            else:
+                self._starts_at.pop(planned.vm.uuid, None)
+
+    def current_site(self) -> SiteSummary:
+        """The site as it is known by now: those that wait, what the uplinks carry, what a stream carries."""
+        rates = {
+            name: (gate.capacity if self._adaptive else None) or self.site.uplinks.get(name)
+            for name, gate in self._gates.items()
+        }
+        if not self._adaptive:
+            rates = dict(self.site.uplinks)
+        pairs = tuple(
+            replace(pair, stream_bytes_per_second=self._stream.get(pair.key, pair.stream_bytes_per_second))
+            for pair in self._pairs.values()
+        )
+        vms = tuple(self._vms[uuid] for uuid in self._waiting)
+        free = tuple(
+            replace(item, memory_free_bytes=self._memory.get(item.name)) for item in self.site.destinations
+        )
+        return SiteSummary(self.site.site, vms, pairs, free, rates)
+
+    # -- who starts
+
+    def _start(self, seen: Observation, left: float | None, orders: Orders) -> None:
+        room, active = self._room(seen)
+        if not any(count > 0 for count in room.values()):
+            return
+        at_work = {self._uuid[name] for name in self._uuid} & set(seen.moves)
+        for uuid in self.waiting:
+            vm = self._vms[uuid]
+            gate = self.gate_of(vm)
+            if room[id(gate)] <= 0:
+                if all(count <= 0 for count in room.values()):
+                    break
+                continue
+            if self._retry_at.get(uuid, 0.0) > seen.now or not self._may_start(vm, at_work, seen):
+                continue
+            if not self._spread(vm, gate, active):
+                continue
+            rung = self._rung_at_start(vm, gate, left, seen)
+            if rung is None:
+                self._tell(orders, uuid, "waits", TOO_LATE)
+                continue
+            if rung is not Rung.LIVE and gate.window - room[id(gate)] >= gate.open and self._adaptive:
+                continue  # a guest is stopped when its turn has come, not to stand in a queue
+            free = self._memory.get(vm.destination)
+            if free is not None and uuid not in self._attempts:
+                if vm.memory_bytes > free:
+                    self._tell(orders, uuid, "waits", "no-memory-at-destination")
+                    continue
+                self._memory[vm.destination] = free - vm.memory_bytes
+            room[id(gate)] -= 1
+            active[vm.pair] = active.get(vm.pair, 0) + 1
+            at_work.add(uuid)
+            self._attempts[uuid] = self._attempts.get(uuid, 0) + 1
+            self._retry_at.pop(uuid, None)
+            self._started.add(uuid)
+            self._told.pop(uuid, None)
+            self._waiting.pop(uuid)
+            orders.starts.append((uuid, rung))
+            orders.decisions.append(Decision(uuid, "starts", gate.reason))
+
+    def _tell(self, orders: Orders, uuid: str, what: str, reason: str) -> None:
+        if self._told.get(uuid) != reason:
+            self._told[uuid] = reason
+            orders.decisions.append(Decision(uuid, what, reason))
+
+    def _room(self, seen: Observation) -> tuple[dict[int, int], dict[tuple[str, str], int]]:
+        room = {id(gate): gate.window for gate in self._gates.values()}
+        active: dict[tuple[str, str], int] = {}
+        for uuid, move in seen.moves.items():
+            vm = self._vms.get(uuid)
+            if vm is None:
+                continue
+            if self._adaptive and self._nearly_over(vm, move):
+                continue
+            room[id(self.gate_of(vm))] -= 1
+            active[vm.pair] = active.get(vm.pair, 0) + 1
+        for uuid in self._started - set(seen.moves):
+            # Asked for and not seen yet: it counts, or the next step would start another in its place.
+            if uuid in self._vms and uuid not in seen.failed and uuid not in seen.out:
+                room[id(self.gate_of(self._vms[uuid]))] -= 1
+                active[self._vms[uuid].pair] = active.get(self._vms[uuid].pair, 0) + 1
+        return room, active
+
+    def _nearly_over(self, vm: VmSummary, move: Move) -> bool:
+        """It ends while the next one is still in its lead-in: that one may start now."""
+        if move.phase is Phase.CLOSING:
+            return True
+        if move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0:
+            return False
+        trip = self._pairs[vm.pair].round_trip_seconds
+        return live_seconds(move, move.bytes_per_second) <= lead_in_seconds(trip)
+
+    def _may_start(self, vm: VmSummary, at_work: set[str], seen: Observation) -> bool:
+        view = seen.pairs.get(vm.pair)
+        if view is not None and not view.up:
+            return False
+        for name in vm.after:
+            uuid = self._uuid.get(name)
+            # One that stays holds nobody: saving more is worth more than the order among the saved.
+            if uuid is not None and uuid != vm.uuid and (uuid in at_work or self._is_to_leave(uuid)):
+                return False
+        return True
+
+    def _is_to_leave(self, uuid: str) -> bool:
+        return uuid in self._waiting and self._told.get(uuid) is None
+
+    def _spread(self, vm: VmSummary, gate: Gate, active: t.Mapping[tuple[str, str], int]) -> bool:
+        """Not a third one on a pair while another pair of the same uplink has none."""
+        mine = active.get(vm.pair, 0)
+        if not mine or not self._adaptive:
+            return True
+        least = min(
+            (
+                active.get(pair, 0)
+                for pair in self._pairs_waiting()
+                if self._gate_of_pair(pair) is gate and pair != vm.pair
+            ),
+            default=mine,
+        )
+        return mine <= least
+
+    def _pairs_waiting(self) -> set[tuple[str, str]]:
+        return {self._vms[uuid].pair for uuid in self._waiting}
+
+    def _rung_at_start(self, vm: VmSummary, gate: Gate, left: float | None, seen: Observation) -> Rung | None:
+        pair = self._pairs[vm.pair]
+        view = seen.pairs.get(vm.pair)
+        trip = view.round_trip_seconds if view and view.round_trip_seconds else pair.round_trip_seconds
+        stream = self._stream.get(vm.pair, pair.stream_bytes_per_second)
+        known = [rate for rate in (pair.bytes_per_second, gate.capacity) if rate]
+        rate = min([stream, *known])
+        told = choose(vm, rate, trip)
+        if not self._adaptive:
+            return Rung.LIVE if vm.running else Rung.PAUSED
+        if told.rung is Rung.STAY:
+            return None
+        if left is None:
+            return told.rung
+        # The quickest that fits, live before paused where both do.
+        for choice in alternatives(vm, rate, trip):
+            if choice.seconds <= left:
+                return choice.rung
+        return None
+
+    # -- those under way
+
+    def _fall(self, seen: Observation, left: float | None, orders: Orders) -> None:
+        for uuid, move in seen.moves.items():
+            vm = self._vms.get(uuid)
+            if vm is None:
+                continue
+            gate, pair = self.gate_of(vm), self._pairs[vm.pair]
+            # What it could have if it were served first: a trickle says nothing about it.
+            possible = max(move.bytes_per_second, min(self._stream.get(vm.pair, 0.0), gate.capacity or 0.0))
+            if possible <= 0:
+                continue
+            fall = judge(
+                vm,
+                move,
+                possible,
+                pair.round_trip_seconds,
+                left,
+                certain=self._intervals_open.get(uuid, 0) >= _CERTAIN_INTERVALS,
+            )
+            if fall is None:
+                continue
+            if fall.rung is Rung.STAY:
+                if not self._waiting and len(seen.moves) == 1:
+                    continue  # nobody would gain by its giving way
+                self._over[uuid] = fall.reason
+            orders.falls[uuid] = fall
+            orders.decisions.append(Decision(uuid, f"falls-to-{fall.rung.value}", fall.reason, fall.sentence))
+
+    def _share(self, seen: Observation, orders: Orders) -> None:
+        by_gate: dict[int, list[tuple[VmSummary, Move]]] = {}
+        for uuid, move in seen.moves.items():
+            vm = self._vms.get(uuid)
+            if vm is not None and move.phase is not Phase.CLOSING:
+                by_gate.setdefault(id(self.gate_of(vm)), []).append((vm, move))
+        # Those that start now have their share from the first byte on, not from the next look.
+        for uuid, rung in orders.starts:
+            vm = self._vms[uuid]
+            by_gate.setdefault(id(self.gate_of(vm)), []).append((vm, Move(uuid, Phase.LEAD_IN, rung)))
+        before = {uuid for opened in self._open.values() for uuid in opened}
+        for gate in self._gates.values():
+            self._share_gate(gate, by_gate.get(id(gate), []), orders)
+        opened = {uuid for names in self._open.values() for uuid in names}
+        # Served fully over the whole of the coming interval's predecessor: what it gets may be believed.
+        self._opened_before = opened & before
+        self._shares = dict(orders.shares)
+        for uuid in opened:
+            if uuid in seen.moves and seen.moves[uuid].phase is Phase.BULK:
+                self._intervals_open[uuid] = self._intervals_open.get(uuid, 0) + 1
+        for uuid in before - opened:
+            self._intervals_open.pop(uuid, None)
+
+    def _share_gate(self, gate: Gate, members: list[tuple[VmSummary, Move]], orders: Orders) -> None:
+        opened = self._opened(gate, members, self._open.get(id(gate), {}))
+        self._open[id(gate)] = opened
+        rest = []
+        for vm, move in members:
+            if vm.uuid in opened or move.phase is Phase.LAST or move.rung is not Rung.LIVE:
+                orders.shares[vm.uuid] = None
+            else:
+                rest.append((vm, move))
+        if not rest:
+            return
+        stream = gate.stream or 0.0
+        spare = max(0.0, gate.spare - (gate.open - 1) * stream)
+        trickle = max(_TRICKLE_BYTES_PER_SECOND, _TRICKLE_SHARE * (gate.capacity or 0.0) / len(rest))
+        rest.sort(key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry)))
+        for vm, _move in rest:
+            share = max(trickle, min(spare, stream))
+            spare = max(0.0, spare - share)
+            orders.shares[vm.uuid] = share
+
+    def _opened(
+        self, gate: Gate, members: list[tuple[VmSummary, Move]], before: t.Mapping[str, None]
+    ) -> dict[str, None]:
+        """Who may take what it can get: whoever does already, then the most urgent, on idle pairs first.
+
+        A live move that is throttled half way sends again what is dirtied meanwhile; so none is pushed out
+        but by the gate's own narrowing, and then the last that came.
+        """
+        free = gate.open
+        opened: dict[str, None] = {}
+        candidates = {
+            vm.uuid: (vm, move)
+            for vm, move in members
+            if move.phase is not Phase.LAST and move.rung is Rung.LIVE
+        }
+        # A guest that stands still has its place, whatever else is said.
+        free -= sum(1 for _vm, move in members if move.rung is not Rung.LIVE)
+        busy: dict[tuple[str, str], int] = {}
+        for uuid in before:
+            entry = candidates.pop(uuid, None)
+            if entry is None:
+                continue
+            vm, move = entry
+            if free <= 0 and opened:
+                candidates[uuid] = entry
+                continue
+            opened[uuid] = None
+            busy[vm.pair] = busy.get(vm.pair, 0) + 1
+            # Over before the next look: the one after it opens now, or the link would idle meanwhile.
+            if not self._over_soon(move):
+                free -= 1
+        waiting = sorted(
+            candidates.values(),
+            # Who is still in the lead-in has nothing to send yet: an open place would be idle.
+            key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry)),
+        )
+        while waiting and (free > 0 or not opened):
+            least = min(busy.get(vm.pair, 0) for vm, _move in waiting)
+            index = next(
+                number for number, (vm, _move) in enumerate(waiting) if busy.get(vm.pair, 0) == least
+            )
+            vm, _move = waiting.pop(index)
+            opened[vm.uuid] = None
+            busy[vm.pair] = busy.get(vm.pair, 0) + 1
+            free -= 1
+        return opened
+
+    def _over_soon(self, move: Move) -> bool:
+        rate = move.bytes_per_second
+        return move.phase is Phase.BULK and rate > 0 and live_seconds(move, rate) <= INTERVAL_SECONDS
+
+    def _hold(self, seen: Observation, orders: Orders) -> None:
+        """No periodic passes for those whose turn is near: their catch-up sends the same, once."""
+        if not seen.moves and not orders.starts:
+            return
+        for uuid in self._waiting:
+            starts_at = self._starts_at.get(uuid)
+            if starts_at is not None and starts_at - seen.now <= _HOLD_AHEAD_SECONDS:
+                orders.held.add(uuid)
+
+
+def _urgency(vm: VmSummary, move: Move) -> float:
+    """Weight per byte that is left: by bytes, for a trickled rate would make the last the last for ever."""
+    left = move.remaining_bytes
+    if move.phase is Phase.LEAD_IN:
+        left = vm.lag_bytes + vm.memory_used_bytes * vm.packed_ratio
+    return vm.weight / max(left, 1e4)
+
+
+def remaining_seconds(move: Move, round_trip_seconds: float) -> float | None:
+    """What a move is forecast to take still, None where nothing says."""
+    if move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0:
+        return None if move.phase is not Phase.CLOSING else closing_seconds(round_trip_seconds)
+    told = live_seconds(move, move.bytes_per_second) + closing_seconds(round_trip_seconds)
+    return None if told == float("inf") else told

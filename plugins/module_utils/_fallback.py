@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The ladder, for a move under way: when to go down from live, in time and not at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
+    BOOT_SECONDS,
+    CONVERGES_BELOW,
+    SHUTDOWN_SECONDS,
+    closing_seconds,
+    forecast,
+    lead_in_seconds,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, VmSummary
+
+# What a forecast of the last seconds may be wrong by.
+MARGIN_SECONDS = 2.0
+MARGIN_SHARE = 0.15
+
+
+class Phase(StrEnum):
+    """Where a move stands, as the controller needs to know it."""
+
+    LEAD_IN = "lead-in"
+    BULK = "bulk"
+    LAST = "last"
+    CLOSING = "closing"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A move under way, as it was seen last.
+
+    ``remaining_bytes`` is what this round has left, on the wire; ``bytes_per_second`` what it got on the wire
+    over the last interval; ``dirty_bytes_per_second`` what the guest dirties, on the wire. ``hopeless``: the
+    proxy says that the longest stop that is allowed would not do.
+    """
+
+    vm: str
+    phase: Phase
+    rung: Rung = Rung.LIVE
+    remaining_bytes: float = 0.0
+    bytes_per_second: float = 0.0
+    dirty_bytes_per_second: float = 0.0
+    hopeless: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fall:
+    """Down to ``rung``, for ``reason`` (a word) and why (a sentence)."""
+
+    rung: Rung
+    reason: str
+    sentence: str
+
+
+def live_seconds(move: Move, rate: float) -> float:
+    """What a live move still takes at that rate: the geometric series of its rounds; infinite beyond it."""
+    if move.phase is Phase.CLOSING:
+        return 0.0
+    if rate <= 0:
+        return float("inf")
+    shrink = 0.0 if move.rung is not Rung.LIVE else move.dirty_bytes_per_second / rate
+    if shrink >= 0.95 and move.phase is not Phase.LAST:
+        return float("inf")
+    factor = 1.0 if move.phase is Phase.LAST else 1.0 / (1.0 - shrink)
+    return move.remaining_bytes / rate * factor
+
+
+def paused_seconds(move: Move, rate: float) -> float:
+    """What it takes once the guest stands still."""
+    return move.remaining_bytes / rate if rate > 0 else float("inf")
+
+
+def judge(
+    vm: VmSummary,
+    move: Move,
+    rate: float,
+    round_trip_seconds: float,
+    seconds_left: float | None,
+    *,
+    certain: bool = True,
+) -> Fall | None:
+    """Whether a live move must go down the ladder now, and how far; None: it may go on.
+
+    ``rate`` is what it can have, ``seconds_left`` until the deadline (None: no deadline). ``certain``: the
+    rate was seen for a while, and may be believed when it says that live leads nowhere.
+    """
+    if move.rung is not Rung.LIVE or move.phase is not Phase.BULK:
+        return None
+    closing = closing_seconds(round_trip_seconds)
+    live = live_seconds(move, rate) + closing
+    # The guest goes on dirtying until it stands: at most what it dirties in an interval comes on top.
+    paused = paused_seconds(move, rate) + closing
+    allowed = set(vm.rungs)
+    # What is hopeless on a trickle may do well with what it gets in its turn.
+    outruns = move.dirty_bytes_per_second >= CONVERGES_BELOW * rate
+    hopeless = move.hopeless or (certain and not forecast(vm, Rung.LIVE, rate, round_trip_seconds).feasible)
+    if hopeless and outruns and Rung.PAUSED in allowed:
+        return Fall(Rung.PAUSED, "does-not-converge", _said(move, rate))
+    if seconds_left is None:
+        return None
+    # As late as it may be, so that guests run while they can; as early as it must be.
+    latest = paused * (1 + MARGIN_SHARE) + MARGIN_SECONDS
+    if live <= seconds_left - MARGIN_SECONDS:
+        return None
+    if Rung.PAUSED in allowed and paused <= seconds_left:
+        if seconds_left <= latest + max(MARGIN_SECONDS, 0.1 * latest):
+            return Fall(Rung.PAUSED, "deadline", f"{seconds_left:.0f} s are left, live takes {_long(live)}")
+        return None
+    restart = SHUTDOWN_SECONDS + BOOT_SECONDS + lead_in_seconds(round_trip_seconds) + 2 * closing
+    if Rung.RESTART in allowed and restart <= seconds_left and paused > seconds_left:
+        return Fall(
+            Rung.RESTART, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(paused)}"
+        )
+    if paused > seconds_left * (1 + MARGIN_SHARE) + MARGIN_SECONDS:
+        return Fall(Rung.STAY, "too-late", f"{seconds_left:.0f} s are left, it takes {_long(paused)}")
+    return None
+
+
+def _long(seconds: float) -> str:
+    return "for ever" if seconds == float("inf") else f"{seconds:.0f} s"
+
+
+def _said(move: Move, rate: float) -> str:
+    return f"dirties {move.dirty_bytes_per_second / 1e6:.1f} MB/s, {rate / 1e6:.1f} MB/s are sent"

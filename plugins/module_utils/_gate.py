@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""How many VMs at a time fill an uplink: found by trying, never assumed.
+
+One move is served first: it may take what it can get. What is left, ``spare``, goes to the next ones in their
+order. Spare grows for as long as nobody who is served fully gets less than before (by doubling at first, then
+by a tenth: additive increase); as soon as one is hurt it is halved (multiplicative decrease). An uplink that
+one VM fills ends with one at a time and a trickle for the others, one that is wider than a single stream with
+as many as it takes; and when its rate changes, so does that.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass
+
+_HURT = 0.9
+_FULL = 0.92
+_USED = 0.6
+_FIRST_PROBE = 0.25
+_STEP = 0.1
+_FIRST_REST = 4
+_LONGEST_REST = 32
+# Below this share of what one move gets, spare is as good as none.
+_NOTHING = 0.06
+_BLIND_INTERVALS = 2
+# What those that are served fully must gain of what is taken from the others.
+_GAINED = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a move got on the wire over an interval that it sent all through; ``fully``: it had no limit."""
+
+    bytes_per_second: float
+    fully: bool
+    share: float | None = None
+
+
+class Gate:
+    """One uplink. ``rate`` is what it is known to carry (bytes per second), None: nobody knows."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.rate = rate
+        self.goodput = 0.0
+        self.spare = 0.0
+        self.stream: float | None = None
+        self.reason = "first"
+        self._best = 0.0
+        self._got: dict[str, float] = {}
+        self._starting = True
+        self._rest = 0
+        self._rest_length = _FIRST_REST
+        self._blind = 0
+        self._tried = False
+        # While less spare is tried: what it was, and what those that are served fully got with it.
+        self._narrowing: tuple[float, float] | None = None
+
+    @property
+    def capacity(self) -> float | None:
+        """The best guess at what the uplink carries, None before anything was measured."""
+        return self._best or self.rate
+
+    @property
+    def full(self) -> bool:
+        """Whether it carries what it is known to carry."""
+        return self.rate is not None and self.goodput >= _FULL * self.rate
+
+    @property
+    def open(self) -> int:
+        """How many moves are served fully."""
+        if not self.stream:
+            return 1
+        return 1 + int(self.spare / self.stream + 0.05)
+
+    @property
+    def window(self) -> int:
+        """How many moves may be under way; at first the next ones are got ready before there is room."""
+        if self._starting and not self.full:
+            return 2 * self.open
+        partly = self.stream is not None and self.spare % self.stream > _FIRST_PROBE * self.stream
+        return self.open + partly
+
+    def observe(
+        self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0, *, more_wait: bool
+    ) -> None:
+        """An interval: goodput in bytes per second, what each move got that sent all through it, and the most
+        that any move got at all."""
+        self.goodput = goodput
+        full = {name: move.bytes_per_second for name, move in served.items() if move.fully}
+        if not full or goodput <= 0:
+            self._got = {name: got for name, got in self._got.items() if name in served}
+            self._narrowing = None
+            self._blind += goodput > 0 and most > 0
+            if self._starting and self._blind >= _BLIND_INTERVALS and most > 0:
+                # Moves so short that none fills an interval: whether they hurt each other shows later.
+                self._blind = 0
+                self.stream = max(self.stream or 0.0, most)
+                self._best = max(goodput, self._best)
+                self._grow(served, self.stream, more_wait)
+            return
+        most = max(full.values())
+        self.stream = most if self.stream is None else max(most, 0.9 * self.stream + 0.1 * most)
+        self._best = max(goodput, 0.95 * self._best)
+        known = full.keys() & self._got.keys()
+        before = sum(self._got[name] for name in known)
+        now = sum(full[name] for name in known)
+        hurt = bool(known) and now < _HURT * before
+        self._got = {name: max(got, 0.0 if hurt else self._got.get(name, 0.0)) for name, got in full.items()}
+        if hurt:
+            self._hurt(most)
+            # Until it has what it had: a halving that was not enough shows as being hurt again.
+            if self.spare > _NOTHING * most:
+                for name in known:
+                    self._got[name] = max(self._got[name], full[name] * before / max(now, 1.0) * _HURT)
+            return
+        if self._narrowing is not None:
+            self._judge_narrower(now if known == full.keys() else None)
+            return
+        if self._rest > 0:
+            self._rest -= 1
+            return
+        if self.spare > _NOTHING * most and (self.full or not self._starting) and not self._tried:
+            # Is what the others take missing to the first? Asked before more is given.
+            self._tried = True
+            self._narrowing = (self.spare, sum(full.values()))
+            self.spare *= 0.5
+            return
+        self._tried = False
+        self._grow(served, most, more_wait)
+
+    def _judge_narrower(self, now: float | None) -> None:
+        if self._narrowing is None:
+            return
+        spare, before = self._narrowing
+        self._narrowing = None
+        if now is None:
+            self._tried = False  # one came or went: nothing can be said
+            self.spare = spare
+        elif now - before >= _GAINED * (spare - self.spare):
+            self.reason = "fewer-do"
+            self._tried = False
+            self._starting = False
+        else:
+            self.spare = spare
+            self._rest = self._rest_length if self.full else 0
+
+    def _hurt(self, most: float) -> None:
+        self._narrowing = None
+        if self.spare <= _NOTHING * most:
+            # Nobody else took it: the uplink itself carries less.
+            self.reason = "link-slower"
+            self.spare = 0.0
+            self._best = self.goodput
+            self.stream = most
+            self._rest, self._rest_length = 1, _FIRST_REST
+            return
+        self.reason = "no-more-carried"
+        self.spare = self.spare / 2 if self.spare > most * _NOTHING * 2 else 0.0
+        self._starting = False
+        self._rest = self._rest_length
+        self._rest_length = min(2 * self._rest_length, _LONGEST_REST)
+
+    def _grow(self, served: t.Mapping[str, Served], most: float, more_wait: bool) -> None:
+        offered = [move for move in served.values() if not move.fully and move.share]
+        used = sum(move.bytes_per_second for move in offered)
+        if self.full or (not more_wait and not offered):
+            return
+        if offered and used < _USED * sum(move.share or 0.0 for move in offered):
+            return  # they are not held back by us: more for them would bring nothing
+        known = self.rate is not None and self._starting
+        if self.spare < _FIRST_PROBE * most and not known:
+            grown = _FIRST_PROBE * most
+        elif known and self.rate is not None:
+            grown = max(self.rate - sum(self._got.values()), self.spare)
+        elif self._starting:
+            grown = max(most, 2 * self.spare)
+        else:
+            grown = self.spare + max(_STEP * (sum(self._got.values()) + used), _FIRST_PROBE * most)
+        if grown > self.spare:
+            self.reason = "more-carried"
+            self.spare = grown
+
+
+class FixedGate(Gate):
+    """A number that the operator chose."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(None)
+        self._number = number
+        self.reason = "chosen"
+
+    @property
+    def open(self) -> int:
+        """That number."""
+        return self._number
+
+    @property
+    def window(self) -> int:
+        """That number."""
+        return self._number
+
+    def observe(
+        self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0, *, more_wait: bool
+    ) -> None:
+        """Only remembers the goodput: nothing is tried."""
+        del more_wait, served, most
+        self.goodput = goodput
+        self._best = max(goodput, 0.95 * self._best)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Links and guests as a fluid model: memory crosses in rounds, flows share links max-min fairly.
+
+What the controller may know of it goes through an Observation; the truth stays here. Bytes are those on the
+wire, times seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
+    BOOT_SECONDS,
+    DOWNTIME_LIMIT_SECONDS,
+    SHUTDOWN_SECONDS,
+    closing_seconds,
+    lead_in_seconds,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, VmSummary
+
+Key = tuple[str, str]
+
+# QEMU's rounds, as the proxy watches them: bulk ones first, then two more without progress.
+_BULK_ROUNDS = 3
+_CONVERGES_BELOW = 0.7
+_STOP_MARGIN = 1.25
+
+
+@dataclass
+class TruePair:
+    """A pair as it is. ``stream`` is what one move can carry, ``rate`` what the pair's own link can."""
+
+    key: Key
+    uplink: str
+    rate: float
+    stream: float
+    round_trip_seconds: float
+    cores: int = 4
+    up: bool = True
+
+
+@dataclass
+class TrueVm:
+    """A VM and where it stands."""
+
+    summary: VmSummary
+    lag: float
+    phase: Phase | None = None
+    rung: Rung = Rung.LIVE
+    timer: float = 0.0
+    remaining: float = 0.0
+    dirtied: float = 0.0
+    rounds: int = 0
+    round_began_with: float = 0.0
+    without_progress: int = 0
+    hopeless: bool = False
+    stopped_seconds: float = 0.0
+    sent: float = 0.0
+    sent_before: float = 0.0
+    out_at: float | None = None
+    failed: bool = False
+    may_retry: bool = True
+    share: float | None = None
+    attempts: int = 0
+
+    @property
+    def memory(self) -> float:
+        """What its memory is on the wire."""
+        return self.summary.memory_used_bytes * self.summary.packed_ratio if self.summary.running else 0.0
+
+    @property
+    def dirties(self) -> float:
+        """What it dirties a second, on the wire."""
+        if not self.summary.running or self.guest_stands:
+            return 0.0
+        return self.summary.dirty_bytes_per_second * self.summary.packed_ratio
+
+    @property
+    def guest_stands(self) -> bool:
+        """Its guest does not run."""
+        return self.phase is not None and (
+            self.rung is not Rung.LIVE or self.phase in {Phase.LAST, Phase.CLOSING}
+        )
+
+    @property
+    def sends(self) -> bool:
+        """It has bytes for the link."""
+        return self.phase in {Phase.BULK, Phase.LAST} and self.remaining > 0
+
+    def begin(self, rung: Rung, pair: TruePair) -> None:
+        """Its move starts."""
+        self.phase, self.rung = Phase.LEAD_IN, rung
+        self.timer = lead_in_seconds(pair.round_trip_seconds)
+        if rung is Rung.RESTART:
+            self.timer += SHUTDOWN_SECONDS
+        self.remaining = self.dirtied = self.round_began_with = 0.0
+        self.rounds = self.without_progress = 0
+        self.hopeless = self.failed = False
+        self.share = None
+        self.attempts += 1
+
+    def stop(self, *, may_retry: bool) -> None:
+        """Its move failed: it runs on at its source."""
+        self.phase = None
+        self.failed, self.may_retry = True, may_retry
+
+    def pause(self) -> None:
+        """The guest stands still from now on: what it dirtied is all that is left beside the round."""
+        if self.phase is Phase.BULK:
+            self.rung = Rung.PAUSED
+
+    def advance(self, seconds: float, rate: float, pair: TruePair, now: float) -> None:
+        """Let time pass; ``rate`` is what the links give it."""
+        while seconds > 1e-9 and self.phase is not None:
+            took = self._phase(seconds, rate, pair)
+            if self.guest_stands:
+                self.stopped_seconds += took
+            seconds -= took
+            now += took
+            if self.phase is None and not self.failed:
+                self.out_at = now
+            if took <= 0:
+                break
+
+    def _phase(self, seconds: float, rate: float, pair: TruePair) -> float:
+        if self.phase in {Phase.LEAD_IN, Phase.CLOSING}:
+            took = min(seconds, self.timer)
+            self.timer -= took
+            if self.timer <= 1e-9:
+                if self.phase is Phase.LEAD_IN:
+                    self.phase = Phase.BULK
+                    self.remaining = self.lag + (0.0 if self.rung is Rung.RESTART else self.memory)
+                    self.round_began_with = self.remaining
+                else:
+                    self.phase = None
+            return took
+        if self.remaining <= 0:
+            self._round_ends(rate, pair)
+            return 1e-9
+        if rate <= 0:
+            self.dirtied = min(self.dirtied + self.dirties * seconds, self.memory)
+            return seconds
+        took = min(seconds, self.remaining / rate)
+        self.sent += took * rate
+        self.remaining = max(0.0, self.remaining - took * rate)
+        self.dirtied = min(self.dirtied + self.dirties * took, self.memory)
+        if self.remaining <= 1e-6:
+            self.remaining = 0.0
+            self._round_ends(rate, pair)
+        return max(took, 1e-9)
+
+    def _round_ends(self, rate: float, pair: TruePair) -> None:
+        left, self.dirtied = self.dirtied, 0.0
+        done = self.phase is Phase.LAST or (self.rung is not Rung.LIVE and left <= 0)
+        if done or self.rung is Rung.RESTART:
+            self.phase = Phase.CLOSING
+            self.timer = closing_seconds(pair.round_trip_seconds)
+            self.timer += BOOT_SECONDS if self.rung is Rung.RESTART else 0.0
+            return
+        self.rounds += 1
+        self.remaining = left
+        if self.rung is not Rung.LIVE or left <= DOWNTIME_LIMIT_SECONDS * max(rate, 1.0):
+            self.phase = Phase.LAST
+            return
+        shrank = left < _CONVERGES_BELOW * self.round_began_with
+        self.round_began_with = left
+        if self.rounds > _BULK_ROUNDS and not shrank:
+            self.without_progress += 1
+            if self.without_progress >= 2:
+                if left / max(rate, 1.0) * _STOP_MARGIN <= self.summary.longest_stop_seconds:
+                    self.phase = Phase.LAST
+                else:
+                    self.hopeless = True
+
+    def seen(self, interval: float) -> Move:
+        """What the proxy would tell of it."""
+        rate = (self.sent - self.sent_before) / interval if interval > 0 else 0.0
+        return Move(
+            self.summary.uuid,
+            self.phase or Phase.CLOSING,
+            self.rung,
+            self.remaining + (self.dirtied if self.rung is not Rung.LIVE else 0.0),
+            rate,
+            self.summary.dirty_bytes_per_second * self.summary.packed_ratio,
+            self.hopeless,
+        )
+
+
+def fair_rates(caps: Mapping[str, float], capacity: float) -> dict[str, float]:
+    """Max-min fair shares of one link for flows with caps of their own (progressive filling)."""
+    shares: dict[str, float] = {}
+    left, count = capacity, len(caps)
+    for name, cap in sorted(caps.items(), key=lambda item: (item[1], item[0])):
+        shares[name] = min(cap, max(0.0, left) / count)
+        left -= shares[name]
+        count -= 1
+    return shares
+
+
+@dataclass
+class Links:
+    """Uplinks and the pairs behind them."""
+
+    uplinks: dict[str, float]
+    pairs: dict[Key, TruePair]
+    carried: dict[Key, float] = field(default_factory=dict)
+
+    def rates(self, vms: Iterable[TrueVm], background: Mapping[str, float]) -> dict[str, float]:
+        """What each sending VM gets. Precaching is the lowest class: it has a floor of 5 %, no more."""
+        by_pair: dict[Key, dict[str, float]] = {}
+        for vm in vms:
+            if not vm.sends:
+                continue
+            pair = self.pairs[vm.summary.pair]
+            cap = pair.stream if vm.share is None else min(pair.stream, vm.share)
+            by_pair.setdefault(pair.key, {})[vm.summary.uuid] = cap if pair.up else 0.0
+        by_uplink: dict[str, dict[str, float]] = {}
+        pair_of: dict[str, Key] = {}
+        for key, caps in by_pair.items():
+            pair = self.pairs[key]
+            # Packing is work: a source's cores carry no more than so many streams.
+            for name, rate in fair_rates(caps, min(pair.rate, pair.stream * pair.cores)).items():
+                by_uplink.setdefault(pair.uplink, {})[name] = rate
+                pair_of[name] = key
+        given: dict[str, float] = {}
+        self.carried = {}
+        for uplink, caps in by_uplink.items():
+            capacity = self.uplinks[uplink]
+            floor = min(0.05 * capacity, background.get(uplink, 0.0))
+            for name, rate in fair_rates(caps, capacity - floor).items():
+                given[name] = rate
+                self.carried[pair_of[name]] = self.carried.get(pair_of[name], 0.0) + rate
+        return given

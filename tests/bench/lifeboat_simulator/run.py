@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Runs one evacuation in the model: the real controller every interval, the model in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
+    Controller,
+    Observation,
+    Orders,
+    PairView,
+    interval_seconds,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
+
+from lifeboat_simulator.model import Links, TruePair, TrueVm
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens.
+
+    ``kind``: ``rate`` (of an uplink, to ``value`` bytes per second), ``pair-down``, ``pair-up`` (``target`` is
+    "source destination"), ``proxy-killed`` (a source: its moves fail and may be tried again),
+    ``destination-dies``, ``controller-restarts``.
+    """
+
+    at: float
+    kind: str
+    target: str = ""
+    value: float = 0.0
+
+
+@dataclass
+class Result:
+    """What became of it. ``out_at`` per VM name; those that stayed are missing."""
+
+    vms: int
+    out_at: dict[str, float]
+    started_at: dict[str, float]
+    stopped_seconds: dict[str, float]
+    longest_step_seconds: float
+    mean_step_seconds: float
+    steps: int
+    ended_at: float
+    most_at_once: int
+    decisions: list[tuple[float, str, str, str]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def makespan(self) -> float:
+        """When the last one that left was out."""
+        return max(self.out_at.values(), default=0.0)
+
+    def share(self, at: float) -> float:
+        """S(t): the share of VMs that is safe by then."""
+        return sum(out <= at for out in self.out_at.values()) / self.vms if self.vms else 1.0
+
+    def expected_share(self, horizon: float) -> float:
+        """E: the share saved if the power fails at a random moment before the horizon."""
+        if not self.vms or horizon <= 0:
+            return 1.0
+        return sum(max(0.0, horizon - out) for out in self.out_at.values()) / (horizon * self.vms)
+
+    @property
+    def mean_individual(self) -> float:
+        """Mean time from a VM's start to its being out."""
+        times = [out - self.started_at[name] for name, out in self.out_at.items()]
+        return sum(times) / len(times) if times else 0.0
+
+
+class Simulation:
+    """One evacuation. Everything that is asserted of it is collected in ``broken``, as sentences."""
+
+    def __init__(
+        self,
+        site: SiteSummary,
+        links: Links,
+        strategy: str,
+        *,
+        deadline_seconds: float | None = None,
+        faults: Sequence[Fault] = (),
+        limit_seconds: float = 6 * 3600.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.site = site
+        self.links = links
+        self.strategy = strategy
+        self.deadline = deadline_seconds
+        self.vms = {vm.uuid: TrueVm(vm, vm.lag_bytes) for vm in site.vms}
+        self.broken: list[str] = []
+        self._faults = sorted(faults, key=lambda fault: fault.at)
+        self._limit = limit_seconds
+        self._clock = clock
+        self._controller = Controller(site, strategy)
+        self._dead: set[str] = set()
+        self._held: set[str] = set()
+        self._memory = {item.name: item.memory_free_bytes for item in site.destinations}
+        self._active: dict[str, TrueVm] = {}
+        self._carried: dict[tuple[str, str], float] = {}
+        self._background: dict[str, float] = {}
+
+    def run(self) -> Result:
+        """To the deadline, or until nothing more happens."""
+        interval = interval_seconds(pair.round_trip_seconds for pair in self.links.pairs.values())
+        tick = interval / 4
+        now, longest, spent, steps, most, idle = 0.0, 0.0, 0.0, 0, 0, 0
+        started: dict[str, float] = {}
+        decisions: list[tuple[float, str, str, str]] = []
+        end = self._limit if self.deadline is None else min(self.deadline, self._limit)
+        while now < end:
+            self._happen(now)
+            began = self._clock()
+            orders = self._controller.step(self._observe(now, interval))
+            took = self._clock() - began
+            longest, spent = max(longest, took), spent + took
+            steps += 1
+            self._obey(orders, now, started)
+            names = {uuid: vm.summary.name for uuid, vm in self.vms.items()} if orders.decisions else {}
+            decisions += [(now, names[told.vm], told.what, told.reason) for told in orders.decisions]
+            for vm in self._active.values():
+                vm.sent_before = vm.sent
+            self._carried = {}
+            for _unused in range(4):
+                self._advance(min(tick, end - now), now)
+                now += tick
+                if now >= end:
+                    break
+            most = max(most, len(self._active))
+            # Guests that outrun the link go on for ever where nothing stops them: there is no more to see.
+            if not orders.starts and all(vm.hopeless for vm in self._active.values()):
+                idle += 1
+                if idle > 20 and not any(fault.at > now for fault in self._faults):
+                    break
+            else:
+                idle = 0
+        return Result(
+            len(self.vms),
+            {vm.summary.name: vm.out_at for vm in self.vms.values() if vm.out_at is not None},
+            started,
+            {vm.summary.name: vm.stopped_seconds for vm in self.vms.values()},
+            longest,
+            spent / max(steps, 1),
+            steps,
+            now,
+            most,
+            decisions,
+            list(self.broken),
+        )
+
+    def _observe(self, now: float, interval: float) -> Observation:
+        moves = {uuid: vm.seen(interval) for uuid, vm in self._active.items()}
+        pairs = {
+            key: PairView(pair.up, self._carried.get(key, 0.0) / interval, pair.round_trip_seconds)
+            for key, pair in self.links.pairs.items()
+        }
+        out = [uuid for uuid, vm in self.vms.items() if vm.out_at is not None]
+        failed = {uuid: vm.may_retry for uuid, vm in self.vms.items() if vm.failed and vm.phase is None}
+        return Observation(now, moves, pairs, out, failed, self.deadline)
+
+    def _obey(self, orders: Orders, now: float, started: dict[str, float]) -> None:
+        for uuid, rung in orders.starts:
+            vm = self.vms[uuid]
+            if vm.out_at is not None or vm.phase is not None:
+                self.broken.append(f"{now:.0f} s: {vm.summary.name} was started although it moves or is out")
+                continue
+            pair = self.links.pairs[vm.summary.pair]
+            free = self._memory.get(vm.summary.destination)
+            if free is not None and not vm.attempts:
+                self._memory[vm.summary.destination] = free - vm.summary.memory_bytes
+                if free < vm.summary.memory_bytes - 1:
+                    self.broken.append(
+                        f"{now:.0f} s: {vm.summary.destination} has no memory for {vm.summary.name}"
+                    )
+            vm.begin(rung, pair)
+            started.setdefault(vm.summary.name, now)
+            self._active[uuid] = vm
+            if vm.summary.destination in self._dead:
+                self._end(vm, may_retry=False)
+        for uuid, share in orders.shares.items():
+            if share is not None and share <= 0:
+                self.broken.append(f"{now:.0f} s: {self.vms[uuid].summary.name} is starved")
+            if share is not None and self.vms[uuid].phase is Phase.LAST:
+                self.broken.append(
+                    f"{now:.0f} s: {self.vms[uuid].summary.name} is throttled in its last pass"
+                )
+            self.vms[uuid].share = share
+        for uuid, fall in orders.falls.items():
+            vm = self.vms[uuid]
+            if fall.rung is Rung.PAUSED:
+                vm.pause()
+            elif fall.rung is Rung.STAY:
+                self._end(vm, may_retry=False)
+            elif fall.rung is Rung.RESTART:
+                vm.begin(Rung.RESTART, self.links.pairs[vm.summary.pair])
+        self._held = orders.held
+        self._background = {}
+        for uuid, vm in self.vms.items():
+            if vm.phase is None and vm.out_at is None and uuid not in self._held:
+                uplink = self.links.pairs[vm.summary.pair].uplink
+                written = vm.summary.written_bytes_per_second
+                self._background[uplink] = self._background.get(uplink, 0.0) + written
+
+    def _end(self, vm: TrueVm, *, may_retry: bool) -> None:
+        vm.stop(may_retry=may_retry)
+        self._active.pop(vm.summary.uuid, None)
+
+    def _advance(self, seconds: float, now: float) -> None:
+        rates = self.links.rates(self._active.values(), self._background)
+        self._check(rates, now)
+        for uuid, vm in list(self._active.items()):
+            pair = self.links.pairs[vm.summary.pair]
+            before = vm.sent
+            vm.advance(seconds, rates.get(uuid, 0.0), pair, now)
+            self._carried[pair.key] = self._carried.get(pair.key, 0.0) + vm.sent - before
+            if vm.phase is None:
+                del self._active[uuid]
+        for uuid in self._held:
+            vm = self.vms[uuid]
+            if vm.phase is None and vm.out_at is None:
+                vm.lag += vm.summary.written_bytes_per_second * seconds
+
+    def _check(self, rates: dict[str, float], now: float) -> None:
+        uplinks: dict[str, float] = {}
+        for uuid, rate in rates.items():
+            uplink = self.links.pairs[self.vms[uuid].summary.pair].uplink
+            uplinks[uplink] = uplinks.get(uplink, 0.0) + rate
+        for uplink, carried in uplinks.items():
+            if carried > self.links.uplinks[uplink] * 1.000001:
+                self.broken.append(f"{now:.0f} s: uplink {uplink} carries {carried:.0f} bytes per second")
+
+    def _happen(self, now: float) -> None:
+        while self._faults and self._faults[0].at <= now:
+            self._fault(self._faults.pop(0))
+
+    def _fault(self, fault: Fault) -> None:
+        if fault.kind == "rate":
+            self.links.uplinks[fault.target] = fault.value
+        elif fault.kind in {"pair-down", "pair-up"}:
+            self._pair(fault.target).up = fault.kind == "pair-up"
+        elif fault.kind == "controller-restarts":
+            self._controller = Controller(self._as_found(), self.strategy)
+        for vm in list(self._active.values()):
+            if fault.kind == "proxy-killed" and vm.summary.source == fault.target:
+                self._end(vm, may_retry=True)
+            elif fault.kind == "destination-dies" and vm.summary.destination == fault.target:
+                self._end(vm, may_retry=False)
+        if fault.kind == "destination-dies":
+            self._dead.add(fault.target)
+            for pair in self.links.pairs.values():
+                if pair.key[1] == fault.target:
+                    pair.up = False
+
+    def _pair(self, target: str) -> TruePair:
+        source, _space, destination = target.partition(" ")
+        return self.links.pairs[source, destination]
+
+    def _as_found(self) -> SiteSummary:
+        """What a controller that starts anew finds: destinations hold what has come or is on its way."""
+        destinations = tuple(
+            type(item)(item.name, item.site, self._memory.get(item.name), item.store_free_bytes)
+            for item in self.site.destinations
+        )
+        return SiteSummary(self.site.site, self.site.vms, self.site.pairs, destinations, self.site.uplinks)

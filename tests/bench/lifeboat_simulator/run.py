@@ -24,7 +24,7 @@ from lifeboat_simulator.model import Links, TruePair, TrueVm
 class Fault:
     """Something that happens.
 
-    ``kind``: ``rate`` (of an uplink, to ``value`` bytes per second), ``pair-down``, ``pair-up`` (``target`` is
+    ``kind``: ``rate`` (of an uplink, to ``value`` bytes a second), ``pair-down``, ``pair-up`` (``target`` is
     "source destination"), ``proxy-killed`` (a source: its moves fail and may be tried again),
     ``destination-dies``, ``controller-restarts``.
     """

@@ -148,7 +148,7 @@ async def test_a_way_back_that_nobody_counted_is_compared(tmp_path: Path) -> Non
         return_overlays={"vda": ["/images/web1.arrival", "qcow2", 4096]},
     )  # fmt: skip
     replication = Replication(record, cast(Any, SimpleNamespace(directory=tmp_path)))
-    await replication._reconcile_return({"generation": 7})
+    await replication.standing._reconcile_return({"generation": 7})
     assert record.resync_cause
     assert record.return_overlays == {}
     assert record.sealed is not None

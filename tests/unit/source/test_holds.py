@@ -49,7 +49,7 @@ async def test_a_hold_ends_a_comparison_that_somebody_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
-    protection.replication.needs_reconcile = False
+    protection.replication.standing.needs_reconcile = False
     comparing = asyncio.Event()
 
     async def compare_for_ever(**_unused: object) -> None:

@@ -52,9 +52,11 @@ CRASH_POINTS: Final[dict[str, str]] = {
     "landing-begun": "the way back is protected, no layer was collapsed",
     "landing-collapsed": "layers are collapsed, the landing is not recorded",
     # free for the rooms below
+    "pass-begun": "the watchdog's record of a backup is there, the backup is not",
     "pass-open": "a pull backup is open in QEMU",
     "pass-sent": "a generation was sent, no acknowledgement yet",
     "pass-sealed": "the peer has acknowledged, the old checkpoint still exists",
+    "pass-recorded": "the new generation is durable here, the old checkpoint still exists",
     "store-before-seal": "all of a generation was written, nothing was synced",
     "store-sealed": "the record is durable, the source was not told",
     "store-committing": "a superseded generation is being committed into the base",

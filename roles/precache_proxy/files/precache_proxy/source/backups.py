@@ -150,6 +150,7 @@ class Backups:
                 deadline_boottime_seconds=lease.deadline + GRACE_SECONDS,
                 proxy_pid=os.getpid(),
             ).write(record_path)
+            crash_point("pass-begun")
             # Where libvirt was not seen to end the job, the record stays: the watchdog goes by it.
             ended = True
             try:

@@ -24,7 +24,8 @@ from precache_proxy.errors import (
 from precache_proxy.source.environment import Environment
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.record import ProtectionRecord
-from precache_proxy.source.replication import OldHomeNotReady, Replication
+from precache_proxy.source.replication import Replication
+from precache_proxy.source.standing import OldHomeNotReady
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ class Protection:
         """One pass now. Raises what stands in its way; a lost tracking puts the VM into resync."""
 
         async def work() -> PassResult:
-            if self.replication.needs_reconcile:
-                await self.replication.reconcile()
+            if self.replication.standing.needs_reconcile:
+                await self.replication.standing.reconcile()
             await self._require_seeded()
             return await self._pass(reason=reason, compare_all=compare_all)
 
@@ -173,10 +174,10 @@ class Protection:
                     # Nothing is sealed that could be compared with (a disk was added during the first copy):
                     # the first copy begins anew.
                     record.seeding_checkpoint = ""
-                    await self.replication.save()
+                    await self.replication.standing.save()
                     raise
                 record.resync_cause = error.message
-                await self.replication.save()
+                await self.replication.standing.save()
                 self._set("resync", "tracking-lost", error.message)
                 self.wake()
                 raise
@@ -216,7 +217,7 @@ class Protection:
             return
         self._set("unreachable", link.cause, f"peer {self.record.peer}: {link.sentence}")
         await link.wait_up(None)
-        self.replication.needs_reconcile = True
+        self.replication.standing.needs_reconcile = True
         self._set_at_rest()
 
     async def _turn(self) -> float:
@@ -245,8 +246,8 @@ class Protection:
 
     async def _do(self) -> None:
         record, replication = self.record, self.replication
-        if replication.needs_reconcile:
-            await replication.reconcile()
+        if replication.standing.needs_reconcile:
+            await replication.standing.reconcile()
         if record.return_overlays:
             self._set("seeding", "way-back", f"what changed since {record.peer} was left is on its way there")
             with replication.totals.counted():
@@ -290,20 +291,20 @@ class Protection:
             return 0.1 if self._failures < 3 else delay
         if isinstance(error, OldHomeNotReady) and time.monotonic() - self._began_at < OLD_HOME_SECONDS:
             self._set("seeding", "way-back", f"{record.peer} is taking what the VM left there as a replica")
-            self.replication.needs_reconcile = True
+            self.replication.standing.needs_reconcile = True
             return RETRY_SECONDS[0]
         if isinstance(error, PeerUnreachable) or cause in _UNREACHABLE:
             self._set("unreachable", cause, error.message)
-            self.replication.needs_reconcile = True
+            self.replication.standing.needs_reconcile = True
         elif isinstance(error, NoSpace) or cause == "no-space":
             self._set("no-space", "no-space", error.message)
         elif isinstance(error, NotFound | StaleEpoch) or cause in {"not-found", "stale-epoch", "unsupported"}:
             self._set("stopped", cause, error.message)
-            self.replication.needs_reconcile = True
+            self.replication.standing.needs_reconcile = True
             delay = STOPPED_RETRY_SECONDS
         else:
             self._set("failing", cause, error.message)
-            self.replication.needs_reconcile = True
+            self.replication.standing.needs_reconcile = True
         logger.warning("VM %s: %s: %s", record.name, self.state, error.message)
         return delay
 
@@ -320,8 +321,8 @@ class Protection:
             self._set("resync", "tracking-lost", record.resync_cause)
         elif record.sealed is None:
             self._set("seeding", "first-copy", f"the first copy to {record.peer} is not complete")
-        elif self.replication.refused_disks:
-            disks = ", ".join(self.replication.refused_disks)
+        elif self.replication.disks.refused:
+            disks = ", ".join(self.replication.disks.refused)
             self._set("protected", "disk-left-out", f"disk {disks} cannot be protected and is left out")
         else:
             self._set("protected", "ok", f"generation {record.sealed.generation} is sealed at {record.peer}")
@@ -377,7 +378,7 @@ class Protection:
                 "offsets": dict(record.scrub_offsets),
             },
             "disk_paths": {target: disk.path for target, disk in record.disks.items()},
-            "refused_disks": replication.refused_disks,
+            "refused_disks": replication.disks.refused,
         }
 
     async def measure_lag(self) -> None:

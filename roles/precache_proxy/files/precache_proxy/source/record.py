@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from precache_proxy import durable
-from precache_proxy.errors import IntegrityError
+from precache_proxy.errors import IntegrityError, NoSpace
 from precache_proxy.well_formed import require_well_formed
 
 FORMAT_VERSION = 1
@@ -88,8 +89,17 @@ class ProtectionRecord:
         return 1 if self.sealed is None else self.sealed.generation + 1
 
     def write(self, directory: Path) -> None:
-        """Make it durable (blocking)."""
-        durable.write_json(directory / f"{self.uuid}.json", asdict(self))
+        """Make it durable (blocking). Raises NoSpace; then the record is what it was."""
+        path = directory / f"{self.uuid}.json"
+        try:
+            durable.write_json(path, asdict(self))
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            raise NoSpace(
+                f"VM {self.name}: no space left on {directory} for the record of its protection; "
+                "free space there: until then it is not passed"
+            ) from error
 
     def remove(self, directory: Path) -> None:
         """Forget it for good (blocking)."""

@@ -157,7 +157,7 @@ class Source:
     def _on_event(self, event: DomainEvent) -> None:
         if event.kind == "connected":
             for protection in self._protections.values():
-                protection.replication.needs_reconcile = True
+                protection.replication.standing.needs_reconcile = True
                 protection.wake()
             return
         told = self._protections.get(event.uuid)
@@ -165,7 +165,7 @@ class Source:
             event.kind in _TELLING_EVENTS or (event.kind == "lifecycle" and event.what in _TELLING_CHANGES)
         ):
             # a VM that was started may have lost its bitmaps, one that stopped has a last few changes
-            told.replication.needs_reconcile = True
+            told.replication.standing.needs_reconcile = True
             told.wake()
 
     # -- which -------------------------------------------------------------------------------------
@@ -360,8 +360,8 @@ class Source:
         protection = self._find(vm)
 
         async def work() -> PassResult:
-            if protection.replication.needs_reconcile:
-                await protection.replication.reconcile()
+            if protection.replication.standing.needs_reconcile:
+                await protection.replication.standing.reconcile()
             with protection.replication.totals.counted():
                 return await protection.replication.send_residual(frozen, bitmap, definition)
 
@@ -370,7 +370,7 @@ class Source:
     async def after_rollback(self, vm: str) -> None:
         """The VM runs on here: see what the peer holds and go on; whoever holds still has to release."""
         protection = self._find(vm)
-        protection.replication.needs_reconcile = True
+        protection.replication.standing.needs_reconcile = True
         protection.wake()
 
     async def handed_over(self, vm: str) -> None:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Where a VM's replica stands at its peer, and what of that this host can go on from."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from precache_proxy.errors import Conflict, StaleEpoch
+from precache_proxy.hypervisor.domain_xml import Definition
+from precache_proxy.source.disks import VmDisks
+from precache_proxy.source.environment import Environment
+from precache_proxy.source.record import ProtectionRecord, Sealed
+from precache_proxy.source.tracker import VmReference, is_of_generation
+
+logger = logging.getLogger(__name__)
+
+PREPARE_TIMEOUT_SECONDS = 120.0
+
+
+class OldHomeNotReady(Conflict):
+    """A VM has just arrived, and its old home is still making what it kept the base of a replica."""
+
+    cause = "way-back"
+
+
+class PeerStanding:
+    """``needs_reconcile``: only the peer knows where we stand."""
+
+    def __init__(self, record: ProtectionRecord, environment: Environment, disks: VmDisks) -> None:
+        self.needs_reconcile = True
+        self.replica_name = ""
+        self.replica_sizes: dict[str, int] = {}
+        self._record = record
+        self._environment = environment
+        self._disks = disks
+
+    @property
+    def _vm(self) -> VmReference:
+        return self._disks.vm
+
+    async def save(self) -> None:
+        """Make the record durable. Raises NoSpace."""
+        await asyncio.to_thread(self._record.write, self._environment.directory)
+
+    async def reconcile(self) -> None:
+        """Adopt what the peer holds: drop what it has sealed, keep what it has not. Raises StaleEpoch."""
+        record = self._record
+        status = await self._environment.link(record.peer).call("store.status", {"vm": record.uuid})
+        if not status.get("exists") and record.return_overlays:
+            raise OldHomeNotReady(
+                f"{self._vm}: its old home {record.peer} has not yet taken what it kept as a replica; "
+                "wait for it, or resync to copy anew"
+            )
+        if not status.get("exists"):
+            if record.sealed is not None or record.seeding_offsets:
+                logger.warning("%s: peer %s has no replica any more; copying it anew", self._vm, record.peer)
+            record.sealed, record.seeding_checkpoint, record.seeding_offsets = None, "", {}
+            record.attachments, record.disks = {}, {}
+            record.resync_cause = ""  # nothing is there to compare with
+            await self.save()
+            self.needs_reconcile = False
+            return
+        if int(status["epoch"]) > record.epoch:
+            raise StaleEpoch(
+                f"{self._vm}: peer {record.peer} holds epoch {status['epoch']}, this host {record.epoch}: "
+                "its home has moved; unprotect it here, or settle the evacuation"
+            )
+        self.replica_sizes = {key: int(disk["size_bytes"]) for key, disk in status.get("disks", {}).items()}
+        self.replica_name = str(status.get("name", ""))
+        if record.return_overlays:
+            await self._reconcile_return(status.get("sealed"))
+            return
+        sealed = status.get("sealed")
+        if sealed is None:
+            offsets = status.get("seeding") or {}
+            record.sealed, record.resync_cause = None, ""
+            record.seeding_offsets = {key: int(value) for key, value in offsets.items()}
+        else:
+            await self._adopt(int(sealed["generation"]), str(sealed.get("checkpoint") or ""))
+        await self.save()
+        await self.drop_superseded()
+        self.needs_reconcile = False
+
+    async def _reconcile_return(self, sealed: Mapping[str, Any] | None) -> None:
+        """The first generation of the way back is sealed there, or is still to be sent."""
+        record = self._record
+        generation = 0 if sealed is None else int(sealed["generation"])
+        if generation == record.return_generation + 1:
+            disks = list(record.return_overlays)
+            record.sealed = Sealed(
+                generation, record.return_checkpoint, time.time(), time.time(), disks=disks
+            )
+            record.return_overlays = {}
+        elif generation == record.return_generation and not record.return_checkpoint:
+            # The overlays alone do not say what was written since they were put on.
+            record.sealed = Sealed(generation, "", time.time(), 0.0)
+            record.return_overlays = {}
+            record.resync_cause = "changes since the VM arrived here are not counted"
+        elif generation != record.return_generation:
+            record.sealed = Sealed(generation, "", time.time(), 0.0)
+            record.return_overlays = {}
+            record.resync_cause = (
+                f"{record.peer} holds generation {generation}, not generation {record.return_generation} "
+                "with which the VM left it"
+            )
+        await self.save()
+        self.needs_reconcile = False
+
+    async def _adopt(self, generation: int, named: str) -> None:
+        record = self._record
+        if record.sealed is not None and record.sealed.generation == generation:
+            return
+        before = record.sealed
+        candidates: list[str] = []
+        if await self._disks.is_active():
+            ours = await self._environment.tracker.checkpoints(self._vm)
+            of_it = [name for name in ours if is_of_generation(name, record.epoch, generation)]
+            candidates = [*([named] if named in ours else []), *of_it]
+        elif named:
+            candidates = [named]
+        covered = list(record.disks) if before is None else before.disks
+        if candidates:
+            # its seal was acknowledged, and the acknowledgement was lost: the newest slice is its instant
+            record.sealed = Sealed(generation, candidates[-1], time.time(), time.time(), disks=covered)
+            logger.info(
+                "%s: peer %s holds generation %d; going on from there", self._vm, record.peer, generation
+            )
+            return
+        record.sealed = Sealed(generation, "", time.time(), 0.0, disks=[])
+        had = "nothing" if before is None else f"generation {before.generation}"
+        record.resync_cause = (
+            f"peer {record.peer} holds generation {generation}, this host knows {had}: "
+            "no checkpoint leads on from there"
+        )
+
+    async def drop_superseded(self) -> None:
+        """Exactly one checkpoint of ours in peacetime. Of a shut-off VM they wait until it runs."""
+        record = self._record
+        if not await self._disks.is_active():
+            return
+        keep = (
+            record.seeding_checkpoint or None if record.sealed is None else record.sealed.checkpoint or None
+        )
+        await self._environment.tracker.keep_only(self._vm, keep)
+
+    async def prepare_replica(
+        self, sizes: Mapping[str, int], definition: Definition, needed_bytes: int
+    ) -> None:
+        """Have the peer make or accept the replica. Raises NoSpace, StaleEpoch, Conflict."""
+        record = self._record
+        parameters = {
+            "vm": record.uuid,
+            "name": record.name,
+            "epoch": record.epoch,
+            "disks": dict(sizes),
+            "definition": definition.xml,
+            "needed_bytes": needed_bytes,
+        }
+        link = self._environment.link(record.peer)
+        await link.call("store.prepare", parameters, timeout_seconds=PREPARE_TIMEOUT_SECONDS)

@@ -48,6 +48,9 @@ findings:
     cause:
       description: A word for programs.
       type: str
+    sentence:
+      description: All of it for people.
+      type: str
 vms:
   description: On a gateway the VMs that are here or went from here, else empty.
   returned: success
@@ -66,7 +69,10 @@ def main() -> None:
     client = AgentClient(module.params["socket"])
     try:
         status = client.get("/v1/status")
-        findings = client.get("/v1/check")["findings"]
+        findings = [
+            dict(finding, sentence="{subject}: {fact}; {way_out}".format(**finding))
+            for finding in client.get("/v1/check")["findings"]
+        ]
         vms = client.get("/v1/vms")["vms"] if status["gateway"] else []
     except ProxyError as error:
         fail(module, error)

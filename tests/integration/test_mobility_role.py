@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import secrets
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,49 +12,15 @@ import yaml
 from testinfra.host import Host
 
 from integration.lab_host import lab_host
+from integration.mobility_lab import ANCHORS, GATEWAYS, PLAY, inventory, wait
 from integration.playbook_runner import INSTALLED, PlaybookResult
 from lifeboat_lab.lab import Lab
-from lifeboat_lab.settings import HOSTS
+from lifeboat_lab.mobility import ask, open_settings
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 RunPlaybook = Callable[..., PlaybookResult]
 ROLE = INSTALLED / "ansible_collections/lifeboat/evacuation/roles/mobility"
-GATEWAYS = ("home1", "backup1")
-# The second is at the site that is evacuated: told as a warning, and good enough to be the one that dies.
-ANCHORS = ("backup2", "home2")
-PREFIX = HOSTS["home1"].guest_prefix
-PLAY: list[dict[str, object]] = [
-    {
-        "name": "Let VMs keep their addresses",
-        "hosts": "mobility",
-        "gather_facts": False,
-        "become": True,
-        "roles": ["lifeboat.evacuation.mobility"],
-    }
-]
-
-
-def _inventory(lab: Lab) -> dict[str, Any]:
-    def tunnel(name: str) -> str:
-        return f"{HOSTS[name].address.rpartition(':')[0]}:{0xD000 + HOSTS[name].number:x}"
-
-    hosts = {
-        name: {
-            "mobility_address": HOSTS[name].address,
-            "mobility_tunnel_address": tunnel(name),
-            "mobility_gateway": name in GATEWAYS,
-            "mobility_anchor": name in ANCHORS,
-        }
-        for name in (*GATEWAYS, *ANCHORS)
-    }
-    common = {
-        "mobility_keys": [{"index": 256, "secret": secrets.token_hex(32)}],
-        "mobility_prefixes": [{"prefix": PREFIX}],
-        "mobility_bridges": [{"name": "vmbr0", "mac": "52:54:00:fe:80:01"}],
-        "mobility_uplink": "site0",
-    }
-    return {"mobility": {"hosts": hosts, "vars": common}}
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +29,12 @@ def mobility(
 ) -> Iterator[RunPlaybook]:
     """Runs the role on two gateways and two anchors; it has run once."""
     path = tmp_path_factory.mktemp("mobility") / "mobility.yml"
-    path.write_text(yaml.safe_dump(_inventory(lab)))
+    path.write_text(yaml.safe_dump(inventory()))
 
     def run(**arguments: Any) -> PlaybookResult:
         return lab_playbook(PLAY, options=("-i", str(path)), **arguments)
 
-    for name in (*GATEWAYS, *ANCHORS):
-        # As on a host of one's own; a container has it read-only.
-        lab.exec(name, "mount", "-o", "remount,bind,rw", "/proc/sys")
+    open_settings(lab, (*GATEWAYS, *ANCHORS))
     run().require_success()
     yield run
     for name in (*GATEWAYS, *ANCHORS):
@@ -83,20 +44,6 @@ def mobility(
 @pytest.fixture(params=[*GATEWAYS, *ANCHORS])
 def host(lab: Lab, mobility: RunPlaybook, request: pytest.FixtureRequest) -> Host:
     return lab_host(lab, request.param)
-
-
-def ask(host: Host, *words: str) -> Any:
-    """What the host's agent answers."""
-    return json.loads(host.check_output(f"mobility-agent --json {' '.join(words)}"))
-
-
-def wait(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    """The first truth that ``condition`` gives."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.3)
-    return value
 
 
 def test_the_agent_runs_sandboxed_and_comes_back_at_boot(host: Host) -> None:
@@ -134,9 +81,8 @@ def test_the_installed_package_is_the_collections(host: Host) -> None:
 
 def test_gateways_hear_anchors_and_nothing_stands_in_the_way(lab: Lab, mobility: RunPlaybook) -> None:
     for name in GATEWAYS:
-        gateway = lab_host(lab, name)
-        wait(lambda gateway=gateway: ask(gateway, "check")["findings"] == [])
-        anchors = ask(gateway, "status")["gateway"]["anchors"]
+        wait(lambda name=name: ask(lab, name, "check")["findings"] == [])
+        anchors = ask(lab, name, "status")["gateway"]["anchors"]
         assert {told["state"] for told in anchors.values()} == {"up"}
 
 

@@ -145,7 +145,7 @@ def test_bindings_are_told(run: Run, agent: str) -> None:
 def test_an_agent_tells_how_it_stands(run: Run, agent: str, tmp_path: Path) -> None:
     told = run("mobility_agent_info", socket=agent)
     assert told["vms"] == [{"vm": VM}]
-    assert told["findings"][0]["subject"] == "anchor a"
+    assert told["findings"][0]["sentence"] == "anchor a: b; c"
     silent = run("mobility_agent_info", socket=str(tmp_path / "none.sock"))
     assert silent["cause"] == "agent-down"
     assert "systemctl status mobility-agent" in silent["msg"]

@@ -89,6 +89,7 @@ class Config:
     forward_seconds: float
     path_mtu_octets: int
     withdraw_on_stop: bool
+    announce: bool
 
     @property
     def control_socket(self) -> Path:
@@ -113,6 +114,7 @@ class Config:
             prefixes=tuple(HomePrefix(prefix.network, prefix.native) for prefix in self.prefixes),
             bridges=tuple(bridge.name for bridge in self.bridges) if self.gateway else (),
             anchor=self.anchor,
+            announce=self.announce,
             path_mtu_octets=self.path_mtu_octets,
         )
 
@@ -249,6 +251,7 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
         forward_seconds=top.seconds("forward_seconds", 60, 1, 3600),
         path_mtu_octets=top.whole("path_mtu_octets", 1500, 1320, 65535),
         withdraw_on_stop=top.boolean("withdraw_on_stop", default=False),
+        announce=top.boolean("announce", default=False),
     )
 
 
@@ -258,8 +261,12 @@ def _judge(config: Config, path: Path, findings: list[Finding]) -> None:
 
     if not config.gateway and not config.anchor:
         fault("gateway", "neither a gateway nor an anchor", "set gateway = true or anchor = true")
-    if config.gateway and not config.anchors:
-        fault("peers", "a gateway without any anchor", "add a peer with anchor = true; two are better")
+    if config.gateway and not config.anchors and not config.announce:
+        way_out = "add a peer with anchor = true, two are better; or announce = true for a routing daemon"
+        fault("peers", "a gateway without any anchor", way_out)
+    if config.announce and (config.anchors or config.anchor or not config.gateway):
+        way_out = "use either anchors or a routing daemon"
+        fault("announce", "is for gateways that have no anchors", way_out)
     if config.gateway and not config.bridges:
         fault("bridges", "a gateway without a bridge of VMs", "add [[bridges]]")
     if not config.prefixes:

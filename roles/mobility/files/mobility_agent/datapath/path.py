@@ -78,11 +78,14 @@ class DataPath:
         settings, wanted = self.settings, self._wanted
         local = wanted.local.get(home)
         if local is not None:
-            return [Route(home, settings.hosts_table, local[0])]
+            found = [Route(home, settings.hosts_table, local[0])]
+            if settings.announce:
+                found.append(Route(home, _MAIN_TABLE, local[0]))
+            return found
         if home in wanted.lost:
             return [Route(home, settings.hosts_table, kind=Kind.BLACKHOLE)]
         care_of = wanted.remote.get(home)
-        found: list[Route] = []
+        found = []
         if care_of is not None and care_of != settings.tunnel_address:
             found.append(Route(home, settings.tunnels_table, LOOP_OUT, segment=care_of))
         # Where the prefix leads into the loop anyway, one route less for each VM.
@@ -104,7 +107,7 @@ class DataPath:
         if anchor is not None:
             found.append(Route(DEFAULT, settings.tunnels_table, LOOP_OUT, segment=anchor))
             found.append(self._into_loop(DEFAULT, settings.guests_table, anchor))
-        elif settings.bridges:
+        elif settings.bridges and not settings.announce:
             found.append(Route(DEFAULT, settings.guests_table, kind=Kind.UNREACHABLE))
         return found
 
@@ -118,7 +121,8 @@ class DataPath:
             Rule(priority + 11, _MAIN_TABLE, LOOP_OUT),
             Rule(priority + 110, settings.hosts_table),
         ]
-        for bridge in settings.bridges:
+        # With a routing daemon every site knows the way to every VM.
+        for bridge in settings.bridges if not settings.announce else ():
             for prefix in settings.prefixes:
                 if not prefix.native:
                     rules.append(Rule(priority + 111, settings.guests_table, bridge, prefix.network))

@@ -17,7 +17,10 @@ class HomePrefix:
 
 @dataclass(frozen=True, slots=True)
 class PathSettings:
-    """What the data path is built from."""
+    """What the data path is built from.
+
+    ``announce``: a routing daemon takes the VMs' routes out of the main table, and leads what they send.
+    """
 
     address: IPv6Address
     tunnel_address: IPv6Address
@@ -25,6 +28,7 @@ class PathSettings:
     prefixes: tuple[HomePrefix, ...]
     bridges: tuple[str, ...] = ()
     anchor: bool = False
+    announce: bool = False
     path_mtu_octets: int = 1500
     first_table: int = 7600
     first_priority: int = 890

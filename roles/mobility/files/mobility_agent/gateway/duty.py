@@ -76,8 +76,11 @@ class GatewayDuty:
     def _want(self, attachment: Attachment) -> None:
         if attachment.state == HERE:
             self._path.set_local(attachment.homes, attachment.bridge, attachment.mac)
-        elif attachment.to is None:
+        elif attachment.to is None and not self._config.announce:
             self._path.set_lost(attachment.homes)
+        elif attachment.to is None:
+            # No anchor will say where it is; what routing says is the best there is.
+            self._path.set_away(attachment.homes, None)
         else:
             self._path.set_away(attachment.homes, attachment.to)
             self._forwards[attachment.vm] = time.monotonic() + self._config.forward_seconds

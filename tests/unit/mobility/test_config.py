@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the configuration may say together."""
+
+from __future__ import annotations
+
+import pytest
+
+from mobility_agent.config import parse
+from mobility_agent.errors import ConfigurationError
+
+KEYS = '[[keys]]\nindex = 256\nsecret = "00112233445566778899aabbccddeeff"\n'
+GATEWAY = """
+name = "kvm1"
+address = "2001:db8:1::b"
+tunnel_address = "2001:db8:1::d"
+gateway = true
+{}
+[[prefixes]]
+prefix = "2001:db8:100::/64"
+[[bridges]]
+name = "vmbr0"
+[[peers]]
+name = "kvm2"
+address = "2001:db8:2::b"
+tunnel_address = "2001:db8:2::d"
+{}
+"""
+
+
+def test_a_gateway_has_anchors_or_a_routing_daemon() -> None:
+    assert parse(GATEWAY.format("", "anchor = true"), KEYS).anchors
+    announcing = parse(GATEWAY.format("announce = true", "gateway = true"), KEYS)
+    assert announcing.path_settings().announce
+    with pytest.raises(ConfigurationError, match="a gateway without any anchor"):
+        parse(GATEWAY.format("", "gateway = true"), KEYS)
+    with pytest.raises(ConfigurationError, match="use either anchors or a routing daemon"):
+        parse(GATEWAY.format("announce = true", "anchor = true"), KEYS)
+
+
+def test_all_faults_are_told_at_once_and_no_secret() -> None:
+    text = GATEWAY.replace("2001:db8:100::/64", "2001:db8:1::/48").format(
+        "lifetime_seconds = 1", "rubbish = 1"
+    )
+    with pytest.raises(ConfigurationError) as told:
+        parse(text, KEYS.replace("00112233445566778899aabbccddeeff", "abcd"))
+    for fact in (
+        "tunnels would lead into themselves",
+        "lifetime_seconds",
+        "rubbish",
+        "shorter than 16 octets",
+    ):
+        assert fact in told.value.message
+    assert "abcd" not in told.value.message

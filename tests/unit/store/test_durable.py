@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from precache_proxy import durable
 from precache_proxy.errors import IntegrityError
+from unit.store.test_crashes import finished_calls, first, last
 
 
 def test_two_writers_at_once_leave_one_whole_record_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -42,3 +50,53 @@ def test_what_a_killed_writer_left_is_replaced(tmp_path: Path) -> None:
     durable.write_json(tmp_path / "record.json", {"a": 1})
     assert durable.read_json(tmp_path / "record.json") == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+
+
+WRITERS = """
+import sys
+from pathlib import Path
+from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden, Guard
+from precache_proxy.evacuation.job import Job, Journal
+from precache_proxy.source.record import ProtectionRecord
+from precache_proxy import durable
+state = Path(sys.argv[1])
+def told(what): print(what, flush=True)
+durable.make_directory(state / "source", 0o750)
+ProtectionRecord("vm", "web1", "backup1", 15.0).write(state / "source"); told("protection")
+Journal(state / "jobs").save(Job(id="job", vm="vm", name="web1", peer="backup1", epoch=1, commanded_at=1.0))
+told("job")
+guard = Guard(state, state / "run"); guard.prepare_directories()
+guard.forbid(Forbidden("vm", TOMBSTONE, "it runs there", "job", 1)); told("tombstone")
+guard.allow("vm", job="job"); told("lifted")
+"""
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_what_a_record_says_is_synced_before_anybody_acts_on_it(tmp_path: Path) -> None:
+    """Content, name, directory and the directory's own name, as the system calls tell."""
+    trace, state = tmp_path / "trace", tmp_path / "state"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [
+        "strace", "-f", "-y", "-s", "200", "-e", "trace=fsync,fdatasync,rename,mkdir,write,unlink",
+        "-o", str(trace), sys.executable, "-c", WRITERS, str(state),
+    ]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    calls = finished_calls(trace.read_text(errors="replace"))
+    for told, directory, name in (
+        ("protection", "source", "vm"), ("job", "jobs", "job"), ("tombstone", "guard", "vm"),
+    ):  # fmt: skip
+        acted = first(calls, rf'write\(1[^,]*, "{told}')
+        span = calls[:acted]
+        made = first(span, rf'mkdir\("{re.escape(str(state))}/{directory}"')
+        above = first(span[made:], rf"fsync\(\d+<{re.escape(str(state))}>\)") + made
+        content = last(span, rf"fsync\(\d+<[^>]*/{directory}/\.{name}\.json\.new>\)")
+        renamed = last(span, rf"rename\(.*/{directory}/\.{name}\.json\.new")
+        entry = last(span, rf"fsync\(\d+<[^>]*/{directory}>\)")
+        assert made < above < content < renamed < entry, told
+        between = [
+            call for call in calls[content + 1 : renamed] if f".{name}.json.new" in call and "write" in call
+        ]
+        assert between == [], "written after it was synced"
+    gone = first(calls, r'unlink\(".*/guard/vm\.json"\)')
+    assert first(calls[gone:], r"fsync\(\d+<[^>]*/guard>\)") + gone < first(calls, r'write\(1[^,]*, "lifted')

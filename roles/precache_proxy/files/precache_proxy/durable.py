@@ -21,6 +21,18 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: Path, mode: int) -> None:
+    """Have a directory whose own name is durable, or a power cut takes it with all that was synced in it."""
+    made: list[Path] = []
+    for path in [directory, *directory.parents]:
+        if path.is_dir():
+            break
+        made.append(path)
+    for path in reversed(made):
+        path.mkdir(mode=mode, exist_ok=True)
+        sync_directory(path.parent)
+
+
 def sync_file(path: Path) -> None:
     """Make the content of a file that some other process wrote durable."""
     descriptor = os.open(path, os.O_RDONLY)

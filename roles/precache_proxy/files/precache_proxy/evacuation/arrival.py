@@ -140,7 +140,7 @@ class ArrivalJournal:
 
     def save(self, arrival: Arrival) -> None:
         """Make the record durable (blocking)."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        durable.make_directory(self.directory, 0o750)
         durable.write_json(self.directory / f"{arrival.id}.json", arrival.record())
 
     def enter(self, arrival: Arrival, state: ArrivalState) -> None:

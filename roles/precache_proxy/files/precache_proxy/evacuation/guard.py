@@ -62,9 +62,8 @@ class Guard:
 
     def prepare_directories(self) -> None:
         """Make both directories; the guard's is synced so that its entries can be durable."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        durable.make_directory(self.directory, 0o755)
         self.arriving_directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        durable.sync_directory(self.directory.parent)
 
     def _path(self, vm: str) -> Path:
         return self.directory / f"{vm}.json"

@@ -142,6 +142,8 @@ class Job:
     # when that destination last surely heard of us: seconds since boot (suspended time counted), which boot
     heard_boottime_seconds: float | None = None
     heard_boot: str = ""
+    # the guest was stopped in the middle of its migration, so that its memory crosses only once
+    guest_paused: bool = False
     # the VM had to be started anew: its memory is lost, its disks are whole
     memory_lost: bool = False
     # it went well, but the operator should know this
@@ -241,7 +243,7 @@ class Journal:
 
     def save(self, job: Job) -> None:
         """Make the record durable (blocking)."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        durable.make_directory(self.directory, 0o750)
         durable.write_json(self.path(job.id), job.record())
 
     def enter(self, job: Job, step: Step) -> None:

@@ -76,7 +76,7 @@ class Source:
             open_pass_limit=settings.open_pass_limit * 2,
         )
         await asyncio.to_thread(scratch.clean)
-        await asyncio.to_thread(self.directory.mkdir, mode=0o750, parents=True, exist_ok=True)
+        await asyncio.to_thread(durable.make_directory, self.directory, 0o750)
         user = await asyncio.to_thread(find_qemu_user, settings.qemu_user)
         tracker = Tracker(self._hypervisor)
         self._environment = Environment(
@@ -298,7 +298,7 @@ class Source:
     async def _keep_epoch(self, record: ProtectionRecord) -> None:
         if record.epoch:
             path = self._epoch_path(record.uuid)
-            await asyncio.to_thread(path.parent.mkdir, mode=0o750, exist_ok=True)
+            await asyncio.to_thread(durable.make_directory, path.parent, 0o750)
             await asyncio.to_thread(durable.write_json, path, {"epoch": record.epoch})
 
     async def _forget(self, record: ProtectionRecord) -> None:

@@ -53,7 +53,7 @@ class Store:
 
     async def start(self) -> None:
         """Load every replica and put away what a crash left. A broken record is reported, not touched."""
-        await asyncio.to_thread(self.directory.mkdir, mode=0o711, parents=True, exist_ok=True)
+        await asyncio.to_thread(durable.make_directory, self.directory, 0o711)
         for directory in sorted(self.directory.iterdir()):
             if not directory.is_dir():
                 continue

@@ -242,6 +242,8 @@ class Evacuation:
         self.verdict = "evacuated"
         self._tasks: set[asyncio.Task[None]] = set()
         self.rate: float | None = None
+        self.shares: list[tuple[str, float | None, float]] = []
+        self.paused: list[str] = []
 
     async def begin(self, vm: str, *, options: Any) -> Job:
         uuid, name = self.source.identify(vm)
@@ -302,6 +304,14 @@ class Evacuation:
 
     async def steer(self, identifier: str, rate: float | None) -> Job:
         self.rate = rate
+        return self.job(identifier)
+
+    def share(self, identifier: str, rate: float | None, seconds: float) -> Job:
+        self.shares.append((identifier, rate, seconds))
+        return self.job(identifier)
+
+    async def pause_guest(self, identifier: str) -> Job:
+        self.paused.append(identifier)
         return self.job(identifier)
 
     async def settle(self, identifier: str, decision: str) -> dict[str, Any]:

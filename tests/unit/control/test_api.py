@@ -134,6 +134,19 @@ def test_wait_is_bounded(served: Any) -> None:
         served.client.request("GET", "/v1/evacuations/x?wait_seconds=9999")
 
 
+def test_shares_are_lent_and_guests_paused(served: Any) -> None:
+    protect(served.client)
+    job = served.client.request("POST", "/v1/evacuations", {"vm": "web1"})["id"]
+    steer = f"/v1/evacuations/{job}/steer"
+    served.client.request("POST", steer, {"share_bytes_per_second": "8Mbit/s", "for_seconds": 10})
+    served.client.request("POST", steer, {"share_bytes_per_second": None, "for_seconds": 10})
+    served.client.request("POST", steer, {"pause_guest": True})
+    assert served.parts.evacuation.shares == [(job, 1e6, 10.0), (job, None, 10.0)]
+    assert served.parts.evacuation.paused == [job]
+    with pytest.raises(LifeboatError, match="is missing"):
+        served.client.request("POST", steer, {"pause_guest": False})
+
+
 def test_job_is_steered_cancelled_and_settled(served: Any) -> None:
     served.parts.evacuation.step_seconds = 30
     protect(served.client)

@@ -16,6 +16,7 @@ from aiohttp import web
 from precache_proxy.control import answers, metrics, requests
 from precache_proxy.control.checks import run_checks
 from precache_proxy.control.parts import Parts
+from precache_proxy.control.workload import measure_workload
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
 from precache_proxy.typed_reader import REQUIRED
 
@@ -91,6 +92,7 @@ class Api:
                 web.get("/v1/evacuations", self._evacuations),
                 web.post("/v1/evacuations", self._begin),
                 web.post("/v1/evacuations/check", self._preflight),
+                web.post("/v1/workload", self._workload),
                 web.get("/v1/evacuations/{job}", self._evacuation),
                 web.post("/v1/evacuations/{job}/cancel", self._cancel),
                 web.post("/v1/evacuations/{job}/steer", self._steer),
@@ -206,15 +208,24 @@ class Api:
         return web.json_response(answers.job_answer(job), status=202)
 
     async def _steer(self, request: web.Request) -> web.Response:
+        wanted = requests.steering(await requests.body(request))
+        identifier = answers.find_job(self._parts, request.match_info["job"])["id"]
+        evacuation = self._parts.evacuation
+        if wanted.shares:
+            job = evacuation.share(identifier, wanted.share_bytes_per_second, wanted.for_seconds)
+        if wanted.bandwidth_bytes_per_second is not None:
+            job = await evacuation.steer(identifier, wanted.bandwidth_bytes_per_second)
+        if wanted.pause_guest:
+            job = await evacuation.pause_guest(identifier)
+        return web.json_response(answers.job_answer(job))
+
+    async def _workload(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []
         told = requests.reader(await requests.body(request), findings)
-        rate = told.rate("bandwidth_bytes_per_second")
-        if rate is None and not findings:
-            raise InvalidInput("bandwidth_bytes_per_second: is missing; give the rate that this job may use")
+        seconds = told.duration("seconds", 1.0, 1.0, 10.0)
         requests.conclude(told, findings)
-        identifier = answers.find_job(self._parts, request.match_info["job"])["id"]
-        job = await self._parts.evacuation.steer(identifier, rate)
-        return web.json_response(answers.job_answer(job))
+        names = {str(vm["uuid"]): str(vm["name"]) for vm in answers.vms_answer(self._parts)}
+        return web.json_response(await measure_workload(self._parts.hypervisor, names, round(seconds)))
 
     async def _settle(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []

@@ -146,6 +146,36 @@ def evacuation(values: Mapping[str, Any]) -> tuple[str, EvacuationOptions]:
     return vm, options
 
 
+@dataclass(frozen=True)
+class Steering:
+    """What POST /v1/evacuations/{job}/steer asks for. ``shares``: a share was named, be it null."""
+
+    bandwidth_bytes_per_second: float | None
+    shares: bool
+    share_bytes_per_second: float | None
+    for_seconds: float
+    pause_guest: bool
+
+
+def steering(values: Mapping[str, Any]) -> Steering:
+    """What is to be changed about a job under way. Raises InvalidInput."""
+    findings: list[Finding] = []
+    told = reader(values, findings)
+    wanted = Steering(
+        bandwidth_bytes_per_second=told.rate("bandwidth_bytes_per_second"),
+        shares="share_bytes_per_second" in values,
+        share_bytes_per_second=told.rate("share_bytes_per_second"),
+        for_seconds=told.duration("for_seconds", 30.0, 1.0, LONGEST_WAIT_SECONDS),
+        pause_guest=told.boolean("pause_guest", default=False),
+    )
+    conclude(told, findings)
+    if wanted.bandwidth_bytes_per_second is None and not wanted.shares and not wanted.pause_guest:
+        raise InvalidInput(
+            "bandwidth_bytes_per_second: is missing; give it, share_bytes_per_second or pause_guest"
+        )
+    return wanted
+
+
 def wait_seconds(request: web.Request) -> float:
     """How long the client lets us hold the request. Raises InvalidInput."""
     text = request.query.get("wait_seconds", "0")

@@ -27,6 +27,7 @@ from precache_proxy.evacuation import freeze, layers, migrate, preflight, relay
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.pace import Pace
 from precache_proxy.evacuation.packing import level_for
 from precache_proxy.evacuation.surroundings import Surroundings, findings
 from precache_proxy.hypervisor.domain_xml import Definition
@@ -64,6 +65,8 @@ class Departure:
     cancelled: bool = False
     failure: LifeboatError | None = None
     sockets: relay.JobSockets | None = field(default=None)
+    # what it may put on the wire while others go first
+    pace: Pace = field(default_factory=Pace)
     # set when the migration has to end: on the operator's word, or because a relay is dead
     enough: asyncio.Event = field(default_factory=asyncio.Event)
     # whether the VM runs here is changed by one at a time
@@ -317,6 +320,7 @@ def _sockets(departure: Departure) -> relay.JobSockets:
         link_up=lambda: bool(link.state == "up"),
         on_failure=on_failure,
         level=level_for(departure.measure.channel_bytes_per_second),
+        pace=departure.pace,
     )
 
 
@@ -330,6 +334,22 @@ async def cancel(departure: Departure) -> None:
         )
     departure.cancelled = True
     departure.enough.set()
+
+
+async def pause_guest(departure: Departure) -> None:
+    """Stop the guest in the middle of its migration: what is left is sent once, and its memory is kept.
+
+    It goes on at the destination, or here after a rollback. Raises Conflict at any other step.
+    """
+    job = departure.job
+    if job.step is not Step.MIGRATE or departure.cancelled:
+        raise Conflict(
+            f"evacuation {job.id} of {job.name}: at step {job.step.value} its guest is not paused; ask again "
+            f"at step {Step.MIGRATE.value}"
+        )
+    logger.warning("evacuation %s of VM %s: its guest is paused until it has arrived", job.id, job.vm)
+    await departure.around.domains.suspend(job.vm)
+    job.guest_paused = True
 
 
 async def clear_local_leftovers(departure: Departure) -> None:

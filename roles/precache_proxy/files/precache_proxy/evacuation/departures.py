@@ -192,6 +192,20 @@ class Departures:
         await migrate.steer(self._domains, item.job.vm, bandwidth_bytes_per_second)
         return item.job
 
+    def share(self, job_id: str, bytes_per_second: float | None, seconds: float) -> Job:
+        """Lend an evacuation a share of the wire for so long. Raises InvalidInput, Conflict."""
+        item = self.get(job_id)
+        if item.job.ended:
+            raise Conflict(f"evacuation {job_id}: has ended; there is nothing to share")
+        item.pace.lend(bytes_per_second, seconds)
+        return item.job
+
+    async def pause_guest(self, job_id: str) -> Job:
+        """See :func:`departure.pause_guest`."""
+        item = self.get(job_id)
+        await departure.pause_guest(item)
+        return item.job
+
     async def check(self, vm: str, peer: str | None = None) -> list[Finding]:
         """Everything that stands in the way of evacuating a VM; changes nothing."""
         definition = await self._domains.hypervisor.definition(vm)

@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 from precache_proxy.crash_points import drops
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
 from precache_proxy.evacuation.libvirt_replies import DOMAIN_MIGRATE_FINISH3_PARAMS, Replies
+from precache_proxy.evacuation.pace import Pace
 from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker, WindowBudget
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,11 @@ class RelayedConnection:
         stall_seconds: float,
         link_up: Callable[[], bool],
         level: int = 1,
+        pace: Pace | None = None,
     ) -> None:
         self.socket = socket
         self._level = level
+        self._pace = pace
         self._reader = reader
         self._writer = writer
         self._stream = stream
@@ -139,6 +142,8 @@ class RelayedConnection:
             self._counters.raw_bytes[self.socket] += len(piece)
             self._counters.packed_bytes[self.socket] += len(parts[1]) + 1
             packed = clock()
+            if self._pace is not None and self.socket == RAM:
+                await self._pace.wait(len(parts[1]) + 1)
             await self._stream.send(*parts)
             waited = clock() - packed > packed - began
         await self._stream.close()
@@ -199,9 +204,11 @@ class JobSockets:
         link_up: Callable[[], bool],
         on_failure: Callable[[LifeboatError], None],
         level: int = 1,
+        pace: Pace | None = None,
     ) -> None:
         self.directory = directory
         self._level = level
+        self._pace = pace
         self.counters = RelayCounters()
         self._owner = owner
         self._open_stream = open_stream
@@ -251,6 +258,7 @@ class JobSockets:
                 stall_seconds=self._stall_seconds,
                 link_up=self._link_up,
                 level=self._level,
+                pace=self._pace,
             )
             await connection.run()
         except LifeboatError as error:

@@ -175,6 +175,14 @@ class Evacuation:
         """Change the bandwidth of a migration under way. Raises InvalidInput, Conflict."""
         return await self._departures.steer(job_id, bandwidth_bytes_per_second)
 
+    def share(self, job_id: str, bytes_per_second: float | None, seconds: float) -> Job:
+        """See :meth:`Departures.share`."""
+        return self._departures.share(job_id, bytes_per_second, seconds)
+
+    async def pause_guest(self, job_id: str) -> Job:
+        """See :meth:`Departures.pause_guest`."""
+        return await self._departures.pause_guest(job_id)
+
     async def check(self, vm: str, peer: str | None = None) -> list[Finding]:
         """Everything that stands in the way of evacuating a VM; changes nothing."""
         return await self._departures.check(vm, peer)

@@ -172,3 +172,25 @@ def test_an_evacuation_that_is_rolled_back_leaves_the_binding_as_it_was(
     keys = ("gateway", "epoch", "since_seconds", "addresses")
     assert [after[key] for key in keys] == [before[key] for key in keys]
     forget(lab, guest)
+
+
+@pytest.mark.soak
+def test_a_connection_survives_twenty_evacuations_back_and_forth(lab: Lab, playbook: RunPlaybook) -> None:
+    guest = protected_guest(lab, "twenty")
+    lab.wan.set("rate=400mbit,rtt=20ms")
+    probe = Probe(lab, guest.address)
+    try:
+        source, destination = SOURCE, DESTINATION
+        for number in range(20):
+            Proxy(lab.host(source)).wait_protected(guest.name, timeout_seconds=180)
+            job = Proxy(lab.host(source)).evacuate(guest.name)
+            assert job["verdict"] == "evacuated", (number, job["sentence"])
+            assert job["warning"] == ""
+            wait(lambda to=destination: holder(lab, ANCHORS[0], guest.plan.uuid) == to)
+            source, destination = destination, source
+    finally:
+        seen = probe.end()
+    gaps = seen.longest_gap_seconds(), seen.longest_stall_seconds()
+    print(json.dumps({"moves": 20, "longest_gap_seconds": gaps[0], "longest_stall_seconds": gaps[1]}))
+    assert seen.failure == ""
+    forget(lab, guest)

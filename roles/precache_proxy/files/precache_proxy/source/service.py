@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,9 @@ from precache_proxy.hypervisor.events import DomainEvent
 from precache_proxy.hypervisor.qemu_user import find_qemu_user
 from precache_proxy.source import autostart, raw_overlay
 from precache_proxy.source.backups import Backups
+from precache_proxy.source.damaged import damaged_protection
 from precache_proxy.source.environment import Environment, PriorityGate
+from precache_proxy.source.epochs import keep_epoch, last_epoch
 from precache_proxy.source.layout import raise_findings
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.protection import Protection
@@ -95,7 +96,7 @@ class Source:
             try:
                 record = await asyncio.to_thread(ProtectionRecord.read, path)
             except (IntegrityError, OSError) as error:
-                await self._keep_damaged(path, error)
+                self._damaged[path.stem] = await damaged_protection(path, error, self._environment)
                 continue
             if record is not None:
                 self._add(record)
@@ -110,22 +111,6 @@ class Source:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(protection.stop() for protection in self._protections.values()))
         self._protections.clear()
-
-    async def _keep_damaged(self, path: Path, error: Exception) -> None:
-        """Show the VM of a record that cannot be read, and leave the record alone."""
-        uuid = path.stem
-        record = ProtectionRecord(uuid=uuid, name=uuid, peer="", rpo_seconds=self.settings.rpo_seconds)
-        with contextlib.suppress(LifeboatError):
-            record.name = (await self._hypervisor.definition(uuid)).name
-        fact = error.message if isinstance(error, IntegrityError) else f"{path}: {error}"
-        sentence = (
-            f"VM {record.name}: its record cannot be read and it is not passed ({fact}); "
-            "protect it again with its peer: what differs there is found by digest"
-        )
-        logger.error("%s", sentence)
-        protection = Protection(record, self._here)
-        protection.refuse("integrity", sentence)
-        self._damaged[uuid] = protection
 
     def records(self) -> list[ProtectionRecord]:
         """The records of all protected VMs."""
@@ -177,12 +162,15 @@ class Source:
         named = [one for one in self._protections.values() if one.record.name == vm]
         if len(named) == 1:
             return named[0]
-        for one in self._damaged.values():
-            if vm in {one.record.uuid, one.record.name}:
-                raise IntegrityError(one.sentence)
+        damaged = self._find_damaged(vm)
+        if damaged is not None:
+            raise IntegrityError(damaged.sentence)
         raise NotFound(
             f"VM {vm}: not protected on {self.settings.name}; see `precache-proxy status`, or protect it"
         )
+
+    def _find_damaged(self, vm: str) -> Protection | None:
+        return next((one for one in self._damaged.values() if vm in {one.record.uuid, one.record.name}), None)
 
     def statuses(self) -> list[dict[str, Any]]:
         """Of all protected VMs, by name."""
@@ -231,7 +219,7 @@ class Source:
                     priority=spec.priority,
                     only_disks=disks,
                     raw_overlay_consent=spec.raw_overlay_consent,
-                    epoch=await self._last_epoch(definition.uuid),
+                    epoch=await asyncio.to_thread(last_epoch, self.directory, definition.uuid),
                 )
                 if definition.uuid in self._damaged:
                     # Checkpoints of the lost record may be there: what they count from is not known any more.
@@ -257,9 +245,7 @@ class Source:
         nothing was changed.
         """
         async with self._changing:
-            damaged = next(
-                (one for one in self._damaged.values() if vm in {one.record.uuid, one.record.name}), None
-            )
+            damaged = self._find_damaged(vm)
             protection = damaged or self._find(vm)
             record = protection.record
             if damaged is not None and not keep_replica:
@@ -283,28 +269,10 @@ class Source:
             await autostart.give_back(self._hypervisor, record)
             await self._forget(record)
 
-    def _epoch_path(self, uuid: str) -> Path:
-        return self.directory / "epochs" / f"{uuid}.json"
-
-    async def _last_epoch(self, uuid: str) -> int:
-        """The epoch that the VM had when its protection here ended: peers refuse older ones, and rightly."""
-        path = self._epoch_path(uuid)
-        kept = await asyncio.to_thread(durable.read_json, path)
-        try:
-            return 0 if kept is None else int(kept["epoch"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise IntegrityError(f"{path}: tells no epoch ({error}); see what wrote it") from error
-
-    async def _keep_epoch(self, record: ProtectionRecord) -> None:
-        if record.epoch:
-            path = self._epoch_path(record.uuid)
-            await asyncio.to_thread(durable.make_directory, path.parent, 0o750)
-            await asyncio.to_thread(durable.write_json, path, {"epoch": record.epoch})
-
     async def _forget(self, record: ProtectionRecord) -> None:
         self._protections.pop(record.uuid, None)
         self._damaged.pop(record.uuid, None)
-        await self._keep_epoch(record)
+        await asyncio.to_thread(keep_epoch, self.directory, record.uuid, record.epoch)
         await asyncio.to_thread(record.remove, self.directory)
 
     # -- work on demand ----------------------------------------------------------------------------
@@ -423,7 +391,7 @@ class Source:
                     for target, image in overlays.items()
                 },
             )
-            await self._keep_epoch(record)
+            await asyncio.to_thread(keep_epoch, self.directory, record.uuid, record.epoch)
             await self._save(record)
             self._damaged.pop(vm, None)
             await autostart.take_over(self._hypervisor, record, self._save)

@@ -126,7 +126,7 @@ def a_departure(surroundings: Surroundings, step: Step) -> Departure:
 async def test_a_cancel_before_libvirt_has_a_job_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, _paths: xml)
+    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, *_places: xml)
     monkeypatch.setattr("os.chown", lambda *_unused: None)
     domain = SlowDomain()
     item = a_departure(around(tmp_path, Domains(domain)), Step.PREPARE)
@@ -142,7 +142,7 @@ async def test_a_cancel_before_libvirt_has_a_job_is_not_forgotten(
 async def test_a_cancel_before_the_migration_is_asked_for_asks_for_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, _paths: xml)
+    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, *_places: xml)
     monkeypatch.setattr("os.chown", lambda *_unused: None)
     domain = SlowDomain()
     item = a_departure(around(tmp_path, Domains(domain)), Step.PREPARE)

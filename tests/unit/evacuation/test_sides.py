@@ -24,7 +24,9 @@ VM = "11111111-2222-4333-8444-555555555501"
 
 
 class Replicas:
-    """A store with one replica of home1."""
+    """A store with one replica of home1, and no media."""
+
+    media: Any = None
 
     def __init__(self, state: str = "frozen") -> None:
         self.state, self.thawed = state, 0

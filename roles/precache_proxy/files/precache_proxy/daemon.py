@@ -34,6 +34,7 @@ from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.turns import TURNS
 from precache_proxy.source.service import Source
 from precache_proxy.source.settings import SourceSettings
+from precache_proxy.store.media import MediaIndex
 from precache_proxy.store.service import Store
 from precache_proxy.store.settings import StoreSettings
 
@@ -127,13 +128,21 @@ async def build(config: Config) -> Parts:
     """All parts, connected to each other and none started."""
     hypervisor = Hypervisor(config.hypervisor.uri, config.paths.run / TURNS)
     channel = Channel(channel_config(config))
+    # What one side learnt of this host's files serves the other: what comes back finds its medium.
+    media_index = MediaIndex(config.paths.state / "media-index")
     store = Store(
         config.store.directory,
         config.paths.run,
         StoreSettings(config.store.keep_generations, config.store.minimum_free_bytes),
+        media_index=media_index,
     )
     source = Source(
-        config.paths.state / "source", config.paths.run, hypervisor, channel, source_settings(config)
+        config.paths.state / "source",
+        config.paths.run,
+        hypervisor,
+        channel,
+        source_settings(config),
+        media_index=media_index,
     )
     evacuation = Evacuation(
         config.paths.state,

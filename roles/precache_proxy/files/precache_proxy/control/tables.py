@@ -118,7 +118,13 @@ def vms(told: Sequence[Answer], width: int) -> list[str]:
         )
         for vm in told
     ]
-    return table(head, rows, width) + _reasons(told, "name", {"protected"}, width)
+    media = [
+        {"name": f"{vm['name']} {drive}", **medium}
+        for vm in told
+        for drive, medium in (vm.get("media") or {}).items()
+    ]
+    reasons = _reasons(told, "name", {"protected"}, width) + _reasons(media, "name", {"there"}, width)
+    return table(head, rows, width) + reasons
 
 
 def replicas(told: Sequence[Answer], width: int) -> list[str]:

@@ -82,6 +82,8 @@ class Arrival:
     # what the protection at the old home was asked for: the way back is protected alike
     protection: dict[str, Any] = field(default_factory=dict)
     disks: dict[str, ArrivalDisk] = field(default_factory=dict)
+    # drive -> where its medium is here
+    media: dict[str, str] = field(default_factory=dict)
     # the checkpoint that tracks the way back from the first instant, "" until it exists
     checkpoint: str = ""
     memory_lost: bool = False

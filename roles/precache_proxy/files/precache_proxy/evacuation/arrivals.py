@@ -29,10 +29,12 @@ from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.footprint import Footprint
 from precache_proxy.evacuation.guard import TOMBSTONE, Guard
+from precache_proxy.evacuation.media_places import find_places
 from precache_proxy.evacuation.reconcile import ArrivalDecision, Presence, decide_at_destination
 from precache_proxy.evacuation.rooms import StoreRoom
 from precache_proxy.evacuation.source_contact import SourceContact
 from precache_proxy.evacuation.tracking import Tracking
+from precache_proxy.hypervisor.domain_xml import parse_definition
 from precache_proxy.hypervisor.qemu_user import QemuUser
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ class Arrivals:
                 )
             )
         findings += await preflight.destination_findings(
-            self._domains, self._guard, str(parameters["definition"]), self.disks_directory
+            self._domains, self._guard, str(parameters["definition"]), self.disks_directory, self._store.media
         )
         try:
             findings += _foreign_replica(peer, await self._store.status(vm))
@@ -154,6 +156,7 @@ class Arrivals:
             self.contact.heard(job_id)
             return {
                 "disks": {key: disk.overlay for key, disk in arrival.disks.items()},
+                "media": arrival.media,
                 "presumed_dead_after_seconds": self.contact.limit_seconds,
             }
 
@@ -178,7 +181,7 @@ class Arrivals:
     async def _prepare(self, peer: str, parameters: Mapping[str, Any]) -> Arrival:
         job_id, vm, name = (str(parameters[key]) for key in ("job", "vm", "name"))
         findings = await preflight.destination_findings(
-            self._domains, self._guard, str(parameters["definition"]), self.disks_directory
+            self._domains, self._guard, str(parameters["definition"]), self.disks_directory, self._store.media
         )
         findings += _foreign_replica(peer, await self._store.status(vm))
         if findings:
@@ -207,8 +210,11 @@ class Arrivals:
                 arrival.disks[key] = ArrivalDisk(
                     str(image.path), str(image.format), str(overlay), str(top), int(size_bytes)
                 )
+            definition = parse_definition(str(parameters["definition"]))
+            arrival.media = (await asyncio.to_thread(find_places, definition, self._store.media)).paths
+            await asyncio.to_thread(self._store.media.claim, vm, arrival.epoch)
             arrival.definition = destination_xml(
-                str(parameters["definition"]), {key: disk.overlay for key, disk in arrival.disks.items()}
+                definition.xml, {key: disk.overlay for key, disk in arrival.disks.items()}, arrival.media
             )
             await self.records.save(arrival)
         except BaseException:

@@ -71,6 +71,8 @@ class Departure:
     enough: asyncio.Event = field(default_factory=asyncio.Event)
     # whether the VM runs here is changed by one at a time
     deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # where the destination has the media of the VM's drives
+    media: dict[str, str] = field(default_factory=dict)
 
     @property
     def link(self) -> Any:
@@ -229,6 +231,7 @@ async def _prepare(departure: Departure, definition: Definition) -> dict[str, st
     departure.contact.watch(departure)
     crash_point("departure-prepared")
     del definition
+    departure.media = {str(key): str(path) for key, path in answer.get("media", {}).items()}
     return {str(key): str(path) for key, path in answer["disks"].items()}
 
 
@@ -253,8 +256,12 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     plan = migrate.Plan(
         sockets=departure.sockets.directory,
         disks=tuple(paths),
-        destination_xml=destination_xml(await around.domains.xml(job.vm, inactive=False), paths),
-        persistent_xml=destination_xml(await around.domains.xml(job.vm, inactive=True), paths),
+        destination_xml=destination_xml(
+            await around.domains.xml(job.vm, inactive=False), paths, departure.media
+        ),
+        persistent_xml=destination_xml(
+            await around.domains.xml(job.vm, inactive=True), paths, departure.media
+        ),
         options=job.options,
         channel_bytes_per_second=rate,
         synchronous_writes=synchronous,

@@ -13,9 +13,10 @@ from precache_proxy.hypervisor.domain_xml import parse_element
 _HOST_ONLY = ("backingStore", "mirror")
 
 
-def destination_xml(xml: str, overlays: Mapping[str, str]) -> str:
+def destination_xml(xml: str, overlays: Mapping[str, str], media: Mapping[str, str] | None = None) -> str:
     """``xml`` with each disk of ``overlays`` (target name -> path) as a qcow2 file at its new place.
 
+    ``media``: the same for drives, whose images are plain there.
     ``<backingStore>`` goes away: libvirt at the destination reads the chain from the overlay itself, and the
     source's
     chain would be wrong there. Everything that the guest can see stays as it is, or libvirt refuses.
@@ -24,7 +25,11 @@ def destination_xml(xml: str, overlays: Mapping[str, str]) -> str:
     for disk in root.iterfind("devices/disk"):
         target = disk.find("target")
         key = "" if target is None else target.get("dev", "")
-        if key not in overlays:
+        if key in overlays:
+            path, image_format = overlays[key], "qcow2"
+        elif key in (media or {}):
+            path, image_format = (media or {})[key], "raw"
+        else:
             continue
         for tag in _HOST_ONLY:
             for element in disk.findall(tag):
@@ -33,8 +38,8 @@ def destination_xml(xml: str, overlays: Mapping[str, str]) -> str:
         driver = disk.find("driver")
         if driver is None:
             driver = etree.SubElement(disk, "driver", {"name": "qemu"})
-        driver.set("type", "qcow2")
-        _point_source(disk, overlays[key])
+        driver.set("type", image_format)
+        _point_source(disk, path)
     return etree.tostring(root, encoding="unicode")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from lxml import etree
 from precache_proxy.errors import Finding, HypervisorError, NotFound
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import TOMBSTONE, Guard, hook_findings
+from precache_proxy.evacuation.media_places import Shelf, find_places
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from precache_proxy.units import MIB, format_bytes
@@ -50,6 +52,16 @@ def source_findings(
         found.append(
             Finding(vm, f"shared folder {filesystem} cannot go along", "remove it first", "unsupported")
         )
+    found += [
+        Finding(
+            vm,
+            f"the guest can write to the floppy {drive.path}, and nobody counts what",
+            "eject it, or put it in read-only",
+            "unsupported",
+        )
+        for drive in definition.disks
+        if drive.device == "floppy" and drive.path and not drive.readonly
+    ]
     if status is None:
         found.append(
             Finding(vm, "it is not protected", "protect it first (playbooks/protect.yml)", "not-found")
@@ -124,7 +136,7 @@ def space_findings(subject: str, directory: Path, needed_bytes: int) -> list[Fin
 
 
 async def destination_findings(
-    domains: Domains, guard: Guard, definition_xml: str, disks_directory: Path
+    domains: Domains, guard: Guard, definition_xml: str, disks_directory: Path, shelf: Shelf | None = None
 ) -> list[Finding]:
     """What the destination sees: name and UUID, machine, CPU, memory, networks, files, reach of QEMU's
     user."""
@@ -134,7 +146,8 @@ async def destination_findings(
     found += await _machine(domains, definition, definition_xml)
     found += await _memory(domains, definition)
     found += await _networks(domains, definition)
-    found += _files(definition)
+    found += _boot_files(definition)
+    found += (await asyncio.to_thread(find_places, definition, shelf)).findings
     found += _reach(disks_directory)
     found += space_findings(
         f"VM {definition.name}",
@@ -301,21 +314,15 @@ def _network_devices() -> set[str]:
     return {name for _index, name in socket.if_nameindex()}
 
 
-def _files(definition: Definition) -> list[Finding]:
-    paths = [
-        (f"disk {disk.target}", disk.path)
-        for disk in definition.disks
-        if not disk.is_writable_disk and disk.path
-    ]
-    paths += [("boot file", path) for path in definition.kernel_files]
+def _boot_files(definition: Definition) -> list[Finding]:
     return [
         Finding(
-            f"VM {definition.name}, {what}",
+            f"VM {definition.name}, boot file",
             f"{path} is not there at the destination",
-            "copy it there, or eject the medium",
+            "copy it there, or have the VM boot from its disk",
             "not-found",
         )
-        for what, path in paths
+        for path in definition.kernel_files
         if not Path(path).exists()
     ]
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from precache_proxy.store.media import MediaShelf
+
 
 class ImageLike(Protocol):
     """An image file or device."""
@@ -21,6 +23,8 @@ class ImageLike(Protocol):
 
 class StoreRoom(Protocol):
     """The replicas held here."""
+
+    media: MediaShelf
 
     async def status(self, vm: str) -> dict[str, Any]:
         """State of a replica."""

@@ -14,6 +14,7 @@ from precache_proxy.hypervisor.domain_xml import Definition, Disk
 from precache_proxy.source import offline
 from precache_proxy.source.environment import Environment
 from precache_proxy.source.layout import Layout, plan_layout
+from precache_proxy.source.media import MediaCourier
 from precache_proxy.source.record import DiskRecord, ProtectionRecord
 from precache_proxy.source.totals import PassTotals
 from precache_proxy.source.tracker import VmReference
@@ -27,6 +28,7 @@ class VmDisks:
 
     def __init__(self, record: ProtectionRecord, environment: Environment, totals: PassTotals) -> None:
         self.refused: list[str] = []
+        self.media = MediaCourier(environment, record)
         self._record = record
         self._environment = environment
         self._totals = totals
@@ -58,13 +60,14 @@ class VmDisks:
             await asyncio.to_thread(self._record.write, self._environment.directory)
         layout = plan_layout(definition, self._record.only_disks)
         self.refused = layout.refused
+        self.media.look(layout.static)
         return definition, layout, bool(definition.running_id)
 
     def check_images(self, layout: Layout) -> None:
         """Raise TrackingLost where an image is not the one whose changes were counted."""
         for target, disk in layout.tracked.items():
             known = self._record.disks.get(target)
-            if known is None or not known.tracked:
+            if known is None:
                 continue
             below = {image.path for image in disk.backing}
             swapped = disk.path != known.path and known.path not in below and disk.path not in known.chain
@@ -104,7 +107,7 @@ class VmDisks:
 
     def records(self, layout: Layout, sizes: Mapping[str, int]) -> dict[str, DiskRecord]:
         """What the protection's record says of the disks as they are now."""
-        records = {
+        return {
             target: DiskRecord(
                 disk.path,
                 sizes.get(target, 0),
@@ -113,10 +116,6 @@ class VmDisks:
             )
             for target, disk in layout.tracked.items()
         }
-        for target, disk in layout.static.items():
-            stamp = offline.stamp(disk.path)
-            records[target] = DiskRecord(disk.path, sizes.get(target, 0), tracked=False, stamp=stamp)
-        return records
 
     async def sizes(
         self, definition: Definition, disks: Mapping[str, Disk], *, active: bool

@@ -18,6 +18,7 @@ from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.source.backups import Backups
 from precache_proxy.source.settings import SourceSettings
 from precache_proxy.source.tracker import Tracker
+from precache_proxy.store.media import MediaIndex
 
 
 class PriorityGate:
@@ -70,6 +71,9 @@ class Environment:
     # passes, and what takes long (first copies, resyncs): they may not keep each other out
     passes: PriorityGate
     long_work: PriorityGate
+    # media are carried one at a time, beside both
+    media: PriorityGate
+    media_index: MediaIndex
 
     def link(self, peer: str) -> Link:
         """The link to a peer. Raises NotFound."""

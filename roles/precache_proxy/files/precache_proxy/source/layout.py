@@ -22,7 +22,7 @@ _ERRORS: dict[str, type[LifeboatError]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Disks by target name. ``tracked``: changes are counted; ``static``: sent whole when they change.
+    """Disks by target name. ``tracked``: changes are counted; ``static``: media, carried beside the disks.
 
     ``absent`` are those that backups and checkpoints must leave out; ``refused`` cannot be protected.
     """

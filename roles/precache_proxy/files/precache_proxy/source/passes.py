@@ -104,7 +104,7 @@ class Generation:
         self._progress = _Progress(send={disk: extents.copy() for disk, extents in plan.send.items()})
         self._comparison = Comparison(link, plan.vm_uuid, plan.leads_from)
 
-    async def run(self, source: ViewSource, static: ViewSource | None = None) -> dict[str, Any]:
+    async def run(self, source: ViewSource) -> dict[str, Any]:
         """Send and have it sealed; returns the peer's answer.
 
         Raises what opening a view raises, StreamReset and PeerUnreachable. When it fails after ``seal_sent``
@@ -127,7 +127,7 @@ class Generation:
         feeder = Feeder(stream, list(plan.disks))
         try:
             refusal = asyncio.create_task(stream.receive())
-            work = asyncio.create_task(self._feed(feeder, source, static))
+            work = asyncio.create_task(self._feed(feeder, source))
             try:
                 # a store that refuses says so at once: do not read on for nothing
                 await asyncio.wait({refusal, work}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,12 +156,7 @@ class Generation:
             result.total_seconds = time.monotonic() - began
         return answer
 
-    async def _feed(self, feeder: Feeder, source: ViewSource, static: ViewSource | None) -> None:
-        if static is not None:
-            async with static.open({}, None) as view:
-                for disk, reader in view.readers.items():
-                    async for piece in reader.pieces(Extents([(0, reader.size_bytes)])):
-                        await self._send(feeder, disk, piece.offset, piece.length, piece.data)
+    async def _feed(self, feeder: Feeder, source: ViewSource) -> None:
         await self._slices(feeder, source)
         for name, content in self.plan.attachments.items():
             for record in attachment_records(name, content):

@@ -83,6 +83,7 @@ class Protection:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         await self._cut_work()
+        await self.replication.disks.media.stop()
 
     def wake(self, *, soon: bool = True) -> None:
         """Something changed: look now instead of when the next pass is due."""
@@ -379,6 +380,7 @@ class Protection:
             },
             "disk_paths": {target: disk.path for target, disk in record.disks.items()},
             "refused_disks": replication.disks.refused,
+            "media": replication.disks.media.status(),
         }
 
     async def measure_lag(self) -> None:

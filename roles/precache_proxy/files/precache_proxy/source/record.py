@@ -18,17 +18,11 @@ FORMAT_VERSION = 1
 
 @dataclass
 class DiskRecord:
-    """A disk that goes along. ``tracked``: its changes are counted; else it is sent whole when it changes.
-
-    ``inode`` tells an image that was swapped under the same name; ``stamp`` is an untracked image's
-    modification (nanoseconds) and size when it was last sent.
-    """
+    """A disk whose changes are counted. ``inode`` tells an image that was swapped under the same name."""
 
     path: str
     size_bytes: int
-    tracked: bool = True
     inode: int = 0
-    stamp: str = ""
     # the images below it then: the disk may come to live in one of them, when layers are merged
     chain: list[str] = field(default_factory=list)
 
@@ -128,5 +122,9 @@ class ProtectionRecord:
         data = {key: content for key, content in value.items() if key in known}
         if data.get("sealed") is not None:
             data["sealed"] = Sealed(**data["sealed"])
-        data["disks"] = {key: DiskRecord(**content) for key, content in data.get("disks", {}).items()}
+        names = {item.name for item in fields(DiskRecord)}
+        data["disks"] = {
+            key: DiskRecord(**{name: content[name] for name in names & content.keys()})
+            for key, content in data.get("disks", {}).items()
+        }
         return cls(**data)

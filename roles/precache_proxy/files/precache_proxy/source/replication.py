@@ -86,7 +86,7 @@ class Replication:
         source = ClosedImages(
             self.vm, overlays, socket_directory=self.environment.run_directory / "nbd", top_layers=True
         )
-        result = await self._make(plan, source, None, layout, reason="way back", disks=list(overlays))
+        result = await self._make(plan, source, layout, reason="way back", disks=list(overlays))
         record.return_overlays = {}
         record.attachments = digests
         await self.standing.save()
@@ -98,17 +98,15 @@ class Replication:
         """The first copy, from where it stood. Generation 1 is left to the next pass."""
         record = self.record
         definition, layout, active = await self.disks.look()
-        disks = {**layout.tracked, **layout.static}
-        sizes = await self.disks.sizes(definition, disks, active=active)
-        allocated = sum(offline.allocated_bytes(disk.path) for disk in disks.values())
+        sizes = await self.disks.sizes(definition, layout.tracked, active=active)
+        allocated = sum(offline.allocated_bytes(disk.path) for disk in layout.tracked.values())
         await self.standing.prepare_replica(sizes, definition, allocated)
-        # static disks go with generation 1, as a whole
         seeding = Seeding(
             self.environment.link(record.peer),
             vm_uuid=record.uuid,
             vm_name=record.name,
             epoch=record.epoch,
-            disks={target: sizes[target] for target in layout.tracked},
+            disks=sizes,
             offsets=record.seeding_offsets,
             mark_bytes=self.environment.settings.slice_bytes,
         )
@@ -183,22 +181,15 @@ class Replication:
         dirty = await self._dirty(covered, layout, active=active)
         contents = await asyncio.to_thread(read_attachments, definition)
         attachments, digests = changed_attachments(contents, record.attachments)
-        static = {
-            target: disk
-            for target, disk in layout.static.items()
-            if (old := record.disks.get(target)) is None or old.stamp != offline.stamp(disk.path)
-        }
         new = [] if resync else [target for target in layout.tracked if target not in covered]
-        gone = sealed is not None and set(record.disks) != {*layout.tracked, *layout.static}
+        gone = sealed is not None and set(record.disks) != set(layout.tracked)
         self.dirty_bytes = sum(dirty.values())
-        nothing = not (
-            self.dirty_bytes or attachments or static or new or gone or compare_all or sealed is None
-        )
+        nothing = not (self.dirty_bytes or attachments or new or gone or compare_all or sealed is None)
         if nothing and not scrub_bytes and (active or self._unchanged_off(layout)):
             self.clean_at = looked_at
             self.totals.empty += 1
             return PassResult(record.next_generation - 1, skipped=True, reason=reason)
-        sizes = await self.disks.sizes(definition, {**layout.tracked, **layout.static}, active=active)
+        sizes = await self.disks.sizes(definition, layout.tracked, active=active)
         held = self.standing.replica_sizes
         if self.standing.replica_name not in {"", record.name}:
             await self.standing.prepare_replica(sizes, definition, 0)  # the name that people see there
@@ -222,11 +213,8 @@ class Replication:
             ),
             send={} if sealed is None else scrub.beyond_replica(layout, sizes, held),
         )
-        closed = self.disks.closed(static) if static else None
         before_off = {target: offline.stamp(disk.path) for target, disk in layout.tracked.items()}
-        result = await self._make(
-            plan, self.disks.source(layout, active=active), closed, layout, reason=reason
-        )
+        result = await self._make(plan, self.disks.source(layout, active=active), layout, reason=reason)
         record.attachments = digests
         record.passed_off = {} if active else before_off
         if scrub_bytes or compare_all:
@@ -277,9 +265,6 @@ class Replication:
         contents = await asyncio.to_thread(read_attachments, definition)
         attachments, digests = changed_attachments(contents, record.attachments)
         sizes = {target: image.size_bytes for target, image in frozen.items()}
-        for target, known in record.disks.items():
-            if target not in sizes and not known.tracked:
-                sizes[target] = known.size_bytes
         plan = GenerationPlan(
             vm_uuid=record.uuid,
             vm_name=record.name,
@@ -296,7 +281,7 @@ class Replication:
         )
         del active
         source = ClosedImages(self.vm, frozen, socket_directory=self.environment.run_directory / "nbd")
-        result = await self._make(plan, source, None, layout, reason="residual", keep_disks=True)
+        result = await self._make(plan, source, layout, reason="residual", keep_disks=True)
         record.attachments = digests
         await self.standing.save()
         return result
@@ -305,7 +290,6 @@ class Replication:
         self,
         plan: GenerationPlan,
         source: ViewSource,
-        static: ViewSource | None,
         layout: Layout,
         *,
         reason: str,
@@ -319,7 +303,7 @@ class Replication:
         generation.result.reason = reason
         self.generation = generation
         try:
-            answer = await generation.run(source, static)
+            answer = await generation.run(source)
             crash_point("pass-sealed")
         except BaseException:
             if generation.seal_sent:

@@ -30,6 +30,7 @@ from precache_proxy.source.request import ProtectSpec, request_findings, vm_find
 from precache_proxy.source.scratch import ScratchPool
 from precache_proxy.source.settings import SourceSettings
 from precache_proxy.source.tracker import Tracker
+from precache_proxy.store.media import MediaIndex
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,11 @@ class Source:
         hypervisor: Hypervisor,
         channel: Channel,
         settings: SourceSettings,
+        *,
+        media_index: MediaIndex | None = None,
     ) -> None:
         self.directory = directory
+        self._media_index = media_index or MediaIndex(directory / "media")
         self.settings = settings
         self._run_directory = run_directory
         self._hypervisor = hypervisor
@@ -90,6 +94,8 @@ class Source:
             backups=Backups(tracker, self._run_directory, scratch, user),
             passes=PriorityGate(settings.open_pass_limit),
             long_work=PriorityGate(max(1, settings.open_pass_limit // 2)),
+            media=PriorityGate(1),
+            media_index=self._media_index,
         )
         await self._environment.backups.end_leftovers()
         for path in sorted(self.directory.glob("*.json")):
@@ -261,6 +267,7 @@ class Source:
             if not keep_replica:
                 link = self._here.link(record.peer)
                 await link.call("store.remove", {"vm": record.uuid, "epoch": record.epoch})
+                await protection.replication.disks.media.forget()
             await protection.stop()
             try:
                 await protection.replication.drop_checkpoints()

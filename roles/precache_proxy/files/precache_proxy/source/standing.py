@@ -49,6 +49,7 @@ class PeerStanding:
     async def reconcile(self) -> None:
         """Adopt what the peer holds: drop what it has sealed, keep what it has not. Raises StaleEpoch."""
         record = self._record
+        self._disks.media.ask_again()
         status = await self._environment.link(record.peer).call("store.status", {"vm": record.uuid})
         if not status.get("exists") and record.return_overlays:
             raise OldHomeNotReady(

@@ -25,6 +25,7 @@ from precache_proxy.store.admission import finding, objections
 from precache_proxy.store.chains import ImageLike, ReplicaChain
 from precache_proxy.store.digests import serve_digests
 from precache_proxy.store.generations import receive_generation
+from precache_proxy.store.media import MediaIndex, MediaShelf
 from precache_proxy.store.record import Layer, ReplicaRecord, SealedGeneration, check_disks, check_vm
 from precache_proxy.store.replica import RECORD_NAME, Replica
 from precache_proxy.store.seeding import receive_seed
@@ -33,13 +34,27 @@ from precache_proxy.store.settings import StoreSettings, free_bytes
 logger = logging.getLogger(__name__)
 
 _RETRY_COMMIT_SECONDS = 300.0
+# Beside the replicas' directories, which bear UUIDs.
+MEDIA_NAME = "media"
 
 
 class Store:
     """``start`` recovers what a crash left; ``register`` answers peers; the rest is for the rooms beside."""
 
-    def __init__(self, directory: Path, run_directory: Path, settings: StoreSettings) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        run_directory: Path,
+        settings: StoreSettings,
+        *,
+        media_index: MediaIndex | None = None,
+    ) -> None:
         self.directory = directory
+        self.media = MediaShelf(
+            directory / MEDIA_NAME,
+            media_index or MediaIndex(directory / MEDIA_NAME / "index"),
+            minimum_free_bytes=settings.minimum_free_bytes,
+        )
         self.settings = settings
         self._socket_directory = run_directory / "nbd"
         self._replicas: dict[str, Replica] = {}
@@ -54,8 +69,9 @@ class Store:
     async def start(self) -> None:
         """Load every replica and put away what a crash left. A broken record is reported, not touched."""
         await asyncio.to_thread(durable.make_directory, self.directory, 0o711)
+        await self.media.start()
         for directory in sorted(self.directory.iterdir()):
-            if not directory.is_dir():
+            if not directory.is_dir() or directory.name == MEDIA_NAME:
                 continue
             try:
                 replica = await asyncio.to_thread(
@@ -85,6 +101,7 @@ class Store:
 
     def register(self, channel: Channel) -> None:
         """Answer peers on ``channel``."""
+        self.media.register(channel)
         channel.handle_call("store.status", self._answer_status)
         channel.handle_call("store.prepare", self.prepare)
         channel.handle_call("store.remove", self._answer_remove)

@@ -119,10 +119,11 @@ class TrueVm:
                 self.stopped_seconds += took
             seconds -= took
             now += took
-            if self.phase is None and not self.failed:
+            if self._over():
                 self.out_at = now
-            if took <= 0:
-                break
+
+    def _over(self) -> bool:
+        return self.phase is None and not self.failed
 
     def _phase(self, seconds: float, rate: float, pair: TruePair) -> float:
         if self.phase in {Phase.LEAD_IN, Phase.CLOSING}:

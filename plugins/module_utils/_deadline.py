@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""When the power goes, as an operator says it: seconds from now, an instant, or what a UPS has left.
+
+Pure: the clock and whatever asks the UPS are given.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import typing as t
+from dataclasses import dataclass
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding
+
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(sec|min|s|m|h|d)?", re.IGNORECASE)
+_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_CLOCK = re.compile(r"^([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?$")
+_UPS = re.compile(r"^ups:([\w.-]+)(?:@([\w.:\[\]-]+))?$")
+_FORMS = "seconds, 20m, 1h30m, 14:30, 2026-11-21T14:30:00+01:00, or ups:NAME@HOST"
+
+
+class UpsError(Exception):
+    """The UPS said nothing that could be used; the text is the fact and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A deadline as it was given: an instant (seconds since 1970), or the UPS to ask."""
+
+    text: str
+    at: float | None = None
+    ups: str = ""
+
+    @property
+    def moves(self) -> bool:
+        """It has to be asked for again and again."""
+        return bool(self.ups)
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of ``90``, ``20m`` or ``1h30m``; None for anything else."""
+    text = text.strip()
+    total, end = 0.0, 0
+    for match in _PART.finditer(text):
+        if text[end : match.start()].strip():
+            return None
+        if not match.group(2) and (match.start() or match.end() != len(text)):
+            return None
+        total += float(match.group(1)) * _UNITS[(match.group(2) or "s").lower()]
+        end = match.end()
+    return total if end and not text[end:].strip() else None
+
+
+def parse(value: object, now: float) -> tuple[Deadline | None, list[Finding]]:
+    """What ``evacuate_deadline`` means at ``now``; None where none is set, or where it cannot be meant.
+
+    A duration counts from now. A time of day is today's, by the controller's clock and zone.
+    """
+    text = "" if value is None else str(value).strip()
+    if not text:
+        return None, []
+    if isinstance(value, bool):
+        return None, [_not_understood(text)]
+    ups = _UPS.match(text)
+    if ups:
+        return Deadline(text, ups=f"{ups.group(1)}@{ups.group(2) or 'localhost'}"), []
+    seconds = parse_duration(text)
+    at = now + seconds if seconds is not None else _instant(text, now)
+    if at is None:
+        return None, [_not_understood(text)]
+    if at <= now:
+        way_out = "name a later one, or none; without a deadline everything is moved that can be"
+        return None, [Finding(f"deadline {text!r}", f"passed {now - at:.0f} s ago", way_out)]
+    return Deadline(text, at=at), []
+
+
+def _not_understood(text: str) -> Finding:
+    return Finding(f"deadline {text!r}", "is not understood", f"write {_FORMS}")
+
+
+def _instant(text: str, now: float) -> float | None:
+    clock = _CLOCK.match(text)
+    if clock:
+        today = datetime.datetime.fromtimestamp(now).astimezone()
+        hour, minute, second = (int(part or 0) for part in clock.groups())
+        return today.replace(hour=hour, minute=minute, second=second, microsecond=0).timestamp()
+    if not re.match(r"^\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}", text):
+        return None
+    try:
+        return datetime.datetime.fromisoformat(text).astimezone().timestamp()
+    except ValueError:
+        return None
+
+
+class Watch:
+    """A deadline over time: asks a UPS again every so often, keeps the last answer where it says nothing."""
+
+    def __init__(
+        self,
+        deadline: Deadline | None,
+        read_runtime: t.Callable[[str], float],
+        reserve_seconds: float = 0.0,
+        every_seconds: float = 10.0,
+    ) -> None:
+        self.deadline = deadline
+        self.at = None if deadline is None or deadline.at is None else deadline.at - reserve_seconds
+        self.trouble = ""
+        self._read = read_runtime
+        self._reserve = reserve_seconds
+        self._every = every_seconds
+        self._asked_at: float | None = None
+
+    def now(self, now: float) -> float | None:
+        """When the deadline is, as is known now; None: there is none, or a UPS has never answered."""
+        deadline = self.deadline
+        if deadline is None or not deadline.moves:
+            return self.at
+        if self._asked_at is not None and now - self._asked_at < self._every:
+            return self.at
+        self._asked_at = now
+        try:
+            self.at = now + self._read(deadline.ups) - self._reserve
+            self.trouble = ""
+        except UpsError as error:
+            self.trouble = str(error)
+        return self.at
+
+
+def runtime_of(text: str, ups: str) -> float:
+    """The seconds in what ``upsc NAME battery.runtime`` printed. Raises UpsError."""
+    try:
+        seconds = float(text.strip())
+    except ValueError:
+        seconds = -1.0
+    if seconds < 0:
+        raise UpsError(
+            f"UPS {ups}: battery.runtime is {text.strip()!r}, no number of seconds; "
+            "see `upsc` for what it tells, or give the deadline as a time"
+        )
+    return seconds

@@ -40,7 +40,7 @@ DONE = ("departure-activated", "departure-before-undefine", "departure-undefined
 ARRIVAL_STAYS = ("arrival-recorded", "arrival-guarded", "arrival-prepared")
 # Cut here, the destination has been released and does not need the source any more.
 ARRIVAL_GOES_ON = ("arrival-released", "arrival-resumed", "arrival-activated")
-SAMPLE = {"departure-frozen", "departure-released", "arrival-released"}
+SAMPLE = {"departure-residual-sealed", "departure-released", "arrival-released"}
 
 
 def cases(*points: str) -> list[object]:

@@ -11,6 +11,7 @@ from precache_proxy.blocks import images
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.errors import NotFound, TrackingLost
 from precache_proxy.hypervisor.domain_xml import Definition, Disk
+from precache_proxy.hypervisor.handles import DomainHandle
 from precache_proxy.source import offline
 from precache_proxy.source.environment import Environment
 from precache_proxy.source.layout import Layout, plan_layout
@@ -40,20 +41,20 @@ class VmDisks:
 
     async def is_active(self) -> bool:
         """Whether the VM has a QEMU process."""
-        hypervisor = self._environment.hypervisor
-        domain = await hypervisor.lookup(self._record.uuid)
-        return await hypervisor.is_active(domain, subject=str(self.vm))
+        return await self._environment.hypervisor.is_active(await self._domain(), subject=str(self.vm))
 
-    async def look(self) -> tuple[Definition, Layout, bool]:
-        """The VM's definition, which disks go along, and whether it runs; a new name is taken over."""
-        hypervisor = self._environment.hypervisor
+    async def _domain(self) -> DomainHandle:
         try:
-            domain = await hypervisor.lookup(self._record.uuid)
+            return await self._environment.hypervisor.lookup(self._record.uuid)
         except NotFound as error:
             raise NotFound(
                 f"{self.vm}: not defined on this host any more; unprotect it, or define it again"
             ) from error
-        definition = await hypervisor.definition_of(domain, subject=str(self.vm))
+
+    async def look(self) -> tuple[Definition, Layout, bool]:
+        """The VM's definition, which disks go along, and whether it runs; a new name is taken over."""
+        hypervisor = self._environment.hypervisor
+        definition = await hypervisor.definition_of(await self._domain(), subject=str(self.vm))
         if definition.name != self._record.name:
             logger.info("%s is called %s now", self.vm, definition.name)
             self._record.name = definition.name
@@ -140,5 +141,4 @@ class VmDisks:
     async def transferable_xml(self) -> str:
         """The persistent definition as another host takes it."""
         hypervisor = self._environment.hypervisor
-        domain = await hypervisor.lookup(self._record.uuid)
-        return await hypervisor.transferable_xml(domain, subject=str(self.vm))
+        return await hypervisor.transferable_xml(await self._domain(), subject=str(self.vm))

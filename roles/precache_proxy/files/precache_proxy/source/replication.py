@@ -335,7 +335,12 @@ class Replication:
             record.disks = self.disks.records(layout, plan.disks)
         self.standing.replica_sizes = dict(plan.disks)
         self.clean_at, self.dirty_bytes = began, 0
-        await self.standing.save()
+        try:
+            await self.standing.save()
+        except BaseException:
+            # the old checkpoint stays until that is durable: the next turn has to look after both
+            self.standing.needs_reconcile = True
+            raise
         crash_point("pass-recorded")
         if plan.makes_checkpoints:
             # durable first: a kill here leaves one checkpoint too many, never one too few

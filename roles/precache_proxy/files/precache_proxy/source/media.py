@@ -106,7 +106,7 @@ class MediaCourier:
                         await self._send(target, media[target], medium)
                         missing.discard(medium.digest)
                     self._tell(target, media[target], THERE, f"it is at {self._record.peer}")
-        except LifeboatError as error:
+        except (LifeboatError, OSError) as error:
             self._retry_at = time.monotonic() + RETRY_SECONDS
             logger.warning("VM %s: its media: %s; tried again", self._record.name, error)
             for target, told in self._told.items():

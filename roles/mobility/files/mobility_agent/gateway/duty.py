@@ -17,16 +17,14 @@ from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.path import DataPath
 from mobility_agent.durable import Journal
 from mobility_agent.errors import Conflict, Finding, InvalidInput, NotFound
+from mobility_agent.gateway.anchors import AnchorWatch
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
 from mobility_agent.gateway.registrar import Outcome, Registrar
 from mobility_agent.messages.headers import BindingAcknowledgement, Heartbeat, Message, Revocation
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.messages.registration import acknowledge_loss, read_acknowledgement, read_loss
-from mobility_agent.signalling.heartbeat import Pulse
 
 logger = logging.getLogger(__name__)
-
-_CLOCK_ALARM_SECONDS = 1.0
 
 
 class GatewayDuty:
@@ -47,7 +45,6 @@ class GatewayDuty:
         self._responders = responders
         self._anchors = {peer.name: peer for peer in config.anchors}
         self._registrar = Registrar(self._anchors, config.tunnel_address, config.lifetime_seconds)
-        self._pulses = {name: Pulse(config.heartbeat_seconds, time.monotonic()) for name in self._anchors}
         self._link_locals = {bridge.name: bridge.link_local for bridge in config.bridges}
         self.attachments = Attachments()
         self._forwards: dict[str, float] = {}
@@ -55,7 +52,9 @@ class GatewayDuty:
         self._answered = asyncio.Event()
         self._commits: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
-        self._anchor: str | None = None
+        self._watch = AnchorWatch(
+            self._anchors, config.heartbeat_seconds, path, self._registrar, send, self._wake
+        )
 
     # --- start and stop ---
 
@@ -69,8 +68,7 @@ class GatewayDuty:
                 continue
             self.attachments.put(attachment)
             self._want(attachment)
-        # Until heartbeats tell better: the first one, so that nothing waits for them.
-        self._use_anchor(next(iter(self._anchors), None))
+        self._watch.begin()
         logger.info("gateway: %d VMs known", len(self.attachments))
 
     def _want(self, attachment: Attachment) -> None:
@@ -116,7 +114,7 @@ class GatewayDuty:
         """Heartbeats, registrations that are due, forwarding that ends."""
         while True:
             now = time.monotonic()
-            self._beat(now)
+            self._watch.beat(now)
             self._send_due()
             for vm in [vm for vm, until in self._forwards.items() if until <= now]:
                 del self._forwards[vm]
@@ -124,7 +122,7 @@ class GatewayDuty:
                 if attachment is not None and attachment.state == AWAY:
                     # It may move on, and the anchors know.
                     self._path.set_away(attachment.homes, None)
-            times = [pulse.next_at for pulse in self._pulses.values()] + list(self._forwards.values())
+            times = self._watch.times() + list(self._forwards.values())
             due = self._registrar.next_due()
             times += [] if due is None else [due]
             pause = min(times, default=now + 60) - time.monotonic()
@@ -136,58 +134,6 @@ class GatewayDuty:
         for outgoing in self._registrar.due(time.monotonic(), time.time()):
             message = outgoing.registration.update(outgoing.sequence)
             self._send(self._anchors[outgoing.anchor], message)
-
-    # --- anchors ---
-
-    def _beat(self, now: float) -> None:
-        for name, pulse in self._pulses.items():
-            request = pulse.due(now, time.time())
-            if request is not None:
-                self._send(self._anchors[name], request)
-            if pulse.fell_silent(now):
-                logger.warning(
-                    "anchor %s: no answer for %.1f s: it is down, unreachable, or has another key",
-                    name,
-                    3 * self._config.heartbeat_seconds,
-                )
-                self._choose_anchor()
-
-    def _choose_anchor(self) -> None:
-        answering = next((name for name, pulse in self._pulses.items() if pulse.up), None)
-        # With none answering the last one stays: it may be only its answers that do not come.
-        self._use_anchor(answering or self._anchor)
-
-    def _use_anchor(self, name: str | None) -> None:
-        if name == self._anchor or name is None:
-            return
-        if self._anchor is not None:
-            logger.info("what VMs here send goes by anchor %s now, no more by %s", name, self._anchor)
-        self._anchor = name
-        self._path.set_anchor(self._anchors[name].tunnel_address)
-
-    def _take_beat(self, peer: Peer, message: Heartbeat) -> None:
-        now = time.monotonic()
-        pulse = self._pulses[peer.name]
-        beat = pulse.answered(message, now)
-        if beat is None:
-            return
-        self._registrar.anchor_answers(peer.name, beat.round_trip_seconds, beat.clock_offset_seconds)
-        if beat.returned:
-            logger.info("anchor %s: answers, %.0f ms away", peer.name, beat.round_trip_seconds * 1000)
-            if abs(beat.clock_offset_seconds) > _CLOCK_ALARM_SECONDS:
-                logger.warning(
-                    "clock of this host is %.1f s off that of anchor %s; its time is used for registrations; "
-                    "set both by NTP",
-                    beat.clock_offset_seconds,
-                    peer.name,
-                )
-            self._registrar.anchor_returned(peer.name, now)
-            self._choose_anchor()
-            self._wake.set()
-        if beat.restarted:
-            count = self._registrar.anchor_restarted(peer.name, now)
-            logger.info("anchor %s: restarted; %d registrations sent again", peer.name, count)
-            self._wake.set()
 
     # --- messages ---
 
@@ -204,7 +150,7 @@ class GatewayDuty:
                     self._answered.set()
                     self._wake.set()
             case Heartbeat() if message.response:
-                self._take_beat(peer, message)
+                self._watch.take(peer, message)
             case Revocation():
                 self._take_loss(peer, message)
             case _:
@@ -453,13 +399,6 @@ class GatewayDuty:
             "vms_here": sum(known.state == HERE for known in self.attachments.all()),
             "vms_away": sum(known.state == AWAY for known in self.attachments.all()),
             "registrations_pending": self._registrar.pending(),
-            "anchor_in_use": self._anchor,
-            "anchors": {
-                name: {
-                    "state": "up" if pulse.up else "silent",
-                    "round_trip_seconds": pulse.round_trip_seconds,
-                    "clock_offset_seconds": pulse.clock_offset_seconds,
-                }
-                for name, pulse in self._pulses.items()
-            },
+            "anchor_in_use": self._watch.in_use,
+            "anchors": self._watch.status(),
         }

@@ -97,7 +97,7 @@ async def test_the_source_has_sent_on_what_still_comes(tmp_path: Path) -> None:
         ("depart", {"to": "backup1"}),
         ("depart", {"withdraw": True}),
     ]
-    assert agent.asked[2][1]["evident"] is True
+    assert agent.asked[2][1] == {"epoch": JOB.epoch - 1, "definition": "<domain/>", "evident": True}
 
 
 class Network(NothingToDo):

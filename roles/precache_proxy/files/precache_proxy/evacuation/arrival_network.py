@@ -97,7 +97,8 @@ class MobilityAgent:
 
     async def stayed(self, definition: str, job: Job) -> None:
         """Claim it back from the destination, which may have been told of it already."""
-        body = {"epoch": job.epoch, "definition": definition, "evident": True}
+        # The epoch before the attempt: raised only where anchors have heard of the attempt.
+        body = {"epoch": max(job.epoch - 1, 0), "definition": definition, "evident": True}
         await self._tell(job.vm, job.name, "arrive", body)
 
     async def _tell(self, vm: str, name: str, what: str, body: dict[str, Any]) -> None:

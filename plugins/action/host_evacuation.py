@@ -13,6 +13,7 @@ from ansible.utils.display import Display
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import (
     Batch,
     candidates,
+    left_behind,
     verdict_line,
 )
 
@@ -49,6 +50,7 @@ class ActionModule(ActionBase):
                 "parallel": {"type": "int", "default": 2},
                 "progress": {"type": "float", "default": 5.0},
                 "bandwidth": {"type": "str"},
+                "leave_behind": {"type": "list", "elements": "str", "default": []},
             }
         )
         if arguments["parallel"] < 1 or arguments["progress"] < 1:
@@ -67,12 +69,21 @@ class ActionModule(ActionBase):
         return result
 
     def _evacuate(self, arguments: t.Mapping[str, t.Any]) -> tuple[list[dict[str, t.Any]], bool]:
-        vms = self._module("protected_vm_info")["vms"]
+        told = self._module("protected_vm_info")
+        vms = told["vms"]
         jobs = self._module("evacuation_info")["evacuations"]
         names = candidates(vms, jobs, arguments["vms"])
         batch = Batch(names, vms, jobs, arguments["parallel"])
+        # All of a host means those as well that nobody thought of.
+        staying = left_behind(
+            (told.get("unprotected") or []) if arguments["vms"] is None else [],
+            arguments["leave_behind"],
+            check_mode=self._task.check_mode,
+        )
         if self._task.check_mode:
-            return self._would(batch, names), bool(batch.starts())
+            return self._would(batch, names) + staying, bool(batch.starts())
+        for outcome in staying:
+            self._say(verdict_line(outcome))
         before = {str(job["id"]) for job in jobs}
         said, seen = time.monotonic(), set(batch.outcomes)
         self._say(batch.summary(time.time()))
@@ -96,7 +107,7 @@ class ActionModule(ActionBase):
             elif time.monotonic() - said >= arguments["progress"]:
                 self._say(batch.summary(time.time()))
                 said = time.monotonic()
-        outcomes = [batch.outcomes[name] for name in names]
+        outcomes = [batch.outcomes[name] for name in names] + staying
         return outcomes, any(outcome["id"] and outcome["id"] not in before for outcome in outcomes)
 
     def _begin(self, batch: Batch, name: str, bandwidth: str | None) -> None:

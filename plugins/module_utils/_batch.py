@@ -137,6 +137,27 @@ class Batch:
         return "; ".join(part for part in parts if part)
 
 
+def left_behind(
+    unprotected: t.Sequence[Vm], may_stay: t.Sequence[str], *, check_mode: bool = False
+) -> list[dict[str, t.Any]]:
+    """Outcomes of the VMs that run on a host and are not protected, but for those that may stay there."""
+    return [
+        _outcome(
+            {
+                "name": vm["name"],
+                "vm": vm["uuid"],
+                "verdict": "would-fail" if check_mode else "stayed",
+                "cause": "not-protected",
+                "sentence": "it runs here and is not protected, so nothing of it is at the peer; protect it "
+                "(playbooks/protect.yml), move it by other means, or name it in evacuate_leave_behind",
+                "findings": [],
+            }
+        )
+        for vm in unprotected
+        if vm["name"] not in may_stay and vm["uuid"] not in may_stay
+    ]
+
+
 def verdict_line(outcome: t.Mapping[str, t.Any]) -> str:
     """What became of a VM, in one line."""
     told = "{}: {}".format(outcome["name"], str(outcome["verdict"]).upper())

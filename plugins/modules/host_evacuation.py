@@ -33,7 +33,8 @@ options:
     description:
       - Names or UUIDs of VMs. Those that this host neither protects nor has evacuated are left to
         other hosts.
-      - All protected VMs if left out.
+      - All protected VMs if left out. Then a VM that runs on the host without being protected is told
+        as V(stayed), too.
     type: list
     elements: str
   parallel:
@@ -50,6 +51,12 @@ options:
     description:
       - Rate that each evacuation may use, such as V(50Mbit/s).
     type: str
+  leave_behind:
+    description:
+      - Names or UUIDs of VMs that are not protected and may stay at the site.
+    type: list
+    elements: str
+    default: []
 seealso:
   - module: lifeboat.evacuation.evacuation
 """

@@ -61,6 +61,20 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+unprotected:
+  description: >-
+    Running VMs of the host that are not protected, so that an evacuation would leave them behind. None
+    where libvirt does not answer, or O(vm) is given.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: Name of the VM.
+      type: str
+    uuid:
+      description: UUID of the VM.
+      type: str
 vms:
   description: The protected VMs by name. docs/control-api.md tells every field.
   returned: success
@@ -126,12 +140,12 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._wait import replicated, wait_for
 
 
-def read(client: ProxyClient, vm: str | None) -> list[dict[str, t.Any]]:
-    """One protected VM, or all. Raises ProxyError."""
+def read(client: ProxyClient, vm: str | None) -> dict[str, t.Any]:
+    """One protected VM, or all and those that are not protected. Raises ProxyError."""
     if vm is not None:
-        return [client.get(vm_path(vm))]
-    vms: list[dict[str, t.Any]] = client.get("/v1/vms")["vms"]
-    return vms
+        return {"vms": [client.get(vm_path(vm))], "unprotected": None}
+    told = client.get("/v1/vms")
+    return {"vms": told["vms"], "unprotected": told.get("unprotected")}
 
 
 def main() -> None:
@@ -155,14 +169,15 @@ def main() -> None:
         return [vm for vm in vms if not replicated(vm, **limits)]
 
     try:
-        vms, good = wait_for(
+        told, good = wait_for(
             lambda: read(client, parameters["vm"]),
-            lambda told: not parameters["wait"] or not late(told),
+            lambda told: not parameters["wait"] or not late(told["vms"]),
             parameters["wait_timeout"],
             parameters["wait_sleep"],
         )
     except ProxyError as error:
         fail(module, error)
+    vms = told["vms"]
     if not good:
         names = "; ".join(
             "{}: {}, {:.0%} covered, lag {} bytes, {} s{}".format(
@@ -183,7 +198,7 @@ def main() -> None:
             findings=[],
             vms=vms,
         )
-    module.exit_json(changed=False, vms=vms)
+    module.exit_json(changed=False, **told)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class Hypervisor:
 
     connected: bool = True
     sentence: str = "connected"
+    # (UUID, name, active)
+    domains: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    async def list_domains(self) -> list[tuple[str, str, bool]]:
+        return self.domains
 
 
 @dataclass

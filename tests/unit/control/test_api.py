@@ -109,6 +109,13 @@ def test_vm_already_protected_to_another_peer(served: Any) -> None:
         protect(served.client, peer="backup2")
 
 
+def test_running_vms_that_nobody_protects_are_told(served: Any) -> None:
+    protect(served.client)
+    served.parts.hypervisor.domains = [(WEB, "web1", True), ("u2", "off", False), ("u3", "stray", True)]
+    told = served.client.request("GET", "/v1/vms")
+    assert told["unprotected"] == [{"name": "stray", "uuid": "u3"}]
+
+
 def test_unknown_vm_names_those_that_there_are(served: Any) -> None:
     protect(served.client)
     with pytest.raises(NotFound, match="protected here: web1"):

@@ -248,3 +248,27 @@ def test_evacuate_refuses_bad_input_before_anything_is_started(
     assert refused.returncode != 0
     assert told in " ".join(refused.stdout.split())
     assert (site.first.evacuation.begun, site.second.evacuation.begun) == ([], [])
+
+
+def test_a_vm_that_nobody_protects_is_told_and_is_not_out(site: Site) -> None:
+    protect(site)
+    web, off, stray = (WEB, "web1", True), ("u2", "switched off", False), ("u3", "stray", True)
+    site.first.hypervisor.domains = [web, off, stray]
+    judged = site.play("validate", evacuate_site="home")
+    assert judged.returncode != 0
+    assert "home1: VM stray: it runs and is not protected" in judged.stdout
+    assert "switched off" not in judged.stdout
+    would = site.play("evacuate", "--check", evacuate_site="home")
+    assert would.returncode != 0
+    told = site.play("evacuate", evacuate_site="home", evacuate_report="report.json")
+    assert told.returncode != 0
+    assert "2 of 3 VMs are out; not out: stray" in told.stdout
+    report = json.loads((site.directory / "report.json").read_text())
+    jsonschema.validate(report, json.loads((ROOT / "docs" / "evacuation-report.schema.json").read_text()))
+    (stayed,) = [vm for vm in report["vms"] if vm["name"] == "stray"]
+    assert (stayed["verdict"], stayed["cause"], stayed["host"]) == ("stayed", "not-protected", "home1")
+    site.first.hypervisor.domains = [stray]
+    known = {"evacuate_site": "home", "evacuate_leave_behind": "stray"}
+    assert "2 of 2 VMs are out" in good(site.play("evacuate", **known)).stdout
+    assert "VM stray" not in site.play("validate", **known).stdout
+    good(site.play("evacuate", evacuate_site="home", evacuate_vms="web1"))

@@ -61,6 +61,21 @@ def vms_answer(parts: Parts) -> list[Answer]:
     )
 
 
+async def unprotected_answer(parts: Parts) -> list[Answer] | None:
+    """Running VMs of this host that are not protected, by name: an evacuation leaves them behind.
+
+    None: libvirt does not answer. One that is just arriving belongs to its evacuation.
+    """
+    try:
+        domains = await parts.hypervisor.list_domains()
+    except LifeboatError:
+        return None
+    known = {str(vm["uuid"]) for vm in vms_answer(parts)}
+    known |= {str(arrival["vm"]) for arrival in arrivals_answer(parts) if not arrival.get("ended")}
+    left = [(name, uuid) for uuid, name, active in domains if active and uuid not in known]
+    return [{"name": name, "uuid": uuid} for name, uuid in sorted(left)]
+
+
 def find_vm(parts: Parts, vm: str) -> Answer:
     """The protected VM of that name or UUID. Raises NotFound with those that there are."""
     known = vms_answer(parts)

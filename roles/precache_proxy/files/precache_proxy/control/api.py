@@ -116,7 +116,8 @@ class Api:
 
     async def _vms(self, _request: web.Request) -> web.Response:
         await self._measure()
-        return web.json_response({"vms": answers.vms_answer(self._parts)})
+        unprotected = await answers.unprotected_answer(self._parts)
+        return web.json_response({"vms": answers.vms_answer(self._parts), "unprotected": unprotected})
 
     async def _vm(self, request: web.Request) -> web.Response:
         await self._measure()

@@ -69,14 +69,14 @@ class ActionModule(ActionBase):
         return result
 
     def _evacuate(self, arguments: t.Mapping[str, t.Any]) -> tuple[list[dict[str, t.Any]], bool]:
-        told = self._module("protected_vm_info")
-        vms = told["vms"]
+        here = self._module("protected_vm_info")
+        vms = here["vms"]
         jobs = self._module("evacuation_info")["evacuations"]
         names = candidates(vms, jobs, arguments["vms"])
         batch = Batch(names, vms, jobs, arguments["parallel"])
         # All of a host means those as well that nobody thought of.
         staying = left_behind(
-            (told.get("unprotected") or []) if arguments["vms"] is None else [],
+            (here.get("unprotected") or []) if arguments["vms"] is None else [],
             arguments["leave_behind"],
             check_mode=self._task.check_mode,
         )

@@ -110,11 +110,12 @@ def test_the_downtime_that_is_told_is_the_guests(pair: EvacuationPair, profile: 
         with guest.watch() as watch:
             job = pair.wait_job(HOME, pair.begin(HOME, guest)["id"])
             time.sleep(1)
-        assert job["verdict"] == "evacuated", job
+        assert job["verdict"] == "evacuated", f"{job['cause']}: {job['sentence']}"
         gap_seconds = watch.longest_gap_seconds()
         print(f"{profile}: told {job['downtime_seconds']:.3f} s, by its heartbeats {gap_seconds:.3f} s")
         print(f"QEMU's own: {job['qemu_downtime_seconds']} s")
-        assert job["downtime_seconds"] == pytest.approx(gap_seconds, abs=0.15)
+        # A guest that runs again needs a moment for its first beat: emulated code is translated anew.
+        assert -0.1 < gap_seconds - job["downtime_seconds"] < 0.6
     finally:
         pair.lab.wan.set("none")
 

@@ -163,10 +163,26 @@ class Controller:
         """UUIDs of the VMs that will not leave, with the reason's word."""
         return dict(self._over)
 
-    def update(self, vm: VmSummary) -> None:
-        """A VM is known better by now."""
-        if vm.uuid in self._vms:
-            self._vms[vm.uuid] = vm
+    def source_of(self, uuid: str) -> str:
+        """The host that a VM leaves."""
+        return self._vms[uuid].source
+
+    def has_retries(self, now: float) -> bool:
+        """Whether somebody waits for another try that is still to come."""
+        return any(self._retry_at.get(uuid, 0.0) > now - _RETRY_SECONDS for uuid in self._waiting)
+
+    def not_started(self, uuid: str, now: float) -> None:
+        """A start did not reach its proxy: it is tried again."""
+        self._started.discard(uuid)
+        if self._attempts.get(uuid, 0) < _ATTEMPTS:
+            self._waiting[uuid] = None
+            self._retry_at[uuid] = now + _RETRY_SECONDS
+        else:
+            self._over[uuid] = "unreachable"
+
+    def waits_because(self, uuid: str) -> str:
+        """Why a VM that waits was not started, a word."""
+        return self._over.get(uuid) or self._told.get(uuid) or "not-reached-its-turn"
 
     # -- one interval
 

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What is told of a coordinated evacuation: lines while it goes on, and everything for its report."""
+
+from __future__ import annotations
+
+import datetime
+import typing as t
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT, verdict_line, wire_bytes
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
+    Controller,
+    Observation,
+    Orders,
+    remaining_seconds,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import totals
+
+__all__ = ["Recorder", "forecast_of", "progress_line", "verdict_line"]
+
+_KEPT = (
+    "id",
+    "step",
+    "cause",
+    "sentence",
+    "findings",
+    "eviction_seconds",
+    "downtime_seconds",
+    "bytes",
+    "bound",
+    "steps",
+    "commanded_at",
+    "ended_at",
+)
+_SHOWN_MOVES = 6
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second * 8 / 1e6:.1f} Mbit/s"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def progress_line(
+    site: SiteSummary, seen: Observation, controller: Controller, now: float, trouble: str = ""
+) -> str:
+    """One line on everything: who moves, how far, how fast, until when."""
+    names = {vm.uuid: vm.name for vm in site.vms}
+    goodput = sum(view.goodput_bytes_per_second for view in seen.pairs.values())
+    trips = {vm.uuid: site.pair(vm).round_trip_seconds for vm in site.vms if vm.uuid in seen.moves}
+    moves = []
+    for uuid, move in sorted(seen.moves.items(), key=lambda item: -item[1].bytes_per_second):
+        left = remaining_seconds(move, trips.get(uuid, 0.0))
+        end = "" if left is None else f", {left:.0f} s left"
+        how = "" if move.rung is Rung.LIVE else " (stopped)"
+        megabytes = f" {move.remaining_bytes / 1e6:.0f} MB" if move.phase is Phase.BULK else ""
+        moves.append(
+            f"{names.get(uuid, uuid)}{how} {move.phase.value}{megabytes} {_rate(move.bytes_per_second)}{end}"
+        )
+    more = f" and {len(moves) - _SHOWN_MOVES} more" if len(moves) > _SHOWN_MOVES else ""
+    deadline = "" if seen.deadline_at is None else f"; deadline in {_span(seen.deadline_at - now)}"
+    waiting = len(controller.waiting)
+    return (
+        f"{len(seen.out)} of {len(site.vms)} out, {len(seen.moves)} under way, {waiting} waiting; "
+        f"{_rate(goodput)}{deadline}"
+        + (f" ({trouble})" if trouble else "")
+        + ("; " + ", ".join(moves[:_SHOWN_MOVES]) + more if moves else "")
+        + "; if this ends, jobs go on: run the same command again"
+    )
+
+
+def forecast_of(
+    site: SiteSummary, plan: Plan, at: float, placement: t.Sequence[object] = ()
+) -> dict[str, t.Any]:
+    """A plan as JSON: what rehearsal keeps and what a report sets beside the result."""
+    horizon = plan.deadline_seconds or plan.makespan_seconds
+    return {
+        "at": _iso(at),
+        "site": site.site,
+        "deadline_seconds": plan.deadline_seconds,
+        "makespan_seconds": round(plan.makespan_seconds, 2),
+        "expected_share": round(plan.expected_share(horizon), 4) if horizon else None,
+        "leaving": len(plan.leaving),
+        "vms": [
+            {
+                "name": planned.vm.name,
+                "vm": planned.vm.uuid,
+                "host": planned.vm.source,
+                "peer": planned.vm.destination,
+                "rung": planned.rung.value,
+                "reason": planned.reason,
+                "start_seconds": _rounded(planned.start_seconds),
+                "end_seconds": _rounded(planned.end_seconds),
+                "wire_bytes": round(planned.forecast.wire_bytes),
+                "stop_seconds": _rounded(planned.forecast.stop_seconds),
+                "dirty_bytes_per_second": round(planned.vm.dirty_bytes_per_second),
+                "rate_bytes_per_second": round(planned.forecast.bytes_per_second),
+                "lag_bytes": round(planned.vm.lag_bytes),
+            }
+            for planned in plan.vms
+        ],
+        "uplinks": dict(site.uplinks),
+        "placement": [str(finding) for finding in placement],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+def _iso(at: float) -> str:
+    return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="seconds")
+
+
+class Recorder:
+    """Collects while the evacuation goes on; nothing of it decides anything."""
+
+    def __init__(
+        self, site: SiteSummary, began_at: float, plan: Plan, forecast: t.Mapping[str, t.Any] | None
+    ) -> None:
+        self.site = site
+        self.began_at = began_at
+        self.ended_at = began_at
+        self.samples: list[dict[str, t.Any]] = []
+        self.decisions: list[dict[str, t.Any]] = []
+        self.outcomes: list[dict[str, t.Any]] = []
+        # Names by host as the inventory has them, for hosts that cannot be asked; and what was asked for.
+        self.expected: t.Mapping[str, t.Sequence[str]] = {}
+        self.only: t.Collection[str] | None = None
+        self.forecast = dict(forecast) if forecast else forecast_of(site, plan, began_at)
+        self.carried: dict[str, float] = {}
+        self._carried_first: dict[str, float] = {}
+        self._names = {vm.uuid: vm.name for vm in site.vms}
+        self._steps: dict[str, str] = {}
+        self._rungs: dict[str, str] = {}
+        self._out_at: dict[str, float] = {}
+        self._started_at: dict[str, float] = {}
+
+    def name(self, uuid: str) -> str:
+        """A VM's name."""
+        return self._names.get(uuid, uuid)
+
+    def observe(
+        self, seen: Observation, orders: Orders, hosts: t.Mapping[str, HostState], controller: Controller
+    ) -> None:
+        """Take in an interval."""
+        at = seen.now - self.began_at
+        for uuid in seen.out:
+            if uuid in self._names:
+                self._out_at.setdefault(uuid, at)
+        for uuid, rung in orders.starts:
+            self._started_at[uuid] = at
+            self._rungs[uuid] = rung.value
+        for uuid, fall in orders.falls.items():
+            self._rungs[uuid] = fall.rung.value
+        for uuid in seen.moves:
+            self._started_at.setdefault(uuid, at)
+        self.decisions += [
+            {"at_seconds": round(at, 2), "vm": self.name(told.vm), "what": told.what, "reason": told.reason,
+             "sentence": told.sentence}
+            for told in orders.decisions
+        ]  # fmt: skip
+        self._count(hosts)
+        self.samples.append(
+            {
+                "at_seconds": round(at, 2),
+                "goodput_bytes_per_second": {
+                    " ".join(pair): round(view.goodput_bytes_per_second)
+                    for pair, view in seen.pairs.items()
+                    if pair[0] in hosts
+                },
+                "capacity_bytes_per_second": {
+                    name: round(gate.capacity or 0.0) or None for name, gate in controller.gates.items()
+                },
+                "out": len(seen.out),
+                "under_way": len(seen.moves),
+                "waiting": len(controller.waiting),
+                "deadline_in_seconds": None
+                if seen.deadline_at is None
+                else round(seen.deadline_at - seen.now, 1),
+            }
+        )
+
+    def _count(self, hosts: t.Mapping[str, HostState]) -> None:
+        for host in hosts.values():
+            for link in host.status.get("links", []):
+                for name, figures in ((link.get("counters") or {}).get("classes") or {}).items():
+                    key = f"{host.name} {link['peer']} {name}"
+                    sent = float(figures.get("sent_wire_bytes") or 0.0)
+                    first = self._carried_first.setdefault(key, sent)
+                    # A proxy that was restarted counts from nothing again.
+                    self.carried[key] = sent - first if sent >= first else sent
+
+    def news(self, hosts: t.Mapping[str, HostState], begun: t.Collection[str]) -> list[str]:
+        """A line for each VM whose step is another than at the last look."""
+        lines = []
+        for host in hosts.values():
+            for job in host.jobs:
+                if job["id"] not in begun:
+                    continue
+                step = str(job.get("verdict") or job.get("step"))
+                if self._steps.get(str(job["id"])) == step:
+                    continue
+                self._steps[str(job["id"])] = step
+                lines.append(verdict_line(job) if job.get("verdict") else "{}: {}".format(job["name"], step))
+        return lines
+
+    def conclude(
+        self,
+        hosts: t.Mapping[str, HostState],
+        begun: t.Mapping[str, str],
+        refusals: t.Mapping[str, t.Mapping[str, t.Any]],
+        controller: Controller,
+        now: float,
+    ) -> None:
+        """One outcome for every VM, whatever became of it."""
+        self.ended_at = now
+        planned = {item["vm"]: item for item in self.forecast.get("vms", [])}
+        for vm in self.site.vms:
+            host = hosts.get(vm.source)
+            jobs = [] if host is None else [job for job in host.jobs if job["vm"] == vm.uuid]
+            outcome: dict[str, t.Any] = {
+                "name": vm.name,
+                "vm": vm.uuid,
+                "host": vm.source,
+                "peer": vm.destination,
+            }
+            job = jobs[-1] if jobs else None
+            ours = job is not None and (begun.get(vm.uuid) == job["id"] or vm.uuid in self._out_at)
+            if job is not None and ours:
+                outcome |= {key: job.get(key) for key in _KEPT}
+                outcome["wire_bytes"] = wire_bytes(job)
+                outcome["verdict"] = job.get("verdict") or (
+                    "undecided" if job.get("step") == "undecided" or not job.get("ended") else "failed"
+                )
+                if not job.get("ended") and not outcome.get("sentence"):
+                    outcome["sentence"] = (
+                        f"it was at step {job.get('step')} when {vm.source} was last heard of"
+                    )
+                if outcome["verdict"] == "evacuated" and vm.uuid not in begun:
+                    outcome["verdict"] = "already-there"
+            elif vm.uuid in refusals:
+                outcome |= {"verdict": "failed", **refusals[vm.uuid]}
+            else:
+                reason = controller.waits_because(vm.uuid)
+                outcome |= {"verdict": "stayed", "cause": reason, "sentence": _stays(vm.name, reason)}
+            if host is not None and outcome["verdict"] not in OUT:
+                outcome |= _lag(host, vm.uuid)
+            outcome["rung"] = self._rungs.get(vm.uuid)
+            outcome["started_seconds"] = _rounded(self._started_at.get(vm.uuid))
+            outcome["out_seconds"] = _rounded(self._out_at.get(vm.uuid))
+            outcome["forecast_end_seconds"] = planned.get(vm.uuid, {}).get("end_seconds")
+            self.outcomes.append(outcome)
+        self._others(hosts)
+
+    def _others(self, hosts: t.Mapping[str, HostState]) -> None:
+        """Those that were out before, and those of hosts that could not be asked."""
+        told = {outcome["vm"] for outcome in self.outcomes}
+        for host in hosts.values():
+            protected = {str(vm["uuid"]) for vm in host.status.get("vms", [])}
+            for job in host.jobs:
+                if job["vm"] in told or job["vm"] in protected or not self._asked_for(job):
+                    continue
+                if job.get("verdict") in {"evacuated", "already-there"}:
+                    outcome = {key: job.get(key) for key in _KEPT}
+                    outcome |= {"name": job["name"], "vm": job["vm"], "host": host.name, "peer": job["peer"]}
+                    self.outcomes.append(
+                        outcome | {"verdict": "already-there", "wire_bytes": wire_bytes(job)}
+                    )
+            if host.error and not host.status:
+                for name in self.expected.get(host.name, ()):
+                    self.outcomes.append(
+                        {"name": name, "vm": None, "host": host.name, "verdict": "failed",
+                         "cause": "unreachable", "sentence": host.error}
+                    )  # fmt: skip
+
+    def _asked_for(self, job: t.Mapping[str, t.Any]) -> bool:
+        return self.only is None or job["name"] in self.only or job["vm"] in self.only
+
+    def share(self, at_seconds: float) -> float:
+        """S(t): the share of VMs that was out by then."""
+        return sum(out <= at_seconds for out in self._out_at.values()) / max(1, len(self.site.vms))
+
+    def report(self, strategy: str, deadline: str, hosts: t.Mapping[str, HostState]) -> dict[str, t.Any]:
+        """The whole report as JSON; docs/evacuation-report.schema.json describes it."""
+        outs = sorted(self._out_at.values())
+        makespan = outs[-1] if outs else 0.0
+        left = [
+            sample["deadline_in_seconds"]
+            for sample in self.samples
+            if sample["deadline_in_seconds"] is not None
+        ]
+        horizon = ((left[0] if left else None) or makespan) if self.site.vms else 0.0
+        expected = (
+            sum(max(0.0, horizon - out) for out in outs) / (horizon * len(self.site.vms)) if horizon else None
+        )
+        classes: dict[str, float] = {}
+        for key, count in self.carried.items():
+            name = key.rsplit(" ", 1)[1]
+            classes[name] = classes.get(name, 0.0) + count
+        return {
+            "schema_version": 1,
+            "site": self.site.site,
+            "check_mode": False,
+            "started_at": _iso(self.began_at),
+            "ended_at": _iso(self.ended_at),
+            "hosts": sorted(hosts),
+            "hosts_failed": sorted(name for name, host in hosts.items() if host.error),
+            "totals": totals(self.outcomes),
+            "vms": self.outcomes,
+            "coordination": {
+                "strategy": strategy,
+                "deadline": deadline or None,
+                "seconds": round(self.ended_at - self.began_at, 2),
+                "makespan_seconds": round(makespan, 2),
+                "horizon_seconds": round(horizon, 2) if horizon else None,
+                "expected_share": None if expected is None else round(expected, 4),
+                "bytes_by_class": {name: round(count) for name, count in sorted(classes.items())},
+                "forecast": self.forecast,
+                "samples": self.samples,
+                "decisions": self.decisions,
+            },
+        }
+
+
+def _lag(host: HostState, uuid: str) -> dict[str, t.Any]:
+    for vm in host.status.get("vms", []):
+        if vm["uuid"] == uuid:
+            return {key: vm.get(key) for key in ("lag_bytes", "lag_seconds", "generation")}
+    return {}
+
+
+_SENTENCES = {
+    "does-not-fit-before-deadline": "there was no time for it before the deadline",
+    "no-memory-at-destination": "its destination has no memory for it",
+    "does-not-converge": "it dirties memory faster than it is sent, and may not be paused",
+    "no-rung-allowed": "nothing but staying is allowed for it",
+    "not-reached-its-turn": "its turn did not come",
+    "too-late": "it would not have arrived in time, and gave way to others",
+    "unreachable": "its host could not be reached",
+}
+
+
+def _stays(name: str, reason: str) -> str:
+    return f"VM {name} stays: {_SENTENCES.get(reason, reason)}; its replica is what survives"

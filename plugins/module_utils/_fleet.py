@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What proxies say, made into what planner and controller know: pure conversions of JSON."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, field, replace
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Observation, PairView
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import DOWNTIME_LIMIT_SECONDS
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import wished
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    DEFAULT_PACKED_RATIO,
+    DEFAULT_PRIORITY,
+    DestinationSummary,
+    PairSummary,
+    Rung,
+    SiteSummary,
+    VmSummary,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._wait import Job, job_out
+
+Json = t.Mapping[str, t.Any]
+Pair = tuple[str, str]
+
+# What a job may have failed of that another try may not meet again.
+_PASSING = frozenset({
+    "unreachable", "stalled", "peer-restarted", "link-lost", "proxy-restarted", "hypervisor", "protocol",
+    "error",
+})  # fmt: skip
+_LEAD_IN = frozenset({"preflight", "catch-up", "freeze", "residual", "prepare"})
+_CLOSING = frozenset({"confirm", "released", "finish", "rollback", "undecided"})
+
+
+@dataclass
+class HostState:
+    """What a host's proxy said last; ``error``: why it said nothing."""
+
+    name: str
+    status: dict[str, t.Any] = field(default_factory=dict)
+    workload: dict[str, t.Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def jobs(self) -> list[dict[str, t.Any]]:
+        """The newest job of each VM."""
+        latest = {str(job["vm"]): job for job in self.status.get("evacuations", [])}
+        return list(latest.values())
+
+
+def site_summary(
+    site: str,
+    sources: t.Sequence[HostState],
+    destinations: t.Mapping[str, HostState],
+    wishes: t.Mapping[str, Json],
+    names: t.Collection[str] | None,
+    uplink_bytes_per_second: float | None,
+) -> SiteSummary:
+    """Every VM that is to leave: protected at a source, or on its way; ``names`` picks, None picks all."""
+    vms: list[VmSummary] = []
+    links: dict[Pair, Json] = {}
+    for host in sources:
+        for link in host.status.get("links", []):
+            links[host.name, str(link["peer"])] = link
+        vms += _vms_of(host, wishes, names)
+    pairs = [_pair(key, links.get(key, {}), site) for key in sorted({vm.pair for vm in vms})]
+    return SiteSummary(
+        site,
+        tuple(vms),
+        tuple(pairs),
+        tuple(_destination(name, destinations.get(name)) for name in sorted({vm.destination for vm in vms})),
+        {site: uplink_bytes_per_second or (pairs[0].bytes_per_second if len(pairs) == 1 else None)},
+    )
+
+
+def _vms_of(
+    host: HostState, wishes: t.Mapping[str, Json], names: t.Collection[str] | None
+) -> list[VmSummary]:
+    figures = {str(vm["uuid"]): vm for vm in host.workload.get("vms", [])}
+    told = []
+    known = set()
+    for vm in host.status.get("vms", []):
+        if names is None or vm["name"] in names or vm["uuid"] in names:
+            known.add(str(vm["uuid"]))
+            wish = wishes.get(str(vm["name"])) or wishes.get(str(vm["uuid"])) or {}
+            told.append(_vm(host.name, vm, figures.get(str(vm["uuid"]), {}), wish))
+    for job in host.jobs:
+        # Handed over already, and the source about to forget it.
+        if not job.get("ended") and job["vm"] not in known and (names is None or job["name"] in names):
+            told.append(VmSummary(str(job["vm"]), str(job["name"]), host.name, str(job["peer"])))
+    return told
+
+
+def _vm(host: str, vm: Json, figures: Json, wish: Json) -> VmSummary:
+    memory = float(figures.get("memory_bytes") or 0.0)
+    used = figures.get("memory_used_bytes")
+    plain = VmSummary(
+        str(vm["uuid"]),
+        str(vm["name"]),
+        host,
+        str(vm["peer"]),
+        lag_bytes=float(vm.get("lag_bytes") or 0.0),
+        memory_bytes=memory,
+        memory_used_bytes=memory if used is None else float(used),
+        dirty_bytes_per_second=float(figures.get("dirty_bytes_per_second") or 0.0),
+        packed_ratio=float(figures.get("packed_ratio") or DEFAULT_PACKED_RATIO),
+        priority=DEFAULT_PRIORITY if vm.get("priority") is None else int(vm["priority"]),
+        running=bool(figures.get("running", True)),
+    )
+    return replace(plain, **wished(plain, wish))
+
+
+def _pair(key: Pair, link: Json, site: str) -> PairSummary:
+    return PairSummary(
+        *key,
+        uplink=site,
+        bytes_per_second=link.get("rate_bytes_per_second"),
+        round_trip_seconds=float(
+            link.get("least_round_trip_seconds") or link.get("round_trip_seconds") or 0.0
+        ),
+    )
+
+
+def _destination(name: str, host: HostState | None) -> DestinationSummary:
+    if host is None or not host.status:
+        return DestinationSummary(name)
+    return DestinationSummary(
+        name,
+        str(host.status.get("site") or ""),
+        host.workload.get("memory_free_bytes"),
+        (host.status.get("store") or {}).get("free_bytes"),
+    )
+
+
+@dataclass
+class _Counted:
+    at: float
+    sent_wire: float
+    sent_raw: float
+
+
+class Eyes:
+    """Turns what proxies say each interval into an Observation; remembers counters from look to look."""
+
+    def __init__(self, paused: t.Collection[str] = ()) -> None:
+        self.paused: set[str] = set(paused)
+        self.ratios: dict[str, float] = {}
+        self._vms: dict[str, _Counted] = {}
+        self._pairs: dict[Pair, tuple[float, float]] = {}
+        self.carried_bytes: dict[str, float] = {}
+
+    def look(
+        self,
+        hosts: t.Mapping[str, HostState],
+        now: float,
+        begun: t.Collection[str],
+        deadline_at: float | None,
+    ) -> Observation:
+        """The observation. ``begun``: identifiers of jobs that count; older ones that failed do not."""
+        moves: dict[str, Move] = {}
+        pairs: dict[Pair, PairView] = {}
+        out: set[str] = set()
+        failed: dict[str, bool] = {}
+        for host in hosts.values():
+            if not host.status:
+                continue
+            labels: dict[str, Json] = {}
+            for link in host.status.get("links", []):
+                key = (host.name, str(link["peer"]))
+                pairs[key] = self._pair(key, link, now, up=not host.error)
+                labels.update((link.get("counters") or {}).get("labels") or {})
+            protected = {str(vm["uuid"]) for vm in host.status.get("vms", [])}
+            for job in host.jobs:
+                uuid = str(job["vm"])
+                if not job.get("ended") and job.get("step") != "undecided":
+                    moves[uuid] = self._move(job, labels.get(uuid, {}), now)
+                elif job_out(job) and (job["id"] in begun or uuid not in protected):
+                    out.add(uuid)
+                elif job["id"] in begun:
+                    failed[uuid] = job.get("step") != "undecided" and job.get("cause") in _PASSING
+        return Observation(now, moves, pairs, out, failed, deadline_at)
+
+    def _pair(self, key: Pair, link: Json, now: float, *, up: bool) -> PairView:
+        sent = float((link.get("counters") or {}).get("sent_wire_bytes") or 0.0)
+        for name, figures in ((link.get("counters") or {}).get("classes") or {}).items():
+            self.carried_bytes[f"{key[0]} {key[1]} {name}"] = float(figures.get("sent_wire_bytes") or 0.0)
+        before = self._pairs.get(key)
+        self._pairs[key] = (now, sent)
+        rate = 0.0
+        if before is not None and now > before[0]:
+            rate = max(0.0, (sent - before[1]) / (now - before[0]))
+        trip = float(link.get("round_trip_seconds") or 0.0)
+        return PairView(up and link.get("state") == "up", rate, trip)
+
+    def _move(self, job: Job, label: Json, now: float) -> Move:
+        uuid = str(job["vm"])
+        progress = job.get("progress") or {}
+        wire, raw = float(label.get("sent_wire_bytes") or 0.0), float(label.get("sent_raw_bytes") or 0.0)
+        before = self._vms.get(uuid)
+        self._vms[uuid] = _Counted(now, wire, raw)
+        rate = 0.0
+        if before is not None and now > before.at:
+            rate = max(0.0, (wire - before.sent_wire) / (now - before.at))
+        if rate > 0 and progress.get("memory_bytes_per_second"):
+            # What a byte of QEMU's becomes on the wire, as it is seen now; smoothed, pages differ.
+            seen = min(1.5, max(0.02, rate / float(progress["memory_bytes_per_second"])))
+            self.ratios[uuid] = 0.7 * self.ratios.get(uuid, DEFAULT_PACKED_RATIO) + 0.3 * seen
+        ratio = self.ratios.get(uuid, DEFAULT_PACKED_RATIO)
+        dirty = float(progress.get("memory_dirty_pages_per_second") or 0.0)
+        dirty *= float(progress.get("memory_page_size") or 4096)
+        left = float(progress.get("memory_remaining_bytes") or 0.0) * ratio
+        left += float(progress.get("disk_remaining_bytes") or 0.0)
+        return Move(
+            uuid,
+            self._phase(job, progress, left, rate),
+            Rung.PAUSED if uuid in self.paused or job.get("guest_paused") else Rung.LIVE,
+            left,
+            rate,
+            dirty * ratio,
+            bool(progress.get("hopeless")),
+        )
+
+    @staticmethod
+    def _phase(job: Job, progress: Json, left: float, rate: float) -> Phase:
+        step = str(job.get("step"))
+        if step in _CLOSING:
+            return Phase.CLOSING
+        if step in _LEAD_IN or not progress.get("memory_total_bytes"):
+            return Phase.LEAD_IN
+        rounds = int(progress.get("memory_iteration") or 0)
+        if rounds > 1 and left <= rate * float(
+            progress.get("downtime_limit_seconds") or DOWNTIME_LIMIT_SECONDS
+        ):
+            return Phase.LAST
+        return Phase.BULK

@@ -1,0 +1,131 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Evacuate a whole site; the work is done by the action plugin of the same name."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: site_evacuation
+short_description: Evacuate a site, or forecast how that would go
+version_added: 0.1.0
+description:
+  - Sees all hypervisors of a site and their peers at once, decides who goes when, how and with how much of
+    the link, and adapts every few seconds.
+  - Runs on the controller, once for all hosts (C(run_once)). Talks to the proxies through SSH by paramiko.
+  - Holds no state. When the controller dies the jobs go on in the proxies, and running it again carries on.
+  - A VM that does not get out does not fail this task, so that a report can be made of all. Look at the
+    verdicts.
+extends_documentation_fragment:
+  - lifeboat.evacuation.proxy
+  - lifeboat.evacuation.attributes
+  - lifeboat.evacuation.attributes.lifeboat_group
+attributes:
+  check_mode:
+    support: full
+    details:
+      - In check mode nothing is started, as with O(state=forecast).
+  diff_mode:
+    support: none
+requirements:
+  - paramiko on the controller
+  - jinja2 on the controller
+options:
+  site:
+    description:
+      - The site to empty, a group of the inventory.
+    type: str
+    required: true
+  hosts:
+    description:
+      - Only these hypervisors of the site.
+    type: list
+    elements: str
+  vms:
+    description:
+      - Names or UUIDs of VMs. All that are protected at the site if left out.
+    type: list
+    elements: str
+  state:
+    description:
+      - V(evacuated) moves VMs. V(forecast) tells how it would go now, and changes nothing.
+    type: str
+    choices: [evacuated, forecast]
+    default: evacuated
+  strategy:
+    description:
+      - V(feedback) adapts. V(sequential), V(parallel) and V(static:N) (N at a time per pair of proxies)
+        are there to compare with.
+    type: str
+    default: feedback
+  deadline:
+    description:
+      - When the power goes. Seconds from now, V(20m), V(14:30), an ISO 8601 instant,
+        or V(ups:NAME@HOST), which is asked for its C(battery.runtime) by C(upsc), again and again.
+    type: str
+  deadline_reserve:
+    description:
+      - So much of the time is not counted upon.
+    type: str
+    default: "0"
+  uplink:
+    description:
+      - What the way out of the site carries, such as V(400Mbit/s), where it is known.
+    type: str
+  progress:
+    description:
+      - Seconds between two lines of progress when nothing else is to be told.
+    type: float
+    default: 5.0
+  forecast:
+    description:
+      - A forecast made before, to be set beside the result in the report.
+    type: dict
+  report:
+    description:
+      - File on the controller for the report as JSON.
+    type: path
+  page:
+    description:
+      - File on the controller for the report as one HTML page.
+    type: path
+seealso:
+  - module: lifeboat.evacuation.host_evacuation
+"""
+
+EXAMPLES = r"""
+- name: Empty a site within 20 minutes
+  lifeboat.evacuation.site_evacuation:
+    site: home
+    deadline: 20m
+    report: evacuation-report.json
+    page: evacuation-report.html
+  run_once: true
+
+- name: Empty a site for as long as the battery lasts, a minute less
+  lifeboat.evacuation.site_evacuation:
+    site: home
+    deadline: ups:rack1@ups.example.org
+    deadline_reserve: 60s
+  run_once: true
+"""
+
+RETURN = r"""
+report:
+  description: The report, see docs/evacuation-report.md.
+  returned: with O(state=evacuated)
+  type: dict
+vms:
+  description: What became of each VM, as in the report.
+  returned: with O(state=evacuated)
+  type: list
+  elements: dict
+forecast:
+  description: How it would go now.
+  returned: with O(state=forecast), and in check mode
+  type: dict
+unreached:
+  description: Hypervisors that could not be asked, with the reason.
+  returned: success
+  type: dict
+"""

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""One evacuation of one site: looks at all proxies, lets the controller decide, asks for what it decided.
+
+It holds no state that matters. Killed at any line, the jobs go on; begun again it finds them and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import typing as t
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError, job_path
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
+    Controller,
+    Observation,
+    Orders,
+    interval_seconds,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
+    Recorder,
+    progress_line,
+    verdict_line,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
+    Eyes,
+    HostState,
+    Json,
+    site_summary,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
+    placement_findings,
+    site_findings,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    Finding,
+    Rung,
+    SiteSummary,
+)
+
+_SHARE_LEASE_SECONDS = 20.0
+# With nothing under way and nothing that may start, after so many looks it is over.
+_IDLE_LOOKS = 4
+_UNREACHED_PATIENCE_SECONDS = 300.0
+
+
+class Proxy(t.Protocol):
+    """One host's proxy, however it is reached."""
+
+    @property
+    def name(self) -> str:
+        """The inventory's name of the host."""
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: t.Mapping[str, object] | None = None,
+        timeout_seconds: float = 30.0,
+    ) -> t.Any:
+        """The JSON answer. Raises ProxyError."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the operator asked for."""
+
+    site: str
+    vms: tuple[str, ...] | None
+    strategy: str
+    progress_seconds: float
+    wishes: t.Mapping[str, Json]
+    uplink_bytes_per_second: float | None = None
+    forecast: t.Mapping[str, t.Any] | None = None
+    expected: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
+
+
+class Refused(Exception):
+    """Nothing was started: everything that is wrong, at once."""
+
+    def __init__(self, findings: t.Sequence[Finding]) -> None:
+        self.findings = list(findings)
+        super().__init__("; ".join(str(finding) for finding in findings))
+
+
+class Coordinator:
+    """Works on proxies that are given, with a clock and a way to say things that are given."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        sources: t.Sequence[Proxy],
+        destinations: t.Mapping[str, Proxy],
+        deadline: Watch,
+        say: t.Callable[[str], None],
+        clock: t.Callable[[], float] = time.time,
+        sleep: t.Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.wanted = wanted
+        self._sources = {proxy.name: proxy for proxy in sources}
+        self._destinations = destinations
+        self._deadline = deadline
+        self._say = say
+        self._clock = clock
+        self._sleep = sleep
+        self._pool = ThreadPoolExecutor(max_workers=max(4, min(64, 2 * len(self._sources))))
+        self._pending: dict[str, Future[dict[str, t.Any]]] = {}
+        self._begun: dict[str, str] = {}
+        self._found: set[str] = set()
+        self._to_pause: set[str] = set()
+        self._shares: dict[str, tuple[float | None, float]] = {}
+        self._refusals: dict[str, dict[str, t.Any]] = {}
+        self._lost_at: dict[str, float] = {}
+        self.hosts = {name: HostState(name) for name in self._sources}
+        self.there = {name: HostState(name) for name in destinations}
+        self.changed = False
+
+    # -- before anything moves
+
+    def survey(self) -> SiteSummary:
+        """Ask all proxies, sources and destinations. Raises Refused with everything that is wrong."""
+        self._ask_all()
+        now = self._clock()
+        deadline_at = self._deadline.now(now)
+        findings: list[Finding] = []
+        if self._deadline.deadline is not None and deadline_at is None:
+            way_out = "give the deadline as a time, or mend the UPS"
+            findings.append(Finding("deadline", self._deadline.trouble or "is not known", way_out))
+        elif deadline_at is not None and deadline_at <= now:
+            findings.append(
+                Finding(f"deadline {self._deadline.deadline.text if self._deadline.deadline else ''!r}",
+                        "has passed, what is held in reserve counted", "name a later one, or less reserve")
+            )  # fmt: skip
+        site = site_summary(
+            self.wanted.site,
+            list(self.hosts.values()),
+            self.there,
+            self.wanted.wishes,
+            self.wanted.vms,
+            self.wanted.uplink_bytes_per_second,
+        )
+        findings += site_findings(site)
+        if findings:
+            raise Refused(findings)
+        return site
+
+    def forecast(self, site: SiteSummary) -> tuple[Plan, list[Finding]]:
+        """The plan for now, and what would not fit."""
+        now = self._clock()
+        at = self._deadline.now(now)
+        plan = make_plan(site, None if at is None else at - now, overlap=self.wanted.strategy != "sequential")
+        return plan, placement_findings(site)
+
+    def _ask_all(self) -> None:
+        def ask(proxy: Proxy, state: HostState, *, here: bool) -> None:
+            try:
+                state.status = proxy.request("GET", "/v1/status")
+                state.error = ""
+            except ProxyError as error:
+                if here or not state.status:
+                    state.error = error.message
+                return
+            # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
+            with contextlib.suppress(ProxyError):
+                state.workload = proxy.request("POST", "/v1/workload", {"seconds": 1})
+
+        futures = [
+            self._pool.submit(ask, proxy, self.hosts[name], here=True)
+            for name, proxy in self._sources.items()
+        ]
+        futures += [
+            self._pool.submit(ask, proxy, self.there[name], here=False)
+            for name, proxy in self._destinations.items()
+        ]
+        for future in futures:
+            future.result()
+
+    # -- moving
+
+    def run(self, site: SiteSummary) -> Recorder:
+        """Evacuate; what became of everything is in the recorder that is returned."""
+        began = self._clock()
+        plan, _placement = self.forecast(site)
+        recorder = Recorder(site, began, plan, self.wanted.forecast)
+        recorder.expected, recorder.only = self.wanted.expected, self.wanted.vms
+        controller = Controller(site, self.wanted.strategy)
+        interval = interval_seconds(pair.round_trip_seconds for pair in site.pairs)
+        eyes = Eyes()
+        self._adopt(site)
+        said_at, idle = began, 0
+        self._say(f"{len(site.vms)} VMs to leave {self.wanted.site} by strategy {self.wanted.strategy}; "
+                  f"forecast {plan.makespan_seconds:.0f} s")  # fmt: skip
+        for planned in plan.vms:
+            if planned.end_seconds is None:
+                self._say(f"{planned.vm.name}: would stay ({planned.reason})")
+        while True:
+            looked_at = self._clock()
+            self._look(interval)
+            deadline_at = self._deadline.now(self._clock())
+            seen = eyes.look(self.hosts, self._clock(), set(self._begun.values()), deadline_at)
+            seen = self._with_refusals(seen)
+            orders = controller.step(seen)
+            self._obey(orders, seen, controller, eyes)
+            recorder.observe(seen, orders, self.hosts, controller)
+            for line in recorder.news(self.hosts, self._begun.values()):
+                self._say(line)
+                said_at = self._clock()
+            for decision in orders.decisions:
+                if decision.what != "starts":
+                    self._say(f"{recorder.name(decision.vm)}: {decision.what} ({decision.reason})"
+                              + (f": {decision.sentence}" if decision.sentence else ""))  # fmt: skip
+            if self._clock() - said_at >= self.wanted.progress_seconds:
+                self._say(progress_line(site, seen, controller, self._clock(), self._deadline.trouble))
+                said_at = self._clock()
+            # Those that start now are seen at the next look.
+            idle = 0 if seen.moves or orders.starts else idle + 1
+            if idle >= _IDLE_LOOKS and not self._may_still_start(controller, seen):
+                break
+            self._sleep(max(0.1, interval - (self._clock() - looked_at)))
+        self._look(interval, patient=True)
+        recorder.conclude(self.hosts, self._begun, self._refusals, controller, self._clock())
+        for outcome in recorder.outcomes:
+            if outcome["verdict"] not in {"evacuated", "already-there"}:
+                self._say(verdict_line(outcome))
+        return recorder
+
+    def close(self) -> None:
+        """Hang up everywhere. What is under way goes on."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for proxy in (*self._sources.values(), *self._destinations.values()):
+            proxy.close()
+
+    def _adopt(self, site: SiteSummary) -> None:
+        """Jobs that are under way already count as ours."""
+        names = {vm.uuid for vm in site.vms}
+        for host in self.hosts.values():
+            for job in host.jobs:
+                if job["vm"] in names and not job.get("ended"):
+                    self._begun[str(job["vm"])] = str(job["id"])
+                    self._found.add(str(job["vm"]))
+
+    def _look(self, interval: float, *, patient: bool = False) -> None:
+        """Ask the sources how they stand; one that is slow or gone holds up nobody."""
+        for name, proxy in self._sources.items():
+            if name not in self._pending:
+                self._pending[name] = self._pool.submit(proxy.request, "GET", "/v1/status")
+        until = time.monotonic() + (30.0 if patient else max(1.0, interval * 0.75))
+        for name in list(self._pending):
+            future = self._pending[name]
+            try:
+                status = future.result(timeout=max(0.0, until - time.monotonic()))
+            except TimeoutError:
+                continue
+            except ProxyError as error:
+                del self._pending[name]
+                if not self.hosts[name].error:
+                    self._say(f"{name}: {error.message}")
+                self.hosts[name].error = error.message
+                self._lost_at.setdefault(name, self._clock())
+                continue
+            del self._pending[name]
+            if self.hosts[name].error:
+                self._say(f"{name}: answers again")
+            self.hosts[name].status, self.hosts[name].error = status, ""
+            self._lost_at.pop(name, None)
+
+    def _with_refusals(self, seen: Observation) -> Observation:
+        failed = dict(seen.failed)
+        for uuid in self._refusals:
+            failed[uuid] = False
+        now = self._clock()
+        for name, since in self._lost_at.items():
+            # Its proxy goes on by itself; we do not wait for ever to hear of it.
+            if now - since < _UNREACHED_PATIENCE_SECONDS:
+                continue
+            for vm in self.hosts[name].status.get("vms", []):
+                failed.setdefault(str(vm["uuid"]), False)
+        moves = {
+            uuid: move
+            for uuid, move in seen.moves.items()
+            if uuid not in failed or seen.failed.get(uuid) is not None
+        }
+        return replace(seen, failed=failed, moves=moves)
+
+    def _may_still_start(self, controller: Controller, seen: Observation) -> bool:
+        if seen.deadline_at is not None and seen.deadline_at <= seen.now:
+            return False
+        return controller.has_retries(seen.now) or bool(self._lost_waiting(controller, seen))
+
+    def _lost_waiting(self, controller: Controller, seen: Observation) -> list[str]:
+        lost = {
+            name for name in self._lost_at if seen.now - self._lost_at[name] < _UNREACHED_PATIENCE_SECONDS
+        }
+        return [uuid for uuid in controller.waiting if controller.source_of(uuid) in lost]
+
+    # -- asking the proxies for what was decided
+
+    def _obey(self, orders: Orders, seen: Observation, controller: Controller, eyes: Eyes) -> None:
+        starts = [(uuid, rung, self._pool.submit(self._begin, uuid, controller.source_of(uuid)))
+                  for uuid, rung in orders.starts]  # fmt: skip
+        for uuid, rung, begun in starts:
+            name = next(vm.name for vm in controller.site.vms if vm.uuid == uuid)
+            try:
+                job = begun.result(timeout=60)
+            except (ProxyError, TimeoutError) as error:
+                cause = error.cause if isinstance(error, ProxyError) else "unreachable"
+                if cause == "unreachable":
+                    controller.not_started(uuid, seen.now)
+                    self._say(f"{name}: not started now: {error}")
+                    continue
+                findings = error.findings if isinstance(error, ProxyError) else []
+                self._refusals[uuid] = {"cause": cause, "sentence": str(error), "findings": findings}
+                continue
+            if self._begun.get(uuid) != job["id"]:
+                self.changed = True
+            self._begun[uuid] = str(job["id"])
+            if rung is not Rung.LIVE:
+                self._to_pause.add(uuid)
+            how = "" if rung is Rung.LIVE else ", its guest will stop for its memory to cross once"
+            self._say(f"{name}: starts, to {job.get('peer')}{how}")
+        for uuid, fall in orders.falls.items():
+            if fall.rung is Rung.PAUSED:
+                self._to_pause.add(uuid)
+            elif fall.rung is Rung.STAY:
+                self._ask(controller, uuid, "cancel", None)
+        for uuid in list(self._to_pause):
+            move = seen.moves.get(uuid)
+            if move is None or move.phase is Phase.LEAD_IN:
+                continue
+            self._to_pause.discard(uuid)
+            if self._ask(controller, uuid, "steer", {"pause_guest": True}):
+                eyes.paused.add(uuid)
+        for uuid, share in orders.shares.items():
+            self._share(controller, uuid, share, seen.now)
+
+    def _begin(self, uuid: str, host: str) -> dict[str, t.Any]:
+        return dict(self._sources[host].request("POST", "/v1/evacuations", {"vm": uuid}))
+
+    def _share(self, controller: Controller, uuid: str, share: float | None, now: float) -> None:
+        before, until = self._shares.get(uuid, (None, float("inf")))
+        renewed = until - now > _SHARE_LEASE_SECONDS / 2
+        if share == before and (share is None or renewed):
+            return
+        if share is not None and before is not None and abs(share - before) < 0.1 * before and renewed:
+            return
+        body: dict[str, object] = {
+            "share_bytes_per_second": None if share is None else max(share, 16_384.0),
+            "for_seconds": _SHARE_LEASE_SECONDS,
+        }
+        if uuid in self._begun and self._ask(controller, uuid, "steer", body):
+            self._shares[uuid] = (share, now + _SHARE_LEASE_SECONDS)
+
+    def _ask(self, controller: Controller, uuid: str, what: str, body: t.Mapping[str, object] | None) -> bool:
+        try:
+            proxy = self._sources[controller.source_of(uuid)]
+            proxy.request("POST", job_path(self._begun.get(uuid, uuid), what), body)
+        except ProxyError as error:
+            # It may have ended since we looked: the next look says.
+            if error.cause not in {"conflict", "not-found", "unreachable"}:
+                self._say(f"{proxy.name}: {error.message}")
+            return False
+        return True

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""How the inventory says that a host is reached: understood whole, or refused with every finding.
+
+What is ignored in silence would show in the worst hour; so a connection variable that matters and that is not
+understood here is a finding.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import typing as t
+from dataclasses import dataclass, replace
+
+import paramiko
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding
+
+Variables = t.Mapping[str, t.Any]
+
+CONNECTIONS = (
+    "ssh",
+    "smart",
+    "paramiko",
+    "paramiko_ssh",
+    "ansible.builtin.ssh",
+    "local",
+    "ansible.builtin.local",
+)
+# Understood; what else begins with these is refused.
+_ARGUMENTS = ("ansible_ssh_args", "ansible_ssh_common_args", "ansible_ssh_extra_args")
+_REFUSED = {
+    "ansible_ssh_executable": "paramiko is used instead",
+    "ansible_pkcs11_provider": "keys on tokens are reached through an agent",
+    "ansible_ssh_pkcs11_provider": "keys on tokens are reached through an agent",
+    "ansible_become_exe": "sudo is used",
+    "ansible_become_flags": "sudo is used as it is",
+    "ansible_sudo_flags": "sudo is used as it is",
+}
+# They change how ssh behaves, not whom it reaches and as whom.
+_HARMLESS_OPTIONS = frozenset({
+    "controlmaster", "controlpath", "controlpersist", "batchmode", "loglevel", "serveraliveinterval",
+    "serveralivecountmax", "tcpkeepalive", "compression", "addressfamily", "forwardagent",
+    "forwardx11", "preferredauthentications", "passwordauthentication", "kbdinteractiveauthentication",
+    "pubkeyauthentication", "gssapiauthentication", "visualhostkey", "requesttty", "host",
+    "hashknownhosts", "sendenv", "updatehostkeys", "checkhostip", "numberofpasswordprompts",
+})  # fmt: skip
+_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Everything that it takes to run a command on a host."""
+
+    name: str
+    local: bool = False
+    host: str = ""
+    port: int = 22
+    user: str = ""
+    password: str | None = None
+    keys: tuple[str, ...] = ()
+    only_keys: bool = False
+    known_hosts: tuple[str, ...] = ()
+    check_host_key: bool = True
+    accept_new_host_key: bool = False
+    jumps: tuple[str, ...] = ()
+    timeout_seconds: float = _TIMEOUT_SECONDS
+    become: bool = False
+    become_password: str | None = None
+    config: str = ""
+
+
+def read(name: str, variables: Variables) -> tuple[Reach, list[Finding]]:
+    """How a host is reached, and what of its variables cannot be followed."""
+    findings: list[Finding] = []
+
+    def note(variable: str, fact: str, way_out: str) -> None:
+        findings.append(Finding(f"{name}: {variable}", fact, way_out))
+
+    connection = str(variables.get("ansible_connection") or "ssh")
+    if connection not in CONNECTIONS:
+        note(
+            "ansible_connection",
+            f"is {connection!r}",
+            "use ssh (or local): the coordinator speaks SSH itself",
+        )
+    for variable, why in _REFUSED.items():
+        if variables.get(variable) and str(variables[variable]) not in {"ssh", "sudo"}:
+            note(variable, f"is not followed: {why}", "take it out, or use evacuate_coordinated=false")
+    become, findings_of_become = _become(name, variables)
+    findings += findings_of_become
+    told = Reach(
+        name,
+        local=connection.endswith("local"),
+        host=str(variables.get("ansible_host") or variables.get("ansible_ssh_host") or name),
+        user=str(variables.get("ansible_user") or variables.get("ansible_ssh_user") or ""),
+        password=_secret(variables, "ansible_password", "ansible_ssh_password", "ansible_ssh_pass"),
+        check_host_key=_flag(
+            variables.get("ansible_host_key_checking", variables.get("ansible_ssh_host_key_checking")), True
+        ),
+        timeout_seconds=float(
+            variables.get("ansible_timeout") or variables.get("ansible_ssh_timeout") or 10.0
+        ),
+        become=become,
+        become_password=_secret(
+            variables, "ansible_become_password", "ansible_become_pass", "ansible_sudo_pass"
+        ),
+    )
+    key = variables.get("ansible_private_key_file") or variables.get("ansible_ssh_private_key_file")
+    if key:
+        told = replace(told, keys=(os.path.expanduser(str(key)),))
+    options: list[tuple[str, str]] = []
+    config = ""
+    for variable in _ARGUMENTS:
+        parsed, file, wrong = _arguments(str(variables.get(variable) or ""))
+        options += parsed
+        config = file or config
+        for argument in wrong:
+            note(
+                variable,
+                f"holds {argument!r}, which is not understood",
+                "see docs/coordination.md for what is",
+            )
+    port = variables.get("ansible_port") or variables.get("ansible_ssh_port")
+    # As ssh does: the command line first, then the configuration file, first come first served.
+    for option, value in options + _configured(config, told.host, told, note):
+        told = _apply(told, option, value, note)
+    if port:
+        told = replace(told, port=int(port))
+    if not told.user and not told.local:
+        told = replace(told, user=str(variables.get("remote_user") or os.environ.get("USER") or "root"))
+    return told, findings
+
+
+def _secret(variables: Variables, *names: str) -> str | None:
+    for name in names:
+        if variables.get(name):
+            return str(variables[name])
+    return None
+
+
+def _flag(value: object, usual: bool) -> bool:
+    if value is None:
+        return usual
+    return str(value).strip().lower() not in {"false", "no", "off", "0", ""}
+
+
+def _become(name: str, variables: Variables) -> tuple[bool, list[Finding]]:
+    findings: list[Finding] = []
+    become = _flag(variables.get("ansible_become"), True)
+    method = str(variables.get("ansible_become_method") or "sudo")
+    if become and method not in {"sudo", "ansible.builtin.sudo"}:
+        findings.append(
+            Finding(f"{name}: ansible_become_method", f"is {method!r}", "use sudo, or log in as root")
+        )
+    user = str(variables.get("ansible_become_user") or "root")
+    if become and user != "root":
+        findings.append(
+            Finding(
+                f"{name}: ansible_become_user",
+                f"is {user!r}",
+                "use root; or set ansible_become=false for a user in the group lifeboat",
+            )
+        )
+    return become, findings
+
+
+def _arguments(text: str) -> tuple[list[tuple[str, str]], str, list[str]]:
+    """Options, the configuration file and what was not understood, of arguments of ssh."""
+    options: list[tuple[str, str]] = []
+    config, wrong = "", []
+    words = shlex.split(text)
+    letters = {"-i": "identityfile", "-p": "port", "-l": "user", "-J": "proxyjump"}
+    while words:
+        word = words.pop(0)
+        flag, value = word[:2], word[2:]
+        if flag in {"-F", "-o", *letters} and not value:
+            if not words:
+                wrong.append(word)
+                break
+            value = words.pop(0)
+        if flag == "-F":
+            config = os.path.expanduser(value)
+        elif flag == "-o":
+            key, mark, setting = value.partition("=")
+            if not mark:
+                key, _space, setting = value.partition(" ")
+            options.append((key.strip().lower(), setting.strip().strip('"')))
+        elif flag in letters:
+            options.append((letters[flag], value))
+        elif word not in {"-C", "-q", "-T", "-4", "-6", "-A", "-a", "-x"}:
+            wrong.append(word)
+    return options, config, wrong
+
+
+Note = t.Callable[[str, str, str], None]
+
+
+def _configured(config: str, host: str, told: Reach, note: Note) -> list[tuple[str, str]]:
+    """What an ssh configuration file says of a host; the user's own where no other is named."""
+    path = config or os.path.expanduser("~/.ssh/config")
+    if told.local or (not config and not os.path.exists(path)):
+        return []
+    try:
+        parsed = paramiko.SSHConfig.from_path(path).lookup(host)
+    except (OSError, paramiko.SSHException) as error:
+        note(
+            "ansible_ssh_common_args",
+            f"names {path}, which cannot be read ({error})",
+            "mend it or take it out",
+        )
+        return []
+    told_options: list[tuple[str, str]] = []
+    for key, value in parsed.items():
+        # paramiko gives some as lists, and the host's name always.
+        if key == "hostname" and value == host:
+            continue
+        values: t.Any = value
+        told_options += [(key, str(item)) for item in (values if isinstance(values, list) else [values])]
+    return told_options
+
+
+def _apply(told: Reach, option: str, value: str, note: Note) -> Reach:
+    if option in _HARMLESS_OPTIONS:
+        return told
+    if option == "hostname":
+        return replace(told, host=value)
+    if option == "user":
+        return told if told.user else replace(told, user=value)
+    if option == "port":
+        return replace(told, port=int(value)) if told.port == 22 else told
+    if option == "identityfile":
+        return replace(told, keys=(*told.keys, os.path.expanduser(value)))
+    if option == "identitiesonly":
+        return replace(told, only_keys=_flag(value, False))
+    if option == "userknownhostsfile":
+        files = tuple(os.path.expanduser(path) for path in value.split())
+        return told if told.known_hosts else replace(told, known_hosts=files)
+    if option == "globalknownhostsfile":
+        return told
+    if option == "stricthostkeychecking":
+        mode = value.lower()
+        return replace(
+            told,
+            check_host_key=told.check_host_key and mode not in {"no", "off"},
+            accept_new_host_key=mode == "accept-new",
+        )
+    if option == "connecttimeout":
+        return replace(told, timeout_seconds=float(value))
+    if option == "proxyjump":
+        return told if told.jumps or value == "none" else replace(told, jumps=tuple(value.split(",")))
+    note(
+        f"SSH option {option}", f"is {value!r}, which is not followed", "see docs/coordination.md for what is"
+    )
+    return told

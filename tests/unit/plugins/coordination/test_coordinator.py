@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The coordinator against served control APIs: everyone gets an outcome, and nobody is moved twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyClient, ProxyError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Deadline, Watch
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._bridge import Bridge, Unreachable
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator import (
+    Coordinator,
+    Refused,
+    Wanted,
+)
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import Reach
+
+from precache_proxy.control.parts import Parts
+from small_parts.parts import serving, small_parts
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+class Near:
+    """A proxy whose socket is here."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self._client = ProxyClient(str(path), 20.0)
+        self.dead = False
+
+    def request(
+        self, method: str, path: str, body: Mapping[str, object] | None = None, timeout_seconds: float = 30.0
+    ) -> Any:
+        if self.dead:
+            raise Unreachable(f"{self.name}: not reached")
+        return self._client.request(method, path, body)
+
+    def close(self) -> None:
+        pass
+
+
+class World:
+    """Two sources with a VM each, and what the coordinator said."""
+
+    def __init__(self, hosts: Mapping[str, tuple[Parts, Path]]) -> None:
+        self.parts = {name: parts for name, (parts, _path) in hosts.items()}
+        self.paths = {name: path for name, (_parts, path) in hosts.items()}
+        self.proxies = {name: Near(name, path) for name, (_parts, path) in hosts.items()}
+        self.said: list[str] = []
+
+    def protect(self, host: str, vm: str, peer: str = "backup1") -> None:
+        self.proxies[host].request("PUT", f"/v1/vms/{vm}", {"peer": peer})
+
+    def coordinator(self, strategy: str = "feedback", watch: Watch | None = None, **how: Any) -> Coordinator:
+        wanted = Wanted("home", None, strategy, 1.0, how.pop("wishes", {}), **how)
+        return Coordinator(
+            wanted, list(self.proxies.values()), {}, watch or Watch(None, lambda _ups: 0.0), self.said.append,
+            sleep=lambda seconds: time.sleep(min(seconds, 0.2)),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with ExitStack() as stack:
+        hosts = {}
+        for name in ("home1", "home2"):
+            directory = tmp_path / name
+            directory.mkdir()
+            parts = small_parts(directory)
+            hosts[name] = (parts, stack.enter_context(serving(parts)))
+        yield World(hosts)
+
+
+def report_of(world: World, **how: Any) -> dict[str, Any]:
+    coordinator = world.coordinator(**how)
+    try:
+        recorder = coordinator.run(coordinator.survey())
+        report: dict[str, Any] = recorder.report("feedback", "", coordinator.hosts)
+    finally:
+        coordinator.close()
+    schema = json.loads((ROOT / "docs" / "evacuation-report.schema.json").read_text())
+    jsonschema.validate(report, schema)
+    return report
+
+
+def verdicts(report: Mapping[str, Any]) -> dict[str, str]:
+    return {vm["name"]: vm["verdict"] for vm in report["vms"]}
+
+
+@pytest.mark.parametrize("strategy", ["feedback", "sequential", "parallel", "static:1"])
+def test_everyone_gets_out_by_each_strategy(world: World, strategy: str) -> None:
+    world.protect("home1", "web1")
+    world.protect("home2", "22222222-2222-4222-8222-222222222222")
+    report = report_of(world, strategy=strategy)
+    assert verdicts(report) == {"web1": "evacuated", "Datenbank für Köln": "evacuated"}
+    assert report["totals"]["all_out"]
+    assert report["coordination"]["samples"]
+    assert any("EVACUATED" in line for line in world.said)
+
+
+def test_asked_again_nothing_is_moved_twice_and_none_forgotten(world: World) -> None:
+    world.protect("home1", "web1")
+    first = report_of(world)
+    assert verdicts(first) == {"web1": "evacuated"}
+    second = report_of(world)
+    assert verdicts(second) == {"web1": "already-there"}
+    assert world.parts["home1"].evacuation.begun == ["web1"]
+
+
+def test_a_job_under_way_is_carried_on_with(world: World) -> None:
+    world.protect("home1", "web1")
+    world.parts["home1"].evacuation.step_seconds = 0.4
+    begun = world.proxies["home1"].request("POST", "/v1/evacuations", {"vm": "web1"})
+    report = report_of(world)
+    assert [(vm["verdict"], vm["id"]) for vm in report["vms"]] == [("evacuated", begun["id"])]
+    assert world.parts["home1"].evacuation.begun == ["web1"]
+
+
+def test_a_host_that_is_not_reached_is_a_verdict_for_its_vms(world: World) -> None:
+    world.protect("home1", "web1")
+    world.proxies["home2"].dead = True
+    report = report_of(world, expected={"home2": ["archive"], "home1": ["web1"]})
+    assert verdicts(report) == {"web1": "evacuated", "archive": "failed"}
+    assert report["hosts_failed"] == ["home2"]
+    assert next(vm for vm in report["vms"] if vm["name"] == "archive")["cause"] == "unreachable"
+
+
+def test_a_stayed_vm_says_why(world: World) -> None:
+    world.protect("home1", "web1")
+    world.parts["home1"].evacuation.verdict = "stayed"
+    report = report_of(world)
+    assert verdicts(report) == {"web1": "stayed"}
+    assert not report["totals"]["all_out"]
+
+
+def test_nothing_is_started_on_findings(world: World) -> None:
+    world.protect("home1", "web1")
+    world.protect("home2", "web1")
+    passed = Watch(Deadline("x", at=time.time() - 5), lambda _ups: 0.0)
+    wishes = {"web1": {"name": "web1", "after": ["web1"]}}
+    coordinator = world.coordinator(watch=passed, wishes=wishes)
+    with pytest.raises(Refused) as refused:
+        coordinator.survey()
+    coordinator.close()
+    told = " | ".join(str(finding) for finding in refused.value.findings)
+    assert "has passed" in told
+    assert "several hosts: home1, home2" in told
+    assert "waits for itself" in told
+    assert world.parts["home1"].evacuation.begun == []
+
+
+def test_the_bridge_speaks_http_through_a_process(world: World, tmp_path: Path) -> None:
+    """The same bridge as over SSH, with the stdio command run here."""
+    command = tmp_path / "precache-proxy"
+    package = ROOT / "roles" / "precache_proxy" / "files"
+    python = ROOT / ".venv" / "bin" / "python"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH="{package}" exec "{python}" -m precache_proxy "$@"\n')
+    command.chmod(0o755)
+    bridge = Bridge(Reach("home1", local=True), str(world.paths["home1"]), str(command))
+    try:
+        assert bridge.get("/v1/status")["name"] == "home1"
+        world.protect("home1", "web1")
+        # The same process serves again: no new bridge for each question.
+        before = bridge._process
+        assert [vm["name"] for vm in bridge.get("/v1/status")["vms"]] == ["web1"]
+        assert bridge._process is before
+        with pytest.raises(ProxyError, match="not protected"):
+            bridge.request("POST", "/v1/evacuations", {"vm": "22222222-2222-4222-8222-222222222222"})
+        assert before is not None
+        before.kill()
+        before.wait()
+        assert bridge.get("/v1/status")["name"] == "home1", "a bridge that died is built again"
+    finally:
+        bridge.close()
+
+
+def test_no_proxy_is_one_sentence(tmp_path: Path) -> None:
+    bridge = Bridge(
+        Reach("home1", local=True), str(tmp_path / "none.sock"), "precache-proxy-that-is-not-there"
+    )
+    with pytest.raises(Unreachable, match="cannot be run here"):
+        bridge.get("/v1/status")

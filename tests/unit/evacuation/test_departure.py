@@ -72,7 +72,7 @@ class Domains:
     async def presence_at_source(self, _vm: str) -> Presence:
         return Presence.RUNNING
 
-    def on_lifecycle(self, _vm: str, _tell: Callable[[str], None]) -> Callable[[], None]:
+    def on_lifecycle(self, _vm: str, _tell: Callable[[str, int], None]) -> Callable[[], None]:
         return lambda: None
 
 

@@ -135,7 +135,7 @@ async def test_only_a_vm_that_runs_there_ends_the_copy_here(
         return None
 
     job = SimpleNamespace(id="j1", peer="backup1", owes_abort=True, settled="", progress={})
-    departure = cast(Any, SimpleNamespace(job=job, call=call, save=save))
+    departure = cast(Any, SimpleNamespace(job=job, call=call, save=save, complaint=""))
     if ends_the_copy_here:
         with pytest.raises(rollback.ActivatedThere):
             await rollback.settle_debt(departure)

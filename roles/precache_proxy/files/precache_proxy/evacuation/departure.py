@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import libvirt
+
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.crash_points import crash_point
@@ -62,6 +64,8 @@ class Departure:
     around: Surroundings
     measure: Measure
     contact: DestinationContact
+    # why the destination could not be asked, as it was logged last
+    complaint: str = ""
     cancelled: bool = False
     failure: LifeboatError | None = None
     sockets: relay.JobSockets | None = field(default=None)
@@ -272,8 +276,14 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         departure.measure.migrating(progress)
         crash_point("departure-migrating")
 
+    def on_lifecycle(what: str, detail: int) -> None:
+        departure.measure.changed_here(what)
+        if what == "stopped" and detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED and departure.sockets:
+            # libvirt has nothing more to ask there: its good-byes would cost the guest two round trips.
+            departure.sockets.close_connections(relay.LIBVIRT)
+
     stopper = asyncio.create_task(_end_when_enough(departure))
-    unsubscribe = around.domains.on_lifecycle(job.vm, departure.measure.changed_here)
+    unsubscribe = around.domains.on_lifecycle(job.vm, on_lifecycle)
     try:
         departure.check_cancelled()
         await migrate.migrate(around.domains, job.vm, plan, on_progress)

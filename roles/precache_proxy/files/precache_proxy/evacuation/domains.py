@@ -104,12 +104,13 @@ class Domains:
         found = await self.presence(vm)
         return Presence.PAUSED if found in {Presence.ARRIVED, Presence.INCOMING} else found
 
-    def on_lifecycle(self, vm: str, tell: Callable[[str], None]) -> Callable[[], None]:
-        """Have ``tell`` called with the word of each lifecycle event of the VM; the answer ends that."""
+    def on_lifecycle(self, vm: str, tell: Callable[[str, int], None]) -> Callable[[], None]:
+        """Have ``tell`` called with the word and the detail (libvirt's number) of each lifecycle event of the
+        VM; the answer ends that."""
 
         def on_event(event: DomainEvent) -> None:
             if event.kind == "lifecycle" and event.uuid == vm:
-                tell(event.what)
+                tell(event.what, event.detail)
 
         return self.hypervisor.subscribe(on_event)
 

@@ -151,4 +151,4 @@ class Fence:
             await departure.call("status", {}, ASK_TIMEOUT_SECONDS)
             await departure.save()
         except (LifeboatError, OSError) as error:
-            logger.info("evacuation %s: %s not heard: %s", departure.job.id, departure.job.peer, error)
+            logger.debug("evacuation %s: %s not heard: %s", departure.job.id, departure.job.peer, error)

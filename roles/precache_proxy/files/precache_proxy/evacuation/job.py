@@ -144,8 +144,6 @@ class Job:
     heard_boot: str = ""
     # the guest was stopped in the middle of its migration, so that its memory crosses only once
     guest_paused: bool = False
-    # the guest was stopped in the middle of its migration, so that its memory crosses only once
-    guest_paused: bool = False
     # the VM had to be started anew: its memory is lost, its disks are whole
     memory_lost: bool = False
     # it went well, but the operator should know this

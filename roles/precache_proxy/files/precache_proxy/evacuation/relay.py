@@ -270,10 +270,12 @@ class JobSockets:
         except asyncio.CancelledError:
             writer.transport.abort()
 
-    def close_connections(self) -> None:
-        """Cut what is open, so that neither libvirt nor QEMU waits for what will not come."""
-        for task in list(self._connections):
-            task.cancel()
+    def close_connections(self, *sockets: str) -> None:
+        """Cut what is open (of these sockets; of all), so that neither libvirt nor QEMU waits for what will
+        not come."""
+        for task, socket in list(self._connections.items()):
+            if not sockets or socket in sockets:
+                task.cancel()
 
     async def close(self) -> None:
         """Close and remove the sockets."""

@@ -94,13 +94,16 @@ async def _clean_peer(departure: Departure, *, must: bool) -> None:
     kept = job.settled == KEEP_AT_SOURCE
     try:
         await departure.call("abort", {"kept_at_source": kept}, ABORT_TIMEOUT_SECONDS)
-    except (PeerUnreachable, LifeboatError) as error:
+    except LifeboatError as error:
         # What follows ends the copy here: a mere "not now" of the other side must not be taken for it.
         if isinstance(error, Conflict) and await _runs_there(departure):
             raise ActivatedThere(error.message) from error
         if must:
             raise
-        logger.warning("evacuation %s: %s has not cleared its arrival away yet: %s", job.id, job.peer, error)
+        # Asked every few seconds, perhaps for hours: said once.
+        level = logging.WARNING if departure.complaint != error.message else logging.DEBUG
+        departure.complaint = error.message
+        logger.log(level, "evacuation %s: %s has not cleared its arrival away: %s", job.id, job.peer, error)
         await departure.save()
         return
     job.owes_abort = False

@@ -20,7 +20,7 @@ from precache_proxy import config as configuration
 from precache_proxy.channel.channel import Channel
 from precache_proxy.channel.settings import ChannelConfig, PeerAddress, RateWindow
 from precache_proxy.config import Config, PeerConfig
-from precache_proxy.control import journal
+from precache_proxy.control import journal, link_measurement
 from precache_proxy.control.answers import vms_answer
 from precache_proxy.control.api import ControlServer
 from precache_proxy.control.checks import CLOCK_METHOD
@@ -198,6 +198,7 @@ class Daemon:
         """Bottom up; the stack stops in the opposite order, also when a start fails half way."""
         parts.store.register(parts.channel)
         parts.evacuation.register(parts.channel)
+        link_measurement.register(parts.channel)
         parts.channel.handle_call(CLOCK_METHOD, _clock)
         steps: tuple[tuple[str, Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]], ...] = (
             ("libvirt", parts.hypervisor.start, parts.hypervisor.stop),

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from precache_proxy.control import answers, metrics, requests
+from precache_proxy.control import answers, link_measurement, metrics, requests
 from precache_proxy.control.checks import run_checks
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.workload import measure_workload
@@ -99,6 +99,7 @@ class Api:
                 web.post("/v1/evacuations/{job}/settle", self._settle),
                 web.get("/v1/links", self._links),
                 web.patch("/v1/links/{peer}", self._set_link),
+                web.post("/v1/links/{peer}/measure", self._measure_link),
                 web.get("/v1/arrivals", self._arrivals),
                 web.get("/metrics", self._metrics),
             ]
@@ -257,6 +258,16 @@ class Api:
         self._parts.channel.links[peer].set_rate(rate)
         logger.info("rate to %s set to %s", peer, rate or "no limit", extra={"peer": peer})
         return web.json_response(answers.link_answer(self._parts, peer))
+
+    async def _measure_link(self, request: web.Request) -> web.Response:
+        peer = request.match_info["peer"]
+        answers.link_answer(self._parts, peer)
+        findings: list[Finding] = []
+        told = requests.reader(await requests.body(request), findings)
+        seconds = told.duration("seconds", 3.0, 0.5, link_measurement.LONGEST_SECONDS)
+        requests.conclude(told, findings)
+        measured = await link_measurement.measure(self._parts.channel.links[peer], seconds)
+        return web.json_response({"peer": peer, **measured})
 
     async def _arrivals(self, _request: web.Request) -> web.Response:
         return web.json_response({"arrivals": answers.arrivals_answer(self._parts)})

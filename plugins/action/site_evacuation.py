@@ -13,7 +13,11 @@ from pathlib import Path
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import DEFAULT_SOCKET
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import forecast_of
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
+    forecast_lines,
+    forecast_of,
+    mark_preflights,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import (
     Watch,
     parse,
@@ -117,9 +121,14 @@ class ActionModule(ActionBase):
         for name, why in unreached.items():
             self._say(f"{name}: not reached: {why}")
         if self._arguments["state"] == "forecast" or self._task.check_mode:
+            if self._arguments["uplink"] is None and site.vms:
+                site = coordinator.measured(site)
             plan, placement = coordinator.forecast(site)
             told = forecast_of(site, plan, time.time(), placement)
-            result.update(changed=False, forecast=told, unreached=unreached)
+            stays = mark_preflights(told, coordinator.preflights(site))
+            for line in forecast_lines(told):
+                self._say(line)
+            result.update(changed=False, forecast=told, would_stay=stays, unreached=unreached)
             return result
         recorder = coordinator.run(site)
         report = recorder.report(

@@ -20,7 +20,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import P
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import totals
 
-__all__ = ["Recorder", "forecast_of", "progress_line", "verdict_line"]
+__all__ = ["Recorder", "forecast_lines", "forecast_of", "mark_preflights", "progress_line", "verdict_line"]
 
 _KEPT = (
     "id",
@@ -109,6 +109,45 @@ def forecast_of(
         "uplinks": dict(site.uplinks),
         "placement": [str(finding) for finding in placement],
     }
+
+
+def mark_preflights(forecast: dict[str, t.Any], wrong: t.Mapping[str, str]) -> list[str]:
+    """Take those that a preflight refuses out of a forecast; names of all that would stay."""
+    for vm in forecast["vms"]:
+        if vm["vm"] in wrong:
+            vm.update(end_seconds=None, start_seconds=None, rung=Rung.STAY.value, reason="preflight",
+                      sentence=wrong[vm["vm"]])  # fmt: skip
+    forecast["leaving"] = sum(vm["end_seconds"] is not None for vm in forecast["vms"])
+    return [vm["name"] for vm in forecast["vms"] if vm["end_seconds"] is None]
+
+
+def forecast_lines(forecast: t.Mapping[str, t.Any]) -> list[str]:
+    """A forecast for people: how many, until when, and who would stay, with the reason."""
+    within = forecast["deadline_seconds"]
+    rates = [rate for rate in forecast["uplinks"].values() if rate]
+    lines = [
+        f"{forecast['leaving']} of {len(forecast['vms'])} VMs would be out"
+        + (f" in {_span(within)}" if within else "")
+        + f", the last after {_span(forecast['makespan_seconds'])}"
+        + (f"; the link carries {_rate(sum(rates))}" if rates else "; what the link carries is not known")
+    ]
+    for vm in forecast["vms"]:
+        if vm["end_seconds"] is None:
+            lines.append(f"{vm['name']} would stay: {_why(vm)}")
+        elif vm["rung"] != Rung.LIVE.value:
+            lines.append(f"{vm['name']} would stop for {vm['stop_seconds']:.0f} s: {_why(vm)}")
+    return lines + [str(finding) for finding in forecast["placement"]]
+
+
+def _why(vm: t.Mapping[str, t.Any]) -> str:
+    if vm.get("sentence"):
+        return str(vm["sentence"])
+    if vm["reason"] in {"does-not-converge", "pauses", "dirties-as-fast-as-sent"}:
+        return (
+            f"dirties {vm['dirty_bytes_per_second'] / 1e6:.0f} MB/s over a link of "
+            f"{_rate(vm['rate_bytes_per_second'])}"
+        )
+    return _SENTENCES.get(str(vm["reason"]), str(vm["reason"]))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -48,7 +48,8 @@ options:
     elements: str
   state:
     description:
-      - V(evacuated) moves VMs. V(forecast) tells how it would go now, and changes nothing.
+      - V(evacuated) moves VMs. V(forecast) tells how it would go now, and changes nothing; the
+        links are measured for a few seconds unless O(uplink) is given.
     type: str
     choices: [evacuated, forecast]
     default: evacuated
@@ -124,6 +125,11 @@ forecast:
   description: How it would go now.
   returned: with O(state=forecast), and in check mode
   type: dict
+would_stay:
+  description: Names of the VMs that would not get out.
+  returned: with O(state=forecast), and in check mode
+  type: list
+  elements: str
 unreached:
   description: Hypervisors that could not be asked, with the reason.
   returned: success

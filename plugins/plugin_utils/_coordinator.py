@@ -12,6 +12,7 @@ import time
 import typing as t
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from urllib.parse import quote
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError, job_path
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
@@ -152,6 +153,41 @@ class Coordinator:
         if findings:
             raise Refused(findings)
         return site
+
+    def measured(self, site: SiteSummary, seconds: float = 3.0) -> SiteSummary:
+        """The site with its uplink measured: all pairs at once, for pairs mostly share it."""
+
+        def ask(source: str, peer: str) -> float:
+            path = f"/v1/links/{quote(peer, safe='')}/measure"
+            told = self._sources[source].request("POST", path, {"seconds": seconds}, 60.0)
+            return float(told["bytes_per_second"])
+
+        futures = {pair: self._pool.submit(ask, pair.source, pair.destination) for pair in site.pairs}
+        rates: dict[str, float] = {}
+        for pair, future in futures.items():
+            try:
+                rates[pair.uplink] = rates.get(pair.uplink, 0.0) + future.result()
+            except ProxyError as error:
+                self._say(f"{pair.source}: the link to {pair.destination} was not measured: {error.message}")
+        return replace(site, uplinks={**site.uplinks, **rates})
+
+    def preflights(self, site: SiteSummary) -> dict[str, str]:
+        """What stands in the way of each VM by its proxy's own preflight, by UUID."""
+
+        def ask(source: str, uuid: str) -> str:
+            told = self._sources[source].request("POST", "/v1/evacuations/check", {"vm": uuid}, 60.0)
+            return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in told["findings"])
+
+        futures = {vm.uuid: self._pool.submit(ask, vm.source, vm.uuid) for vm in site.vms}
+        wrong: dict[str, str] = {}
+        for uuid, future in futures.items():
+            try:
+                sentence = future.result()
+            except ProxyError as error:
+                sentence = error.message
+            if sentence:
+                wrong[uuid] = sentence
+        return wrong
 
     def forecast(self, site: SiteSummary) -> tuple[Plan, list[Finding]]:
         """The plan for now, and what would not fit."""

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""An anchor on the home link: it answers there for VMs that are away, and no more for one that is back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.mobility_agents import Agents, agents_running
+from integration.mobility_net import HOME_PREFIX, Guest, Namespace, eventually, pings
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class HomeLink:
+    """A switch with the anchor's port, and one for each host that is plugged in."""
+
+    DEVICE = "lan0"
+
+    def __init__(self, agents: Agents, anchor: str) -> None:
+        self._net = agents.net
+        self._switch = self._net.space("lan")
+        self._switch.ip("link add lan type bridge", "link set lan up")
+        self._net.wire(self._net[anchor], self.DEVICE, self._switch, "anchor")
+        self._switch.ip("link set anchor master lan")
+        # As on any router of that link.
+        self._net[anchor].ip(f"route add {HOME_PREFIX} dev {self.DEVICE}")
+        (link,) = self._net[anchor].show("link", "show", "dev", self.DEVICE)
+        self.anchor_mac = str(link["address"])
+
+    def host(self, name: str, address: object) -> Namespace:
+        """A host with an address of the home prefix, on-link like all its neighbours."""
+        space = self._net.space(name)
+        self._net.wire(space, "eth0", self._switch, name)
+        self._switch.ip(f"link set {name} master lan")
+        space.ip(f"address add {address}/{HOME_PREFIX.prefixlen} dev eth0 nodad")
+        return space
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Iterator[Agents]:
+    with agents_running(tmp_path) as agents:
+        yield agents
+
+
+def whom(space: Namespace, guest: Guest) -> str | None:
+    """The MAC that a neighbour has for the guest's address."""
+    found = space.show("neighbour", "show", "to", str(guest.home), "dev", "eth0")
+    return str(found[0]["lladdr"]) if found and "lladdr" in found[0] else None
+
+
+def test_a_neighbour_at_home_reaches_a_vm_that_is_away_and_one_that_is_back(agents: Agents) -> None:
+    link = HomeLink(agents, "anchor1")
+    anchor = agents["anchor1"]
+    anchor.stop()
+    anchor.settings["prefixes"][0]["link"] = link.DEVICE
+    # Its link-local address is checked for a moment before it can be used.
+    eventually(lambda: not _tentative(agents.net["anchor1"], link.DEVICE), 20)
+    anchor.start()
+    agents.together()
+    neighbour = link.host("neighbour", HOME_PREFIX.network_address + 0x99)
+    guest = agents.net.guest("far", at="gateway2")
+    agents["gateway2"].arrive(guest, 1, wait_seconds=5)
+    assert pings(neighbour, guest.home)
+    assert whom(neighbour, guest) == link.anchor_mac
+    # Nobody may take the address of a VM that is away.
+    thief = link.host("thief", HOME_PREFIX.network_address + 0x98)
+    thief.ip(f"address add {guest.home}/128 dev eth0")
+    eventually(lambda: _failed(thief, guest), 10)
+    thief.ip(f"address del {guest.home}/128 dev eth0")
+
+    # It comes home: no tunnel, no answer for it, the link has it again.
+    agents["gateway2"].depart(guest, withdraw=True)
+    eventually(lambda: anchor.holder(guest) is None)
+    guest.plug(None)
+    returned = link.host("returned", guest.home)
+    assert pings(neighbour, guest.home)
+    neighbour.ip("neighbour flush dev eth0")
+    assert pings(neighbour, guest.home)
+    (own,) = returned.show("link", "show", "dev", "eth0")
+    assert whom(neighbour, guest) == own["address"]
+
+
+def _tentative(space: Namespace, device: str) -> bool:
+    told = [entry for link in space.show("address", "show", "dev", device) for entry in link["addr_info"]]
+    return not told or any(entry.get("tentative") for entry in told)
+
+
+def _failed(space: Namespace, guest: Guest) -> bool:
+    told = [entry for link in space.show("address", "show", "dev", "eth0") for entry in link["addr_info"]]
+    return any(entry.get("dadfailed") for entry in told if entry.get("local") == str(guest.home))

@@ -40,6 +40,7 @@ class Machines:
 
     def __init__(self) -> None:
         self.is_there = Presence.RUNNING
+        self.resumed = 0
 
     async def presence_at_source(self, _vm: str) -> Presence:
         return self.is_there
@@ -50,6 +51,7 @@ class Machines:
 
     async def resume(self, _vm: str) -> None:
         self.is_there = Presence.RUNNING
+        self.resumed += 1
 
     async def wait_not_migrating(self, _vm: str, _timeout_seconds: float) -> None:
         return
@@ -204,6 +206,7 @@ async def test_a_rollback_that_comes_too_late_does_not_let_it_run(tmp_path: Path
     with pytest.raises(PeerUnreachable, match="stands still here"):
         await rollback.roll_back(host.departure, host.fence, cold=False)
     assert host.machines.is_there is Presence.PAUSED
+    assert host.machines.resumed == 0, "not for a moment"
     assert (host.cause, host.departure.job.step) == (FENCED, Step.ROLLBACK)
     host.link.answer = {"state": "aborted"}
     await rollback.roll_back(host.departure, host.fence, cold=False)

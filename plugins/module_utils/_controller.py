@@ -45,6 +45,8 @@ _CERTAIN_INTERVALS = 4
 _RETRY_SECONDS = 5.0
 _PLAN_EVERY_SECONDS = 30.0
 
+Pair = tuple[str, str]
+
 
 def interval_seconds(round_trip_seconds: t.Iterable[float]) -> float:
     """How often to look and decide."""
@@ -112,6 +114,7 @@ class Controller:
         self._starts_at: dict[str, float] = {}
         self._planned_at = float("-inf")
         self._planned_with: tuple[float | None, ...] = ()
+        self._hopeless: set[str] = set()
         self._attempts: dict[str, int] = {}
         self._retry_at: dict[str, float] = {}
         self._over: dict[str, str] = {}
@@ -286,6 +289,7 @@ class Controller:
 
     def _replan(self, seen: Observation, left: float | None) -> None:
         self.plan = make_plan(self.current_site(), left, overlap=self.strategy != "sequential")
+        self._hopeless.clear()
         self._planned_at = seen.now
         self._planned_with = self._planning_inputs(seen, left)
         for planned in self.plan.vms:
@@ -319,7 +323,9 @@ class Controller:
         room, active = self._room(seen)
         if not any(count > 0 for count in room.values()):
             return
-        at_work = {self._uuid[name] for name in self._uuid} & set(seen.moves)
+        at_work = set(seen.moves)
+        queued = self._pairs_waiting()
+        least = {key: min(active.get(pair, 0) for pair in pairs) for key, pairs in queued.items()}
         for uuid in self.waiting:
             vm = self._vms[uuid]
             gate = self.gate_of(vm)
@@ -329,10 +335,13 @@ class Controller:
                 continue
             if self._retry_at.get(uuid, 0.0) > seen.now or not self._may_start(vm, at_work, seen):
                 continue
-            if not self._spread(vm, gate, active):
+            # Not a third one on a pair while another pair of the same uplink has none.
+            if self._adaptive and active.get(vm.pair, 0) > least[id(gate)]:
                 continue
-            rung = self._rung_at_start(vm, gate, left, seen)
+            rung = None if uuid in self._hopeless else self._rung_at_start(vm, gate, left, seen)
             if rung is None:
+                # Looked at again with the next plan: between two plans time only becomes less.
+                self._hopeless.add(uuid)
                 self._tell(orders, uuid, "waits", TOO_LATE)
                 continue
             if rung is not Rung.LIVE and gate.window - room[id(gate)] >= gate.open and self._adaptive:
@@ -345,6 +354,7 @@ class Controller:
                 self._memory[vm.destination] = free - vm.memory_bytes
             room[id(gate)] -= 1
             active[vm.pair] = active.get(vm.pair, 0) + 1
+            least[id(gate)] = min(active.get(pair, 0) for pair in queued[id(gate)])
             at_work.add(uuid)
             self._attempts[uuid] = self._attempts.get(uuid, 0) + 1
             self._retry_at.pop(uuid, None)
@@ -400,23 +410,12 @@ class Controller:
     def _is_to_leave(self, uuid: str) -> bool:
         return uuid in self._waiting and self._told.get(uuid) is None
 
-    def _spread(self, vm: VmSummary, gate: Gate, active: t.Mapping[tuple[str, str], int]) -> bool:
-        """Not a third one on a pair while another pair of the same uplink has none."""
-        mine = active.get(vm.pair, 0)
-        if not mine or not self._adaptive:
-            return True
-        least = min(
-            (
-                active.get(pair, 0)
-                for pair in self._pairs_waiting()
-                if self._gate_of_pair(pair) is gate and pair != vm.pair
-            ),
-            default=mine,
-        )
-        return mine <= least
-
-    def _pairs_waiting(self) -> set[tuple[str, str]]:
-        return {self._vms[uuid].pair for uuid in self._waiting}
+    def _pairs_waiting(self) -> dict[int, set[Pair]]:
+        """Per gate: the pairs of those that wait."""
+        told: dict[int, set[Pair]] = {}
+        for pair in {self._vms[uuid].pair for uuid in self._waiting}:
+            told.setdefault(id(self._gate_of_pair(pair)), set()).add(pair)
+        return told
 
     def _rung_at_start(self, vm: VmSummary, gate: Gate, left: float | None, seen: Observation) -> Rung | None:
         pair = self._pairs[vm.pair]
@@ -546,14 +545,14 @@ class Controller:
             # Who is still in the lead-in has nothing to send yet: an open place would be idle.
             key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry)),
         )
-        while waiting and (free > 0 or not opened):
-            least = min(busy.get(vm.pair, 0) for vm, _move in waiting)
-            index = next(
-                number for number, (vm, _move) in enumerate(waiting) if busy.get(vm.pair, 0) == least
-            )
-            vm, _move = waiting.pop(index)
-            opened[vm.uuid] = None
+        turns: list[tuple[int, int, str]] = []
+        for number, (vm, _move) in enumerate(waiting):
+            turns.append((busy.get(vm.pair, 0), number, vm.uuid))
             busy[vm.pair] = busy.get(vm.pair, 0) + 1
+        for _turn, _number, uuid in sorted(turns):
+            if free <= 0 and opened:
+                break
+            opened[uuid] = None
             free -= 1
         return opened
 

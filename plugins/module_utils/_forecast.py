@@ -105,10 +105,12 @@ def choose(vm: VmSummary, bytes_per_second: float, round_trip_seconds: float) ->
     return Forecast(Rung.STAY, 0.0, 0.0, 0.0, True, reason, bytes_per_second)
 
 
-def alternatives(vm: VmSummary, bytes_per_second: float, round_trip_seconds: float) -> t.Iterator[Forecast]:
-    """Every rung that leads out but STAY, in the ladder's order."""
+def alternatives(
+    vm: VmSummary, bytes_per_second: float, round_trip_seconds: float, other_than: Rung = Rung.STAY
+) -> t.Iterator[Forecast]:
+    """Every rung that leads out but STAY (and ``other_than``), in the ladder's order."""
     for rung in LADDER:
-        if rung in vm.rungs and rung is not Rung.STAY:
+        if rung in vm.rungs and rung is not Rung.STAY and rung is not other_than:
             told = forecast(vm, rung, bytes_per_second, round_trip_seconds)
             if told.feasible:
                 yield told

@@ -145,7 +145,8 @@ def _hurry(
 ) -> dict[str, Forecast] | None:
     """Quicker rungs for as many VMs as it takes to make room; None where no rung is quicker."""
     offers: list[tuple[float, str, Forecast]] = []
-    for planned in plan.vms:
+    # Only who leaves can make room.
+    for planned in plan.leaving:
         vm = planned.vm
         now = forecasts[vm.uuid]
         if now.rung is Rung.STAY:
@@ -312,16 +313,25 @@ def _place(
     trip = pair.round_trip_seconds
     fixed = lead_in_seconds(trip) + closing_seconds(trip)
     ready = ready_at.get(vm.uuid, 0.0)
-    choices = [told]
-    if deadline_seconds is not None:
-        choices += list(alternatives(vm, told.bytes_per_second, trip))
-    for choice in choices:
-        # What is not bytes: the lead-in may have passed behind another's transfer.
-        lead = lead_in_seconds(trip)
-        bulk_from = max(now, ready + lead) if overlap else now + lead
-        end = bulk_from + (choice.seconds - fixed) + closing_seconds(trip)
+    # What is not bytes: the lead-in may have passed behind another's transfer.
+    lead = lead_in_seconds(trip)
+    bulk_from = max(now, ready + lead) if overlap else now + lead
+    closing = closing_seconds(trip)
+    for choice in _choices(vm, told, trip, deadline_seconds, bulk_from + closing):
+        end = bulk_from + (choice.seconds - fixed) + closing
         if deadline_seconds is None or end <= deadline_seconds:
             if free is not None:
                 memory[vm.destination] = free - vm.memory_bytes
             return PlannedVm(vm, position, choice, max(0.0, bulk_from - lead), end, choice.reason)
     return PlannedVm(vm, position, told, None, None, TOO_LATE)
+
+
+def _choices(
+    vm: VmSummary, told: Forecast, trip: float, deadline_seconds: float | None, earliest_end: float
+) -> t.Iterator[Forecast]:
+    """The rung that was chosen, then the others; none where nothing could end in time."""
+    if deadline_seconds is not None and earliest_end > deadline_seconds:
+        return
+    yield told
+    if deadline_seconds is not None:
+        yield from alternatives(vm, told.bytes_per_second, trip, other_than=told.rung)

@@ -31,6 +31,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 NO_MEMORY = "no-memory-at-destination"
 TOO_LATE = "does-not-fit-before-deadline"
 QUICKER_FOR_OTHERS = "quicker-so-that-more-get-out"
+_SEARCHED_THOROUGHLY = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,19 @@ def make_plan(site: SiteSummary, deadline_seconds: float | None, *, overlap: boo
     ordered = order(site.vms, seconds)
     plan = _schedule(site, pairs, ordered, forecasts, deadline_seconds, overlap)
     given_up = [planned for planned in plan.vms if planned.reason == TOO_LATE]
-    if given_up and deadline_seconds is not None:
-        hurried = _hurry(site, pairs, plan, forecasts, sum(item.forecast.seconds for item in given_up))
-        if hurried is not None:
-            other = _schedule(site, pairs, ordered, hurried, deadline_seconds, overlap)
-            if _worth(other) > _worth(plan):
-                plan = other
+    if not given_up or deadline_seconds is None:
+        return plan
+    # Just enough guests are stopped for the others' sake; where that is not enough, all that may be.
+    enough = [sum(item.forecast.seconds for item in given_up), float("inf")]
+    for wanted_seconds in enough if len(site.vms) <= _SEARCHED_THOROUGHLY else enough[:1]:
+        hurried = _hurry(site, pairs, plan, forecasts, wanted_seconds)
+        if hurried is None:
+            break
+        other = _schedule(site, pairs, ordered, hurried, deadline_seconds, overlap)
+        if _worth(other) > _worth(plan):
+            plan = other
+        if len(plan.leaving) == len(site.vms):
+            break
     return plan
 
 

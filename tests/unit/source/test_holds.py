@@ -79,13 +79,23 @@ async def test_a_vm_that_is_being_moved_is_not_unprotected(tmp_path: Path) -> No
     assert ProtectionRecord.read(tmp_path / f"{VM}.json") == protection.record
 
 
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"exists": False},
+        # from an earlier stay of the VM there, and older than what it kept now
+        {"exists": True, "state": "detached", "epoch": 0, "sealed": {"generation": 3, "checkpoint": "c"}},
+    ],
+    ids=["nothing", "history"],
+)
 async def test_waiting_for_the_old_home_is_no_failure_at_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: dict[str, Any]
 ) -> None:
     """Just after a hand-off the old home still makes what it kept a replica; it is wrong when that lasts."""
     protection, link = a_protection(
         tmp_path, return_overlays={"vda": ["/overlay", "qcow2", 4096]}, return_generation=7, epoch=1
     )
+    link.status = status
     monkeypatch.setattr(protection_module, "RETRY_SECONDS", (0.01,))
     protection.start()
     await asyncio.wait_for(link.asked.wait(), 5)
@@ -96,4 +106,5 @@ async def test_waiting_for_the_old_home_is_no_failure_at_first(
     await asyncio.sleep(0.1)
     assert protection.state == "failing"
     assert "resync" in protection.sentence
+    assert protection.record.return_overlays, "nothing was given up"
     await protection.stop()

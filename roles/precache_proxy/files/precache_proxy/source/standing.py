@@ -51,12 +51,19 @@ class PeerStanding:
         record = self._record
         self._disks.media.ask_again()
         status = await self._environment.link(record.peer).call("store.status", {"vm": record.uuid})
-        if not status.get("exists") and record.return_overlays:
+        if status.get("exists") and int(status["epoch"]) > record.epoch:
+            raise StaleEpoch(
+                f"{self._vm}: peer {record.peer} holds epoch {status['epoch']}, this host {record.epoch}: "
+                "its home has moved; unprotect it here, or settle the evacuation"
+            )
+        # What is detached is history: the files that the VM ran on there, until it left them behind.
+        is_there = bool(status.get("exists")) and status.get("state") != "detached"
+        if not is_there and record.return_overlays:
             raise OldHomeNotReady(
                 f"{self._vm}: its old home {record.peer} has not yet taken what it kept as a replica; "
                 "wait for it, or resync to copy anew"
             )
-        if not status.get("exists"):
+        if not is_there:
             if record.sealed is not None or record.seeding_offsets:
                 logger.warning("%s: peer %s has no replica any more; copying it anew", self._vm, record.peer)
             record.sealed, record.seeding_checkpoint, record.seeding_offsets = None, "", {}
@@ -65,11 +72,6 @@ class PeerStanding:
             await self.save()
             self.needs_reconcile = False
             return
-        if int(status["epoch"]) > record.epoch:
-            raise StaleEpoch(
-                f"{self._vm}: peer {record.peer} holds epoch {status['epoch']}, this host {record.epoch}: "
-                "its home has moved; unprotect it here, or settle the evacuation"
-            )
         self.replica_sizes = {key: int(disk["size_bytes"]) for key, disk in status.get("disks", {}).items()}
         self.replica_name = str(status.get("name", ""))
         if record.return_overlays:

@@ -78,7 +78,8 @@ def _build(full_image: Path, target: Path) -> None:
         unpacked = Path(name)
         run(["dpkg-deb", "--extract", str(packages[-1]), str(unpacked)])
         (target / "vmlinuz").write_bytes(next((unpacked / "boot").glob("vmlinuz-*")).read_bytes())
-        modules = Modules(next((unpacked / "usr/lib/modules").iterdir()))
+        # Debian 12's kernel has them in /lib still.
+        modules = Modules(next(path for path in unpacked.glob("**/lib/modules/*") if path.is_dir()))
         agent = target / "agent"
         run(["gcc", *FLAGS, "-o", str(agent), str(SOURCES / "agent.c")])
         archive = Archive()

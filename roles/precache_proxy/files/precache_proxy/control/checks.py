@@ -136,7 +136,8 @@ class Checks:
             severity = Severity.CRITICAL
         else:
             severity = Severity.WARNING if left < _CERTIFICATE_WARNING_SECONDS else Severity.OK
-        way_out = "" if severity is Severity.OK else "; run site_setup to renew it"
+        # What cannot be read says its own way out.
+        way_out = "" if severity is Severity.OK or left is None else "; run site_setup to renew it"
         yield CheckResult("certificate", told["path"], severity, f"{told['sentence']}{way_out}")
 
     async def check_rpo(self) -> AsyncIterator[CheckResult]:

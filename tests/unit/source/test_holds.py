@@ -108,3 +108,16 @@ async def test_waiting_for_the_old_home_is_no_failure_at_first(
     assert "resync" in protection.sentence
     assert protection.record.return_overlays, "nothing was given up"
     await protection.stop()
+
+
+async def test_a_link_that_goes_down_in_a_pass_is_told_at_once(tmp_path: Path) -> None:
+    protection, link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    protection.state, protection.cause, protection.sentence = "protected", "ok", "generation 7 is sealed"
+    assert protection.status()["state"] == "protected"
+    link.state, link.cause, link.sentence = "down", "unreachable", "no answer in time"
+    told = protection.status()
+    assert (told["state"], told["cause"]) == ("unreachable", "unreachable")
+    assert told["sentence"] == "peer backup1: no answer in time"
+    # what an operator has to settle says more than that
+    protection.state, protection.cause = "stopped", "stale-epoch"
+    assert protection.status()["state"] == "stopped"

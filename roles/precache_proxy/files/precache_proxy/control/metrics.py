@@ -21,7 +21,7 @@ _VM_GAUGES = (
     ("rpo_kept", "1 while the lag is within the RPO", "rpo_kept"),
     ("generation", "Number of the last sealed generation", "generation"),
     ("generation_age_seconds", "Age of the last sealed generation", "generation_age_seconds"),
-    ("pass_open", "1 while a backup job is open in QEMU", "pass_open"),
+    ("pass_open", "1 while a pass is under way", "pass_open"),
 )
 # The same for the last pass.
 _PASS_GAUGES = (

@@ -37,6 +37,7 @@ RETRY_SECONDS = (2.0, 5.0, 15.0, 30.0, 60.0)
 STOPPED_RETRY_SECONDS = 60.0
 # A VM's old home has its domain to undefine and bitmaps to drop before it can take the way back.
 OLD_HOME_SECONDS = 120.0
+_NEEDS_LINK = {"protected", "seeding", "resync"}
 _UNREACHABLE = {"unreachable", "link-lost", "peer-restarted", "stalled", "refused"}
 
 
@@ -346,17 +347,27 @@ class Protection:
         quiet = not replication.dirty_bytes and self.state in {"protected", "held"}
         return 0.0 if quiet and replication.generation is None else time.monotonic() - replication.clean_at
 
+    def _told(self) -> tuple[str, str, str]:
+        """State, cause and sentence. A link that went down in the midst of work is told at once."""
+        if self.state in _NEEDS_LINK:
+            with contextlib.suppress(NotFound):
+                link = self._environment.link(self.record.peer)
+                if link.state != "up":
+                    return "unreachable", link.cause, f"peer {self.record.peer}: {link.sentence}"
+        return self.state, self.cause, self.sentence
+
     def status(self) -> dict[str, Any]:
         """Everything for the control API."""
         record, replication = self.record, self.replication
         sealed, last = record.sealed, replication.last_pass
+        state, cause, sentence = self._told()
         return {
             "uuid": record.uuid,
             "name": record.name,
             "peer": record.peer,
-            "state": self.state,
-            "cause": self.cause,
-            "sentence": self.sentence,
+            "state": state,
+            "cause": cause,
+            "sentence": sentence,
             "rpo_seconds": record.rpo_seconds,
             "priority": record.priority,
             "disks": record.only_disks,

@@ -216,7 +216,10 @@ class OpenGeneration:
         if self._unchecked_bytes >= _SPACE_CHECK_BYTES:
             self._unchecked_bytes = 0
             self.replica.check_space()
-        await writer.write(record.offset, record.payload)
+        try:
+            await writer.write(record.offset, record.payload)
+        except NoSpace as error:
+            raise self.replica.full(error) from error
 
     def slice_ended(self) -> None:
         """A good moment to bring to the disk what has come so far."""

@@ -17,7 +17,7 @@ from precache_proxy import durable
 from precache_proxy.blocks import images
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import Conflict, LifeboatError, NotFound, StaleEpoch
+from precache_proxy.errors import Conflict, LifeboatError, NoSpace, NotFound, StaleEpoch
 from precache_proxy.store.chain_lock import ChainLock
 from precache_proxy.store.record import Layer, ReplicaRecord, SealedGeneration
 from precache_proxy.store.settings import StoreSettings, free_bytes, require_space
@@ -143,6 +143,13 @@ class Replica:
             self.no_space = error.message
             raise
         self.no_space = None
+
+    def full(self, error: NoSpace) -> NoSpace:
+        """What to say of a write that found the file system full, between two looks at it."""
+        return NoSpace(
+            f"{error.message.partition(';')[0]}; {format_bytes(free_bytes(self.directory))} free on"
+            f" {self.directory}; free space there or set [store] directory"
+        )
 
     @asynccontextmanager
     async def stream_task(self, kind: str, *, alone: bool) -> AsyncIterator[None]:

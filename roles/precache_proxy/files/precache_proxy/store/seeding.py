@@ -113,7 +113,10 @@ class Seeding:
         if self._unchecked_bytes >= _SPACE_CHECK_BYTES:
             self._unchecked_bytes = 0
             self.replica.check_space()
-        await writer.write(record.offset, record.payload)
+        try:
+            await writer.write(record.offset, record.payload)
+        except NoSpace as error:
+            raise self.replica.full(error) from error
 
     async def mark(self, offsets: dict[str, int]) -> None:
         """Make all that came so far durable, then record up to where a resumed copy may skip."""

@@ -11,9 +11,11 @@ import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -297,3 +299,51 @@ async def test_many_exports_at_once(tmp_path: Path) -> None:
         await export.kill()
         await export.close()  # twice is no error
         assert not alive(export.pid)
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "asking"])
+async def test_a_server_that_went_costs_nobody_else_his_descriptor(tmp_path: Path, idle: bool) -> None:
+    """Libnbd closes its descriptor with the server, and the next socket of this process gets the number."""
+    path = tmp_path / "disk.qcow2"
+    await images.create(path, MIB)
+    export = await open_export(path, format="qcow2", socket_directory=tmp_path / "nbd", name="read")
+    client = await NbdClient.connect(export.socket, contexts=[ALLOCATION], subject="disk")
+    os.kill(export.pid, signal.SIGKILL)
+    if idle:
+        await wait_gone(export.pid)
+        await asyncio.sleep(0.1)
+    else:
+        while alive(export.pid):
+            time.sleep(0.02)  # noqa: ASYNC251 - the loop must not run: the next request is the first to notice
+        requests = [asyncio.ensure_future(client.read(0, 4096)) for _ in range(4)]
+        outcome = await asyncio.gather(*requests, return_exceptions=True)
+        assert all(isinstance(error, HypervisorError) for error in outcome)
+    others = [socket.socketpair() for _ in range(8)]
+    ends = []
+    try:
+        ends = [(await asyncio.open_connection(sock=ours), theirs) for ours, theirs in others]
+        await client.close()
+        for (reader, _writer), theirs in ends:
+            theirs.sendall(b"still heard\n")
+            assert await asyncio.wait_for(reader.readline(), 5) == b"still heard\n"
+    finally:
+        for (_reader, writer), theirs in ends:
+            writer.close()
+            theirs.close()
+        await export.kill()
+
+
+async def test_an_idle_connection_whose_server_went_does_not_spin(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    await images.create(path, MIB)
+    export = await open_export(path, format="qcow2", socket_directory=tmp_path / "nbd", name="read")
+    client = await NbdClient.connect(export.socket, contexts=[ALLOCATION], subject="disk")
+    os.kill(export.pid, signal.SIGKILL)
+    await wait_gone(export.pid)
+    used = time.process_time()
+    await asyncio.sleep(0.5)
+    assert time.process_time() - used < 0.25
+    with pytest.raises(HypervisorError):
+        await client.read(0, 4096)
+    await client.close()
+    await export.kill()

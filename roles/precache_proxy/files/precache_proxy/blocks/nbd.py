@@ -290,7 +290,10 @@ class NbdClient:
         try:
             cookie = getattr(self._handle, command)(*arguments)
         except nbd.Error as error:
-            raise self._translate(error, what) from error
+            failure = self._translate(error, what)
+            if self._handle.aio_is_dead() or self._handle.aio_is_closed():
+                self._broken(error)
+            raise failure from error
         future: asyncio.Future[None] = self._loop.create_future()
         self._waiting[cookie] = (future, what)
         self._advance()
@@ -307,7 +310,9 @@ class NbdClient:
                 request.result()
 
     def _watch(self) -> None:
-        self._descriptor = self._handle.aio_get_fd()
+        # One of our own: libnbd closes its descriptor as soon as the server is gone, and by the time at which
+        # we stop watching it the number may be somebody else's.
+        self._descriptor = os.dup(self._handle.aio_get_fd())
         self._loop.add_reader(self._descriptor, self._on_event, nbd.AIO_DIRECTION_READ)
 
     def _on_event(self, direction: int) -> None:
@@ -331,13 +336,10 @@ class NbdClient:
             if self._ready is not None and not self._ready.done():
                 if handle.aio_is_ready():
                     self._ready.set_result(None)
-                elif handle.aio_is_dead() or handle.aio_is_closed():
-                    self._broken(None)
-                    return
             while self._waiting and (cookie := handle.aio_peek_command_completed()) > 0:
                 self._settle(cookie)
-            if self._waiting and (handle.aio_is_dead() or handle.aio_is_closed()):
-                self._broken(None)
+            if handle.aio_is_dead() or handle.aio_is_closed():
+                self._broken(None)  # with nobody waiting, too: it would wake us for ever
                 return
             wants_to_write = bool(handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE)
         except nbd.Error as error:
@@ -374,6 +376,7 @@ class NbdClient:
         if self._descriptor >= 0:
             self._loop.remove_reader(self._descriptor)
             self._loop.remove_writer(self._descriptor)
+            os.close(self._descriptor)
             self._descriptor = -1
         if self._failure is None:
             self._failure = HypervisorError(f"{self.subject}: the NBD connection was closed")

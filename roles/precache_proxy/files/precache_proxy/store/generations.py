@@ -216,10 +216,7 @@ class OpenGeneration:
         if self._unchecked_bytes >= _SPACE_CHECK_BYTES:
             self._unchecked_bytes = 0
             self.replica.check_space()
-        try:
-            await writer.write(record.offset, record.payload)
-        except NoSpace as error:
-            raise self.replica.full(error) from error
+        await writer.write(record.offset, record.payload)
 
     def slice_ended(self) -> None:
         """A good moment to bring to the disk what has come so far."""
@@ -327,11 +324,12 @@ async def receive_generation(replica: Replica, stream: Stream) -> SealedGenerati
         except BaseException as error:
             if replica.record.sealed is sealed:  # a record that was replaced has made it valid after all
                 await asyncio.shield(generation.discard())
-            if isinstance(error, NoSpace):
-                replica.no_space = error.message
-                logger.warning("%s: discarded: %s", generation.subject, error.message)
-            if isinstance(error, OSError):
-                raise translate(generation.subject, error) from error
+            told = translate(generation.subject, error) if isinstance(error, OSError) else error
+            if isinstance(told, NoSpace):
+                told = replica.full(told)
+                logger.warning("%s: discarded: %s", generation.subject, told.message)
+            if told is not error:
+                raise told from error
             raise
         finally:
             replica.receiving = False

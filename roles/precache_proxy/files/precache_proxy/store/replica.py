@@ -145,11 +145,12 @@ class Replica:
         self.no_space = None
 
     def full(self, error: NoSpace) -> NoSpace:
-        """What to say of a write that found the file system full, between two looks at it."""
-        return NoSpace(
-            f"{error.message.partition(';')[0]}; {format_bytes(free_bytes(self.directory))} free on"
-            f" {self.directory}; free space there or set [store] directory"
-        )
+        """What to say, and to have the state say, when room was lacking: which file system it is, too."""
+        if str(self.directory) not in error.message:  # a write found it full between two looks of ours
+            fact = error.message.partition(";")[0]
+            error = NoSpace(f"{fact}; free space on {self.directory} or set [store] directory")
+        self.no_space = error.message
+        return error
 
     @asynccontextmanager
     async def stream_task(self, kind: str, *, alone: bool) -> AsyncIterator[None]:

@@ -113,10 +113,7 @@ class Seeding:
         if self._unchecked_bytes >= _SPACE_CHECK_BYTES:
             self._unchecked_bytes = 0
             self.replica.check_space()
-        try:
-            await writer.write(record.offset, record.payload)
-        except NoSpace as error:
-            raise self.replica.full(error) from error
+        await writer.write(record.offset, record.payload)
 
     async def mark(self, offsets: dict[str, int]) -> None:
         """Make all that came so far durable, then record up to where a resumed copy may skip."""
@@ -176,8 +173,9 @@ async def receive_seed(replica: Replica, stream: Stream) -> None:
             await seeding.finish()
         except BaseException as error:
             await asyncio.shield(seeding.abort())
-            if isinstance(error, NoSpace):
-                replica.no_space = error.message
-            if isinstance(error, OSError):
-                raise translate(replica.subject, error) from error
+            told = translate(replica.subject, error) if isinstance(error, OSError) else error
+            if isinstance(told, NoSpace):
+                told = replica.full(told)
+            if told is not error:
+                raise told from error
             raise

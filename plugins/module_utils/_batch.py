@@ -33,13 +33,15 @@ _KEPT = (
 def candidates(vms: t.Sequence[Vm], jobs: t.Sequence[Job], names: t.Sequence[str] | None) -> list[str]:
     """Names of the VMs to see to: those protected here, higher priority first, then those that jobs had.
 
-    ``names`` picks out of them, by name or UUID; None picks all.
+    ``names`` picks out of them, by name or UUID; None picks all. A VM that once stayed and is not protected
+    any more is nobody's business unless it is named.
     """
     known: dict[str, str] = {}
     for vm in sorted(vms, key=lambda vm: (-int(vm.get("priority") or 0), str(vm["name"]))):
         known[str(vm["uuid"])] = str(vm["name"])
-    for job in jobs:
-        known.setdefault(str(job["vm"]), str(job["name"]))
+    for uuid, job in {str(job["vm"]): job for job in jobs}.items():
+        if names is not None or job_out(job) or not job.get("ended"):
+            known.setdefault(uuid, str(job["name"]))
     return [name for uuid, name in known.items() if names is None or name in names or uuid in names]
 
 

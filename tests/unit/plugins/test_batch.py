@@ -93,3 +93,18 @@ def test_every_vm_gets_one_outcome_and_never_too_many_run(parallel: int, ends: l
     assert {name: outcome["verdict"] for name, outcome in batch.outcomes.items()} == {
         name: "failed" if end == "refused" else end for name, end in end_of.items()
     }
+
+
+def test_a_vm_that_stayed_once_and_is_not_protected_now_is_left_alone_unless_named(batch_module: Any) -> None:
+    jobs = [job("out", verdict="evacuated"), job("gone", verdict="stayed"), job("busy")]
+    assert batch_module.candidates([], jobs, None) == ["out", "busy"]
+    assert batch_module.candidates([], jobs, ["gone"]) == ["gone"]
+    back = [job("gone", verdict="stayed"), job("gone", verdict="evacuated", number=2)]
+    assert batch_module.candidates([], back, None) == ["gone"], "its newest job counts"
+
+
+def test_vms_that_nobody_protects_are_told_but_for_those_that_may_stay(batch_module: Any) -> None:
+    there = [{"name": "stray", "uuid": "u1"}, {"name": "monitor", "uuid": "u2"}]
+    (stayed,) = batch_module.left_behind(there, ["u2"])
+    assert (stayed["name"], stayed["verdict"], stayed["cause"]) == ("stray", "stayed", "not-protected")
+    assert batch_module.left_behind(there, ["stray", "monitor"]) == []

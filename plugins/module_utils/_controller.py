@@ -252,7 +252,11 @@ class Controller:
                 break
         for key, gate in gates.items():
             most = max(
-                (move.bytes_per_second for uuid, move in seen.moves.items() if self._goes_through(uuid, key)),
+                (
+                    move.bytes_per_second
+                    for uuid, move in seen.moves.items()
+                    if move.phase in {Phase.BULK, Phase.LAST} and self._goes_through(uuid, key)
+                ),
                 default=0.0,
             )
             gate.observe(goodput.get(key, 0.0), served.get(key, {}), most, more_wait=key in waiting)
@@ -338,11 +342,13 @@ class Controller:
             # Not a third one on a pair while another pair of the same uplink has none.
             if self._adaptive and active.get(vm.pair, 0) > least[id(gate)]:
                 continue
-            rung = None if uuid in self._hopeless else self._rung_at_start(vm, gate, left, seen)
+            if uuid in self._hopeless:
+                continue
+            rung, reason = self._rung_at_start(vm, gate, left, seen)
             if rung is None:
                 # Looked at again with the next plan: between two plans time only becomes less.
                 self._hopeless.add(uuid)
-                self._tell(orders, uuid, "waits", TOO_LATE)
+                self._tell(orders, uuid, "waits", reason)
                 continue
             if rung is not Rung.LIVE and gate.window - room[id(gate)] >= gate.open and self._adaptive:
                 continue  # a guest is stopped when its turn has come, not to stand in a queue
@@ -417,7 +423,9 @@ class Controller:
             told.setdefault(id(self._gate_of_pair(pair)), set()).add(pair)
         return told
 
-    def _rung_at_start(self, vm: VmSummary, gate: Gate, left: float | None, seen: Observation) -> Rung | None:
+    def _rung_at_start(
+        self, vm: VmSummary, gate: Gate, left: float | None, seen: Observation
+    ) -> tuple[Rung | None, str]:
         pair = self._pairs[vm.pair]
         view = seen.pairs.get(vm.pair)
         trip = view.round_trip_seconds if view and view.round_trip_seconds else pair.round_trip_seconds
@@ -426,16 +434,16 @@ class Controller:
         rate = min([stream, *known])
         told = choose(vm, rate, trip)
         if not self._adaptive:
-            return Rung.LIVE if vm.running else Rung.PAUSED
+            return (Rung.LIVE if vm.running else Rung.PAUSED), told.reason
         if told.rung is Rung.STAY:
-            return None
+            return None, told.reason
         if left is None:
-            return told.rung
+            return told.rung, told.reason
         # The quickest that fits, live before paused where both do.
         for choice in alternatives(vm, rate, trip):
             if choice.seconds <= left:
-                return choice.rung
-        return None
+                return choice.rung, choice.reason
+        return None, TOO_LATE
 
     # -- those under way
 

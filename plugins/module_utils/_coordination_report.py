@@ -380,7 +380,7 @@ _SENTENCES = {
     "does-not-fit-before-deadline": "there was no time for it before the deadline",
     "no-memory-at-destination": "its destination has no memory for it",
     "does-not-converge": "it dirties memory faster than it is sent, and may not be paused",
-    "no-rung-allowed": "nothing but staying is allowed for it",
+    "no-rung-allowed": "nothing is allowed for it that can be done (restart cannot yet)",
     "not-reached-its-turn": "its turn did not come",
     "too-late": "it would not have arrived in time, and gave way to others",
     "unreachable": "its host could not be reached",

@@ -109,7 +109,9 @@ def _vm(host: str, vm: Json, figures: Json, wish: Json) -> VmSummary:
         priority=DEFAULT_PRIORITY if vm.get("priority") is None else int(vm["priority"]),
         running=bool(figures.get("running", True)),
     )
-    return replace(plain, **wished(plain, wish))
+    told = replace(plain, **wished(plain, wish))
+    # Proxies cannot restart a VM there yet: what cannot be done is not planned with.
+    return replace(told, rungs=tuple(rung for rung in told.rungs if rung is not Rung.RESTART))
 
 
 def _pair(key: Pair, link: Json, site: str) -> PairSummary:

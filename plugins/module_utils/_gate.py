@@ -96,7 +96,6 @@ class Gate:
                 # Moves so short that none fills an interval: whether they hurt each other shows later.
                 self._blind = 0
                 self.stream = max(self.stream or 0.0, most)
-                self._best = max(goodput, self._best)
                 self._grow(served, self.stream, more_wait)
             return
         most = max(full.values())

@@ -15,9 +15,14 @@ import subprocess
 import threading
 import typing as t
 
-import paramiko
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import DEFAULT_SOCKET, ProxyError
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import Reach
+
+try:
+    import paramiko
+except ImportError:
+    # The action plugin says so before anything here is used.
+    paramiko = None  # type: ignore[assignment]
 
 KEEP_ALIVE_SECONDS = 5
 REQUEST_TIMEOUT_SECONDS = 30.0

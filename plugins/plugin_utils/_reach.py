@@ -13,8 +13,13 @@ import shlex
 import typing as t
 from dataclasses import dataclass, replace
 
-import paramiko
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding
+
+try:
+    import paramiko
+except ImportError:
+    # The action plugin says so before anything here is used.
+    paramiko = None  # type: ignore[assignment]
 
 Variables = t.Mapping[str, t.Any]
 

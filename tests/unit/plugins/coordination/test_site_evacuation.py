@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The action plugin and the rehearsal, run by ansible-playbook over a bridge on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from precache_proxy.control.parts import Parts
+from small_parts.parts import serving, small_parts
+from unit.plugins.coordination.conftest import ROOT
+
+
+class Stage:
+    """One hypervisor, reached locally, with VM web1 protected."""
+
+    def __init__(self, directory: Path, parts: Parts, socket: Path) -> None:
+        self.directory = directory
+        self.parts = parts
+        self.socket = socket
+        command = directory / "bin" / "precache-proxy"
+        command.parent.mkdir()
+        package = ROOT / "roles" / "precache_proxy" / "files"
+        command.write_text(
+            f'#!/bin/sh\nPYTHONPATH="{package}" exec "{ROOT}/.venv/bin/python" -m precache_proxy "$@"\n'
+        )
+        command.chmod(0o755)
+        self.variables: dict[str, Any] = {"ansible_connection": "local", "lifeboat_peer": "backup1"}
+
+    def play(
+        self, playbook: str | list[dict[str, Any]], **variables: Any
+    ) -> subprocess.CompletedProcess[str]:
+        inventory = self.directory / "inventory.yml"
+        groups = {"home": {"hosts": {"home1": self.variables}}, "other": {"hosts": {}}}
+        inventory.write_text(yaml.safe_dump({"all": {"children": groups}}))
+        if isinstance(playbook, list):
+            path = self.directory / "play.yml"
+            path.write_text(yaml.safe_dump(playbook))
+            playbook = str(path)
+        binaries = f"{self.directory}/bin:{ROOT}/.venv/bin"
+        return subprocess.run(
+            ["ansible-playbook", "-i", str(inventory), "-e", json.dumps(variables), playbook],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=self.directory,
+            env={
+                **os.environ,
+                "PATH": f"{binaries}:{os.environ['PATH']}",
+                "ANSIBLE_COLLECTIONS_PATH": str(ROOT / "build" / "checkout"),
+                "ANSIBLE_HOME": str(self.directory / "ansible"),
+                "ANSIBLE_NOCOLOR": "1",
+                "ANSIBLE_LOCALHOST_WARNING": "false",
+            },
+        )
+
+    def evacuate(self, **options: Any) -> subprocess.CompletedProcess[str]:
+        arguments = {"site": "home", "socket": str(self.socket), **options}
+        task = {"lifeboat.evacuation.site_evacuation": arguments, "run_once": True}
+        return self.play([{"hosts": "home", "gather_facts": False, "tasks": [task]}])
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    (tmp_path / "proxy").mkdir()
+    parts = small_parts(tmp_path / "proxy")
+    with serving(parts) as socket:
+        yield Stage(tmp_path, parts, socket)
+
+
+def protect(stage: Stage) -> None:
+    from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyClient
+
+    ProxyClient(str(stage.socket)).request("PUT", "/v1/vms/web1", {"peer": "backup1"})
+
+
+def test_it_evacuates_tells_and_reports(stage: Stage) -> None:
+    protect(stage)
+    done = stage.evacuate(
+        deadline="10m", report=str(stage.directory / "r.json"), page=str(stage.directory / "r.html")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "web1: starts, to backup1" in done.stdout
+    assert "web1: EVACUATED" in done.stdout
+    report = json.loads((stage.directory / "r.json").read_text())
+    assert report["totals"] == {"vms": 1, "out": 1, "all_out": True, "verdicts": {"evacuated": 1}}
+    assert report["coordination"]["deadline"] == "10m"
+    assert "1 of 1" in (stage.directory / "r.html").read_text()
+    again = stage.evacuate()
+    assert again.returncode == 0
+    assert "changed=0" in again.stdout
+    assert stage.parts.evacuation.begun == ["web1"]
+
+
+def test_everything_that_is_wrong_is_told_at_once_and_nothing_started(stage: Stage) -> None:
+    protect(stage)
+    stage.variables |= {
+        "ansible_ssh_common_args": "-o ProxyCommand=nc",
+        "lifeboat_vms": [{"name": "web1", "priority": "high"}],
+    }
+    done = stage.evacuate(deadline="yesterday", strategy="luck", uplink="fast")
+    assert done.returncode != 0
+    for part in (
+        "'yesterday': is not understood",
+        "'luck'",
+        "'fast': is no rate",
+        "priority 'high'",
+        "proxycommand",
+    ):
+        assert part in done.stdout.replace("\\'", "'"), part
+    two = stage.evacuate(site="home,other")
+    assert "names more than one site" in two.stdout
+    assert stage.parts.evacuation.begun == []
+
+
+def test_check_mode_and_rehearsal_change_nothing(stage: Stage) -> None:
+    protect(stage)
+    options = {"site": "home", "socket": str(stage.socket), "uplink": "50Mbit/s", "state": "forecast"}
+    task = {"lifeboat.evacuation.site_evacuation": options, "run_once": True}
+    done = stage.play([{"hosts": "home", "gather_facts": False, "tasks": [task]}])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 VMs would be out" in done.stdout
+    assert "the link carries 50.0 Mbit/s" in done.stdout
+    assert stage.parts.evacuation.begun == []

@@ -328,7 +328,7 @@ class Controller:
         if not any(count > 0 for count in room.values()):
             return
         at_work = set(seen.moves)
-        queued = self._pairs_waiting()
+        queued = self._pairs_ahead()
         least = {key: min(active.get(pair, 0) for pair in pairs) for key, pairs in queued.items()}
         for uuid in self.waiting:
             vm = self._vms[uuid]
@@ -340,7 +340,7 @@ class Controller:
             if self._retry_at.get(uuid, 0.0) > seen.now or not self._may_start(vm, at_work, seen):
                 continue
             # Not a third one on a pair while another pair of the same uplink has none.
-            if self._adaptive and active.get(vm.pair, 0) > least[id(gate)]:
+            if self._adaptive and active.get(vm.pair, 0) > least.get(id(gate), 0):
                 continue
             if uuid in self._hopeless:
                 continue
@@ -360,7 +360,7 @@ class Controller:
                 self._memory[vm.destination] = free - vm.memory_bytes
             room[id(gate)] -= 1
             active[vm.pair] = active.get(vm.pair, 0) + 1
-            least[id(gate)] = min(active.get(pair, 0) for pair in queued[id(gate)])
+            least[id(gate)] = min(active.get(pair, 0) for pair in queued.get(id(gate), set()) | {vm.pair})
             at_work.add(uuid)
             self._attempts[uuid] = self._attempts.get(uuid, 0) + 1
             self._retry_at.pop(uuid, None)
@@ -416,11 +416,24 @@ class Controller:
     def _is_to_leave(self, uuid: str) -> bool:
         return uuid in self._waiting and self._told.get(uuid) is None
 
-    def _pairs_waiting(self) -> dict[int, set[Pair]]:
-        """Per gate: the pairs of those that wait."""
+    def _pairs_ahead(self) -> dict[int, set[Pair]]:
+        """Per gate: the pairs of those whose turn is next.
+
+        Only among them one on an idle pair is preferred: whose turn is far would come before all the others
+        just because nobody else leaves from its host.
+        """
         told: dict[int, set[Pair]] = {}
-        for pair in {self._vms[uuid].pair for uuid in self._waiting}:
-            told.setdefault(id(self._gate_of_pair(pair)), set()).add(pair)
+        left = {id(gate): max(4, 2 * gate.window) for gate in self._gates.values()}
+        for uuid in self.waiting:
+            pair = self._vms[uuid].pair
+            key = id(self._gate_of_pair(pair))
+            if left[key] <= 0:
+                if all(count <= 0 for count in left.values()):
+                    break
+                continue
+            if uuid not in self._hopeless:
+                left[key] -= 1
+                told.setdefault(key, set()).add(pair)
         return told
 
     def _rung_at_start(

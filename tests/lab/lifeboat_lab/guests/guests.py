@@ -111,6 +111,8 @@ class Guest:
                 continue
             if name in self.states():
                 host.exec("virsh", "destroy", self.plan.uuid, check=False)
+            # One that stock libvirt moved there is transient: destroyed, it is gone.
+            if name in self.states():
                 host.exec("virsh", "undefine", "--nvram", "--checkpoints-metadata", "--snapshots-metadata",
                           self.plan.uuid)  # fmt: skip
             paths = [self.plan.disk_path(target) for target in self.plan.targets]

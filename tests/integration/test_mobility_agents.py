@@ -374,6 +374,23 @@ def test_the_same_address_for_two_vms_is_refused(agents: Agents) -> None:
     assert agents["anchor1"].holder(one) == "gateway1"
 
 
+def test_an_address_given_to_another_vm_after_its_first_one_left(tmp_path: Path) -> None:
+    with agents_running(tmp_path, forward_seconds=1) as agents:
+        first = settle(agents)
+        agents.move(first, "gateway2", 2)
+        agents["gateway2"].depart(first, withdraw=True)
+        first.plug(None)
+        first.space.ip("address flush dev eth0 scope global")
+        second = agents.net.guest("second", at="gateway1")
+        second.space.ip(f"address add {first.home}/128 dev eth0 nodad")
+        answer = agents["gateway1"].arrive(second, 1, addresses=[str(first.home)], wait_seconds=5)
+        assert len(answer["acknowledged"]) == 2
+        assert pings(agents.net["client"], first.home)
+        # What was still forwarded for the first one ends now.
+        time.sleep(1.5)
+        assert pings(agents.net["client"], first.home, seconds=2)
+
+
 def test_an_epoch_older_than_the_gateway_itself_knows_is_refused(agents: Agents) -> None:
     guest = settle(agents, epoch=5)
     with pytest.raises(Refused) as told:

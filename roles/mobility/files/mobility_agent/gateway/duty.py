@@ -270,6 +270,7 @@ class GatewayDuty:
         attachment = Attachment(vm, homes, mac, bridge, epoch, time.time(), handoff=handoff, evident=evident)
         if before is not None:
             self._path.clear(set(before.homes) - set(homes))
+        self._forget_former_owners(vm, homes)
         self._path.set_local(homes, bridge, mac)
         self._forwards.pop(vm, None)
         self.attachments.put(attachment)
@@ -282,6 +283,17 @@ class GatewayDuty:
         await self._acknowledged(vm, began + wait_seconds)
         logger.info("VM %s: here on %s, epoch %d", vm, bridge, epoch, extra={"VM": vm})
         return self.describe(self.attachments.get(vm) or attachment)
+
+    def _forget_former_owners(self, vm: str, homes: tuple[IPv6Network, ...]) -> None:
+        """An address that somebody had who has left: what is still due for that one must not touch it."""
+        owners = {owner.vm: owner for home in homes if (owner := self.attachments.owner(home)) is not None}
+        for former in owners.values():
+            if former.vm != vm:
+                self._forwards.pop(former.vm, None)
+                self._path.clear(set(former.homes) - set(homes))
+                self.attachments.remove(former.vm)
+                self._journal.remove(former.vm)
+                logger.info("VM %s: forgotten, VM %s has an address of its", former.vm, vm)
 
     async def _acknowledged(self, vm: str, until: float) -> None:
         """Return when every anchor has acknowledged ``vm``, or it is ``until`` (monotonic)."""

@@ -6,14 +6,22 @@ import sys
 import time
 from pathlib import Path
 
-from lifeboat_bench import evacuation, peacetime, precache, scale
-from lifeboat_bench.ground import Ground
+from lifeboat_bench import evacuation, handover, peacetime, precache, scale
+from lifeboat_bench.ground import DESTINATION, SOURCE, Ground
 from lifeboat_bench.result import Table
 from lifeboat_lab.errors import LabError
 
 # Measured on a model, in a moment: these build no lab.
 WITHOUT_LAB = {"scale": scale.run}
-TABLES = {"precache": precache.run, "evacuation": evacuation.run, "peacetime": peacetime.run}
+TABLES = {
+    "precache": precache.run,
+    "evacuation": evacuation.run,
+    "peacetime": peacetime.run,
+    "handover": handover.run,
+}
+
+# Tables that need more than one pair of hosts.
+HOSTS = {"handover": handover.HOSTS_NEEDED}
 
 
 def main() -> int:
@@ -30,7 +38,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-    ground = Ground(say)
+    ground = Ground(say, HOSTS.get(options.table, (SOURCE, DESTINATION)))
     try:
         ground.build()
         table = TABLES[options.table](ground)

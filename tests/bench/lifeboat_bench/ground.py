@@ -20,16 +20,17 @@ LAB_NAME = "bench"
 class Ground:
     """The lab, both proxies, and the WAN, which is checked each time it is set."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], hosts: tuple[str, ...] = (SOURCE, DESTINATION)) -> None:
         self.say = say
-        self.lab = Lab(Settings(name=LAB_NAME, hosts=(SOURCE, DESTINATION)), say=say)
+        self.lab = Lab(Settings(name=LAB_NAME, hosts=hosts), say=say)
+        self.controller = Controller(self.lab)
         self.wan_checks: list[dict[str, Any]] = []
 
     def build(self) -> None:
         """A fresh lab; one that an interrupted run left is removed first."""
         self.lab.down()
         self.lab.up(owner=os.getpid())
-        Controller(self.lab).playbook("site_setup").require_success()
+        self.controller.playbook("site_setup").require_success()
         self.source, self.destination = (Proxy(self.lab.host(name)) for name in (SOURCE, DESTINATION))
 
     def remove(self) -> None:

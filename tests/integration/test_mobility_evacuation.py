@@ -15,7 +15,7 @@ from integration.playbook_runner import PlaybookResult
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
-from lifeboat_lab.mobility import binding, holder, keep_address, lead_prefix_to, open_settings
+from lifeboat_lab.mobility import METADATA_URI, binding, holder, keep_address, lead_prefix_to, open_settings
 from lifeboat_lab.probes import ECHO_COMMAND, Probe
 from lifeboat_lab.proxy import Proxy
 
@@ -34,9 +34,12 @@ def playbook(
     path = tmp_path_factory.mktemp("mobility") / "mobility.yml"
     path.write_text(yaml.safe_dump(inventory()))
 
-    def run(name: str, **arguments: Any) -> PlaybookResult:
+    def run(name: str, *, hosts: dict[str, Any] | None = None, **arguments: Any) -> PlaybookResult:
         variables = SETTINGS | arguments.pop("variables", {})
-        return lab_playbook(name, options=("-i", str(path)), variables=variables, **arguments)
+        more = path.with_name("hosts.yml")
+        more.write_text(yaml.safe_dump({"all": {"hosts": hosts or {}}}))
+        options = ("-i", str(path), "-i", str(more))
+        return lab_playbook(name, options=options, variables=variables, **arguments)
 
     open_settings(lab, (*GATEWAYS, *ANCHORS))
     run("site_setup").require_success()
@@ -171,6 +174,27 @@ def test_an_evacuation_that_is_rolled_back_leaves_the_binding_as_it_was(
     assert after is not None
     keys = ("gateway", "epoch", "since_seconds", "addresses")
     assert [after[key] for key in keys] == [before[key] for key in keys]
+    forget(lab, guest)
+
+
+def test_the_inventory_gives_addresses_and_none_twice(lab: Lab, playbook: RunPlaybook) -> None:
+    guest = lab.guests.define(SOURCE, GuestPlan("given", workload="idle", disk_mib=64, content_mib=1))
+    given = {"name": guest.name, "addresses": [guest.address]}
+    other = {"name": "other", "addresses": [guest.address, "2001:db8:77::5"]}
+    refused = playbook(
+        "protect", hosts={SOURCE: {"lifeboat_vms": [given]}, "home2": {"lifeboat_vms": [other]}}
+    )
+    assert refused.return_code != 0
+    assert refused.changed_tasks == []
+    assert f"VM other: {guest.address} is VM given's too" in refused.messages
+    assert "VM other: 2001:db8:77::5 is in no home prefix" in refused.messages
+    hosts = {SOURCE: {"lifeboat_vms": [given]}}
+    planned = playbook("protect", hosts=hosts, check=True).require_success()
+    assert any(name.endswith("Give VMs their home addresses") for name in planned.changed_tasks)
+    playbook("protect", hosts=hosts).require_success()
+    assert playbook("protect", hosts=hosts).require_success().changed_tasks == []
+    words = ("metadata", guest.plan.uuid, "--uri", METADATA_URI, "--config")
+    assert guest.address in lab.exec(SOURCE, "virsh", *words).stdout
     forget(lab, guest)
 
 

@@ -259,6 +259,8 @@ class Coordinator:
                 said_at = self._clock()
             # Those that start now are seen at the next look.
             idle = 0 if seen.moves or orders.starts else idle + 1
+            if idle and all(vm.uuid in seen.out for vm in site.vms):
+                break
             if idle >= _IDLE_LOOKS and not self._may_still_start(controller, seen):
                 break
             self._sleep(max(0.1, interval - (self._clock() - looked_at)))
@@ -288,7 +290,7 @@ class Coordinator:
         """Ask the sources how they stand; one that is slow or gone holds up nobody."""
         for name, proxy in self._sources.items():
             if name not in self._pending:
-                self._pending[name] = self._pool.submit(proxy.request, "GET", "/v1/status")
+                self._pending[name] = self._pool.submit(self._poll, proxy, whole=patient)
         until = time.monotonic() + (30.0 if patient else max(1.0, interval * 0.75))
         for name in list(self._pending):
             future = self._pending[name]
@@ -308,6 +310,17 @@ class Coordinator:
                 self._say(f"{name}: answers again")
             self.hosts[name].status, self.hosts[name].error = status, ""
             self._lost_at.pop(name, None)
+
+    def _poll(self, proxy: Proxy, *, whole: bool) -> dict[str, t.Any]:
+        """A host's state. Not all of it while VMs move: that asks QEMU for every lag, and takes long."""
+        before = self.hosts[proxy.name].status
+        if whole or not before:
+            return dict(proxy.request("GET", "/v1/status"))
+        return {
+            **before,
+            **proxy.request("GET", "/v1/evacuations"),
+            **proxy.request("GET", "/v1/links"),
+        }
 
     def _with_refusals(self, seen: Observation) -> Observation:
         failed = dict(seen.failed)

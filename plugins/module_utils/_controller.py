@@ -382,7 +382,8 @@ class Controller:
             vm = self._vms.get(uuid)
             if vm is None:
                 continue
-            if self._adaptive and self._nearly_over(vm, move):
+            # One that gets nowhere may not keep all others from starting.
+            if self._adaptive and (move.hopeless or self._nearly_over(vm, move)):
                 continue
             room[id(self.gate_of(vm))] -= 1
             active[vm.pair] = active.get(vm.pair, 0) + 1
@@ -468,7 +469,7 @@ class Controller:
             gate, pair = self.gate_of(vm), self._pairs[vm.pair]
             # What it could have if it were served first: a trickle says nothing about it.
             possible = max(move.bytes_per_second, min(self._stream.get(vm.pair, 0.0), gate.capacity or 0.0))
-            if possible <= 0:
+            if possible <= 0 and not move.hopeless:
                 continue
             fall = judge(
                 vm,

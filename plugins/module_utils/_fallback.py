@@ -22,6 +22,10 @@ MARGIN_SECONDS = 2.0
 MARGIN_SHARE = 0.15
 
 
+# What a guest is said to dirty that outruns the mirror of its disk: more than any link carries.
+OUTRUNS_BYTES_PER_SECOND = 1e12
+
+
 class Phase(StrEnum):
     """Where a move stands, as the controller needs to know it."""
 
@@ -127,4 +131,6 @@ def _long(seconds: float) -> str:
 
 
 def _said(move: Move, rate: float) -> str:
+    if move.dirty_bytes_per_second >= OUTRUNS_BYTES_PER_SECOND:
+        return "writes to its disk as fast as the mirror follows"
     return f"dirties {move.dirty_bytes_per_second / 1e6:.1f} MB/s, {rate / 1e6:.1f} MB/s are sent"

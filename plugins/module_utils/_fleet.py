@@ -8,7 +8,11 @@ import typing as t
 from dataclasses import dataclass, field, replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Observation, PairView
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
+    OUTRUNS_BYTES_PER_SECOND,
+    Move,
+    Phase,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import DOWNTIME_LIMIT_SECONDS
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import wished
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
@@ -30,6 +34,9 @@ _PASSING = frozenset({
     "unreachable", "stalled", "peer-restarted", "link-lost", "proxy-restarted", "hypervisor", "protocol",
     "error",
 })  # fmt: skip
+# A mirror that has so little left for so long goes round behind the guest.
+_CHASE_SECONDS = 20.0
+_CHASE_BYTES = 8e6
 _LEAD_IN = frozenset({"preflight", "catch-up", "freeze", "residual", "prepare"})
 _CLOSING = frozenset({"confirm", "released", "finish", "rollback", "undecided"})
 
@@ -152,6 +159,8 @@ class Eyes:
         self._vms: dict[str, _Counted] = {}
         self._pairs: dict[Pair, tuple[float, float]] = {}
         self.carried_bytes: dict[str, float] = {}
+        # Since when a job mirrors disks and has not come to its memory.
+        self._mirroring: dict[str, float] = {}
 
     def look(
         self,
@@ -214,6 +223,8 @@ class Eyes:
         dirty *= float(progress.get("memory_page_size") or 4096)
         left = float(progress.get("memory_remaining_bytes") or 0.0) * ratio
         left += float(progress.get("disk_remaining_bytes") or 0.0)
+        if self._chases_its_disk(job, progress, now):
+            return Move(uuid, Phase.BULK, Rung.LIVE, left, rate, OUTRUNS_BYTES_PER_SECOND, hopeless=True)
         return Move(
             uuid,
             self._phase(job, progress, left, rate),
@@ -223,6 +234,17 @@ class Eyes:
             dirty * ratio,
             bool(progress.get("hopeless")),
         )
+
+    def _chases_its_disk(self, job: Job, progress: Json, now: float) -> bool:
+        """The mirror of its disk is as good as done and never is: the guest writes as fast as it follows."""
+        if job.get("step") != "migrate" or progress.get("memory_total_bytes") or job.get("guest_paused"):
+            self._mirroring.pop(str(job["id"]), None)
+            return False
+        if not progress.get("disk_total_bytes"):
+            return False
+        since = self._mirroring.setdefault(str(job["id"]), now)
+        left = float(progress.get("disk_remaining_bytes") or 0.0)
+        return now - since > _CHASE_SECONDS and left < _CHASE_BYTES
 
     @staticmethod
     def _phase(job: Job, progress: Json, left: float, rate: float) -> Phase:

@@ -14,6 +14,9 @@ from lifeboat_lab.errors import LabError
 from lifeboat_lab.lab import Lab
 
 INVENTORY = ROOT / "inventories" / "lab"
+# Files that run at the same time have labs of their own; commands and playbooks read the name from here.
+if WORKER := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["LIFEBOAT_LAB"] = f"{os.environ.get('LIFEBOAT_LAB', 'lab')}-{WORKER}"
 
 
 @pytest.fixture(scope="session")

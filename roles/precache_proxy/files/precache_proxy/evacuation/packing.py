@@ -126,7 +126,7 @@ class Unpacker:
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << LARGEST_WINDOW_LOG)
         self._piece = _Piece()
         self._decompressor = decompressor.stream_writer(
-            cast("IO[bytes]", self._piece), write_size=PIECE_BYTES
+            cast(IO[bytes], self._piece), write_size=PIECE_BYTES
         )
 
     def unpack(self, message: bytes) -> bytes:

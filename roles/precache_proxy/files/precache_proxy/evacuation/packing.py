@@ -125,9 +125,7 @@ class Unpacker:
         # A window beyond the packer's is refused before memory is taken for it.
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << LARGEST_WINDOW_LOG)
         self._piece = _Piece()
-        self._decompressor = decompressor.stream_writer(
-            cast(IO[bytes], self._piece), write_size=PIECE_BYTES
-        )
+        self._decompressor = decompressor.stream_writer(cast(IO[bytes], self._piece), write_size=PIECE_BYTES)
 
     def unpack(self, message: bytes) -> bytes:
         """The piece that a message carries, PIECE_BYTES at most. Raises ProtocolError."""

@@ -123,8 +123,8 @@ class EvacuationPair:
             )
             hook.chmod(0o755)
             (base / "proxy.toml").write_text(self._configuration(host, other))
-            # libvirt looks for hooks when it starts or is told to
-            self.shell(host, "systemctl reload-or-restart libvirtd")
+            # libvirt looks for hooks when it starts or is told to, and listens once its drivers are ready
+            self.shell(host, "virsh uri >/dev/null; systemctl reload-or-restart libvirtd")
 
     def _end_former_proxy(self, host: str) -> None:
         """A test run that was killed leaves its proxies behind; their lock's holder is asked."""

@@ -190,6 +190,8 @@ class Guest:
         """
         needed = self.told().highest_acknowledged if acknowledged is None else acknowledged
         place = self._host(host)
+        # A copy of a disk that is being written is of no instant at all: what it lacks is nobody's loss.
+        still = images is None and self.states().get(host) == "running"
         images = images or self.images(host)
         findings: list[str] = []
         if canary is not None and (now := self.canary(host)) != canary:
@@ -197,16 +199,22 @@ class Guest:
         workloads = self.plan.workload.split(",")
         has_log = "fsync-log" in workloads
         committed = self.told().highest_committed if committed is None else committed
-        reports = [
-            # All but the log is on the first disk only.
-            verify.examine(
-                place,
-                *images[target],
-                manifest,
-                [w for w in workloads if w == "fsync-log" or target == self.plan.targets[0]],
-            )
-            for target, manifest in zip(self.plan.targets, self.manifests, strict=True)
-        ]
+        if still:
+            place.exec("virsh", "suspend", self.plan.uuid)
+        try:
+            reports = [
+                # All but the log is on the first disk only.
+                verify.examine(
+                    place,
+                    *images[target],
+                    manifest,
+                    [w for w in workloads if w == "fsync-log" or target == self.plan.targets[0]],
+                )
+                for target, manifest in zip(self.plan.targets, self.manifests, strict=True)
+            ]
+        finally:
+            if still:
+                place.exec("virsh", "resume", self.plan.uuid)
         for report in reports:
             findings += [f"{report.image}: {finding}" for finding in report.findings]
             if has_log and report.records < needed:

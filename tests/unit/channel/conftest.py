@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from precache_proxy.channel import Channel, ChannelConfig, PeerAddress
+from small_parts.ports import free_port
 
 _DAY = datetime.timedelta(days=1)
 
@@ -69,13 +70,6 @@ class Authority:
             )
         )
         return certificate_path, key_path
-
-
-def free_port() -> int:
-    """A port that nobody holds now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

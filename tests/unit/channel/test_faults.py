@@ -15,8 +15,9 @@ import pytest
 from precache_proxy.channel import Channel, ChannelConfig, PeerAddress, Stream, StreamReset, TrafficClass
 from precache_proxy.channel.frames import MAGIC, FrameType, pack, pack_hello
 from precache_proxy.errors import PeerUnreachable
+from small_parts.ports import free_port
 
-from .conftest import Authority, PairFactory, Start, WiredFactory, free_port, make_config, until
+from .conftest import Authority, PairFactory, Start, WiredFactory, make_config, until
 
 
 async def numbered(stream: Stream, count: int, size: int) -> None:

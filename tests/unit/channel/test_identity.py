@@ -10,8 +10,9 @@ import pytest
 
 from precache_proxy.channel import Channel, ChannelConfig, PeerAddress
 from precache_proxy.errors import ConfigurationError, PeerRefused, PeerUnreachable
+from small_parts.ports import free_port
 
-from .conftest import Authority, Start, free_port, make_config, until
+from .conftest import Authority, Start, make_config, until
 
 
 def pair_of_configs(authority: Authority) -> tuple[ChannelConfig, ChannelConfig]:

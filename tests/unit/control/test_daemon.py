@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from precache_proxy.control.client import Client
 from precache_proxy.errors import LifeboatError
+from small_parts.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 WAIT_SECONDS = 60.0
@@ -72,9 +73,7 @@ class Proxy:
         self.notified.setblocking(False)
         self.messages = ""
         make_certificates(directory, "home1")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.configure()
 
     def configure(self, more: str = "") -> None:

@@ -7,7 +7,6 @@ import datetime
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
     runtime_of,
 )
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._ups import read_runtime
+
+from small_parts.ports import free_port
 
 NOW = datetime.datetime(2026, 11, 21, 12, 0, 0).astimezone().timestamp()
 
@@ -103,9 +104,7 @@ def upsd(tmp_path: Path) -> Iterator[tuple[int, Callable[[str], None]]]:
     upsd_path = shutil.which("upsd", path="/usr/lib/nut:/lib/nut")
     if not driver.exists() or upsd_path is None or os.geteuid() != 0:
         pytest.skip("nut-server is not installed (apt-get install nut-server nut-client), or not root")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     state, etc = tmp_path / "state", tmp_path / "etc"
     state.mkdir()
     etc.mkdir()
@@ -181,7 +180,5 @@ def test_a_real_upsd_without_a_runtime_or_the_name(upsd: tuple[int, Callable[[st
         read_runtime(f"mute@127.0.0.1:{port}")
     with pytest.raises(UpsError, match="knows this name"):
         read_runtime(f"other@127.0.0.1:{port}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        with pytest.raises(UpsError, match="see that upsd runs"):
-            read_runtime(f"full@127.0.0.1:{probe.getsockname()[1]}")
+    with pytest.raises(UpsError, match="see that upsd runs"):
+        read_runtime(f"full@127.0.0.1:{free_port()}")

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from precache_proxy.blocks.images import stamp
 from precache_proxy.errors import IntegrityError, NoSpace, ProtocolError, StaleEpoch
 from precache_proxy.evacuation.media_places import find_places
 from precache_proxy.hypervisor.domain_xml import parse_definition
-from precache_proxy.store.media import MediaIndex, MediaShelf, Medium, file_digest, stamp
+from precache_proxy.store.media import MediaIndex, MediaShelf, Medium, file_digest
 from precache_proxy.store.records import Record, RecordType, json_record
 from precache_proxy.store.service import Store
 from precache_proxy.units import MIB

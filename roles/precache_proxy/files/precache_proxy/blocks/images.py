@@ -42,6 +42,15 @@ class ImageDescription:
     inconsistent_bitmaps: tuple[str, ...]
 
 
+def stamp(path: str | Path) -> str:
+    """Changes whenever an image was written or exchanged; "" where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
 async def qemu_img(subject: Path | str, *arguments: str | Path, tolerated_codes: Sequence[int] = (0,)) -> str:
     """Run ``qemu-img`` and return its output. Raises what :func:`failure` makes of its words."""
     process = await asyncio.create_subprocess_exec(

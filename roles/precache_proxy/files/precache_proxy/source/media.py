@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy.blocks.extents import Extents
-from precache_proxy.blocks.images import ImageReference
+from precache_proxy.blocks.images import ImageReference, stamp
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.errors import Conflict, LifeboatError, ProtocolError
 from precache_proxy.hypervisor.domain_xml import Disk
@@ -22,7 +22,7 @@ from precache_proxy.source.feeder import Feeder
 from precache_proxy.source.record import ProtectionRecord
 from precache_proxy.source.tracker import VmReference
 from precache_proxy.source.views import ClosedImages
-from precache_proxy.store.media import STREAM_KIND, Medium, stamp
+from precache_proxy.store.media import STREAM_KIND, Medium
 from precache_proxy.store.records import Record, RecordType, json_record
 from precache_proxy.units import format_bytes
 

@@ -26,15 +26,6 @@ def inode(name: str) -> int:
         return 0
 
 
-def stamp(name: str) -> str:
-    """Changes whenever the file was written or exchanged; "" where there is none."""
-    try:
-        status = os.stat(name)
-    except OSError:
-        return ""
-    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
-
-
 def allocated_bytes(name: str) -> int:
     """What an image takes on its file system; the whole of a block device."""
     try:

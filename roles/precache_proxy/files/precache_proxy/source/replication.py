@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Mapping
 
-from precache_proxy.blocks.images import ImageReference
+from precache_proxy.blocks.images import ImageReference, stamp
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, LifeboatError, NotFound, TrackingLost
@@ -213,7 +213,7 @@ class Replication:
             ),
             send={} if sealed is None else scrub.beyond_replica(layout, sizes, held),
         )
-        before_off = {target: offline.stamp(disk.path) for target, disk in layout.tracked.items()}
+        before_off = {target: stamp(disk.path) for target, disk in layout.tracked.items()}
         result = await self._make(plan, self.disks.source(layout, active=active), layout, reason=reason)
         record.attachments = digests
         record.passed_off = {} if active else before_off
@@ -240,7 +240,7 @@ class Replication:
     def _unchanged_off(self, layout: Layout) -> bool:
         passed = self.record.passed_off
         return bool(passed) and passed == {
-            target: offline.stamp(disk.path) for target, disk in layout.tracked.items()
+            target: stamp(disk.path) for target, disk in layout.tracked.items()
         }
 
     async def _offline_checkpoint(self, layout: Layout, checkpoint: str, *, fresh: bool) -> str:

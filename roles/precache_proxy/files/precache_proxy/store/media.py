@@ -63,15 +63,6 @@ class Medium:
         return medium
 
 
-def stamp(path: str | Path) -> str:
-    """Changes whenever a file was written or exchanged; "" where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ""
-    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a plain image as a guest reads it: in whole sectors (blocking)."""
     digest = hashlib.sha256()
@@ -101,7 +92,7 @@ class MediaIndex:
 
     def medium(self, path: str) -> Medium | None:
         """What a file holds, None where that is not known or was changed since."""
-        now = stamp(path)
+        now = images.stamp(path)
         for entry in self._directory.glob("*.json"):
             told = durable.read_json(entry)
             if told and told["path"] == path and told["stamp"] == now:
@@ -111,7 +102,7 @@ class MediaIndex:
     def plain_file(self, digest: str) -> Path | None:
         """An unchanged file of that content, which a VM can be given as it is."""
         told = durable.read_json(self._directory / f"{digest}.json")
-        if told and told["plain"] and told["stamp"] == stamp(told["path"]):
+        if told and told["plain"] and told["stamp"] == images.stamp(told["path"]):
             return Path(told["path"])
         return None
 
@@ -211,13 +202,13 @@ class MediaShelf:
         # Images that sites keep in step by themselves, at the same place: then nothing has to be carried.
         same = Path(medium.path)
         with contextlib.suppress(OSError):
-            before = stamp(same)
+            before = images.stamp(same)
             if (
                 medium.plain
                 and same.is_file()
                 and -(-same.stat().st_size // SECTOR_BYTES) * SECTOR_BYTES == medium.size_bytes
                 and file_digest(same) == medium.digest
-                and stamp(same) == before
+                and images.stamp(same) == before
             ):
                 self._index.remember(str(same), medium, before)
                 return True

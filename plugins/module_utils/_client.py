@@ -83,16 +83,16 @@ class ProxyClient:
             ) from error
         finally:
             connection.close()
-        return _answer(self._path, response.status, text)
+        return read_answer(f"control socket {self._path}:", response.status, text)
 
 
-def _answer(path: str, status: int, text: str) -> t.Any:
+def read_answer(subject: str, status: int, text: str) -> t.Any:
+    """The JSON in a response of the control API. Raises ProxyError: what the proxy refused, or in the name
+    of ``subject`` that it spoke no JSON."""
     try:
         answer = json.loads(text)
     except ValueError as error:
-        raise ProxyError(
-            "protocol", f"control socket {path}: answered with something that is no JSON"
-        ) from error
+        raise ProxyError("protocol", f"{subject} answered with something that is no JSON") from error
     if status >= 400:
         raise ProxyError(
             str(answer.get("cause", "error")),

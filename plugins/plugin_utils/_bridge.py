@@ -15,7 +15,11 @@ import subprocess
 import threading
 import typing as t
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import DEFAULT_SOCKET, ProxyError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import (
+    DEFAULT_SOCKET,
+    ProxyError,
+    read_answer,
+)
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import Reach
 
 try:
@@ -151,19 +155,7 @@ class Bridge:
             ) from error
         if response.will_close:
             self._drop_bridge()
-        try:
-            answer = json.loads(text)
-        except ValueError as error:
-            raise ProxyError(
-                "protocol", f"{self.name}: its proxy answered with something that is no JSON"
-            ) from error
-        if response.status >= 400:
-            raise ProxyError(
-                str(answer.get("cause", "error")),
-                str(answer.get("message", "the proxy gave no reason")),
-                answer.get("findings", ()),
-            )
-        return answer
+        return read_answer(f"{self.name}: its proxy", response.status, text)
 
     def _said(self) -> str:
         """What the bridge command complained of, if it did."""

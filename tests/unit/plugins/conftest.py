@@ -3,31 +3,21 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from precache_proxy.control.parts import Parts
+from small_parts.collection import Run, importable, module_runner
 from small_parts.parts import serving, small_parts
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def collection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The checkout, importable under the name that it has once installed."""
-    directory = tmp_path_factory.mktemp("collections")
-    name = directory / "ansible_collections" / "lifeboat" / "evacuation"
-    name.parent.mkdir(parents=True)
-    name.symlink_to(ROOT)
-    sys.path.insert(0, str(directory))
-    yield
-    sys.path.remove(str(directory))
+    with importable(tmp_path_factory.mktemp("collections")):
+        yield
 
 
 @pytest.fixture
@@ -41,23 +31,7 @@ def socket(parts: Parts) -> Iterator[Path]:
         yield path
 
 
-Run = Callable[..., dict[str, Any]]
-
-
 @pytest.fixture
 def run(socket: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run("module", check=False, **options)`` gives what the module says; ``failed`` is always there."""
-    from ansible.module_utils.testing import patch_module_args
-
-    def execute(name: str, *, check: bool = False, **options: Any) -> dict[str, Any]:
-        module = importlib.import_module(f"ansible_collections.lifeboat.evacuation.plugins.modules.{name}")
-        arguments = {"socket": str(socket), "_ansible_check_mode": check, "_ansible_diff": True, **options}
-        capsys.readouterr()
-        with patch_module_args(arguments), pytest.raises(SystemExit) as ended:
-            module.main()
-        told: dict[str, Any] = json.loads(capsys.readouterr().out)
-        told.setdefault("failed", False)
-        assert told["failed"] == (ended.value.code != 0)
-        return told
-
-    return execute
+    """``run("module", check=False, **options)`` gives what the module says to that socket."""
+    return module_runner(capsys, socket=str(socket))

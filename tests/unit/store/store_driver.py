@@ -235,7 +235,7 @@ def read_chain(store: Store, vm: str, disk: str, generation: int | None = None) 
 
 async def merged(store: Store) -> None:
     """Wait for the merges in the background."""
-    for task in list(store._commits.values()):
+    for task in list(store._merging._tasks.values()):
         await task
 
 

@@ -20,12 +20,12 @@ from precache_proxy.errors import (
     NotFound,
     StaleEpoch,
 )
-from precache_proxy.store import commit
 from precache_proxy.store.admission import finding, objections
 from precache_proxy.store.chains import ImageLike, ReplicaChain
 from precache_proxy.store.digests import serve_digests
 from precache_proxy.store.generations import receive_generation
 from precache_proxy.store.media import MediaIndex, MediaShelf
+from precache_proxy.store.merging import Merging
 from precache_proxy.store.record import Layer, ReplicaRecord, SealedGeneration, check_disks, check_vm
 from precache_proxy.store.replica import RECORD_NAME, Replica
 from precache_proxy.store.seeding import receive_seed
@@ -33,7 +33,6 @@ from precache_proxy.store.settings import StoreSettings, free_bytes
 
 logger = logging.getLogger(__name__)
 
-_RETRY_COMMIT_SECONDS = 300.0
 # Beside the replicas' directories, which bear UUIDs.
 MEDIA_NAME = "media"
 
@@ -60,9 +59,7 @@ class Store:
         self._replicas: dict[str, Replica] = {}
         self._damaged: dict[str, LifeboatError] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._commits: dict[str, asyncio.Task[None]] = {}
-        self._commit_slot = asyncio.Semaphore(1)
-        self._stopping = False
+        self._merging = Merging()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -88,14 +85,11 @@ class Store:
                 continue
             if (directory / RECORD_NAME).exists():
                 self._replicas[directory.name] = replica
-                self._commit_soon(replica)
+                self._merging.begin(replica)
 
     async def stop(self) -> None:
         """End all streams and merges; half generations are discarded."""
-        self._stopping = True
-        for task in self._commits.values():
-            task.cancel()
-        await asyncio.gather(*self._commits.values(), return_exceptions=True)
+        await self._merging.stop()
         for replica in self._replicas.values():
             await replica.end_streams({"generation", "seed", "digests"}, "the store is stopping")
 
@@ -127,42 +121,7 @@ class Store:
                 "%s: sealed generation %d", replica.subject, sealed.generation,
                 extra={"vm": replica.record.vm, "generation": sealed.generation},
             )  # fmt: skip
-            self._commit_soon(replica)
-
-    # -- merging in the background -----------------------------------------------------------------
-
-    def _commit_soon(self, replica: Replica) -> None:
-        running = self._commits.get(replica.record.vm)
-        if not self._stopping and (running is None or running.done()):
-            self._commits[replica.record.vm] = asyncio.create_task(self._commit(replica))
-
-    async def _commit(self, replica: Replica) -> None:
-        while True:
-            try:
-                while (merge := commit.due(replica)) is not None:
-                    done = False
-                    while not done:
-                        async with self._commit_slot:  # one at a time: passes need the storage more
-                            done = await commit.step(replica, merge)
-                await commit.trim(replica)
-                replica.commit_failure = None
-                return
-            except (LifeboatError, OSError) as error:
-                if (
-                    replica.record.frozen_epoch is not None
-                    or replica.record.removing
-                    or replica.record.detached
-                ):
-                    return
-                replica.commit_failure = str(error)
-                logger.warning("%s: merging older generations: %s", replica.subject, error)
-                await asyncio.sleep(_RETRY_COMMIT_SECONDS)
-
-    async def _end_commit(self, vm: str) -> None:
-        task = self._commits.pop(vm, None)
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            self._merging.begin(replica)
 
     # -- asked by peers ----------------------------------------------------------------------------
 
@@ -279,7 +238,7 @@ class Store:
             replica = self._replica(vm)
             if replica.record.frozen_epoch is not None:
                 replica.check_writable()
-            await self._end_commit(vm)
+            await self._merging.end(vm)
             await replica.end_streams({"generation", "seed", "digests"}, "the replica is being removed")
             async with replica.chain_lock.writing(), replica.changing:
                 await replica.remove()
@@ -306,7 +265,7 @@ class Store:
                     f"{replica.subject}: generation {generation} is not the last sealed one"
                     f" ({sealed.generation if sealed else 'none'}); send it first"
                 )
-            await self._end_commit(vm)
+            await self._merging.end(vm)
             await replica.end_streams({"generation", "seed", "digests"}, "the VM is about to arrive here")
             async with replica.chain_lock.writing(), replica.changing:
                 if replica.record.sealed is not sealed:
@@ -328,7 +287,7 @@ class Store:
                 if replica.record.frozen_epoch is not None:
                     await replica.save(replace(replica.record, frozen_epoch=None))
             await replica.recover()
-            self._commit_soon(replica)
+            self._merging.begin(replica)
 
     async def adopt(
         self,
@@ -391,7 +350,7 @@ class Store:
             async with replica.changing:
                 if not replica.record.commit_allowed:
                     await replica.save(replace(replica.record, commit_allowed=True))
-            self._commit_soon(replica)
+            self._merging.begin(replica)
 
     async def detach(self, vm: str) -> dict[str, tuple[ImageReference, ...]]:
         """The replica is the VM's disk from now on: its record is history, its files are no longer ours.
@@ -404,7 +363,7 @@ class Store:
             sealed = record.sealed
             if sealed is None:
                 raise Conflict(f"{replica.subject}: nothing is sealed, no VM can run on it")
-            await self._end_commit(vm)
+            await self._merging.end(vm)
             await replica.end_streams({"generation", "seed", "digests"}, "the VM has landed here")
             if not record.detached:
                 async with replica.chain_lock.writing(), replica.changing:

@@ -86,6 +86,7 @@ class Session:
         self.peer = peer
         self.dialed = dialed
         self.peer_instance = ""  # set by the first connection
+        self.established = False  # dialled: the peer accepted a connection of it at least once
         self.connections: dict[int, Connection] = {}
         self.streams: dict[int, Stream] = {}
         self.round_trip = RoundTrip()

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How fast a link may send, by the operator, the configuration and the path, and what arrives of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+from precache_proxy.channel.counters import LinkCounters
+from precache_proxy.channel.governor import Governor, PathWatch
+from precache_proxy.channel.pacer import Pacer
+from precache_proxy.channel.rate import rate_at
+from precache_proxy.channel.session import Session
+from precache_proxy.channel.settings import PeerAddress
+
+log = logging.getLogger(__name__)
+
+_GOODPUT_SECONDS = 2.0
+
+
+class LinkRate:
+    """``pacer`` is what the sessions ask before they send."""
+
+    def __init__(
+        self, peer: str, address: PeerAddress, counters: LinkCounters, wake: Callable[[], None]
+    ) -> None:
+        self._peer = peer
+        self._address = address
+        self._counters = counters
+        self._chosen = False
+        self._governor = Governor()
+        self._watch = PathWatch()
+        self.pacer = Pacer(self._rate_by_clock(), wake)
+        self.goodput_bytes_per_second = 0.0
+        self._goodput_mark = (time.monotonic(), 0)
+
+    @property
+    def limit_bytes_per_second(self) -> float | None:
+        """The limit that was set; None = none."""
+        return self.pacer.limit_bytes_per_second
+
+    @property
+    def expected_bytes_per_second(self) -> float | None:
+        """What can be sent to the peer: the limit, or what the path carried when it was last pressed, if
+        less; None while neither is known.
+        """
+        known = (self.pacer.limit_bytes_per_second, self._governor.capacity_bytes_per_second)
+        return min((rate for rate in known if rate is not None), default=None)
+
+    def status(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "rate_bytes_per_second": self.limit_bytes_per_second,
+            "paced_bytes_per_second": self.pacer.rate_bytes_per_second,
+            "expected_bytes_per_second": self.expected_bytes_per_second,
+            "queue_seconds": self._governor.queue_seconds,
+            "rate_by": "operator" if self._chosen else "configuration",
+            "goodput_bytes_per_second": self.goodput_bytes_per_second,
+        }
+
+    def choose(self, bytes_per_second: float | None) -> None:
+        """The operator's limit, until :meth:`follow_configuration`; None = no limit. Raises InvalidInput."""
+        self.pacer.set_limit(bytes_per_second)
+        self._chosen = True
+
+    def follow_configuration(self) -> None:
+        """The configured rate and its windows hold again."""
+        self._chosen = False
+        self.pacer.set_limit(self._rate_by_clock())
+
+    def govern(self, now: float, sessions: Sequence[Session]) -> None:
+        """Look at the path, every 25 ms while something is sent."""
+        states = [each.tcp_state() for session in sessions for each in session.connections.values()]
+        sample = self._watch.sample(now, states, backlog=any(session.has_backlog for session in sessions))
+        if sample is not None:
+            self.pacer.govern(self._governor.sample(sample))
+
+    def tick(self, now: float) -> None:
+        """Four times a second: goodput, and the hours at which the configured rate changes."""
+        at, acknowledged = self._goodput_mark
+        if now - at >= _GOODPUT_SECONDS:
+            arrived = self._counters.acknowledged_raw_bytes - acknowledged
+            self.goodput_bytes_per_second = arrived / (now - at)
+            self._goodput_mark = (now, self._counters.acknowledged_raw_bytes)
+        if not self._chosen and self._address.windows:
+            rate = self._rate_by_clock()
+            if rate != self.pacer.limit_bytes_per_second:
+                log.info("rate to %s is now %s bytes per second", self._peer, rate)
+                self.pacer.set_limit(rate)
+
+    def stop(self) -> None:
+        """Wake nobody any more."""
+        self.pacer.stop()
+
+    def _rate_by_clock(self) -> float | None:
+        return rate_at(
+            self._address.rate_bytes_per_second, self._address.windows, datetime.now().astimezone()
+        )

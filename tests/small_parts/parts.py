@@ -255,6 +255,7 @@ class Evacuation:
         self.source = source
         self.remembered: dict[str, Job] = {}
         self.begun: list[str] = []
+        self.options: list[Any] = []
         self.findings: list[Finding] = []
         self.step_seconds = 0.05
         self.verdict = "evacuated"
@@ -274,6 +275,7 @@ class Evacuation:
         job = Job(f"job-{len(self.remembered) + 1}", uuid, name, protected.peer, self.steps[0])
         self.remembered[job.id] = job
         self.begun.append(name)
+        self.options.append(options)
         task = asyncio.create_task(self._run(job.id))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -13,11 +13,12 @@ import logging
 import time
 from typing import Any, Protocol
 
+from precache_proxy.channel.chunk_size import ChunkSize
 from precache_proxy.channel.connection import Connection
 from precache_proxy.channel.counters import LinkCounters
+from precache_proxy.channel.dues import Dues
 from precache_proxy.channel.frames import (
     HEADER,
-    MAX_JSON_BYTES,
     SEQUENCED,
     Frame,
     FrameFlag,
@@ -30,26 +31,19 @@ from precache_proxy.channel.frames import (
     unpack_json,
     unpack_u64,
 )
-from precache_proxy.channel.identifiers import IdentifierSet
 from precache_proxy.channel.pacer import Pacer
 from precache_proxy.channel.scheduler import Scheduler
-from precache_proxy.channel.settings import CLASS_LIMITS, TrafficClass
+from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.channel.stream import Stream
-from precache_proxy.channel.window import INITIAL_WINDOW_BYTES, ReceiveWindow, RoundTrip
-from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, ProtocolError, from_dict
-from precache_proxy.units import GIB, KIB
+from precache_proxy.channel.stream_table import StreamTable
+from precache_proxy.channel.window import RoundTrip
+from precache_proxy.errors import LifeboatError, ProtocolError, from_dict
+from precache_proxy.units import GIB
 
 log = logging.getLogger(__name__)
 
-MAXIMUM_STREAMS = 4096
-_ACKNOWLEDGE_SECONDS = 0.01
-_SMALLEST_CHUNK_BYTES = 16 * KIB
-_FIRST_CHUNK_BYTES = 64 * KIB
-_LARGEST_CHUNK_BYTES = 512 * KIB
 # AES-GCM keys serve for 2^24.5 records (RFC 8446, 5.5); far below that a connection is replaced.
 _RENEW_BYTES = 128 * GIB
-# A chunk is what a message of a higher class may have to wait behind on one connection.
-_CHUNK_SECONDS = 0.008
 
 
 class SessionOwner(Protocol):
@@ -88,8 +82,9 @@ class Session:
         self.peer_instance = ""  # set by the first connection
         self.established = False  # dialled: the peer accepted a connection of it at least once
         self.connections: dict[int, Connection] = {}
-        self.streams: dict[int, Stream] = {}
         self.round_trip = RoundTrip()
+        self._table = StreamTable(self, peer, ours=dialed, counters=counters, round_trip=self.round_trip)
+        self.streams = self._table.streams
         self.closed = False
         self.empty_since = time.monotonic()
         self.congestion_control = ""
@@ -98,17 +93,9 @@ class Session:
         self._pacer = pacer
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(floor_share)
-        self._next_identifier = 1
-        self._seen = IdentifierSet()
-        self._owed: dict[int, Stream] = {}
-        self._due: dict[int, Stream] = {}
-        self._owed_timer: asyncio.TimerHandle | None = None
-        self._resetting: dict[int, bytes] = {}
-        self._resets_due: dict[int, bytes] = {}
+        self._dues = Dues(self.wake)
         self._pumping = False
-        self._chunk_bytes = _FIRST_CHUNK_BYTES
-        self._rate = 0.0
-        self._rate_mark = (time.monotonic(), 0)
+        self._size = ChunkSize(time.monotonic())
         self._sent_wire_bytes = 0
 
     # -- streams
@@ -121,37 +108,9 @@ class Session:
         label: str,
         window_bytes: int | None,
     ) -> Stream:
-        """A new stream of ours. Raises Conflict when too many are open."""
-        if len(self.streams) >= MAXIMUM_STREAMS:
-            raise Conflict(
-                f"{len(self.streams)} streams to {self.peer} are open: no more are allowed; let some end"
-            )
-        payload = pack_json({"kind": kind, "header": header, "label": label, "window_bytes": window_bytes})
-        if len(payload) > MAX_JSON_BYTES:
-            raise InvalidInput(
-                f"header of a stream {kind!r}: {len(payload)} bytes, at most {MAX_JSON_BYTES} are allowed; "
-                "send what is long as a message"
-            )
-        identifier, self._next_identifier = self._next_identifier, self._next_identifier + 1
-        stream = self._make(identifier, traffic_class, label, window_bytes)
-        stream.kind, stream.header = kind, header
-        stream.begin(payload, traffic_class)
+        """A new stream of ours. Raises Conflict when too many are open, InvalidInput on a long header."""
+        stream = self._table.open(kind, traffic_class, header, label, window_bytes)
         self.activate(stream)
-        return stream
-
-    def _make(
-        self, identifier: int, traffic_class: TrafficClass, label: str, window_bytes: int | None
-    ) -> Stream:
-        stream = Stream(
-            self,
-            identifier,
-            peer=self.peer,
-            window=ReceiveWindow(CLASS_LIMITS[traffic_class], self.round_trip, window_bytes),
-            peer_limit_bytes=INITIAL_WINDOW_BYTES,
-            tally=self._counters.label(label),
-        )
-        stream.label = label
-        self.streams[identifier] = stream
         return stream
 
     def activate(self, stream: Stream) -> None:
@@ -168,30 +127,13 @@ class Session:
         """Tell the peer what has arrived: at once, or with what else goes within 10 ms."""
         if self.closed or stream.identifier not in self.streams:
             return
-        if soon:
-            self._due[stream.identifier] = stream
-            self.wake()
-        else:
-            self._owed[stream.identifier] = stream
-            if self._owed_timer is None:
-                self._owed_timer = self._loop.call_later(_ACKNOWLEDGE_SECONDS, self._pay_owed)
-
-    def _pay_owed(self) -> None:
-        self._owed_timer = None
-        self._due.update(self._owed)
-        self._owed.clear()
-        self.wake()
+        self._dues.acknowledge(stream, soon=soon)
 
     def announce_reset(self, stream: Stream, error: LifeboatError) -> None:
         """Tell the peer until it has confirmed."""
-        payload = pack_json(error.as_dict())
-        if len(payload) > 60 * KIB:
-            payload = pack_json({"cause": error.cause, "message": error.message[: 8 * KIB], "findings": []})
-        frame = pack(FrameType.RESET, payload, stream=stream.identifier)
         self._drop(stream)
         if not self.closed:
-            self._resetting[stream.identifier] = self._resets_due[stream.identifier] = frame
-            self.wake()
+            self._dues.reset(stream, error)
 
     def forget(self, stream: Stream) -> None:
         """Both halves are over: tell the peer so once more, then know it no longer."""
@@ -205,8 +147,7 @@ class Session:
 
     def _drop(self, stream: Stream) -> None:
         self.streams.pop(stream.identifier, None)
-        self._owed.pop(stream.identifier, None)
-        self._due.pop(stream.identifier, None)
+        self._dues.forget(stream)
         self._scheduler.remove(stream, stream.traffic_class)
 
     def count_acknowledged(self, raw_bytes: int) -> None:
@@ -225,7 +166,7 @@ class Session:
         for stream in self.streams.values():
             if stream.opened:
                 connection.urgent.append(pack_acknowledge(stream.identifier, *stream.acknowledgement()))
-        connection.urgent.extend(self._resetting.values())
+        connection.urgent.extend(self._dues.unconfirmed_resets)
         connection.urgent.append(pack(FrameType.SYNC))
         self._ping(connection)
         connection.start()
@@ -240,8 +181,7 @@ class Session:
             self.empty_since = time.monotonic()
         for stream in list(self.streams.values()):
             stream.connection_lost(connection)
-            self._due[stream.identifier] = stream
-        self._resets_due.update(self._resetting)
+        self._dues.repeat(self.streams.values())
         self.wake()
         self._owner.connection_lost(self, error)
 
@@ -259,12 +199,7 @@ class Session:
         for stream in list(self.streams.values()):
             stream.fail(error)
         self.streams.clear()
-        self._due.clear()
-        self._owed.clear()
-        self._resetting.clear()
-        self._resets_due.clear()
-        if self._owed_timer is not None:
-            self._owed_timer.cancel()
+        self._dues.clear()
 
     def goodbye(self, error: LifeboatError) -> None:
         """Tell the peer that this process ends, as far as the sockets take it now."""
@@ -311,17 +246,7 @@ class Session:
         if connection.urgent:
             pieces.extend(connection.urgent)
             connection.urgent.clear()
-        if self._due or self._owed:
-            if self._owed and self._scheduler.highest() is not None:
-                self._due.update(self._owed)
-                self._owed.clear()
-            pieces.extend(
-                pack_acknowledge(key, *stream.acknowledgement()) for key, stream in self._due.items()
-            )
-            self._due.clear()
-        if self._resets_due:
-            pieces.extend(self._resets_due.values())
-            self._resets_due.clear()
+        pieces.extend(self._dues.take(with_owed=self._scheduler.highest() is not None))
         size = sum(map(len, pieces))
         self._counters.link.sent_wire_bytes += size
         if size:
@@ -334,7 +259,7 @@ class Session:
         return b"".join(pieces)
 
     def _add_frames(self, connection: Connection, pieces: list[bytes | memoryview]) -> int:
-        size, target = 0, self._chunk_bytes
+        size, target = 0, self._size.chunk_bytes
         while size < target:
             # What is urgent does not wait for the rate; it is paid for by what comes after it.
             lowest = TrafficClass.PRECACHE if self._pacer.may_send() else TrafficClass.CONTROL
@@ -389,8 +314,7 @@ class Session:
         elif kind is FrameType.RESET:
             self._reset_arrived(connection, frame)
         elif kind is FrameType.RESET_DONE:
-            self._resetting.pop(frame.stream, None)
-            self._resets_due.pop(frame.stream, None)
+            self._dues.reset_confirmed(frame.stream)
         elif kind is FrameType.SYNC:
             connection.synced = True
             self.wake()
@@ -401,13 +325,16 @@ class Session:
     def _sequenced_arrived(self, connection: Connection, frame: Frame) -> None:
         stream = self.streams.get(frame.stream)
         if stream is None:
-            stream = self._unknown_stream(connection, frame)
+            stream = self._table.meet(frame)
             if stream is None:
+                if not self._dues.is_reset(frame.stream):
+                    connection.urgent.append(pack_acknowledge(frame.stream, 0, 0, gone=True))
+                    self.wake()
                 return
         traffic_class = TrafficClass(frame.traffic_class)
         opened = False
         if frame.type is FrameType.OPEN and not stream.opened:
-            self._fill_in(stream, frame)
+            self._table.introduce(stream, frame)
             opened = True
         if not self.dialed and frame.sequence >= stream.steered_sequence:
             stream.steered_sequence = frame.sequence
@@ -419,48 +346,10 @@ class Session:
         if opened:
             self._owner.stream_opened(stream)
 
-    def _unknown_stream(self, connection: Connection, frame: Frame) -> Stream | None:
-        identifier = frame.stream
-        if self.dialed:
-            if identifier == 0 or identifier >= self._next_identifier:
-                raise ProtocolError(f"{self.peer} sends on stream {identifier}, which we never opened")
-        elif identifier == 0:
-            raise ProtocolError(f"{self.peer} sends on stream 0, which cannot be")
-        elif identifier not in self._seen:
-            # Frames of a stream may overtake its OPEN on another connection.
-            if (
-                len(self.streams) >= 2 * MAXIMUM_STREAMS
-                or self._seen.missing_before(identifier) > 8 * MAXIMUM_STREAMS
-            ):
-                raise ProtocolError(f"{self.peer} opens stream {identifier}: too many at once")
-            self._seen.add(identifier)
-            return self._make(identifier, TrafficClass(frame.traffic_class), "", None)
-        if identifier not in self._resetting:
-            connection.urgent.append(pack_acknowledge(identifier, 0, 0, gone=True))
-            self.wake()
-        return None
-
-    def _fill_in(self, stream: Stream, frame: Frame) -> None:
-        if self.dialed:
-            raise ProtocolError(f"{self.peer} opens a stream in our session; it has its own")
-        content = unpack_json(frame.payload, "OPEN frame")
-        kind, header, label = content.get("kind"), content.get("header"), content.get("label")
-        window = content.get("window_bytes")
-        if not isinstance(kind, str) or not isinstance(header, dict) or not isinstance(label, str):
-            raise ProtocolError(f"OPEN frame of {self.peer} without kind, header or label")
-        if isinstance(window, int) and not isinstance(window, bool) and window > 0:
-            stream.window.maximum_bytes = window
-        stream.kind, stream.header, stream.label = kind, header, label
-        stream.tally = self._counters.label(label)
-        stream.opened = True
-        stream.window.limits = CLASS_LIMITS[TrafficClass(frame.traffic_class)]
-        stream.window.begin()
-
     def _reset_arrived(self, connection: Connection, frame: Frame) -> None:
         error = from_dict(unpack_json(frame.payload, "RESET frame"))
         stream = self.streams.get(frame.stream)
-        if not self.dialed and frame.stream:
-            self._seen.add(frame.stream)
+        self._table.never_again(frame.stream)
         if stream is not None:
             self._drop(stream)
             stream.fail(error)
@@ -481,12 +370,12 @@ class Session:
                 self._ping(connection)
                 if not connection.busy:
                     connection.pump()
-        at, sent = self._rate_mark
-        if now - at >= 0.2:
-            self._rate_mark = (now, self._sent_wire_bytes)
-            rate = (self._sent_wire_bytes - sent) / (now - at)
-            self._rate = max(rate, self._rate + 0.5 * (rate - self._rate))
-            self._size_chunks()
+        low_water = self._size.follow(
+            now, self._sent_wire_bytes, len(self.connections), self._pacer.rate_bytes_per_second
+        )
+        if low_water is not None:
+            for connection in self.connections.values():
+                connection.set_low_water(low_water)
 
     def _ping_seconds(self, dead_seconds: float) -> float:
         return min(1.0 if self.streams else 2.5, dead_seconds / 4)
@@ -494,17 +383,3 @@ class Session:
     def _ping(self, connection: Connection) -> None:
         connection.pinged_at = time.monotonic()
         connection.urgent.append(pack(FrameType.PING, pack_u64(time.monotonic_ns())))
-
-    def _size_chunks(self) -> None:
-        if not self.connections:
-            return
-        each = self._rate / len(self.connections)
-        limit = self._pacer.rate_bytes_per_second
-        if limit is not None:
-            each = min(each, limit / len(self.connections))
-        self._chunk_bytes = int(min(max(each * _CHUNK_SECONDS, _SMALLEST_CHUNK_BYTES), _LARGEST_CHUNK_BYTES))
-        # The kernel must not run dry while the loop is busy elsewhere, nor hold much that cannot
-        # be overtaken.
-        low_water = int(min(max(each * 2 * _CHUNK_SECONDS, _SMALLEST_CHUNK_BYTES), 2 * _LARGEST_CHUNK_BYTES))
-        for connection in self.connections.values():
-            connection.set_low_water(low_water)

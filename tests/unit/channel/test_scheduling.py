@@ -54,7 +54,7 @@ def stream_of(owner: Owner, number: int, traffic_class: TrafficClass) -> Stream:
 
 async def fill(stream: Stream, size: int) -> None:
     """Keep at least one message of ``size`` waiting."""
-    if not stream.has_work or stream._pending_bytes == 0:
+    if not stream.has_work or stream._sending.pending_bytes == 0:
         await stream.send(bytes(size))
 
 
@@ -90,7 +90,7 @@ async def test_streams_of_a_class_share_by_bytes_not_by_messages() -> None:
     sent: Counter[int] = Counter()
     for _ in range(20_000):
         await fill(large, 1 << 20)
-        while small._pending_bytes < 50_000:
+        while small._sending.pending_bytes < 50_000:
             await small.send(bytes(1000))
         found = scheduler.next_frame(16384)
         assert found is not None

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from integration.evacuation_pair import EvacuationPair, installed_pair, running_pair
 from integration.playbook_runner import ROOT, PlaybookResult, run_playbook
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.lab import Lab
@@ -54,3 +55,17 @@ def lab_playbook(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def site_setup(lab_playbook: Callable[..., PlaybookResult]) -> PlaybookResult:
     """Both sites set up; the result of that run."""
     return lab_playbook("site_setup").require_success()
+
+
+@pytest.fixture(scope="module")
+def installed(lab: Lab) -> Iterator[EvacuationPair]:
+    """Two whole proxies for tests of evacuations, not started."""
+    with installed_pair(lab) as pair:
+        yield pair
+
+
+@pytest.fixture
+def pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
+    """The same, running. Tests of the rooms `source` and `store` alone bring a pair of their own."""
+    with running_pair(installed) as pair:
+        yield pair

@@ -1,232 +1,38 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Two whole proxies on two lab hosts, run from the checkout beside whatever is installed, with guests that
-tell."""
+"""Two whole proxies on two lab hosts, and guests that tell: what tests of evacuations share."""
 
 from __future__ import annotations
 
-import http.client
-import json
 import shlex
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from integration.source_pair import PACKAGE, make_certificates
+import pytest
+
+from integration.proxy_pair import BACKUP, HOME, RUN, STATE, Answer, ProxyPair, Refused, other_host, wait_for
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
 
-HOME, BACKUP = "home1", "backup1"
-HOOK = PACKAGE.parent / "libvirt_hook" / "lifeboat"
-DIRECTORY = "/opt/lifeboat-evacuation-test"
-STATE = "/var/lib/lifeboat-evacuation-test"
-RUN = "/run/lifeboat-evacuation-test"
-HOOK_PATH = "/etc/libvirt/hooks/qemu.d/lifeboat-evacuation-test"
-LOG = "/var/log/lifeboat-evacuation-test.log"
-PORT = 4949
 # Long: passes run when an evacuation asks, so that what a test sees is the evacuation's own.
 RPO_SECONDS = 600
 
-Answer = dict[str, Any]
+
+def sampled(sample: set[str], *points: str) -> list[object]:
+    """Parameters of a test: those of the sample for each test run, all the others for long ones."""
+    return [pytest.param(point, marks=[] if point in sample else [pytest.mark.soak]) for point in points]
 
 
-class Refused(Exception):
-    """What the control API answered instead of a result."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(f"{answer.get('cause')}: {answer.get('message')}")
-        self.cause = str(answer.get("cause"))
-        self.message = str(answer.get("message"))
-        self.findings = answer.get("findings", [])
-
-
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP on a UNIX socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("proxy", timeout=300)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(300)
-        self.sock.connect(str(self._path))
-
-
-def wait_for(
-    ask: Callable[[], Any], wanted: Callable[[Any], bool] = bool, *, timeout_seconds: float = 90
-) -> Any:
-    """Ask until the answer is the wanted one."""
-    end = time.monotonic() + timeout_seconds
-    while True:
-        answer = ask()
-        if wanted(answer):
-            return answer
-        assert time.monotonic() < end, f"not within {timeout_seconds} s; last: {answer}"
-        time.sleep(0.3)
-
-
-class EvacuationPair:
-    """Both proxies. One object a test module; :meth:`reset` between tests."""
+class EvacuationPair(ProxyPair):
+    """Both proxies and the guests of one test."""
 
     def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self._pids: dict[str, int] = {}
+        super().__init__(lab)
         self.guests: list[Guest] = []
-
-    # -- hosts
-
-    def shell(self, host: str, script: str, *, check: bool = True, timeout_seconds: float = 120) -> str:
-        """Run a shell script as root on a host."""
-        told = self.lab.exec(host, "sh", "-c", script, check=check, timeout_seconds=timeout_seconds)
-        return str(told.stdout)
-
-    def virsh(self, host: str, *words: str, check: bool = True) -> str:
-        """Run virsh on a host; its output and errors."""
-        told = self.lab.exec(host, "virsh", *words, check=check, timeout_seconds=120)
-        return str(told.stdout) + str(told.stderr)
-
-    def root(self, host: str) -> Path:
-        """A host's files."""
-        return Path(self.lab.host(host).root)
-
-    def install(self) -> None:
-        """Package, keys, hook and configuration on both hosts; nothing of a former run."""
-        for host, files in make_certificates([HOME, BACKUP]).items():
-            other = BACKUP if host == HOME else HOME
-            self._end_former_proxy(host)
-            self.shell(
-                host,
-                f"rm -rf {DIRECTORY} {STATE} {RUN} {LOG}; mkdir -p {DIRECTORY}/keys "
-                f"/etc/libvirt/hooks/qemu.d;"
-                f"mkdir -m 0711 {STATE} {RUN}",
-            )
-            base = self.root(host) / DIRECTORY.lstrip("/")
-            for path in PACKAGE.rglob("*.py"):
-                target = base / "precache_proxy" / path.relative_to(PACKAGE)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
-            for name, content in files.items():
-                (base / "keys" / name).write_bytes(content)
-            (base / "hook").write_bytes(HOOK.read_bytes())
-            (base / "hook").chmod(0o755)
-            hook = self.root(host) / HOOK_PATH.lstrip("/")
-            hook.write_text(
-                f"#!/bin/sh\nexport LIFEBOAT_STATE_DIRECTORY={STATE} LIFEBOAT_RUN_DIRECTORY={RUN}\n"
-                f'exec /usr/bin/python3 -IS {DIRECTORY}/hook "$@"\n'
-            )
-            hook.chmod(0o755)
-            (base / "proxy.toml").write_text(self._configuration(host, other))
-            # libvirt looks for hooks when it starts or is told to, and listens once its drivers are ready
-            self.shell(host, "virsh uri >/dev/null; systemctl reload-or-restart libvirtd")
-
-    def _end_former_proxy(self, host: str) -> None:
-        """A test run that was killed leaves its proxies behind; their lock's holder is asked."""
-        holder = self.shell(host, f"fuser {RUN}/proxy.lock 2>/dev/null", check=False)
-        for pid in holder.split():
-            self.shell(host, f"kill -KILL {pid}", check=False)
-
-    def _configuration(self, host: str, other: str) -> str:
-        return (
-            f'name = "{host}"\nsite = "{host}"\n[listen]\nport = {PORT}\n'
-            f'[tls]\nca = "{DIRECTORY}/keys/ca.crt"\ncertificate = "{DIRECTORY}/keys/host.crt"\n'
-            f'key = "{DIRECTORY}/keys/host.key"\n'
-            f'[paths]\nstate = "{STATE}"\nrun = "{RUN}"\n[control]\ngroup = "root"\n'
-            f"[store]\nminimum_free_bytes = 0\n"
-            f'[[peers]]\nname = "{other}"\naddress = "{other}"\nport = {PORT}\n'
-        )
-
-    # -- proxies
-
-    def start(self, host: str, *, crash_at: str = "", stop_at: str = "", drop_at: str = "") -> None:
-        """Start a proxy, to be killed, stopped or to lose something at a named point; wait until it
-        answers."""
-        socket_path = self.root(host) / RUN.lstrip("/") / "control.sock"
-        self.shell(host, f"mkdir -p -m 0711 {RUN}; rm -f {RUN}/control.sock")
-        script = (
-            f"cd /; LIFEBOAT_CRASH_AT={crash_at} LIFEBOAT_STOP_AT={stop_at} LIFEBOAT_DROP_AT={drop_at} "
-            f"PYTHONPATH={DIRECTORY} PYTHONDONTWRITEBYTECODE=1 "
-            f"setsid python3 -m precache_proxy run --config {DIRECTORY}/proxy.toml "
-            f">> {LOG} 2>&1 < /dev/null & echo $!"
-        )
-        self._pids[host] = int(self.shell(host, script))
-        wait_for(socket_path.exists, timeout_seconds=60)
-
-    def alive(self, host: str) -> bool:
-        """Whether the proxy's process is there."""
-        pid = self._pids.get(host)
-        return pid is not None and "yes" in self.shell(
-            host, f"grep -q precache_proxy /proc/{pid}/cmdline 2>/dev/null && echo yes", check=False
-        )
-
-    def wait_stopped(self, host: str, timeout_seconds: float = 120) -> None:
-        """Until a proxy stands still at its point (SIGSTOP)."""
-        pid = self._pids[host]
-        wait_for(
-            lambda: self.shell(host, f"cut -d' ' -f3 /proc/{pid}/stat", check=False).strip(),
-            lambda state: state == "T",
-            timeout_seconds=timeout_seconds,
-        )
-
-    def go_on(self, host: str) -> None:
-        """Let a stopped proxy go on."""
-        self.shell(host, f"kill -CONT {self._pids[host]}")
-
-    def kill(self, host: str, name: str = "KILL") -> None:
-        """Signal a proxy, a stopped one too, and wait until it is gone."""
-        if self.alive(host):
-            self.shell(host, f"kill -CONT {self._pids[host]}", check=False)
-            self.shell(host, f"kill -{name} {self._pids[host]}", check=False)
-            wait_for(lambda: not self.alive(host), timeout_seconds=60)
-        self._pids.pop(host, None)
-
-    def restart(self, host: str, *, crash_at: str = "", stop_at: str = "", drop_at: str = "") -> None:
-        """End a proxy by SIGTERM and start it anew."""
-        self.kill(host, "TERM")
-        self.start(host, crash_at=crash_at, stop_at=stop_at, drop_at=drop_at)
-
-    def configure(self, host: str, lines: str = "") -> None:
-        """Add lines to a proxy's configuration, which counts from its next start; "" takes them back."""
-        other = BACKUP if host == HOME else HOME
-        path = self.root(host) / DIRECTORY.lstrip("/") / "proxy.toml"
-        path.write_text(self._configuration(host, other) + lines)
-
-    def cut(self) -> None:
-        """Lose every packet between the sites from now on."""
-        self.lab.wan.cut("home", "backup")
-        self.lab.wan.cut("backup", "home")
-
-    def log(self, host: str) -> str:
-        """The last lines of a proxy's log."""
-        return self.shell(host, f"tail -n 60 {LOG}", check=False)
-
-    def ask(self, host: str, method: str, path: str, body: Answer | None = None) -> Answer:
-        """Ask a proxy's control API. Raises Refused, OSError."""
-        connection = UnixConnection(self.root(host) / RUN.lstrip("/") / "control.sock")
-        try:
-            content = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, content, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            answer: Answer = json.loads(response.read())
-        finally:
-            connection.close()
-        if response.status >= 400:
-            raise Refused(answer)
-        return answer
-
-    def wait_links(self) -> None:
-        """Until both proxies hear each other."""
-        for host in (HOME, BACKUP):
-            wait_for(
-                lambda host=host: [link["state"] for link in self.ask(host, "GET", "/v1/links")["links"]],  # type: ignore[misc]
-                lambda states: states == ["up"],
-            )
 
     # -- guests
 
@@ -245,8 +51,8 @@ class EvacuationPair:
 
     def protect(self, guest: Guest, host: str = HOME) -> Answer:
         """Protect and wait until the replica is sealed."""
-        peer = BACKUP if host == HOME else HOME
-        self.ask(host, "PUT", f"/v1/vms/{guest.plan.uuid}", {"peer": peer, "rpo_seconds": RPO_SECONDS})
+        options = {"peer": other_host(host), "rpo_seconds": RPO_SECONDS}
+        self.ask(host, "PUT", f"/v1/vms/{guest.plan.uuid}", options)
         return self.wait_protected(guest, host)
 
     def wait_protected(self, guest: Guest, host: str) -> Answer:
@@ -268,6 +74,15 @@ class EvacuationPair:
         """Command an evacuation."""
         return self.ask(host, "POST", "/v1/evacuations", {"vm": guest.plan.uuid, **options})
 
+    def begin_until(self, guest: Guest, host: str, point: str) -> str:
+        """Command an evacuation from home whose proxy on that host stops at a point; the job's number, once
+        it stands there."""
+        self.restart(host, stop_at=point)
+        self.wait_links()
+        job_id = str(self.begin(HOME, guest)["id"])
+        self.wait_stopped(host)
+        return job_id
+
     def job(self, host: str, job_id: str) -> Answer:
         """What the source says of a job."""
         for told in self.ask(host, "GET", "/v1/evacuations")["evacuations"]:
@@ -284,9 +99,11 @@ class EvacuationPair:
         )
 
     def wait_step(self, host: str, job_id: str, step: str) -> Answer:
-        """Until the job is at a step (or beyond its end, which fails)."""
+        """Until the job is at a step; one that ends elsewhere fails at once."""
         told: Answer = wait_for(
-            lambda: self.job(host, job_id), lambda told: told["step"] in {step, "done", "stayed"}
+            lambda: self.job(host, job_id),
+            lambda told: told["step"] in {step, "done", "stayed"},
+            timeout_seconds=240,
         )
         assert told["step"] == step, told
         return told
@@ -331,6 +148,47 @@ class EvacuationPair:
             thread.join(30)
         assert seen == [], "running twice"
 
+    def check_settled(
+        self, guest: Guest, job_id: str, canary: str, where: str, *, source: str = HOME
+    ) -> Answer:
+        """What must hold once a job has ended and both proxies hear each other: one guest, whole, with its
+        memory, and nobody holding it elsewhere. The job."""
+        destination = other_host(source)
+        job = self.wait_job(source, job_id)
+        verdict = "evacuated" if where == destination else "stayed"
+        assert (job["verdict"], job["memory_lost"]) == (verdict, False), (job, self.log(source))
+        assert guest.running_on() == [where]
+        if where == destination:
+            self.wait_landed(destination, guest)
+            assert self.guarded(source, guest)
+            assert source not in guest.states(), "undefined at its old home"
+        else:
+            wait_for(lambda: not self.guarded(destination, guest))
+            assert destination not in guest.states()
+        assert not self.guarded(where, guest)
+        found = guest.verify(where, canary=canary)
+        assert found.intact, found.findings
+        return job
+
+    def check_healed(self, guest: Guest, job_id: str, canary: str, where: str) -> Answer:
+        """The same once a trouble is over, which may take its time: nothing left over, and protected. The
+        job."""
+        job = self.check_settled(guest, job_id, canary, where)
+        wait_for(lambda: self.leftovers(HOME) + self.leftovers(BACKUP), lambda found: found == [])
+        self.wait_links()
+        self.wait_protected(guest, where)
+        return job
+
+    def evacuate(self, guest: Guest, source: str = HOME) -> Answer:
+        """To the other host, with everything that must hold afterwards. The job."""
+        canary = guest.canary(source)
+        with self.never_twice(guest):
+            job = self.wait_job(source, self.begin(source, guest)["id"])
+        assert job["step"] == "done", (job, self.log(source))
+        job = self.check_settled(guest, job["id"], canary, other_host(source), source=source)
+        assert self.leftovers(source) == self.leftovers(other_host(source)) == []
+        return job
+
     def leftovers(self, host: str) -> list[str]:
         """Overlays, sockets and exceptions that no job needs any more."""
         found = self.shell(
@@ -371,12 +229,25 @@ class EvacuationPair:
             left = "/var/lib/libvirt/images/*.lifeboat-*"
             self.shell(host, f"rm -rf {shlex.quote(STATE)}/* {shlex.quote(RUN)}/* {left}", check=False)
 
-    def close(self) -> None:
-        """End both proxies and remove what was installed."""
-        for host in (HOME, BACKUP):
-            self.kill(host, "TERM")
-            self.shell(
-                host,
-                f"rm -rf {DIRECTORY} {STATE} {RUN} {HOOK_PATH}; systemctl reload-or-restart libvirtd",
-                check=False,
-            )
+
+@contextmanager
+def installed_pair(lab: Lab) -> Iterator[EvacuationPair]:
+    """Both proxies on their hosts, not started; nothing of them is left afterwards."""
+    pair = EvacuationPair(lab)
+    pair.install()
+    yield pair
+    pair.close()
+
+
+@contextmanager
+def running_pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
+    """Hosts and proxies running as installed and hearing each other; no guest is left afterwards."""
+    for host in (HOME, BACKUP):
+        if not installed.lab.host(host).running:
+            installed.lab.start_host(host)
+        installed.configure(host)
+        installed.start(host)
+    installed.wait_links()
+    yield installed
+    installed.lab.wan.heal()
+    installed.remove_guests()

@@ -11,7 +11,8 @@ import shlex
 import socket
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ STATE = "/var/lib/lifeboat-source-test"
 RUN = "/run/lifeboat-source-test"
 PORT = 4848
 LOG = "/var/log/lifeboat-source-test.log"
+NOISE = "/var/tmp/noise"
 
 
 class CallFailed(Exception):
@@ -118,6 +120,10 @@ class Vm:
         """SHA-256 of what the guest sees on a disk."""
         return self.pair.content(HOME, self.disks[disk])
 
+    def backup_job(self) -> str:
+        """The backup job that is open in QEMU, "" where none is."""
+        return self.virsh("backup-dumpxml", self.name, check=False).strip()
+
     def checkpoints(self) -> list[str]:
         """Names of all of its checkpoints."""
         return self.virsh("checkpoint-list", self.name, "--name").split()
@@ -160,6 +166,7 @@ class Vm:
         self.virsh("undefine", self.name, "--checkpoints-metadata", "--snapshots-metadata", check=False)
         # with the layers that a test or libvirt put beside them
         self.pair.shell(HOME, f"rm -f /var/lib/libvirt/images/{shlex.quote(self.name)}-vd*")
+        self.pair.vms.remove(self)
 
 
 class SourcePair:
@@ -307,6 +314,10 @@ class SourcePair:
         self.vms.append(vm)
         return vm
 
+    def make_noise(self, mebibytes: int) -> None:
+        """A file that does not compress, to be written into guests."""
+        self.shell(HOME, f"head -c {mebibytes}M /dev/urandom > {NOISE}; chmod 644 {NOISE}")
+
     def protect(self, vm: Vm, **options: Any) -> dict[str, Any]:
         """Protect towards the backup host with an RPO so long that passes run on demand only."""
         options.setdefault("rpo_seconds", 3600)
@@ -319,7 +330,20 @@ class SourcePair:
             if host in self._pids:
                 self.signal(host, "TERM")
         for host in (HOME, BACKUP):
-            self.shell(host, f"rm -rf {DIRECTORY} {STATE} {RUN}", check=False)
+            self.shell(host, f"rm -rf {DIRECTORY} {STATE} {RUN} {NOISE}", check=False)
+
+
+@contextmanager
+def installed_source_pair(lab: Lab) -> Iterator[SourcePair]:
+    """Both proxies on their hosts, not started; afterwards nothing of them and their guests is left."""
+    pair = SourcePair(lab)
+    pair.install()
+    yield pair
+    try:
+        for vm in list(pair.vms):
+            vm.remove()
+    finally:
+        pair.close()
 
 
 def disk_element(image: str, target: str, image_format: str = "qcow2") -> str:

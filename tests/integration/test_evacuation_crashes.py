@@ -5,13 +5,12 @@ lost."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from integration.evacuation_pair import BACKUP, HOME, EvacuationPair, wait_for
+from integration.evacuation_pair import EvacuationPair, sampled
+from integration.proxy_pair import BACKUP, HOME, wait_for
 from lifeboat_lab.guests.guests import Guest
-from lifeboat_lab.lab import Lab
 from precache_proxy.crash_points import CRASH_POINTS
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
@@ -39,48 +38,9 @@ SAMPLE = {
 }  # fmt: skip
 
 
-def cases(*points: str) -> list[object]:
-    return [pytest.param(point, marks=[] if point in SAMPLE else [pytest.mark.soak]) for point in points]
-
-
-@pytest.fixture(scope="module")
-def installed(lab: Lab) -> Iterator[EvacuationPair]:
-    """Both proxies on their hosts, not started."""
-    pair = EvacuationPair(lab)
-    pair.install()
-    yield pair
-    pair.close()
-
-
-@pytest.fixture
-def pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
-    """Both proxies running and hearing each other."""
-    for host in (HOME, BACKUP):
-        if not installed.lab.host(host).running:
-            installed.lab.start_host(host)
-        installed.start(host)
-    installed.wait_links()
-    yield installed
-    installed.lab.wan.heal()
-    installed.remove_guests()
-
-
-def settled(pair: EvacuationPair, guest: Guest, job_id: str, canary: str, where: str) -> None:
-    """What must hold when all proxies are back: one guest, whole, with its memory, and nothing left over."""
-    job = pair.wait_job(HOME, job_id)
-    assert job["verdict"] == ("evacuated" if where == BACKUP else "stayed"), job
-    assert guest.running_on() == [where]
-    assert job["memory_lost"] is False
-    if where == BACKUP:
-        pair.wait_landed(BACKUP, guest)
-        assert pair.guarded(HOME, guest)
-        assert HOME not in guest.states(), "undefined at its old home"
-    else:
-        wait_for(lambda: not pair.guarded(BACKUP, guest))
-        assert BACKUP not in guest.states()
-    assert not pair.guarded(where, guest)
-    verdict = guest.verify(where, canary=canary)
-    assert verdict.intact, verdict.findings
+def check_settled(pair: EvacuationPair, guest: Guest, job_id: str, canary: str, where: str) -> None:
+    """What must hold when all proxies are back, with nothing left over and the VM protected where it is."""
+    pair.check_settled(guest, job_id, canary, where)
     assert pair.leftovers(HOME) == pair.leftovers(BACKUP) == []
     pair.wait_protected(guest, where)
 
@@ -107,44 +67,44 @@ def crash(pair: EvacuationPair, guest: Guest, host: str, point: str) -> str:
     return job_id or str(pair.ask(HOME, "GET", "/v1/evacuations")["evacuations"][-1]["id"])
 
 
-@pytest.mark.parametrize("point", cases(*GOES_BACK))
+@pytest.mark.parametrize("point", sampled(SAMPLE, *GOES_BACK))
 def test_source_proxy_killed_before_the_hand_off(pair: EvacuationPair, point: str) -> None:
     guest = pair.make_guest("victim")
     canary, images = guest.canary(HOME), guest.images(HOME)
     with pair.never_twice(guest):
         job_id = crash(pair, guest, HOME, point)
-        settled(pair, guest, job_id, canary, HOME)
+        check_settled(pair, guest, job_id, canary, HOME)
     assert guest.images(HOME) == images
 
 
-@pytest.mark.parametrize("point", cases(*GOES_ON))
+@pytest.mark.parametrize("point", sampled(SAMPLE, *GOES_ON))
 def test_source_proxy_killed_after_the_hand_off(pair: EvacuationPair, point: str) -> None:
     guest = pair.make_guest("victim")
     canary = guest.canary(HOME)
     with pair.never_twice(guest):
         job_id = crash(pair, guest, HOME, point)
-        settled(pair, guest, job_id, canary, BACKUP)
+        check_settled(pair, guest, job_id, canary, BACKUP)
 
 
-@pytest.mark.parametrize("point", cases(*ARRIVAL_GOES_BACK))
+@pytest.mark.parametrize("point", sampled(SAMPLE, *ARRIVAL_GOES_BACK))
 def test_destination_proxy_killed_while_it_prepares(pair: EvacuationPair, point: str) -> None:
     guest = pair.make_guest("victim")
     canary = guest.canary(HOME)
     with pair.never_twice(guest):
         job_id = crash(pair, guest, BACKUP, point)
-        settled(pair, guest, job_id, canary, HOME)
+        check_settled(pair, guest, job_id, canary, HOME)
 
 
-@pytest.mark.parametrize("point", cases(*ARRIVAL_GOES_ON))
+@pytest.mark.parametrize("point", sampled(SAMPLE, *ARRIVAL_GOES_ON))
 def test_destination_proxy_killed_once_the_guest_is_there(pair: EvacuationPair, point: str) -> None:
     guest = pair.make_guest("victim")
     canary = guest.canary(HOME)
     with pair.never_twice(guest):
         job_id = crash(pair, guest, BACKUP, point)
-        settled(pair, guest, job_id, canary, BACKUP)
+        check_settled(pair, guest, job_id, canary, BACKUP)
 
 
-@pytest.mark.parametrize("point", cases(*ROLLBACK))
+@pytest.mark.parametrize("point", sampled(SAMPLE, *ROLLBACK))
 def test_a_proxy_killed_in_a_rollback(pair: EvacuationPair, point: str) -> None:
     guest = pair.make_guest("victim")
     canary, images = guest.canary(HOME), guest.images(HOME)
@@ -157,7 +117,7 @@ def test_a_proxy_killed_in_a_rollback(pair: EvacuationPair, point: str) -> None:
         pair.ask(HOME, "POST", f"/v1/evacuations/{job['id']}/cancel", {})
         wait_for(lambda: not pair.alive(host), timeout_seconds=120)
         pair.start(host)
-        settled(pair, guest, job["id"], canary, HOME)
+        check_settled(pair, guest, job["id"], canary, HOME)
     assert guest.images(HOME) == images
 
 
@@ -167,7 +127,7 @@ CONFIRM = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("point", cases(*CONFIRM))
+@pytest.mark.parametrize("point", sampled(SAMPLE, *CONFIRM))
 def test_home_loses_power_in_confirm_and_starts_nothing_when_it_is_back(
     pair: EvacuationPair, point: str
 ) -> None:

@@ -4,59 +4,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from integration.evacuation_pair import BACKUP, HOME, STATE, Answer, EvacuationPair, Refused, wait_for
-from lifeboat_lab.guests.guests import Guest
-from lifeboat_lab.lab import Lab
+from integration.evacuation_pair import EvacuationPair
+from integration.proxy_pair import BACKUP, HOME, STATE, Refused, wait_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def installed(lab: Lab) -> Iterator[EvacuationPair]:
-    """Both proxies on their hosts, not started."""
-    pair = EvacuationPair(lab)
-    pair.install()
-    yield pair
-    pair.close()
-
-
-@pytest.fixture
-def pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
-    """Both proxies running and hearing each other."""
-    for host in (HOME, BACKUP):
-        installed.start(host)
-    installed.wait_links()
-    yield installed
-    installed.lab.wan.heal()
-    installed.remove_guests()
-
-
-def evacuate(pair: EvacuationPair, guest: Guest, source: str, destination: str) -> Answer:
-    """There, with everything that must hold afterwards."""
-    canary = guest.canary(source)
-    with pair.never_twice(guest):
-        job = pair.begin(source, guest)
-        job = pair.wait_job(source, job["id"])
-    assert (job["step"], job["verdict"]) == ("done", "evacuated"), (job, pair.log(source))
-    assert guest.running_on() == [destination]
-    assert job["memory_lost"] is False
-    pair.wait_landed(destination, guest)
-    verdict = guest.verify(destination, canary=canary)
-    assert verdict.intact, verdict.findings
-    assert pair.guarded(source, guest)
-    assert not pair.guarded(destination, guest)
-    assert pair.leftovers(source) == pair.leftovers(destination) == []
-    return job
 
 
 def test_a_guest_with_two_disks_goes_out_and_comes_back(pair: EvacuationPair) -> None:
     guest = pair.make_guest("out ünd back", disks=2)
     images = guest.images(HOME)
-    job = evacuate(pair, guest, HOME, BACKUP)
+    job = pair.evacuate(guest)
     for figure in ("eviction_seconds", "downtime_seconds"):
         value = job[figure]
         assert isinstance(value, float)
@@ -78,7 +38,7 @@ def test_a_guest_with_two_disks_goes_out_and_comes_back(pair: EvacuationPair) ->
     pair.virsh(HOME, "undefine", guest.plan.uuid)
 
     pair.wait_protected(guest, BACKUP)
-    evacuate(pair, guest, BACKUP, HOME)
+    pair.evacuate(guest, BACKUP)
     assert guest.images(HOME) == images, "its disks have their old names again"
     pair.virsh(HOME, "destroy", guest.plan.uuid)
     for path, _ in images.values():
@@ -90,7 +50,7 @@ def test_ten_times_there_and_back(pair: EvacuationPair) -> None:
     guest = pair.make_guest("commuter")
     source, destination = HOME, BACKUP
     for turn in range(20):
-        job = evacuate(pair, guest, source, destination)
+        job = pair.evacuate(guest, source)
         assert job["epoch"] == turn + 1
         source, destination = destination, source
         pair.wait_protected(guest, source)
@@ -149,7 +109,7 @@ def test_cancelled_while_migrating_it_stays_and_the_next_pass_is_small(pair: Eva
     passed = pair.ask(HOME, "POST", f"/v1/vms/{guest.plan.uuid}/pass", {})
     assert passed["compared_bytes"] == 0, "no comparison: the bitmap survived"
     assert passed["data_bytes"] < 32 << 20, "incremental"
-    evacuate(pair, guest, HOME, BACKUP)
+    pair.evacuate(guest)
 
 
 def test_a_link_cut_while_migrating_leaves_the_guest_running_here(pair: EvacuationPair) -> None:
@@ -171,7 +131,7 @@ def test_a_link_cut_while_migrating_leaves_the_guest_running_here(pair: Evacuati
     wait_for(lambda: pair.arrival(BACKUP, guest)["state"], lambda state: state == "aborted")
     assert guest.verify(HOME).intact
     pair.wait_links()
-    evacuate(pair, guest, HOME, BACKUP)
+    pair.evacuate(guest)
 
 
 def test_everything_in_the_way_is_told_at_once_and_nothing_is_changed(pair: EvacuationPair) -> None:

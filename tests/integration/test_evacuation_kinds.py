@@ -8,40 +8,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 
 import pytest
 
-from integration.evacuation_pair import BACKUP, HOME, LOG, STATE, Answer, EvacuationPair, Refused, wait_for
+from integration.evacuation_pair import EvacuationPair
+from integration.proxy_pair import BACKUP, HOME, LOG, STATE, Answer, Refused, wait_for
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
-from lifeboat_lab.lab import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 IMAGES = "/var/lib/libvirt/images"
 # Beyond the last whole block of 64 KiB, and a whole number of 4096, which cache=none asks for.
 ODD_BYTES = 9 * 4096
-
-
-@pytest.fixture(scope="module")
-def installed(lab: Lab) -> Iterator[EvacuationPair]:
-    """Both proxies on their hosts, not started."""
-    pair = EvacuationPair(lab)
-    pair.install()
-    yield pair
-    pair.close()
-
-
-@pytest.fixture
-def pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
-    """Both proxies running and hearing each other."""
-    for host in (HOME, BACKUP):
-        installed.start(host)
-    installed.wait_links()
-    yield installed
-    installed.lab.wan.heal()
-    installed.remove_guests()
 
 
 def define(pair: EvacuationPair, plan: GuestPlan) -> Guest:
@@ -97,21 +76,6 @@ def require_equal_replica(pair: EvacuationPair, guest: Guest, source: str, desti
         pair.virsh(source, "resume", guest.plan.uuid)
 
 
-def evacuate(pair: EvacuationPair, guest: Guest, source: str = HOME, destination: str = BACKUP) -> Answer:
-    """There, with everything that must hold afterwards."""
-    canary = guest.canary(source)
-    with pair.never_twice(guest):
-        job = pair.wait_job(source, pair.begin(source, guest)["id"])
-    assert (job["step"], job["verdict"]) == ("done", "evacuated"), (job, pair.log(source))
-    assert guest.running_on() == [destination]
-    assert job["memory_lost"] is False
-    pair.wait_landed(destination, guest)
-    verdict = guest.verify(destination, canary=canary)
-    assert verdict.intact, verdict.findings
-    assert pair.leftovers(source) == pair.leftovers(destination) == []
-    return job
-
-
 def media(pair: EvacuationPair, host: str, guest: Guest) -> dict[str, str]:
     """Drive -> whether its medium is at the peer."""
     told = pair.ask(host, "GET", f"/v1/vms/{guest.plan.uuid}")["media"]
@@ -144,7 +108,7 @@ def test_a_guest_of_all_workloads_with_disks_of_odd_sizes(pair: EvacuationPair) 
         pair.shell(HOME, f"qemu-img resize -q {shlex.quote(plan.disk_path(target))} +{ODD_BYTES}")
     start(pair, guest)
     require_equal_replica(pair, guest, HOME, BACKUP)
-    job = evacuate(pair, guest)
+    job = pair.evacuate(guest)
     assert job["name"] == plan.name
     told = guest.told()
     assert told.highest_acknowledged > 0
@@ -166,7 +130,7 @@ def test_firmware_tpm_and_medium_go_out_and_come_back(pair: EvacuationPair) -> N
     assert before["nvram"]
     assert before["tpm"]
 
-    evacuate(pair, guest)
+    pair.evacuate(guest)
     assert machine_state(pair, BACKUP, guest) == before
     there = medium_path(pair, BACKUP, guest)
     assert pair.shell(BACKUP, f"sha256sum {shlex.quote(there)}").split()[0] == digest
@@ -174,7 +138,7 @@ def test_firmware_tpm_and_medium_go_out_and_come_back(pair: EvacuationPair) -> N
 
     pair.wait_protected(guest, BACKUP)
     wait_for(lambda: media(pair, BACKUP, guest), lambda told: told == {"sdz": "there"})
-    evacuate(pair, guest, BACKUP, HOME)
+    pair.evacuate(guest, BACKUP)
     assert machine_state(pair, HOME, guest) == before
     assert medium_path(pair, HOME, guest) == medium
     sent = [
@@ -212,7 +176,7 @@ def test_disks_grow_come_and_go_and_the_name_changes(pair: EvacuationPair) -> No
     assert pair.ask(HOME, "GET", f"/v1/vms/{uuid}")["name"] == "umbenannt – renamed"
     assert pair.ask(BACKUP, "GET", f"/v1/replicas/{uuid}")["name"] == "umbenannt – renamed"
 
-    job = evacuate(pair, guest)
+    job = pair.evacuate(guest)
     assert job["name"] == "umbenannt – renamed"
     assert "umbenannt – renamed" in pair.virsh(BACKUP, "list", "--name")
     size = pair.virsh(BACKUP, "domblkinfo", uuid, "vda").split()[1]
@@ -238,7 +202,7 @@ def test_a_raw_disk_is_refused_and_goes_out_on_the_operators_word(pair: Evacuati
     pair.wait_protected(guest, HOME)
     assert guest.images(HOME) == {"vda": (f"{images['vda'][0]}.lifeboat.qcow2", "qcow2")}
     require_equal_replica(pair, guest, HOME, BACKUP)
-    evacuate(pair, guest)
+    pair.evacuate(guest)
     pair.shell(HOME, f"rm -f {shlex.quote(images['vda'][0])}.lifeboat.qcow2")
 
 
@@ -277,8 +241,8 @@ def test_a_debian_guest_with_systemd_and_a_database(pair: EvacuationPair) -> Non
     guest = define(pair, plan)
     start(pair, guest)
     wait_for(lambda: guest.told().highest_committed, lambda rows: rows > 20)
-    evacuate(pair, guest)
+    pair.evacuate(guest)
     rows = guest.told().highest_committed
     wait_for(lambda: guest.told().highest_committed, lambda now: now > rows + 20)
     pair.wait_protected(guest, BACKUP)
-    evacuate(pair, guest, BACKUP, HOME)
+    pair.evacuate(guest, BACKUP)

@@ -4,35 +4,36 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from integration.source_pair import BACKUP, DIRECTORY, HOME, LOG, PORT, RUN, STATE, CallFailed, SourcePair, Vm
+from integration.source_pair import (
+    BACKUP,
+    DIRECTORY,
+    HOME,
+    LOG,
+    NOISE,
+    PORT,
+    STATE,
+    SourcePair,
+    Vm,
+    installed_source_pair,
+)
 from lifeboat_lab.lab import Lab
-from precache_proxy.crash_points import CRASH_POINTS
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 BLOCK = 65536
 MIB = 1 << 20
-NOISE = "/var/tmp/noise"
 
 
 @pytest.fixture
 def pair(lab: Lab) -> Iterator[SourcePair]:
     """Two proxies, installed; the test starts them."""
-    pair = SourcePair(lab)
-    pair.install()
-    yield pair
-    try:
-        for vm in pair.vms:
-            vm.remove()
-    finally:
-        pair.shell(HOME, f"rm -f {NOISE}")
-        pair.close()
+    with installed_source_pair(lab) as pair:
+        yield pair
 
 
 @contextlib.contextmanager
@@ -47,30 +48,12 @@ def small_file_system(pair: SourcePair, host: str, path: str, size: str) -> Iter
         pair.shell(host, f"umount -l {path}")
 
 
-def make_noise(pair: SourcePair, mebibytes: int) -> None:
-    """A file that does not compress, to be written into guests."""
-    pair.shell(HOME, f"head -c {mebibytes}M /dev/urandom > {NOISE}; chmod 644 {NOISE}")
-
-
 def wait_state(pair: SourcePair, vm: Vm, state: str, *, timeout_seconds: float = 60) -> dict[str, Any]:
     """Until the VM's protection is in this state."""
     told: dict[str, Any] = pair.wait(
         vm.status, lambda status: status["state"] == state, timeout_seconds=timeout_seconds
     )
     return told
-
-
-def no_job(vm: Vm) -> bool:
-    """Whether no backup job is open in QEMU."""
-    job: str = vm.virsh("backup-dumpxml", vm.name, check=False)
-    return not job.strip()
-
-
-def remove(pair: SourcePair, *vms: Vm) -> None:
-    """While the proxies still have what they stand on."""
-    for vm in vms:
-        vm.remove()
-        pair.vms.remove(vm)
 
 
 def test_a_full_destination_costs_one_vm_until_there_is_room(pair: SourcePair) -> None:
@@ -81,7 +64,7 @@ def test_a_full_destination_costs_one_vm_until_there_is_room(pair: SourcePair) -
         for vm in (hungry, frugal):
             vm.write("vda", 1, 0, "1M")
             pair.protect(vm, rpo_seconds=3)
-        make_noise(pair, 48)
+        pair.make_noise(48)
         hungry.qemu_io("vda", f"write -s {NOISE} 0 48M")
         told = wait_state(pair, hungry, "no-space")
         assert told["cause"] == "no-space"
@@ -96,7 +79,9 @@ def test_a_full_destination_costs_one_vm_until_there_is_room(pair: SourcePair) -
         hungry.run_pass()
         hungry.require_equal()
         assert len(hungry.checkpoints()) == 1
-        remove(pair, hungry, frugal)
+        # while the proxies still have what they stand on
+        hungry.remove()
+        frugal.remove()
         pair.signal(BACKUP, "TERM")
 
 
@@ -109,14 +94,14 @@ def test_a_full_scratch_opens_no_pass_and_costs_the_guest_nothing(pair: SourcePa
         told = wait_state(pair, vm, "no-space")
         assert "scratch" in told["sentence"]
         assert f"free on {STATE}/scratch" in told["sentence"]
-        assert no_job(vm)
+        assert vm.backup_job() == ""
         vm.write("vda", 2, "1M", "8M")
         assert "No errors found" in vm.virsh("domblkerror", vm.name)
         resize("100m")
         vm.wait_protected(timeout_seconds=90)
         vm.run_pass()
         vm.require_equal()
-        remove(pair, vm)
+        vm.remove()
         pair.signal(HOME, "TERM")
 
 
@@ -131,7 +116,7 @@ def test_a_full_disk_under_the_sources_records_stops_passes_and_loses_none(pair:
         told = wait_state(pair, vm, "no-space")
         assert f"{STATE}/source" in told["sentence"]
         vm.write("vda", 3, "2M", BLOCK)
-        assert no_job(vm)
+        assert vm.backup_job() == ""
         resize("4m")
         wait_state(pair, vm, "protected", timeout_seconds=90)
         vm.run_pass()
@@ -139,7 +124,7 @@ def test_a_full_disk_under_the_sources_records_stops_passes_and_loses_none(pair:
         assert vm.checkpoints() == [status["checkpoint"]]
         assert status["last_pass"]["compared_bytes"] == 0
         vm.require_equal()
-        remove(pair, vm)
+        vm.remove()
         pair.signal(HOME, "TERM")
 
 
@@ -150,7 +135,7 @@ def test_a_link_cut_in_a_pass_and_healed(pair: SourcePair, lab: Lab) -> None:
     vm.write("vda", 1, 0, "1M")
     pair.protect(vm, rpo_seconds=5)
     # more than is read ahead of the link
-    make_noise(pair, 48)
+    pair.make_noise(48)
     lab.wan.set("rate=16mbit,rtt=20ms")
     try:
         vm.qemu_io("vda", f"write -s {NOISE} 8M 48M")
@@ -158,7 +143,7 @@ def test_a_link_cut_in_a_pass_and_healed(pair: SourcePair, lab: Lab) -> None:
         lab.wan.cut("home", "backup")
         wait_state(pair, vm, "unreachable")
         # nothing is copied aside for long for a peer that cannot be reached
-        pair.wait(lambda: no_job(vm), bool, timeout_seconds=30)
+        pair.wait(vm.backup_job, lambda job: job == "", timeout_seconds=30)
         vm.write("vda", 9, "2M", BLOCK)
     finally:
         lab.wan.heal()
@@ -305,121 +290,4 @@ def test_strangers_at_the_port_harm_nobody_and_are_one_line_each(pair: SourcePai
     assert not any("Traceback" in line for line in lines), lines
     vm.write("vda", 2, "1M", BLOCK)
     assert vm.run_pass()["data_bytes"] == BLOCK
-    vm.require_equal()
-
-
-SOURCE_POINTS = ("pass-begun", "pass-open", "pass-sent", "pass-sealed", "pass-recorded")
-STORE_POINTS = (
-    "store-generation-open", "store-before-seal", "store-flushed", "store-synced", "store-sealed",
-    "store-committing", "store-committed", "store-rebased", "store-commit-recorded",
-)  # fmt: skip
-
-
-def test_the_tables_name_every_point_of_a_pass() -> None:
-    tested = {*SOURCE_POINTS, *STORE_POINTS, "store-mark", "store-marked"}
-    # what a start or a removal does is not part of a pass; tests/unit/store has it
-    elsewhere = {"store-recovering", "store-removing"}
-    assert tested | elsewhere == {point for point in CRASH_POINTS if point.startswith(("pass-", "store-"))}
-
-
-def passes_until_dead(vm: Vm) -> None:
-    """Pass after pass, with something to send in each."""
-    for _ in range(4):
-        with contextlib.suppress(CallFailed):
-            vm.run_pass()
-        vm.write("vda", 7, "4M", BLOCK)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("point", SOURCE_POINTS)
-def test_every_kill_of_the_source_in_a_pass_of_two_slices(
-    pair: SourcePair, lab: Lab, point: str, count: int
-) -> None:
-    """The second time a point is reached is in the second slice, or in the second pass."""
-    pair.start(BACKUP)
-    pair.start(HOME)
-    vm = pair.make_vm("table", {"vda": "64M", "vdb": "32M"})
-    vm.write("vda", 1, 0, "4M")
-    pair.protect(vm)
-    make_noise(pair, 16)
-    pair.restart(HOME, crash_at=f"{point}:{count}", pass_limit_seconds=2.0)
-    lab.wan.set("rate=24mbit,rtt=10ms")
-    try:
-        vm.qemu_io("vda", f"write -s {NOISE} 8M 16M")
-        with pytest.raises(OSError):
-            passes_until_dead(vm)
-        pair.wait_gone(HOME)
-        vm.write("vdb", 8, "1M", BLOCK)
-    finally:
-        lab.wan.set("none")
-    pair.start(HOME)
-    vm.wait_protected()
-    vm.run_pass()
-    status = vm.wait_protected()
-    assert status["last_pass"]["compared_bytes"] == 0
-    assert no_job(vm)
-    assert vm.checkpoints() == [status["checkpoint"]]
-    assert pair.shell(HOME, f"ls {RUN}/passes").strip() == ""
-    assert "No errors found" in vm.virsh("domblkerror", vm.name)
-    vm.require_equal()
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("point", STORE_POINTS)
-def test_every_kill_of_the_destination_around_a_seal(pair: SourcePair, point: str) -> None:
-    pair.start(BACKUP)
-    pair.start(HOME)
-    vm = pair.make_vm("sink", {"vda": "64M"})
-    vm.write("vda", 1, 0, "4M")
-    pair.protect(vm, rpo_seconds=3)
-    pair.restart(BACKUP, crash_at=point)
-    stop = threading.Event()
-
-    def write() -> None:
-        number = 0
-        while not stop.wait(1.0) and number < 60:
-            vm.write("vda", 2 + number % 200, f"{number % 60}M", BLOCK)
-            number += 1
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        pair.wait_gone(BACKUP)
-    finally:
-        stop.set()
-        writer.join()
-    pair.start(BACKUP)
-    sealed = vm.status()["generation"]
-    vm.write("vda", 255, "5M", BLOCK)
-    pair.wait(
-        vm.status, lambda one: one["state"] == "protected" and one["generation"] > sealed, timeout_seconds=90
-    )
-    pair.call(HOME, "hold", vm=vm.uuid, holder="test")
-    vm.run_pass()
-    assert len(vm.checkpoints()) == 1
-    vm.require_equal()
-    half = pair.shell(BACKUP, f"ls {STATE}/store/{vm.uuid}/vda").split()
-    known = pair.shell(BACKUP, f"cat {STATE}/store/{vm.uuid}/replica.json")
-    assert all(name in known for name in half), half
-    pair.call(HOME, "release", vm=vm.uuid, holder="test")
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("point", ["store-mark", "store-marked", "store-mark:3", "store-marked:3"])
-def test_every_kill_of_the_destination_in_a_first_copy(pair: SourcePair, lab: Lab, point: str) -> None:
-    pair.start(BACKUP, crash_at=point)
-    pair.start(HOME, slice_bytes=4 * MIB)
-    vm = pair.make_vm("copied", {"vda": "64M"})
-    make_noise(pair, 32)
-    vm.qemu_io("vda", f"write -s {NOISE} 0 32M")
-    lab.wan.set("rate=100mbit,rtt=10ms")
-    try:
-        pair.call(HOME, "protect", vm=vm.name, peer=BACKUP, rpo_seconds=3600)
-        pair.wait_gone(BACKUP)
-        vm.write("vda", 9, "1M", BLOCK)
-        pair.start(BACKUP)
-        vm.wait_protected(timeout_seconds=120)
-    finally:
-        lab.wan.set("none")
     vm.require_equal()

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from integration.source_pair import BACKUP, HOME, STATE, CallFailed, SourcePair, Vm, disk_element
+from integration.source_pair import (
+    BACKUP,
+    HOME,
+    STATE,
+    CallFailed,
+    SourcePair,
+    Vm,
+    disk_element,
+    installed_source_pair,
+)
 from lifeboat_lab.lab import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
@@ -24,12 +33,10 @@ ODD_SIZE = str(48 * 1024 * 1024 + 3 * 512)
 @pytest.fixture(scope="module")
 def pair(lab: Lab) -> Iterator[SourcePair]:
     """Two proxies, running."""
-    pair = SourcePair(lab)
-    pair.install()
-    pair.start(BACKUP)
-    pair.start(HOME)
-    yield pair
-    pair.close()
+    with installed_source_pair(lab) as pair:
+        pair.start(BACKUP)
+        pair.start(HOME)
+        yield pair
 
 
 @pytest.fixture

@@ -51,6 +51,28 @@ options:
     description:
       - Rate that this evacuation may use, such as V(50Mbit/s). Changes that of one that is under way.
     type: str
+  mode:
+    description:
+      - V(live) moves the VM while it runs, with its memory.
+      - V(restart) shuts the guest down on the source, sends what is left of its disks, and boots it on the
+        destination, with its UEFI variables and TPM state. A VM that is shut off is moved so, and stays
+        shut off.
+      - An evacuation that is under way goes on as it was started; cancel it first to start it otherwise.
+    type: str
+    choices: [live, restart]
+    default: live
+  shutdown_seconds:
+    description:
+      - How long the guest may take to shut down with O(mode=restart).
+    type: float
+    default: 60
+  power_off:
+    description:
+      - Whether a guest that does not shut down in time is powered off. What it was told to be on its disks
+        is there then, what it had not synced is lost.
+      - Otherwise the VM stays.
+    type: bool
+    default: true
   wait:
     description:
       - Whether to wait until the job has ended or is undecided. The task then fails unless the VM is out,
@@ -74,6 +96,12 @@ EXAMPLES = r"""
   lifeboat.evacuation.evacuation:
     vm: web1
     wait: false
+
+- name: Evacuate a VM whose memory is too much for the link, by booting it at its destination
+  lifeboat.evacuation.evacuation:
+    vm: warehouse
+    mode: restart
+    shutdown_seconds: 120
 
 - name: The source site has burnt down, so start the VM that arrived paused
   lifeboat.evacuation.evacuation:
@@ -109,6 +137,10 @@ evacuation:
       description: What became of the VM; none while the job runs.
       type: str
       sample: evacuated
+    rung:
+      description: How it went or goes, V(live), V(paused) or V(restart).
+      type: str
+      sample: live
     cause:
       description: Word for why.
       type: str
@@ -184,7 +216,10 @@ class Evacuation:
             if running:
                 return False, dict(before)
             return self._preflight(before)
-        body: dict[str, object] = {"vm": self._parameters["vm"]}
+        body: dict[str, object] = {"vm": self._parameters["vm"], "mode": self._parameters["mode"]}
+        if self._parameters["mode"] == "restart":
+            body["shutdown_seconds"] = self._parameters["shutdown_seconds"]
+            body["power_off"] = self._parameters["power_off"]
         if self._parameters["bandwidth"] is not None:
             body["bandwidth_bytes_per_second"] = self._parameters["bandwidth"]
         job = dict(self._client.request("POST", "/v1/evacuations", body))
@@ -198,7 +233,8 @@ class Evacuation:
         vm = self._parameters["vm"]
         if job_out(before) and not self._protected():
             return False, dict(before)
-        findings = self._client.request("POST", "/v1/evacuations/check", {"vm": vm})["findings"]
+        asked = {"vm": vm, "mode": self._parameters["mode"]}
+        findings = self._client.request("POST", "/v1/evacuations/check", asked)["findings"]
         if findings:
             facts = "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in findings)
             raise ProxyError("preflight", f"VM {vm}: cannot be evacuated: {facts}", findings)
@@ -290,6 +326,9 @@ def main() -> None:
             state={"type": "str", "choices": ["evacuated", "cancelled", "settled"], "default": "evacuated"},
             decision={"type": "str", "choices": ["source-dead", "keep-at-source"]},
             bandwidth={"type": "str"},
+            mode={"type": "str", "choices": ["live", "restart"], "default": "live"},
+            shutdown_seconds={"type": "float", "default": 60},
+            power_off={"type": "bool", "default": True},
         ),
         required_if=[("state", "settled", ["decision"])],
         supports_check_mode=True,

@@ -263,6 +263,7 @@ class Evacuation:
         self.rate: float | None = None
         self.shares: list[tuple[str, float | None, float]] = []
         self.paused: list[str] = []
+        self.checked: list[tuple[str, bool]] = []
 
     async def begin(self, vm: str, *, options: Any) -> Job:
         uuid, name = self.source.identify(vm)
@@ -341,7 +342,8 @@ class Evacuation:
         )
         return {"id": job.id}
 
-    async def check(self, vm: str) -> list[Finding]:
+    async def check(self, vm: str, *, restarts: bool = False) -> list[Finding]:
+        self.checked.append((vm, restarts))
         self.source.identify(vm)
         return self.findings
 

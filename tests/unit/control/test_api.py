@@ -136,6 +136,20 @@ def test_job_is_begun_once_and_waited_for(served: Any) -> None:
     assert [told["id"] for told in listed] == [job["id"]]
 
 
+def test_how_a_vm_is_to_leave_is_read_with_every_fault_told(served: Any) -> None:
+    protect(served.client)
+    wrong = {"vm": "web1", "mode": "sideways", "shutdown_seconds": 4000, "power_off": "perhaps"}
+    with pytest.raises(InvalidInput, match="write one of live, restart") as refused:
+        served.client.request("POST", "/v1/evacuations", wrong)
+    assert len(refused.value.findings) == 3
+    asked = {"vm": "web1", "mode": "restart", "shutdown_seconds": "2m", "power_off": False}
+    served.client.request("POST", "/v1/evacuations/check", {"vm": "web1", "mode": "restart"})
+    assert served.parts.evacuation.checked == [("web1", True)]
+    served.client.request("POST", "/v1/evacuations", asked)
+    [options] = served.parts.evacuation.options
+    assert (options.mode, options.shutdown_seconds, options.power_off) == ("restart", 120.0, False)
+
+
 def test_wait_is_bounded(served: Any) -> None:
     with pytest.raises(InvalidInput, match="give 0 to 300"):
         served.client.request("GET", "/v1/evacuations/x?wait_seconds=9999")

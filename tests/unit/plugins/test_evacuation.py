@@ -100,6 +100,14 @@ def test_bandwidth_is_steered(run: Any, parts: Any) -> None:
     assert parts.evacuation.rate == 10_000_000
 
 
+def test_by_restart_with_what_the_guest_is_allowed(run: Any, parts: Any) -> None:
+    run("evacuation", check=True, vm="web1", mode="restart")
+    assert parts.evacuation.checked == [("web1", True)]
+    run("evacuation", vm="web1", mode="restart", shutdown_seconds=90, power_off=False, wait_sleep=0.05)
+    [options] = parts.evacuation.options
+    assert (options.mode, options.shutdown_seconds, options.power_off) == ("restart", 90.0, False)
+
+
 def test_preflight_tells_all_findings(run: Any, parts: Any) -> None:
     parts.evacuation.findings = [FINDING, Finding("peer backup1", "no space", "free some", "no-space")]
     told = run("preflight_info")

@@ -24,6 +24,8 @@ CRASH_POINTS: Final[dict[str, str]] = {
     # source side of an evacuation, in order
     "departure-admitted": "the job's record is there, nothing was done",
     "departure-before-freeze": "step freeze is durable, no overlay yet",
+    "restart-before-stop": "step stop is durable, starts are forbidden, the guest was not asked to end",
+    "restart-stopped": "the guest has ended, the residual was not read",
     "departure-frozen": "overlays carry the guest's writes, the residual was not read",
     "departure-residual-sealed": "the peer holds the frozen instant",
     "departure-before-prepare": "step prepare is durable, the peer was not asked",
@@ -44,6 +46,8 @@ CRASH_POINTS: Final[dict[str, str]] = {
     "arrival-recorded": "the arrival's record is there, nothing else",
     "arrival-guarded": "the guard forbids starts, no overlays yet",
     "arrival-prepared": "everything stands for libvirt to come, the source has no answer",
+    "restart-state-placed": "UEFI variables and TPM state are in place, the domain is not defined",
+    "restart-defined": "the domain is defined, and not started",
     "arrival-tracked": "the paused VM has its top overlay and checkpoint",
     "arrival-released": "released is durable, the VM is still paused",
     "arrival-resumed": "the VM runs, activated is not recorded",

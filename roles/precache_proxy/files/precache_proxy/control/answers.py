@@ -16,6 +16,7 @@ from precache_proxy import __version__
 from precache_proxy.control.certificate import expires_at
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import LifeboatError, NotFound
+from precache_proxy.evacuation.job import Job
 
 Answer = dict[str, Any]
 
@@ -113,6 +114,8 @@ def job_answer(job: Any) -> Answer:
     """A job or an arrival, with ``ended``: whether anything more will be done by it."""
     told: Answer = as_json(job)
     told["ended"] = bool(job.ended)
+    if isinstance(job, Job):
+        told["rung"] = job.rung
     # A definition may hold a console's password, and nobody reads it here.
     told.pop("definition", None)
     return told

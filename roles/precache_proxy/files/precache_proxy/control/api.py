@@ -18,6 +18,7 @@ from precache_proxy.control.checks import run_checks
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.workload import measure_workload
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
+from precache_proxy.evacuation.job import Mode
 from precache_proxy.typed_reader import REQUIRED
 
 logger = logging.getLogger(__name__)
@@ -187,8 +188,10 @@ class Api:
         findings: list[Finding] = []
         told = requests.reader(await requests.body(request), findings)
         vm = told.text("vm", REQUIRED)
+        restarts = requests.mode(told, findings) is Mode.RESTART
         requests.conclude(told, findings)
-        found = [answers.as_json(finding) for finding in await self._parts.evacuation.check(vm)]
+        facts = await self._parts.evacuation.check(vm, restarts=restarts)
+        found = [answers.as_json(finding) for finding in facts]
         return web.json_response({"vm": vm, "findings": found})
 
     async def _evacuation(self, request: web.Request) -> web.Response:

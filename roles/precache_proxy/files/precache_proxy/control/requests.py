@@ -13,13 +13,14 @@ from aiohttp import web
 from precache_proxy.control.answers import Answer
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Finding, InvalidInput, NotFound
-from precache_proxy.evacuation.job import EvacuationOptions
+from precache_proxy.evacuation.job import EvacuationOptions, Mode
 from precache_proxy.typed_reader import REQUIRED, Reader
 
 HIGHEST_PRIORITY = 100
 DEFAULT_PRIORITY = 50
 DECISIONS = ("source-dead", "keep-at-source")
 DOWNTIME_SECONDS_RANGE = (0.001, 60.0)
+SHUTDOWN_SECONDS_RANGE = (0.0, 3600.0)
 RPO_SECONDS_RANGE = (1.0, 30 * 86400.0)
 # The longest that one request may be held; clients ask again.
 LONGEST_WAIT_SECONDS = 300.0
@@ -121,6 +122,15 @@ def present_protection(vm: Answer | None) -> Answer | None:
     return {"state": "protected", **told, "disks": sorted(disks) if disks else None}
 
 
+def mode(told: Reader, findings: list[Finding]) -> Mode:
+    """How a VM is to leave; what is wrong with it is added to the findings."""
+    named = told.text("mode", Mode.LIVE.value)
+    if named in set(Mode):
+        return Mode(named)
+    findings.append(Finding("request: mode", f"is {named!r}", f"write one of {', '.join(Mode)}", "invalid"))
+    return Mode.LIVE
+
+
 def evacuation(values: Mapping[str, Any]) -> tuple[str, EvacuationOptions]:
     """The VM that a request wants evacuated, and how. Raises InvalidInput."""
     findings: list[Finding] = []
@@ -141,6 +151,9 @@ def evacuation(values: Mapping[str, Any]) -> tuple[str, EvacuationOptions]:
         ),
         synchronous_writes=synchronous,
         catch_up_passes_limit=told.integer("catch_up_passes_limit", usual.catch_up_passes_limit, 0, 100),
+        mode=mode(told, findings),
+        shutdown_seconds=told.duration("shutdown_seconds", usual.shutdown_seconds, *SHUTDOWN_SECONDS_RANGE),
+        power_off=told.boolean("power_off", default=usual.power_off),
     )
     conclude(told, findings)
     return vm, options

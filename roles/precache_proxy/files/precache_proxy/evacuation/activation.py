@@ -54,8 +54,9 @@ class Activation:
     async def _resume(self, arrival: Arrival) -> None:
         await self._tracking.begin(arrival)
         await self._install_network(arrival)
-        await self._domains.resume(arrival.vm)
-        arrival.timings["resumed_monotonic"] = time.monotonic()
+        if arrival.boots:
+            await self._domains.resume(arrival.vm)
+            arrival.timings["resumed_monotonic"] = time.monotonic()
         crash_point("arrival-resumed")
         await self._records.enter(arrival, ArrivalState.ACTIVATED)
         crash_point("arrival-activated")
@@ -68,6 +69,18 @@ class Activation:
         await self._install_network(arrival)
         await self._records.enter(arrival, ArrivalState.ACTIVATED)
         await self.settle_down(arrival)
+
+    async def _leave_off(self, arrival: Arrival) -> None:
+        """It was shut off at its old home: it has stood here without running an instruction, and ends."""
+        if "ended_at" in arrival.timings:
+            return
+        presence = await self._domains.presence(arrival.vm)
+        if presence in {Presence.ARRIVED, Presence.PAUSED}:
+            await self._domains.destroy(arrival.vm)
+        elif presence is Presence.ABSENT:
+            await self._domains.define(arrival.definition, arrival.name)
+        arrival.timings["ended_at"] = time.time()
+        await self._records.save(arrival)
 
     async def _install_network(self, arrival: Arrival) -> None:
         try:
@@ -97,14 +110,13 @@ class Activation:
         sockets."""
         await asyncio.to_thread(self._guard.arrived, arrival.vm)
         await asyncio.to_thread(self._guard.allow, arrival.vm, job=arrival.id)
-        if arrival.memory_lost and "started_at" not in arrival.timings:
+        if not arrival.boots:
+            await self._leave_off(arrival)
+        elif arrival.memory_lost and "started_at" not in arrival.timings:
             if await self._domains.presence(arrival.vm) is Presence.ABSENT:
-                connection = self._domains.hypervisor.connection
-                await self._domains.hypervisor.call(
-                    connection.defineXML, arrival.definition, subject=f"VM {arrival.name}"
-                )
+                await self._domains.define(arrival.definition, arrival.name)
             await self._domains.start(arrival.vm)
             arrival.timings["started_at"] = time.time()
             await self._records.save(arrival)
         await asyncio.to_thread(remove_job_directory, self._sockets_directory / arrival.id)
-        logger.info("VM %s runs here since the release by %s", arrival.vm, arrival.peer)
+        logger.info("VM %s is here since the release by %s", arrival.vm, arrival.peer)

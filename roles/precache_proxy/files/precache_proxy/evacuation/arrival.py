@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from precache_proxy import durable
 from precache_proxy.errors import Conflict, IntegrityError
+from precache_proxy.evacuation.job import Mode
 
 
 class ArrivalState(StrEnum):
@@ -82,6 +83,12 @@ class Arrival:
     # what the protection at the old home was asked for: the way back is protected alike
     protection: dict[str, Any] = field(default_factory=dict)
     disks: dict[str, ArrivalDisk] = field(default_factory=dict)
+    # it comes without its memory (job.Mode)
+    mode: str = Mode.LIVE.value
+    # False: it was shut off at its old home and stays so here
+    boots: bool = True
+    # of one that comes without its memory: UEFI variables and TPM state by name -> SHA-256
+    attachments: dict[str, str] = field(default_factory=dict)
     # drive -> where its medium is here
     media: dict[str, str] = field(default_factory=dict)
     # the checkpoint that tracks the way back from the first instant, "" until it exists
@@ -93,6 +100,16 @@ class Arrival:
     activated_by: str = ""
     timings: dict[str, float] = field(default_factory=dict)
     landing: str = ""
+
+    @property
+    def restarts(self) -> bool:
+        """It boots here; no memory comes along."""
+        return self.mode == Mode.RESTART.value
+
+    @property
+    def has_lost_memory(self) -> bool:
+        """It had to be started anew though its memory was to come along."""
+        return self.memory_lost and not self.restarts
 
     @property
     def ended(self) -> bool:

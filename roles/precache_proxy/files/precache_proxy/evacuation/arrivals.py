@@ -20,7 +20,7 @@ from typing import Any
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, StaleEpoch
-from precache_proxy.evacuation import preflight
+from precache_proxy.evacuation import cold_arrival, preflight
 from precache_proxy.evacuation.activation import Activation
 from precache_proxy.evacuation.arrival import RUNS_HERE, Arrival, ArrivalDisk, ArrivalState
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
@@ -29,6 +29,7 @@ from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.footprint import Footprint
 from precache_proxy.evacuation.guard import TOMBSTONE, Guard
+from precache_proxy.evacuation.job import Mode
 from precache_proxy.evacuation.media_places import find_places
 from precache_proxy.evacuation.reconcile import ArrivalDecision, Presence, decide_at_destination
 from precache_proxy.evacuation.rooms import StoreRoom
@@ -197,6 +198,9 @@ class Arrivals:
             since=time.time(),
             autostart=bool(parameters.get("autostart", False)),
             protection=dict(parameters.get("protection", {})),
+            mode=Mode(parameters.get("mode", Mode.LIVE)).value,
+            boots=bool(parameters.get("boots", True)),
+            attachments={str(key): str(value) for key, value in parameters.get("attachments", {}).items()},
             stray_bitmaps=[str(name) for name in parameters.get("bitmaps", [])],
             tombstone=asdict(earlier) if earlier is not None and earlier.cause == TOMBSTONE else None,
         )
@@ -224,6 +228,8 @@ class Arrivals:
         crash_point("arrival-recorded")
         try:
             await self.footprint.make(arrival)
+            if arrival.restarts:
+                await cold_arrival.stand_ready(self._domains, arrival, chains.attachments)
         except BaseException:
             await self._clear(arrival)
             raise
@@ -257,7 +263,7 @@ class Arrivals:
             resumed = arrival.timings.get("resumed_monotonic", now)
             return {
                 "state": arrival.state.value,
-                "memory_lost": arrival.memory_lost,
+                "memory_lost": arrival.has_lost_memory,
                 "network": arrival.sentence if arrival.network_owed else "",
                 "activation_seconds": max(0.0, resumed - began),
                 "running_seconds": max(0.0, now - resumed),
@@ -274,7 +280,7 @@ class Arrivals:
             "known": known,
             "state": arrival.state.value if known and arrival is not None else None,
             "vm": presence.value,
-            "memory_lost": bool(known and arrival is not None and arrival.memory_lost),
+            "memory_lost": bool(known and arrival is not None and arrival.has_lost_memory),
         }
 
     async def abort(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound
-from precache_proxy.evacuation import freeze
+from precache_proxy.evacuation import freeze, restart
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden
 from precache_proxy.evacuation.images import drop_own_bitmaps
@@ -98,11 +98,12 @@ async def finish(departure: Departure) -> None:
     with contextlib.suppress(NotFound):
         await around.source.handed_over(job.vm)
     job.verdict = Verdict.EVACUATED
+    runs = restart.sentence(job) if job.restarts else f"VM {job.name} runs at {job.peer}."
     if not job.warning:
         lost = " It had to be started anew there: its memory was lost." if job.memory_lost else ""
-        job.explain("", f"VM {job.name} runs at {job.peer}.{lost}")
+        job.explain("", f"{runs}{lost}")
     else:
-        job.explain("warning", f"VM {job.name} runs at {job.peer}. {job.warning}")
+        job.explain("warning", f"{runs} {job.warning}")
     await departure.enter(Step.DONE)
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,6 @@ from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.pace import Pace
 from precache_proxy.evacuation.packing import level_for
 from precache_proxy.evacuation.surroundings import Surroundings, findings
-from precache_proxy.hypervisor.domain_xml import Definition
 from precache_proxy.source.scratch import boottime_seconds
 from precache_proxy.units import MIB
 
@@ -134,19 +134,21 @@ class Departure:
 async def run_forward(departure: Departure) -> None:
     """From preflight to the end of migrate. Raises LifeboatError: then the job is to be decided and rolled
     back."""
-    if not await _preflight(departure):
+    if not await pass_preflight(departure):
         return
-    await _catch_up(departure)
-    definition = await _freeze(departure)
-    await _residual(departure, definition)
-    paths = await _prepare(departure, definition)
+    await catch_up(departure)
+    await _freeze(departure)
+    await send_residual(departure)
+    paths = await prepare(departure, {"bitmaps": [departure.job.checkpoint]})
     await _migrate(departure, paths)
 
 
-async def _preflight(departure: Departure) -> bool:
+async def pass_preflight(departure: Departure) -> bool:
     """Whether to go on. What stands in the way is raised while nothing has been changed."""
     job = departure.job
-    definition, found, already_there = await findings(departure.around, job.vm, job.peer, job.epoch)
+    definition, found, already_there = await findings(
+        departure.around, job.vm, job.peer, job.epoch, restarts=job.restarts
+    )
     if already_there:
         return False
     if found:
@@ -157,7 +159,7 @@ async def _preflight(departure: Departure) -> bool:
     return True
 
 
-async def _catch_up(departure: Departure) -> None:
+async def catch_up(departure: Departure) -> None:
     """Passes while each leaves clearly less to do: what is sent now is not sent while the guest waits."""
     job, around = departure.job, departure.around
     await departure.enter(Step.CATCH_UP)
@@ -176,12 +178,11 @@ async def _catch_up(departure: Departure) -> None:
         before = sent_bytes
 
 
-async def _freeze(departure: Departure) -> Definition:
+async def _freeze(departure: Departure) -> None:
     job, around = departure.job, departure.around
     departure.check_cancelled()
     definition = await around.domains.definition(job.vm)
-    status = around.source.status(job.vm)
-    job.checkpoint = str(status.get("checkpoint") or f"lifeboat-e{status['epoch']}-g{status['generation']}")
+    job.checkpoint = last_checkpoint(departure)
     # Planned before the step is entered: a crash after it finds the overlays' names in the record.
     job.disks = await freeze.plan(
         definition, preflight.covered_disks(definition), job.id, around.fallback_overlay_directory
@@ -190,10 +191,16 @@ async def _freeze(departure: Departure) -> Definition:
     crash_point("departure-before-freeze")
     await freeze.freeze(around.domains, job.vm, job.disks)
     crash_point("departure-frozen")
-    return definition
 
 
-async def _residual(departure: Departure, definition: Definition) -> None:
+def last_checkpoint(departure: Departure) -> str:
+    """From which the changes since the last sealed generation are counted."""
+    status = departure.around.source.status(departure.job.vm)
+    return str(status.get("checkpoint") or f"lifeboat-e{status['epoch']}-g{status['generation']}")
+
+
+async def send_residual(departure: Departure) -> None:
+    """What the images of the job hold beyond the last generation, sealed as the last one of this home."""
     job, around = departure.job, departure.around
     departure.check_cancelled()
     await departure.enter(Step.RESIDUAL)
@@ -206,11 +213,14 @@ async def _residual(departure: Departure, definition: Definition) -> None:
     departure.measure.passed(int(result.data_bytes), time.monotonic() - began)
     job.generation = int(result.generation)
     job.bytes["residual_data_bytes"] = int(result.data_bytes)
-    del definition
     crash_point("departure-residual-sealed")
 
 
-async def _prepare(departure: Departure, definition: Definition) -> dict[str, str]:
+async def prepare(departure: Departure, further: Mapping[str, Any]) -> dict[str, str]:
+    """Have the destination make everything ready; ``further`` is what this kind of move tells it besides.
+
+    Where each disk is there: target name -> path. Raises what the call raises.
+    """
     job, around = departure.job, departure.around
     departure.check_cancelled()
     job.owes_abort = True
@@ -226,15 +236,14 @@ async def _prepare(departure: Departure, definition: Definition) -> dict[str, st
             "disks": {key: disk.size_bytes for key, disk in job.disks.items()},
             "definition": await around.domains.xml(job.vm, inactive=False),
             "autostart": job.autostart,
-            "bitmaps": [job.checkpoint],
             "protection": {key: status[key] for key in ("rpo_seconds", "priority") if key in status},
+            **further,
         },
         PREPARE_TIMEOUT_SECONDS,
     )
     job.presumed_dead_after_seconds = answer.get("presumed_dead_after_seconds")
     departure.contact.watch(departure)
     crash_point("departure-prepared")
-    del definition
     departure.media = {str(key): str(path) for key, path in answer.get("media", {}).items()}
     return {str(key): str(path) for key, path in answer["disks"].items()}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
-from precache_proxy.evacuation import confirm, departure, migrate, rollback
+from precache_proxy.evacuation import confirm, departure, migrate, restart, rollback
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
@@ -206,7 +206,7 @@ class Departures:
         await departure.pause_guest(item)
         return item.job
 
-    async def check(self, vm: str, peer: str | None = None) -> list[Finding]:
+    async def check(self, vm: str, peer: str | None = None, *, restarts: bool = False) -> list[Finding]:
         """Everything that stands in the way of evacuating a VM; changes nothing."""
         definition = await self._domains.hypervisor.definition(vm)
         try:
@@ -215,7 +215,7 @@ class Departures:
             status = {}
         peer = peer or str(status.get("peer") or "")
         _unused, found, already_there = await findings(
-            self._around, definition.uuid, peer, int(status.get("epoch") or 0) + 1
+            self._around, definition.uuid, peer, int(status.get("epoch") or 0) + 1, restarts=restarts
         )
         return [] if already_there else found
 
@@ -232,7 +232,7 @@ class Departures:
         job = item.job
         try:
             await self._leave(job.vm)
-            await departure.run_forward(item)
+            await (restart if job.restarts else departure).run_forward(item)
             if job.step is Step.PREFLIGHT:
                 job.verdict = Verdict.ALREADY_THERE
                 job.explain("already-there", f"VM {job.name} arrived at {job.peer} before")
@@ -281,7 +281,7 @@ class Departures:
             return
         presence = await self._domains.presence_at_source(job.vm)
         view = await self._ask_destination(item)
-        decision = decide_at_source(job.effective_step, presence, view)
+        decision = decide_at_source(job.effective_step, presence, view, restarts=job.restarts)
         logger.info(
             "evacuation %s of VM %s: step %s, here %s, there %s/%s: %s",
             job.id, job.vm, job.effective_step.value, presence.value,

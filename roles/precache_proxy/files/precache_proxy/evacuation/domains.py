@@ -170,6 +170,20 @@ class Domains:
             timeout_seconds=120,
         )
 
+    async def define(self, xml: str, name: str) -> None:
+        """Have libvirt keep the VM; one that it has gets this definition."""
+        connection = self.hypervisor.connection
+        await self.hypervisor.call(connection.defineXML, xml, subject=f"VM {name}")
+
+    async def is_persistent(self, vm: str) -> bool:
+        """Whether the VM is still known when its QEMU has ended."""
+        return await self.run(vm, lambda domain: bool(domain.isPersistent()))
+
+    async def shut_down(self, vm: str) -> None:
+        """Ask the guest to end: its agent where it has one, else its power button. One that is off is no
+        error. Raises HypervisorError."""
+        await self.run(vm, lambda domain: domain.shutdown() if domain.isActive() else None)
+
     async def destroy(self, vm: str) -> None:
         """End the VM's QEMU process; none there is no error."""
 

@@ -71,7 +71,9 @@ async def merge_back(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk],
     """
     started_here = presence not in {Presence.RUNNING, Presence.PAUSED}
     definition = await domains.definition(vm, inactive=started_here)
-    frozen_now = [key for key, frozen in disks.items() if _path(definition, key) == frozen.overlay]
+    frozen_now = [
+        key for key, frozen in disks.items() if frozen.overlay and _path(definition, key) == frozen.overlay
+    ]
     if frozen_now:
         if started_here:
             await domains.start(vm, paused=True)
@@ -99,7 +101,8 @@ def _mirrored(definition: Definition, keys: Iterable[str]) -> list[str]:
 def remove_overlays(disks: Mapping[str, FrozenDisk]) -> None:
     """Remove the overlay files of a freeze that is over (blocking)."""
     for frozen in disks.values():
-        durable.remove(Path(frozen.overlay))
+        if frozen.overlay:
+            durable.remove(Path(frozen.overlay))
 
 
 async def point_at_images(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk]) -> None:
@@ -121,6 +124,8 @@ def restore_ownership(disks: Mapping[str, FrozenDisk]) -> None:
     would stay with QEMU's user.
     """
     for frozen in disks.values():
+        if not frozen.overlay:
+            continue
         try:
             status = os.stat(frozen.overlay)
             os.chown(frozen.image, status.st_uid, status.st_gid)

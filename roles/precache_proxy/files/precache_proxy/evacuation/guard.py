@@ -24,6 +24,7 @@ HOOKS: Final = Path("/etc/libvirt/hooks/qemu.d")
 TOMBSTONE: Final = "moved-away"
 ARRIVAL: Final = "arrival"
 FENCED: Final = "fenced"
+LEAVING: Final = "leaving"
 
 
 @dataclass(frozen=True, slots=True)

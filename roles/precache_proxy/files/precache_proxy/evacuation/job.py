@@ -25,6 +25,7 @@ class Step(StrEnum):
 
     PREFLIGHT = "preflight"
     CATCH_UP = "catch-up"
+    STOP = "stop"
     FREEZE = "freeze"
     RESIDUAL = "residual"
     PREPARE = "prepare"
@@ -36,6 +37,13 @@ class Step(StrEnum):
     ROLLBACK = "rollback"
     UNDECIDED = "undecided"
     STAYED = "stayed"
+
+
+class Mode(StrEnum):
+    """How a VM leaves: LIVE keeps its memory, RESTART ends the guest here and boots it there."""
+
+    LIVE = "live"
+    RESTART = "restart"
 
 
 class Verdict(StrEnum):
@@ -51,10 +59,12 @@ class Verdict(StrEnum):
 
 FOLLOWING: Final[Mapping[Step, frozenset[Step]]] = {
     Step.PREFLIGHT: frozenset({Step.CATCH_UP, Step.DONE, Step.STAYED}),
-    Step.CATCH_UP: frozenset({Step.FREEZE, Step.ROLLBACK}),
+    Step.CATCH_UP: frozenset({Step.FREEZE, Step.STOP, Step.ROLLBACK}),
+    Step.STOP: frozenset({Step.RESIDUAL, Step.ROLLBACK}),
     Step.FREEZE: frozenset({Step.RESIDUAL, Step.ROLLBACK}),
     Step.RESIDUAL: frozenset({Step.PREPARE, Step.ROLLBACK}),
-    Step.PREPARE: frozenset({Step.MIGRATE, Step.ROLLBACK}),
+    # Without a migration what stands whole there is confirmed at once.
+    Step.PREPARE: frozenset({Step.MIGRATE, Step.CONFIRM, Step.ROLLBACK, Step.UNDECIDED, Step.FINISH}),
     Step.MIGRATE: frozenset({Step.CONFIRM, Step.ROLLBACK, Step.UNDECIDED, Step.FINISH}),
     # Released before told: from RELEASED on only the destination's word, or the operator's, leads back.
     Step.CONFIRM: frozenset({Step.RELEASED, Step.ROLLBACK, Step.UNDECIDED, Step.FINISH}),
@@ -78,6 +88,9 @@ class EvacuationOptions:
     ``synchronous_writes`` None: decided by the forecast. ``bandwidth_bytes_per_second`` None: no limit of
     ours. QEMU begins with ``downtime_limit_seconds`` and is allowed up to ``downtime_limit_most_seconds``
     where the guest dirties its memory as fast as the channel carries it.
+
+    With ``mode`` RESTART the guest is asked to shut down and has ``shutdown_seconds`` for it; after that it
+    is powered off, or where ``power_off`` is False the VM stays.
     """
 
     peer: str | None = None
@@ -86,11 +99,17 @@ class EvacuationOptions:
     downtime_limit_most_seconds: float = 60.0
     synchronous_writes: bool | None = None
     catch_up_passes_limit: int = 5
+    mode: Mode = Mode.LIVE
+    shutdown_seconds: float = 60.0
+    power_off: bool = True
 
 
 @dataclass(slots=True)
 class FrozenDisk:
-    """A disk since the freeze: the image that stands still and the overlay that takes the writes."""
+    """A disk since the freeze: the image that stands still and the overlay that takes the writes.
+
+    Of a VM that was shut down ``overlay`` is "": nobody writes.
+    """
 
     image: str
     format: str
@@ -144,8 +163,12 @@ class Job:
     heard_boot: str = ""
     # the guest was stopped in the middle of its migration, so that its memory crosses only once
     guest_paused: bool = False
-    # the VM had to be started anew: its memory is lost, its disks are whole
+    # the VM had to be started anew against all plans: its memory is lost, its disks are whole
     memory_lost: bool = False
+    # it ran when it was to be restarted: it is started again wherever it ends up; durable with step STOP
+    was_running: bool = False
+    # its guest did not shut down in time
+    powered_off: bool = False
     # it went well, but the operator should know this
     warning: str = ""
     eviction_seconds: float | None = None
@@ -169,6 +192,22 @@ class Job:
         if self.step is Step.UNDECIDED and self.undecided_from is not None:
             return self.undecided_from
         return self.step
+
+    @property
+    def restarts(self) -> bool:
+        """The guest ends here and boots there: no memory crosses."""
+        return self.options.mode is Mode.RESTART
+
+    @property
+    def rung(self) -> str:
+        """How far down the ladder it went: live, paused or restart."""
+        if self.restarts:
+            return Mode.RESTART.value
+        return "paused" if self.guest_paused else Mode.LIVE.value
+
+    def began(self, step: Step) -> float | None:
+        """When a step was begun for the first time, None if never: seconds since 1970."""
+        return next((item.started_at for item in self.steps if item.step == step.value), None)
 
     def advance(self, step: Step, now: float) -> None:
         """Go on to ``step``. Raises Conflict where it may not follow; then nothing was changed."""
@@ -198,7 +237,8 @@ class Job:
 
     def as_dict(self) -> dict[str, Any]:
         """What the control API shows: all but the definition, which may hold secrets of the VM."""
-        return {key: value for key, value in asdict(self).items() if key != "definition"}
+        shown = {key: value for key, value in asdict(self).items() if key != "definition"}
+        return {**shown, "rung": self.rung}
 
 
 def new_job(vm: str, name: str, peer: str, epoch: int, options: EvacuationOptions, now: float) -> Job:
@@ -215,7 +255,9 @@ def job_from_dict(data: Mapping[str, Any]) -> Job:
     try:
         values["step"] = Step(values["step"])
         values["steps"] = [StepTime(**item) for item in values.get("steps", [])]
-        values["options"] = EvacuationOptions(**values.get("options", {}))
+        options = dict(values.get("options", {}))
+        options["mode"] = Mode(options.get("mode", Mode.LIVE))
+        values["options"] = EvacuationOptions(**options)
         values["disks"] = {key: FrozenDisk(**disk) for key, disk in values.get("disks", {}).items()}
         if values.get("verdict") is not None:
             values["verdict"] = Verdict(values["verdict"])

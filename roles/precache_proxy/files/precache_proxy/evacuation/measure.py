@@ -69,6 +69,10 @@ class Measure:
         elif what == "suspended" and self._stopped_at is None:
             self._stopped_at = self._clock()
 
+    def stopping(self) -> None:
+        """Its guest is asked to end: from now on it does not serve."""
+        self._stopped_at = self._clock()
+
     def migrated(self, counters: RelayCounters, statistics: dict[str, Any]) -> None:
         """The migration has ended (well or not)."""
         raw, packed = counters.raw_bytes, counters.packed_bytes

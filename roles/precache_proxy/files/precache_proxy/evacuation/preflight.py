@@ -33,17 +33,24 @@ def covered_disks(definition: Definition) -> list[str]:
 
 
 def source_findings(
-    definition: Definition, presence: Presence, status: Mapping[str, Any] | None, peer: str | None
+    definition: Definition,
+    presence: Presence,
+    status: Mapping[str, Any] | None,
+    peer: str | None,
+    *,
+    may_be_off: bool = False,
 ) -> list[Finding]:
-    """What the source itself can see. ``status`` None: the VM is not protected."""
+    """What the source itself can see. ``status`` None: the VM is not protected. ``may_be_off``: it goes by
+    restart, for which it need not run."""
     vm = f"VM {definition.name}"
     found: list[Finding] = []
     if presence is Presence.PAUSED:
         found.append(Finding(vm, "it is paused", "resume it, or shut it off and fail it over", "conflict"))
-    elif presence is not Presence.RUNNING:
-        found.append(
-            Finding(vm, "it does not run", "start it, or fail it over from its replica instead", "conflict")
-        )
+    elif presence is not Presence.RUNNING and not (
+        may_be_off and presence in {Presence.SHUT_OFF, Presence.ENDED}
+    ):
+        way_out = "start it, or evacuate it by restart, which leaves it shut off"
+        found.append(Finding(vm, "it does not run", way_out, "conflict"))
     for device in definition.hostdevs:
         found.append(
             Finding(vm, f"host device {device.description} cannot go along", "detach it first", "unsupported")
@@ -104,6 +111,37 @@ def source_findings(
                 )
             )
     return found
+
+
+def restart_findings(definition: Definition, persistent: Definition | None) -> list[Finding]:
+    """What a VM would lose by being booted from its persistent definition (None: it has none)."""
+    vm = f"VM {definition.name}"
+    if persistent is None:
+        return [
+            Finding(
+                vm,
+                "it is transient: libvirt forgets it when it is shut down",
+                "define it (`virsh dumpxml` and `virsh define`), or evacuate it live",
+                "unsupported",
+            )
+        ]
+    now = {key: _path_of(definition, key) for key in covered_disks(definition)}
+    then = {key: _path_of(persistent, key) for key in covered_disks(persistent)}
+    return [
+        Finding(
+            f"{vm}, disk {key}",
+            f"it runs with {now.get(key) or 'none'} and would boot with {then.get(key) or 'none'}",
+            "make both the same (`virsh attach-disk --config`, `virsh detach-disk --config`)",
+            "conflict",
+        )
+        for key in sorted({*now, *then})
+        if now.get(key) != then.get(key)
+    ]
+
+
+def _path_of(definition: Definition, key: str) -> str:
+    disk = definition.disk(key)
+    return "" if disk is None else disk.path
 
 
 def overlay_findings(definition: Definition, fallback_directory: Path) -> list[Finding]:

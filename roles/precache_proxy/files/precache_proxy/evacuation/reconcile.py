@@ -54,9 +54,11 @@ class SourceDecision(StrEnum):
     FINISH = "finish"
 
 
-def decide_at_source(step: Step, vm: Presence, destination: DestinationView) -> SourceDecision:
+def decide_at_source(
+    step: Step, vm: Presence, destination: DestinationView, *, restarts: bool = False
+) -> SourceDecision:
     """What a source whose job stands at ``step`` (:attr:`Job.effective_step`) does, after a restart or a
-    failed call."""
+    failed call. ``restarts``: the guest was ended by us, and stands there booted and paused if at all."""
     if step in ENDS:
         return SourceDecision.NOTHING
     if step is Step.FINISH:
@@ -73,10 +75,15 @@ def decide_at_source(step: Step, vm: Presence, destination: DestinationView) -> 
     if vm in {Presence.RUNNING, Presence.PAUSED}:
         # It never stopped here (or libvirt resumed it): whatever arrived there was not released.
         return SourceDecision.ROLL_BACK
-    if vm is Presence.ENDED:
+    if restarts and step not in {Step.PREPARE, Step.CONFIRM}:
+        # Not asked to come there yet, or on the way back already.
+        return SourceDecision.ROLL_BACK_COLD
+    if vm is Presence.ENDED and not restarts:
         return SourceDecision.ROLL_BACK
     if not destination.reachable:
-        return SourceDecision.WAIT
+        # Its memory may be there, and is worth waiting for; where none is, and nothing was released, the
+        # guest is better off here.
+        return SourceDecision.ROLL_BACK_COLD if restarts else SourceDecision.WAIT
     # RUNNING: somebody resumed it there by hand. Shut off here, so it may.
     whole = destination.vm in {Presence.ARRIVED, Presence.RUNNING}
     if destination.state in {ArrivalState.PREPARED, ArrivalState.RELEASED} and whole:

@@ -10,7 +10,7 @@ import logging
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound, PeerUnreachable
-from precache_proxy.evacuation import freeze
+from precache_proxy.evacuation import freeze, restart
 from precache_proxy.evacuation.arrival import RUNS_HERE
 from precache_proxy.evacuation.departure import Departure, clear_local_leftovers
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
@@ -41,7 +41,11 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
     crash_point("rollback-begun")
     await clear_local_leftovers(departure)
     presence = await around.domains.presence_at_source(job.vm)
-    if presence in {Presence.RUNNING, Presence.PAUSED, Presence.ENDED}:
+    if job.restarts:
+        presence = await restart.presence_for_rollback(departure, presence)
+        # Before the release the destination does not run it, heard or not; after it only its word counts.
+        cold = job.began(Step.RELEASED) is not None and presence not in {Presence.RUNNING, Presence.PAUSED}
+    elif presence in {Presence.RUNNING, Presence.PAUSED, Presence.ENDED}:
         cold = False
     await _clean_peer(departure, must=cold and job.settled != KEEP_AT_SOURCE)
     crash_point("rollback-peer-cleaned")
@@ -72,10 +76,14 @@ async def _run_here(departure: Departure, presence: Presence) -> Presence:
         await around.domains.resume(job.vm)
         return Presence.RUNNING
     if presence is Presence.SHUT_OFF:
-        job.memory_lost = True
+        job.memory_lost = not job.restarts
         await around.domains.start(job.vm)
         await around.network.stayed(job.definition, job)
-        job.sentence += " It had to be started anew here: its memory was lost, its disks are whole."
+        job.sentence += (
+            " It was started again here."
+            if job.restarts
+            else " It had to be started anew here: its memory was lost, its disks are whole."
+        )
         return Presence.RUNNING
     if presence is Presence.ABSENT:
         job.verdict = Verdict.FAILED

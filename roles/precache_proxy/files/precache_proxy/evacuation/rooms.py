@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from precache_proxy.store.chains import ReplicaChain
 from precache_proxy.store.media import MediaShelf
 
 
@@ -32,8 +33,8 @@ class StoreRoom(Protocol):
     async def statuses(self) -> list[dict[str, Any]]:
         """State of every replica."""
 
-    async def freeze_for_arrival(self, vm: str, generation: int, epoch: int) -> Mapping[str, ImageLike]:
-        """Close our writers; the top of each disk's sealed chain."""
+    async def freeze_for_arrival(self, vm: str, generation: int, epoch: int) -> ReplicaChain:
+        """Close our writers; the top of each disk's sealed chain, and what goes along beside the disks."""
 
     async def thaw(self, vm: str) -> None:
         """Take generations again."""

@@ -183,9 +183,9 @@ class Evacuation:
         """See :meth:`Departures.pause_guest`."""
         return await self._departures.pause_guest(job_id)
 
-    async def check(self, vm: str, peer: str | None = None) -> list[Finding]:
-        """Everything that stands in the way of evacuating a VM; changes nothing."""
-        return await self._departures.check(vm, peer)
+    async def check(self, vm: str, peer: str | None = None, *, restarts: bool = False) -> list[Finding]:
+        """Everything that stands in the way of evacuating a VM, live or by restart; changes nothing."""
+        return await self._departures.check(vm, peer, restarts=restarts)
 
     def arrivals(self) -> list[Arrival]:
         """Every evacuation that came, or tries to come, here."""

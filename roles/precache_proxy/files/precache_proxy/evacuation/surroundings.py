@@ -44,19 +44,28 @@ class Surroundings:
 
 
 async def findings(
-    around: Surroundings, vm: str, peer: str, epoch: int
+    around: Surroundings, vm: str, peer: str, epoch: int, *, restarts: bool = False
 ) -> tuple[Definition, list[Finding], bool]:
-    """The definition, everything in the way on both sides, and whether the VM is at the peer already."""
+    """The definition, everything in the way on both sides, and whether the VM is at the peer already.
+
+    ``restarts``: it is to be booted there from its persistent definition, instead of moved while it runs.
+    """
     definition = await around.domains.definition(vm)
     presence = await around.domains.presence_at_source(vm)
     try:
         status: dict[str, Any] | None = around.source.status(vm)
     except NotFound:
         status = None
-    found = preflight.source_findings(definition, presence, status, peer) + hook_findings("source")
-    found += await asyncio.to_thread(
-        preflight.overlay_findings, definition, around.fallback_overlay_directory
-    )
+    found = preflight.source_findings(definition, presence, status, peer, may_be_off=restarts)
+    found += hook_findings("source")
+    if restarts:
+        keeps = await around.domains.is_persistent(vm)
+        persistent = await around.domains.definition(vm, inactive=True) if keeps else None
+        found += preflight.restart_findings(definition, persistent)
+    else:
+        found += await asyncio.to_thread(
+            preflight.overlay_findings, definition, around.fallback_overlay_directory
+        )
     link = around.links.get(peer)
     if link is None:
         found.append(
@@ -70,7 +79,7 @@ async def findings(
                 "vm": vm,
                 "name": definition.name,
                 "epoch": epoch,
-                "definition": await around.domains.xml(vm, inactive=False),
+                "definition": await around.domains.xml(vm, inactive=restarts),
             },
             timeout_seconds=CHECK_TIMEOUT_SECONDS,
         )

@@ -340,6 +340,9 @@ def test_autostart_is_kept_in_mind_while_protected(pair: SourcePair, make_vm: Ca
     vm.virsh("autostart", vm.name)
     assert pair.protect(vm)["autostart"]
     assert "disable" in vm.virsh("dominfo", vm.name).split("Autostart:")[1]
+    vm.virsh("autostart", vm.name)
+    vm.run_pass()
+    assert "disable" in vm.virsh("dominfo", vm.name).split("Autostart:")[1], "set later it is taken over, too"
     pair.call(HOME, "unprotect", vm=vm.uuid, keep_replica=False)
     assert "enable" in vm.virsh("dominfo", vm.name).split("Autostart:")[1]
     assert vm.checkpoints() == []

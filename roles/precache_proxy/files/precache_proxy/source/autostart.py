@@ -19,15 +19,15 @@ _ASK_AGAIN_SECONDS = 10.0
 
 
 async def take_over(
-    hypervisor: Hypervisor, record: ProtectionRecord, save: Callable[[ProtectionRecord], Awaitable[None]]
+    hypervisor: Hypervisor, record: ProtectionRecord, save: Callable[[], Awaitable[None]]
 ) -> None:
-    """Record libvirt's autostart, durably, and only then clear it."""
+    """Record libvirt's autostart, durably by ``save``, and only then clear it."""
     domain = await hypervisor.lookup(record.uuid)
     subject = f"VM {record.name}"
     with contextlib.suppress(HypervisorError):  # a transient VM has none
         if await hypervisor.call(domain.autostart, subject=subject):
             record.autostart = True
-            await save(record)
+            await save()
             await hypervisor.call(domain.setAutostart, 0, subject=subject)
 
 

@@ -17,7 +17,7 @@ from precache_proxy.blocks.images import ImageReference, stamp
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, LifeboatError, NotFound, TrackingLost
-from precache_proxy.source import offline, scrub
+from precache_proxy.source import autostart, offline, scrub
 from precache_proxy.source.attachments import changed_attachments, read_attachments
 from precache_proxy.source.disks import VmDisks
 from precache_proxy.source.environment import Environment
@@ -170,6 +170,10 @@ class Replication:
         sealed = record.sealed
         definition, layout, active = await self.disks.look()
         looked_at = time.monotonic()
+        if definition.autostart:
+            # Set since the VM was protected: it must not start by itself where it has left by the next boot.
+            await autostart.take_over(self.environment.hypervisor, record, self.standing.save)
+            logger.info("%s: autostart was set; it is kept in mind while the VM is protected", self.vm)
         if not compare_all:
             self.disks.check_images(layout)
         checkpoint = record.seeding_checkpoint if sealed is None else sealed.checkpoint

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ class Source:
                     record.resync_cause = "the record of its protection was lost"
             if spec.raw_overlay_consent:
                 record.raw_overlays.update(await raw_overlay.put_on(self._hypervisor, definition, spec.disks))
-            await autostart.take_over(self._hypervisor, record, self._save)
+            await autostart.take_over(self._hypervisor, record, partial(self._save, record))
             await self._save(record)
             if present is None:
                 self._damaged.pop(definition.uuid, None)
@@ -401,5 +402,5 @@ class Source:
             await asyncio.to_thread(keep_epoch, self.directory, record.uuid, record.epoch)
             await self._save(record)
             self._damaged.pop(vm, None)
-            await autostart.take_over(self._hypervisor, record, self._save)
+            await autostart.take_over(self._hypervisor, record, partial(self._save, record))
             return self._add(record).status()

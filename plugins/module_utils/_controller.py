@@ -115,6 +115,7 @@ class Controller:
         self._planned_at = float("-inf")
         self._planned_with: tuple[float | None, ...] = ()
         self._hopeless: set[str] = set()
+        self._to_restart: set[str] = set()
         self._attempts: dict[str, int] = {}
         self._retry_at: dict[str, float] = {}
         self._over: dict[str, str] = {}
@@ -217,6 +218,7 @@ class Controller:
             if uuid in self._waiting and uuid not in self._started:
                 continue
             self._started.discard(uuid)
+            may_retry = may_retry or uuid in self._to_restart
             if may_retry and self._attempts.get(uuid, 0) < _ATTEMPTS and uuid not in self._over:
                 self._waiting[uuid] = None
                 self._retry_at.setdefault(uuid, seen.now + _RETRY_SECONDS)
@@ -448,7 +450,7 @@ class Controller:
         rate = min([stream, *known])
         told = choose(vm, rate, trip)
         if not self._adaptive:
-            return (Rung.LIVE if vm.running else Rung.PAUSED), told.reason
+            return (Rung.LIVE if vm.running else Rung.RESTART), told.reason
         if told.rung is Rung.STAY:
             return None, told.reason
         if left is None:
@@ -464,7 +466,7 @@ class Controller:
     def _fall(self, seen: Observation, left: float | None, orders: Orders) -> None:
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
-            if vm is None:
+            if vm is None or uuid in self._to_restart:
                 continue
             gate, pair = self.gate_of(vm), self._pairs[vm.pair]
             # What it could have if it were served first: a trickle says nothing about it.
@@ -485,6 +487,11 @@ class Controller:
                 if not self._waiting and len(seen.moves) == 1:
                     continue  # nobody would gain by its giving way
                 self._over[uuid] = fall.reason
+            if fall.rung is Rung.RESTART:
+                # Its move is cancelled, and it begins anew as soon as it is seen to run here again.
+                self._vms[uuid] = replace(vm, rungs=(Rung.RESTART, Rung.STAY))
+                self._to_restart.add(uuid)
+                self._retry_at[uuid] = seen.now
             orders.falls[uuid] = fall
             orders.decisions.append(Decision(uuid, f"falls-to-{fall.rung.value}", fall.reason, fall.sentence))
 

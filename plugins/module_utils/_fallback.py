@@ -106,6 +106,8 @@ def judge(
     hopeless = move.hopeless or (certain and not forecast(vm, Rung.LIVE, rate, round_trip_seconds).feasible)
     if hopeless and outruns and Rung.PAUSED in allowed:
         return Fall(Rung.PAUSED, "does-not-converge", _said(move, rate))
+    if hopeless and outruns and Rung.RESTART in allowed:
+        return Fall(Rung.RESTART, "does-not-converge", _said(move, rate))
     if seconds_left is None:
         return None
     # As late as it may be, so that guests run while they can; as early as it must be.

@@ -37,7 +37,7 @@ _PASSING = frozenset({
 # A mirror that has so little left for so long goes round behind the guest.
 _CHASE_SECONDS = 20.0
 _CHASE_BYTES = 8e6
-_LEAD_IN = frozenset({"preflight", "catch-up", "freeze", "residual", "prepare"})
+_LEAD_IN = frozenset({"preflight", "catch-up", "stop", "freeze", "residual", "prepare"})
 _CLOSING = frozenset({"confirm", "released", "finish", "rollback", "undecided"})
 
 
@@ -117,8 +117,10 @@ def _vm(host: str, vm: Json, figures: Json, wish: Json) -> VmSummary:
         running=bool(figures.get("running", True)),
     )
     told = replace(plain, **wished(plain, wish))
-    # Proxies cannot restart a VM there yet: what cannot be done is not planned with.
-    return replace(told, rungs=tuple(rung for rung in told.rungs if rung is not Rung.RESTART))
+    if told.running or set(told.rungs) <= {Rung.STAY}:
+        return told
+    # One that is shut off goes by restart alone, and is not booted: nothing that it does is broken off.
+    return replace(told, rungs=(Rung.RESTART, Rung.STAY))
 
 
 def _pair(key: Pair, link: Json, site: str) -> PairSummary:
@@ -148,6 +150,13 @@ class _Counted:
     at: float
     sent_wire: float
     sent_raw: float
+
+
+def _rung(job: Job) -> Rung:
+    """How a job's VM leaves, as its proxy says."""
+    if job.get("guest_paused"):
+        return Rung.PAUSED
+    return Rung.RESTART if job.get("rung") == Rung.RESTART.value else Rung.LIVE
 
 
 class Eyes:
@@ -228,7 +237,7 @@ class Eyes:
         return Move(
             uuid,
             self._phase(job, progress, left, rate),
-            Rung.PAUSED if uuid in self.paused or job.get("guest_paused") else Rung.LIVE,
+            Rung.PAUSED if uuid in self.paused else _rung(job),
             left,
             rate,
             dirty * ratio,

@@ -67,6 +67,8 @@ def forecast(vm: VmSummary, rung: Rung, bytes_per_second: float, round_trip_seco
     memory = vm.memory_used_bytes * vm.packed_ratio if vm.running else 0.0
     lag = vm.lag_bytes
     if rung is Rung.RESTART:
+        if not vm.running:
+            return Forecast(rung, fixed + lag / rate, lag, 0.0, True, "shut-off", rate)
         stop = SHUTDOWN_SECONDS + BOOT_SECONDS + lag / rate + closing_seconds(round_trip_seconds)
         return Forecast(rung, fixed + stop, lag, stop, True, "restarts", rate)
     if rung is Rung.PAUSED or not vm.running:

@@ -43,12 +43,19 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
     Finding,
     Rung,
     SiteSummary,
+    VmSummary,
 )
 
 _SHARE_LEASE_SECONDS = 20.0
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
 _UNREACHED_PATIENCE_SECONDS = 300.0
+# What a start by a rung means for the guest, as it is said.
+_HOW = {
+    Rung.LIVE: "",
+    Rung.PAUSED: ", its guest will stop for its memory to cross once",
+    Rung.RESTART: ", by restart",
+}
 
 
 class Proxy(t.Protocol):
@@ -174,11 +181,13 @@ class Coordinator:
     def preflights(self, site: SiteSummary) -> dict[str, str]:
         """What stands in the way of each VM by its proxy's own preflight, by UUID."""
 
-        def ask(source: str, uuid: str) -> str:
-            told = self._sources[source].request("POST", "/v1/evacuations/check", {"vm": uuid}, 60.0)
+        def ask(vm: VmSummary) -> str:
+            live = {Rung.LIVE, Rung.PAUSED} & set(vm.rungs)
+            body = {"vm": vm.uuid, "mode": "live" if live else "restart"}
+            told = self._sources[vm.source].request("POST", "/v1/evacuations/check", body, 60.0)
             return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in told["findings"])
 
-        futures = {vm.uuid: self._pool.submit(ask, vm.source, vm.uuid) for vm in site.vms}
+        futures = {vm.uuid: self._pool.submit(ask, vm) for vm in site.vms}
         wrong: dict[str, str] = {}
         for uuid, future in futures.items():
             try:
@@ -354,7 +363,7 @@ class Coordinator:
     # -- asking the proxies for what was decided
 
     def _obey(self, orders: Orders, seen: Observation, controller: Controller, eyes: Eyes) -> None:
-        starts = [(uuid, rung, self._pool.submit(self._begin, uuid, controller.source_of(uuid)))
+        starts = [(uuid, rung, self._pool.submit(self._begin, uuid, controller.source_of(uuid), rung))
                   for uuid, rung in orders.starts]  # fmt: skip
         for uuid, rung, begun in starts:
             name = next(vm.name for vm in controller.site.vms if vm.uuid == uuid)
@@ -372,14 +381,14 @@ class Coordinator:
             if self._begun.get(uuid) != job["id"]:
                 self.changed = True
             self._begun[uuid] = str(job["id"])
-            if rung is not Rung.LIVE:
+            if rung is Rung.PAUSED:
                 self._to_pause.add(uuid)
-            how = "" if rung is Rung.LIVE else ", its guest will stop for its memory to cross once"
-            self._say(f"{name}: starts, to {job.get('peer')}{how}")
+            self._say(f"{name}: starts, to {job.get('peer')}{_HOW[rung]}")
         for uuid, fall in orders.falls.items():
             if fall.rung is Rung.PAUSED:
                 self._to_pause.add(uuid)
-            elif fall.rung is Rung.STAY:
+            else:
+                # One that is to be restarted there begins anew once it is back.
                 self._ask(controller, uuid, "cancel", None)
         for uuid in list(self._to_pause):
             move = seen.moves.get(uuid)
@@ -391,8 +400,11 @@ class Coordinator:
         for uuid, share in orders.shares.items():
             self._share(controller, uuid, share, seen.now)
 
-    def _begin(self, uuid: str, host: str) -> dict[str, t.Any]:
-        return dict(self._sources[host].request("POST", "/v1/evacuations", {"vm": uuid}))
+    def _begin(self, uuid: str, host: str, rung: Rung) -> dict[str, t.Any]:
+        body: dict[str, object] = {"vm": uuid}
+        if rung is Rung.RESTART:
+            body["mode"] = "restart"
+        return dict(self._sources[host].request("POST", "/v1/evacuations", body))
 
     def _share(self, controller: Controller, uuid: str, share: float | None, now: float) -> None:
         before, until = self._shares.get(uuid, (None, float("inf")))

@@ -172,6 +172,22 @@ def test_falls_come_in_time_and_only_where_they_help() -> None:
     assert hopeless.reason == "does-not-converge"
 
 
+def test_a_move_that_falls_to_restart_begins_anew_that_way() -> None:
+    """Its cancelled job is one that failed, and would not be tried again for any other reason."""
+    far = replace(vm("far", memory=900 * MB, dirty_bytes_per_second=20 * MB), rungs=(Rung.LIVE, Rung.RESTART))
+    controller = Controller(site(far))
+    controller.step(Observation(0.0, deadline_at=1000.0))
+    rate = 6e6
+    move = Move("uuid-far", Phase.BULK, remaining_bytes=800e6, bytes_per_second=rate, hopeless=True,
+                dirty_bytes_per_second=20e6)  # fmt: skip
+    orders = controller.step(Observation(2.0, {"uuid-far": move}, deadline_at=1000.0))
+    assert orders.falls["uuid-far"].rung is Rung.RESTART
+    again = controller.step(Observation(4.0, {"uuid-far": move}, deadline_at=1000.0))
+    assert again.falls == {}, "told once"
+    ended = controller.step(Observation(6.0, failed={"uuid-far": False}, deadline_at=1000.0))
+    assert ended.starts == [("uuid-far", Rung.RESTART)]
+
+
 def test_those_whose_turn_is_near_are_held_and_the_far_ones_not() -> None:
     whole = site(*(vm(f"v{number}", memory=120 * MB) for number in range(12)))
     controller = Controller(whole)

@@ -141,12 +141,14 @@ def test_a_stayed_vm_says_why(world: World) -> None:
     assert not report["totals"]["all_out"]
 
 
-def test_a_rung_that_proxies_cannot_do_is_not_used(world: World) -> None:
+def test_where_only_a_restart_is_allowed_that_is_asked_for(world: World) -> None:
     world.protect("home1", "web1")
     report = report_of(world, wishes={"web1": {"name": "web1", "fallback": ["restart"]}})
-    assert verdicts(report) == {"web1": "stayed"}
-    assert report["vms"][0]["cause"] == "no-rung-allowed"
-    assert world.parts["home1"].evacuation.begun == []
+    assert verdicts(report) == {"web1": "evacuated"}
+    assert report["vms"][0]["rung"] == "restart"
+    [options] = world.parts["home1"].evacuation.options
+    assert options.mode == "restart"
+    assert "web1: starts, to backup1, by restart" in " | ".join(world.said)
 
 
 def test_nothing_is_started_on_findings(world: World) -> None:

@@ -7,7 +7,11 @@ from typing import Any
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes, HostState
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
+    Eyes,
+    HostState,
+    site_summary,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung
 
 from unit.plugins.coordination.sites import MB, site, vm
@@ -46,3 +50,24 @@ def test_a_paused_guest_is_seen_as_such() -> None:
     paused = host({"memory_total_bytes": 100e6, "memory_remaining_bytes": 50e6})
     paused["home1"].status["evacuations"][0]["guest_paused"] = True
     assert Eyes().look(paused, 100.0, {"j1"}, None).moves["uuid-a"].rung is Rung.PAUSED
+
+
+def test_a_restart_is_seen_as_such_from_its_first_step() -> None:
+    leaving = host({})
+    leaving["home1"].status["evacuations"][0].update(rung="restart", step="stop")
+    move = Eyes().look(leaving, 100.0, {"j1"}, None).moves["uuid-a"]
+    assert (move.rung, move.phase) == (Rung.RESTART, Phase.LEAD_IN)
+
+
+def test_a_vm_that_is_shut_off_goes_by_restart_whatever_its_fallback_says() -> None:
+    def rungs(*, running: bool, fallback: list[str] | None) -> tuple[Rung, ...]:
+        state = HostState("home1", {"vms": [{"uuid": "uuid-a", "name": "a", "peer": "backup1"}]})
+        state.workload = {"vms": [{"uuid": "uuid-a", "running": running}]}
+        wishes = {} if fallback is None else {"a": {"name": "a", "fallback": fallback}}
+        return site_summary("home", [state], {}, wishes, None, 1e6).vms[0].rungs
+
+    assert rungs(running=False, fallback=None) == (Rung.RESTART, Rung.STAY)
+    assert rungs(running=False, fallback=["live"]) == (Rung.RESTART, Rung.STAY)
+    assert rungs(running=False, fallback=["stay"]) == (Rung.STAY,)
+    assert rungs(running=True, fallback=None) == (Rung.LIVE, Rung.PAUSED, Rung.STAY)
+    assert rungs(running=True, fallback=["restart"]) == (Rung.RESTART, Rung.STAY)

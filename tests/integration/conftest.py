@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from integration.evacuation_pair import EvacuationPair, installed_pair, running_pair
+from integration.mobility_agents import Agents, agents_running
 from integration.playbook_runner import ROOT, PlaybookResult, run_playbook
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.lab import Lab
@@ -69,3 +70,17 @@ def pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
     """The same, running. Tests of the rooms `source` and `store` alone bring a pair of their own."""
     with running_pair(installed) as pair:
         yield pair
+
+
+@pytest.fixture(scope="module")
+def shared_agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agents]:
+    """Two anchors and two gateways in a small internet of their own; no lab is needed."""
+    with agents_running(tmp_path_factory.mktemp("agents")) as agents:
+        yield agents
+
+
+@pytest.fixture
+def agents(shared_agents: Agents) -> Agents:
+    """The same, as they were in the beginning, whatever the test before did to them."""
+    shared_agents.restore()
+    return shared_agents

@@ -27,6 +27,7 @@ from integration.mobility_net import (
     Namespace,
     Net,
     eventually,
+    pings,
     small_internet,
 )
 
@@ -227,6 +228,14 @@ class Agents:
                     for told in self[name].ask("GET", "/v1/status")["gateway"]["anchors"].values()
                 )
             )
+
+    def settle(self, name: str = "guest1", at: str = "gateway1", epoch: int = 1) -> Guest:
+        """A guest that every anchor knows."""
+        guest = self.net.guest(name, at)
+        answer = self[at].arrive(guest, epoch, wait_seconds=5)
+        assert answer["acknowledged"] == [*ANCHORS]
+        assert pings(self.net["client"], guest.home)
+        return guest
 
     def move(self, guest: Guest, to: str, epoch: int, *, tell: bool = True) -> None:
         """Move the guest as an evacuation does: away here, arrived there, old gateway told at last."""

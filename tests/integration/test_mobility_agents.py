@@ -3,48 +3,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import time
-from collections.abc import Iterator
-from dataclasses import replace
-from ipaddress import IPv6Network
 from pathlib import Path
 
 import pytest
 
-from integration.mobility_agents import ANCHORS, SECRET, Agents, Conversation, Refused, agents_running
-from integration.mobility_net import BRIDGE, ROUTER_MAC, Guest, eventually, pings
-from mobility_agent.messages.codec import Key, decode, encode
-from mobility_agent.messages.headers import BindingAcknowledgement, Status
-from mobility_agent.messages.options import HandoffIndicator, Timestamp
-from mobility_agent.messages.registration import Registration, home_address
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agents]:
-    with agents_running(tmp_path_factory.mktemp("agents")) as agents:
-        yield agents
-
-
-@pytest.fixture
-def agents(shared: Agents) -> Agents:
-    shared.restore()
-    return shared
-
-
-def settle(agents: Agents, name: str = "guest1", at: str = "gateway1", epoch: int = 1) -> Guest:
-    """A guest that every anchor knows."""
-    guest = agents.net.guest(name, at)
-    answer = agents[at].arrive(guest, epoch, wait_seconds=5)
-    assert answer["acknowledged"] == ["anchor1", "anchor2"]
-    assert pings(agents.net["client"], guest.home)
-    return guest
+from integration.mobility_agents import ANCHORS, Agents, Conversation, Refused, agents_running
+from integration.mobility_net import BRIDGE, ROUTER_MAC, eventually, pings
 
 
 def test_an_arrival_is_bound_everywhere_and_shown(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     for anchor in ("anchor1", "anchor2"):
         binding = agents[anchor].binding(guest)
         assert binding is not None
@@ -54,7 +24,7 @@ def test_an_arrival_is_bound_everywhere_and_shown(agents: Agents) -> None:
 
 
 def test_a_conversation_survives_twenty_moves(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     talk = Conversation(agents.net["client"], guest)
     for epoch in range(2, 22):
         agents.move(guest, "gateway2" if epoch % 2 == 0 else "gateway1", epoch)
@@ -65,7 +35,7 @@ def test_a_conversation_survives_twenty_moves(agents: Agents) -> None:
 
 
 def test_the_home_site_dies_right_after_the_move(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     talk = Conversation(agents.net["client"], guest)
     agents.move(guest, "gateway2", 2, tell=False)
     agents["gateway1"].kill()
@@ -75,7 +45,7 @@ def test_the_home_site_dies_right_after_the_move(agents: Agents) -> None:
 
 
 def test_one_of_two_anchors_dies(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     talk = Conversation(agents.net["client"], guest)
     agents["anchor1"].kill()
     agents.net["anchor1"].ip("link set up0 down")
@@ -90,7 +60,7 @@ def test_one_of_two_anchors_dies(agents: Agents) -> None:
 
 
 def test_an_anchor_that_was_down_during_a_move_learns_of_it(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     agents["anchor1"].kill()
     agents.move(guest, "gateway2", 2)
     agents["anchor1"].start()
@@ -99,7 +69,7 @@ def test_an_anchor_that_was_down_during_a_move_learns_of_it(agents: Agents) -> N
 
 
 def test_a_restarted_anchor_keeps_its_bindings_and_forwards_meanwhile(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     agents["anchor1"].kill()
     assert pings(agents.net["client"], guest.home)
     agents["anchor1"].start()
@@ -109,7 +79,7 @@ def test_a_restarted_anchor_keeps_its_bindings_and_forwards_meanwhile(agents: Ag
 
 
 def test_an_anchor_that_lost_everything_gets_it_back(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     agents["anchor1"].kill()
     state = agents["anchor1"].directory / "state"
     (state / "bindings.journal").unlink()
@@ -120,7 +90,7 @@ def test_an_anchor_that_lost_everything_gets_it_back(agents: Agents) -> None:
 
 
 def test_a_restarted_gateway_registers_again_and_no_packet_is_lost(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     talk = Conversation(agents.net["client"], guest)
     agents["gateway1"].kill()
     talk.goes_on()
@@ -132,7 +102,7 @@ def test_a_restarted_gateway_registers_again_and_no_packet_is_lost(agents: Agent
 
 
 def test_the_newer_epoch_wins_and_the_other_is_told_and_withdraws(agents: Agents) -> None:
-    guest = settle(agents, epoch=4)
+    guest = agents.settle(epoch=4)
     guest.plug("gateway2")
     agents["gateway2"].arrive(guest, 5, wait_seconds=5)
     told = eventually(lambda: (vm := agents["gateway1"].vm(guest))["state"] == "away" and vm)
@@ -142,7 +112,7 @@ def test_the_newer_epoch_wins_and_the_other_is_told_and_withdraws(agents: Agents
 
 
 def test_the_older_epoch_cannot_take_a_vm(agents: Agents) -> None:
-    guest = settle(agents, epoch=4)
+    guest = agents.settle(epoch=4)
     agents["gateway2"].arrive(guest, 3)
     eventually(lambda: agents["gateway2"].vm(guest)["state"] == "away")
     assert agents["anchor1"].holder(guest) == "gateway1"
@@ -151,7 +121,7 @@ def test_the_older_epoch_cannot_take_a_vm(agents: Agents) -> None:
 
 
 def test_the_same_epoch_cannot_take_a_vm(agents: Agents) -> None:
-    guest = settle(agents, epoch=4)
+    guest = agents.settle(epoch=4)
     agents["gateway2"].arrive(guest, 4)
     eventually(lambda: agents["gateway2"].vm(guest)["state"] == "away")
     assert agents["anchor1"].holder(guest) == "gateway1"
@@ -159,7 +129,7 @@ def test_the_same_epoch_cannot_take_a_vm(agents: Agents) -> None:
 
 
 def test_a_gateway_that_slept_through_the_move_cannot_steal_it_back(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     agents["gateway1"].kill()
     agents.move(guest, "gateway2", 2, tell=False)
     eventually(lambda: agents["anchor2"].holder(guest) == "gateway2")
@@ -186,7 +156,7 @@ def test_lost_acknowledgements_are_asked_for_again(agents: Agents) -> None:
 
 
 def test_a_withdrawn_vm_is_bound_nowhere(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     agents["gateway1"].depart(guest, withdraw=True)
     eventually(lambda: agents["anchor1"].holder(guest) is None and agents["anchor2"].holder(guest) is None)
     assert agents["anchor1"].binding(guest)["state"] == "withdrawn"  # type: ignore[index]
@@ -196,7 +166,7 @@ def test_a_withdrawn_vm_is_bound_nowhere(agents: Agents) -> None:
 
 
 def test_split_neighbours_believe_each_other_on_link(agents: Agents) -> None:
-    one, other = settle(agents, "guest1", "gateway1"), settle(agents, "guest2", "gateway2")
+    one, other = agents.settle("guest1", "gateway1"), agents.settle("guest2", "gateway2")
     assert one.pings(other.home)
     assert other.pings(one.home)
     # The two come together at one site: each is told the other's own MAC.
@@ -212,7 +182,7 @@ def test_split_neighbours_believe_each_other_on_link(agents: Agents) -> None:
 
 
 def test_nobody_is_told_that_an_address_of_its_own_is_taken(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     # Duplicate address detection for its own address, and for one that no VM has.
     guest.space.sysctl(eth0__accept_dad=2, eth0__dad_transmits=2)
     guest.space.ip(
@@ -228,7 +198,7 @@ def test_nobody_is_told_that_an_address_of_its_own_is_taken(agents: Agents) -> N
 
 
 def test_a_narrow_hop_on_the_way_is_learnt_by_the_sender(agents: Agents) -> None:
-    guest = settle(agents, at="gateway2")
+    guest = agents.settle(at="gateway2")
     net = agents.net
     talk = Conversation(net["client"], guest)
     talk.goes_on()
@@ -238,145 +208,9 @@ def test_a_narrow_hop_on_the_way_is_learnt_by_the_sender(agents: Agents) -> None
     assert "carries 1380 octets; senders are told so" in agents["anchor1"].log
 
 
-def _send_raw(agents: Agents, sender: str, target: str, data: bytes) -> None:
-    """A packet of protocol 135 from the agent's own address."""
-    net = agents.net
-    source, destination = str(net.ADDRESSES[sender]), str(net.ADDRESSES[target])
-
-    def send() -> None:
-        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, 135) as raw:
-            raw.bind((source, 0))
-            raw.sendto(data, (destination, 0))
-
-    net[sender].inside(send)
-
-
-def _registration(agents: Agents, guest: Guest, gateway: str, **changes: object) -> bytes:
-    """An update as the gateway would send it, with a key that the anchors know."""
-    net = agents.net
-    key = changes.pop("key", Key(256, bytes.fromhex(SECRET)))
-    registration = Registration(
-        vm=guest.vm,
-        homes=(IPv6Network(guest.home),),
-        care_of=net.tunnel(gateway),
-        epoch=1,
-        ticks=Timestamp.of_seconds(time.time()).ticks,
-        lifetime_seconds=120,
-        handoff=HandoffIndicator.BETWEEN_GATEWAYS,
-    )
-    update = replace(registration, **changes).update(9)  # type: ignore[arg-type]
-    source, destination = net.ADDRESSES[gateway], net.ADDRESSES["anchor1"]
-    assert isinstance(key, Key)
-    return encode(update, source, destination, key, care_of=source, home=home_address(update))
-
-
-def test_a_stale_update_played_again_changes_nothing(agents: Agents) -> None:
-    guest = settle(agents)
-    old = _registration(agents, guest, "gateway1", epoch=2, handoff=HandoffIndicator.NEW_INTERFACE)
-    _send_raw(agents, "gateway1", "anchor1", old)
-    eventually(lambda: agents["anchor1"].binding(guest)["epoch"] == 2)  # type: ignore[index]
-    agents.move(guest, "gateway2", 3)
-    eventually(lambda: agents["anchor1"].holder(guest) == "gateway2")
-    _send_raw(agents, "gateway1", "anchor1", old)
-    eventually(lambda: "refused (stale-epoch)" in agents["anchor1"].log)
-    again = _registration(agents, guest, "gateway2", epoch=3, lifetime_seconds=0, ticks=1)
-    _send_raw(agents, "gateway2", "anchor1", again)
-    eventually(lambda: "refused (replay)" in agents["anchor1"].log)
-    assert agents["anchor1"].holder(guest) == "gateway2"
-
-
-def test_a_clock_off_by_minutes_is_answered_with_the_anchors_time(agents: Agents) -> None:
-    net = agents.net
-    guest = net.guest("guest1", "gateway1")
-    data = _registration(agents, guest, "gateway1", ticks=Timestamp.of_seconds(time.time() - 300).ticks)
-    heard: list[BindingAcknowledgement] = []
-    source = net.ADDRESSES["gateway1"]
-
-    def ask() -> None:
-        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, 135) as raw:
-            raw.bind((str(source), 0))
-            raw.settimeout(5)
-            raw.sendto(data, (str(net.ADDRESSES["anchor1"]), 0))
-            while not heard:
-                answer, origin = raw.recvfrom(2048)
-                message = (
-                    decode(answer, net.ADDRESSES["anchor1"], source).message
-                    if (origin[0] == str(net.ADDRESSES["anchor1"]))
-                    else None
-                )
-                if isinstance(message, BindingAcknowledgement):
-                    heard.append(message)
-
-    net["gateway1"].inside(ask)
-    assert heard[0].status == Status.TIMESTAMP_MISMATCH
-    assert agents["anchor1"].binding(guest) is None
-    assert "the clock of gateway1 is 300.0 s behind" in agents["anchor1"].log
-
-
-def test_garbage_and_truncated_messages_are_counted_and_do_no_harm(agents: Agents) -> None:
-    guest = settle(agents)
-    whole = _registration(agents, guest, "gateway2", epoch=9)
-    malformed, strangers = (agents["anchor1"].counter(what) for what in ("malformed", "unknown_peer"))
-    for cut in range(8, len(whole), 7):
-        _send_raw(agents, "gateway2", "anchor1", whole[:cut])
-    for size in (8, 16, 64, 500, 1400):
-        _send_raw(agents, "gateway2", "anchor1", os.urandom(size))
-    eventually(lambda: agents["anchor1"].counter("malformed") >= malformed + 20)
-    assert "from gateway2" in agents["anchor1"].log
-    assert agents["anchor1"].holder(guest) == "gateway1"
-    # A stranger gets no answer and no log line for each of its packets.
-    _send_raw(agents, "client", "anchor1", b"x" * 64)
-    eventually(lambda: agents["anchor1"].counter("unknown_peer") == strangers + 1)
-
-
-def test_a_wrong_key_is_told_on_both_sides(tmp_path: Path) -> None:
-    secrets = {"gateway1": "ff" * 16}
-    with agents_running(tmp_path, secrets=secrets) as agents:
-        guest = agents.net.guest("guest1", "gateway1")
-        answer = agents["gateway1"].arrive(guest, 1, wait_seconds=1)
-        assert answer["acknowledged"] == []
-        assert agents["anchor1"].binding(guest) is None
-        assert "from gateway1 (2001:db8:b1::2): wrong authenticator for key 256" in agents["anchor1"].log
-        findings = agents["gateway1"].ask("GET", "/v1/check")["findings"]
-        assert {"anchor anchor1", "anchor anchor2"} <= {finding["subject"] for finding in findings}
-        assert any("another key" in finding["way_out"] for finding in findings)
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"addresses": ["2001:db8:200::1"]}, "2001:db8:200::1/128 is in no home prefix"),
-        ({"addresses": ["10.0.0.1"]}, "write a list of IPv6 addresses"),
-        ({"addresses": []}, "write a list of IPv6 addresses"),
-        ({"bridge": "nowhere"}, "no gateway on bridge nowhere; use one of vmbr0"),
-        ({"mac": "52:54:00:zz:00:01"}, "write a MAC address like"),
-        ({"epoch": -1}, "write a whole number"),
-        ({"epok": 1}, "no such setting; did you mean epoch?"),
-    ],
-)
-def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(
-    agents: Agents, body: dict[str, object], words: str
-) -> None:
-    guest = agents.net.guest("guest1", "gateway1")
-    with pytest.raises(Refused) as told:
-        agents["gateway1"].arrive(guest, 1, **body)
-    assert told.value.status == 400
-    assert words in str(told.value)
-    assert agents["gateway1"].ask("GET", "/v1/vms")["vms"] == []
-
-
-def test_the_same_address_for_two_vms_is_refused(agents: Agents) -> None:
-    one, other = settle(agents, "guest1", "gateway1"), agents.net.guest("guest2", "gateway1")
-    with pytest.raises(Refused, match=f"is the address of VM {one.vm}, which is here"):
-        agents["gateway1"].arrive(other, 1, addresses=[str(one.home)])
-    agents["gateway2"].arrive(other, 1, addresses=[str(one.home)])
-    eventually(lambda: "refused (duplicate-address)" in agents["anchor1"].log)
-    assert agents["anchor1"].holder(one) == "gateway1"
-
-
 def test_an_address_given_to_another_vm_after_its_first_one_left(tmp_path: Path) -> None:
     with agents_running(tmp_path, forward_seconds=1) as agents:
-        first = settle(agents)
+        first = agents.settle()
         agents.move(first, "gateway2", 2)
         agents["gateway2"].depart(first, withdraw=True)
         first.plug(None)
@@ -391,15 +225,8 @@ def test_an_address_given_to_another_vm_after_its_first_one_left(tmp_path: Path)
         assert pings(agents.net["client"], first.home, seconds=2)
 
 
-def test_an_epoch_older_than_the_gateway_itself_knows_is_refused(agents: Agents) -> None:
-    guest = settle(agents, epoch=5)
-    with pytest.raises(Refused) as told:
-        agents["gateway1"].arrive(guest, 4)
-    assert told.value.status == 409
-
-
 def test_one_whose_arrival_is_evident_gets_an_epoch_that_is_new_enough(agents: Agents) -> None:
-    guest = settle(agents, epoch=5)
+    guest = agents.settle(epoch=5)
     agents["gateway2"].arrive(guest, 5, wait_seconds=5)
     assert agents["anchor1"].holder(guest) == "gateway1"
     # The anchors know a newer epoch than the proxy counts: somebody moved it by hand meanwhile.
@@ -435,7 +262,7 @@ def test_an_arrival_is_read_from_the_vms_definition(agents: Agents) -> None:
 
 def test_stop_withdraws_if_told_so(tmp_path: Path) -> None:
     with agents_running(tmp_path, withdraw_on_stop=True) as agents:
-        settle(agents)
+        agents.settle()
         agents["gateway1"].stop()
         space = agents.net["gateway1"]
         assert space.show("route", "show", "table", "all", "proto", "76") == []
@@ -445,14 +272,14 @@ def test_stop_withdraws_if_told_so(tmp_path: Path) -> None:
 
 
 def test_stop_leaves_the_data_path_otherwise(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     agents["gateway1"].stop()
     agents["anchor1"].stop()
     assert pings(agents.net["client"], guest.home)
 
 
 def test_a_bridge_that_comes_later_is_taken_up(agents: Agents) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     net = agents.net
     net["gateway1"].ip("link del vmbr0")
     eventually(lambda: "bridge vmbr0: is gone" in agents["gateway1"].log)
@@ -491,7 +318,7 @@ def test_the_anchor_takes_the_prefix_over_when_the_home_router_falls_silent(tmp_
 
 
 def test_state_written_by_a_killed_agent_is_whole(agents: Agents, tmp_path: Path) -> None:
-    guest = settle(agents)
+    guest = agents.settle()
     for epoch in range(2, 6):
         agents["gateway1"].arrive(guest, epoch)
         agents["gateway1"].kill()

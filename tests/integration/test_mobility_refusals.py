@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What agents refuse: messages late, played again, garbled or signed with another key, and bad input."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import replace
+from ipaddress import IPv6Network
+from pathlib import Path
+
+import pytest
+
+from integration.mobility_agents import SECRET, Agents, Refused, agents_running
+from integration.mobility_net import Guest, eventually
+from mobility_agent.messages.codec import Key, decode, encode
+from mobility_agent.messages.headers import BindingAcknowledgement, Status
+from mobility_agent.messages.options import HandoffIndicator, Timestamp
+from mobility_agent.messages.registration import Registration, home_address
+
+
+def _send_raw(agents: Agents, sender: str, target: str, data: bytes) -> None:
+    """A packet of protocol 135 from the agent's own address."""
+    net = agents.net
+    source, destination = str(net.ADDRESSES[sender]), str(net.ADDRESSES[target])
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, 135) as raw:
+            raw.bind((source, 0))
+            raw.sendto(data, (destination, 0))
+
+    net[sender].inside(send)
+
+
+def _registration(agents: Agents, guest: Guest, gateway: str, **changes: object) -> bytes:
+    """An update as the gateway would send it, with a key that the anchors know."""
+    net = agents.net
+    key = changes.pop("key", Key(256, bytes.fromhex(SECRET)))
+    registration = Registration(
+        vm=guest.vm,
+        homes=(IPv6Network(guest.home),),
+        care_of=net.tunnel(gateway),
+        epoch=1,
+        ticks=Timestamp.of_seconds(time.time()).ticks,
+        lifetime_seconds=120,
+        handoff=HandoffIndicator.BETWEEN_GATEWAYS,
+    )
+    update = replace(registration, **changes).update(9)  # type: ignore[arg-type]
+    source, destination = net.ADDRESSES[gateway], net.ADDRESSES["anchor1"]
+    assert isinstance(key, Key)
+    return encode(update, source, destination, key, care_of=source, home=home_address(update))
+
+
+def test_a_stale_update_played_again_changes_nothing(agents: Agents) -> None:
+    guest = agents.settle()
+    old = _registration(agents, guest, "gateway1", epoch=2, handoff=HandoffIndicator.NEW_INTERFACE)
+    _send_raw(agents, "gateway1", "anchor1", old)
+    eventually(lambda: agents["anchor1"].binding(guest)["epoch"] == 2)  # type: ignore[index]
+    agents.move(guest, "gateway2", 3)
+    eventually(lambda: agents["anchor1"].holder(guest) == "gateway2")
+    _send_raw(agents, "gateway1", "anchor1", old)
+    eventually(lambda: "refused (stale-epoch)" in agents["anchor1"].log)
+    again = _registration(agents, guest, "gateway2", epoch=3, lifetime_seconds=0, ticks=1)
+    _send_raw(agents, "gateway2", "anchor1", again)
+    eventually(lambda: "refused (replay)" in agents["anchor1"].log)
+    assert agents["anchor1"].holder(guest) == "gateway2"
+
+
+def test_a_clock_off_by_minutes_is_answered_with_the_anchors_time(agents: Agents) -> None:
+    net = agents.net
+    guest = net.guest("guest1", "gateway1")
+    data = _registration(agents, guest, "gateway1", ticks=Timestamp.of_seconds(time.time() - 300).ticks)
+    heard: list[BindingAcknowledgement] = []
+    source = net.ADDRESSES["gateway1"]
+
+    def ask() -> None:
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, 135) as raw:
+            raw.bind((str(source), 0))
+            raw.settimeout(5)
+            raw.sendto(data, (str(net.ADDRESSES["anchor1"]), 0))
+            while not heard:
+                answer, origin = raw.recvfrom(2048)
+                message = (
+                    decode(answer, net.ADDRESSES["anchor1"], source).message
+                    if (origin[0] == str(net.ADDRESSES["anchor1"]))
+                    else None
+                )
+                if isinstance(message, BindingAcknowledgement):
+                    heard.append(message)
+
+    net["gateway1"].inside(ask)
+    assert heard[0].status == Status.TIMESTAMP_MISMATCH
+    assert agents["anchor1"].binding(guest) is None
+    assert "the clock of gateway1 is 300.0 s behind" in agents["anchor1"].log
+
+
+def test_garbage_and_truncated_messages_are_counted_and_do_no_harm(agents: Agents) -> None:
+    guest = agents.settle()
+    whole = _registration(agents, guest, "gateway2", epoch=9)
+    malformed, strangers = (agents["anchor1"].counter(what) for what in ("malformed", "unknown_peer"))
+    for cut in range(8, len(whole), 7):
+        _send_raw(agents, "gateway2", "anchor1", whole[:cut])
+    for size in (8, 16, 64, 500, 1400):
+        _send_raw(agents, "gateway2", "anchor1", os.urandom(size))
+    eventually(lambda: agents["anchor1"].counter("malformed") >= malformed + 20)
+    assert "from gateway2" in agents["anchor1"].log
+    assert agents["anchor1"].holder(guest) == "gateway1"
+    # A stranger gets no answer and no log line for each of its packets.
+    _send_raw(agents, "client", "anchor1", b"x" * 64)
+    eventually(lambda: agents["anchor1"].counter("unknown_peer") == strangers + 1)
+
+
+def test_a_wrong_key_is_told_on_both_sides(tmp_path: Path) -> None:
+    secrets = {"gateway1": "ff" * 16}
+    with agents_running(tmp_path, secrets=secrets) as agents:
+        guest = agents.net.guest("guest1", "gateway1")
+        answer = agents["gateway1"].arrive(guest, 1, wait_seconds=1)
+        assert answer["acknowledged"] == []
+        assert agents["anchor1"].binding(guest) is None
+        assert "from gateway1 (2001:db8:b1::2): wrong authenticator for key 256" in agents["anchor1"].log
+        findings = agents["gateway1"].ask("GET", "/v1/check")["findings"]
+        assert {"anchor anchor1", "anchor anchor2"} <= {finding["subject"] for finding in findings}
+        assert any("another key" in finding["way_out"] for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"addresses": ["2001:db8:200::1"]}, "2001:db8:200::1/128 is in no home prefix"),
+        ({"addresses": ["10.0.0.1"]}, "write a list of IPv6 addresses"),
+        ({"addresses": []}, "write a list of IPv6 addresses"),
+        ({"bridge": "nowhere"}, "no gateway on bridge nowhere; use one of vmbr0"),
+        ({"mac": "52:54:00:zz:00:01"}, "write a MAC address like"),
+        ({"epoch": -1}, "write a whole number"),
+        ({"epok": 1}, "no such setting; did you mean epoch?"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(
+    agents: Agents, body: dict[str, object], words: str
+) -> None:
+    guest = agents.net.guest("guest1", "gateway1")
+    with pytest.raises(Refused) as told:
+        agents["gateway1"].arrive(guest, 1, **body)
+    assert told.value.status == 400
+    assert words in str(told.value)
+    assert agents["gateway1"].ask("GET", "/v1/vms")["vms"] == []
+
+
+def test_the_same_address_for_two_vms_is_refused(agents: Agents) -> None:
+    one, other = agents.settle("guest1", "gateway1"), agents.net.guest("guest2", "gateway1")
+    with pytest.raises(Refused, match=f"is the address of VM {one.vm}, which is here"):
+        agents["gateway1"].arrive(other, 1, addresses=[str(one.home)])
+    agents["gateway2"].arrive(other, 1, addresses=[str(one.home)])
+    eventually(lambda: "refused (duplicate-address)" in agents["anchor1"].log)
+    assert agents["anchor1"].holder(one) == "gateway1"
+
+
+def test_an_epoch_older_than_the_gateway_itself_knows_is_refused(agents: Agents) -> None:
+    guest = agents.settle(epoch=5)
+    with pytest.raises(Refused) as told:
+        agents["gateway1"].arrive(guest, 4)
+    assert told.value.status == 409

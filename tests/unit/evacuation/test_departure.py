@@ -57,6 +57,8 @@ class SlowDomain:
 
 
 class Domains:
+    hypervisor_version = 10_000_007
+
     def __init__(self, domain: Any) -> None:
         self.domain = domain
 
@@ -79,6 +81,7 @@ class Domains:
 class Link:
     state = "up"
     least_round_trip_seconds: float | None = 0.1
+    round_trip_seconds: float | None = 0.1
     rate_bytes_per_second = None
     answer: Any = None
 

@@ -26,7 +26,7 @@ from precache_proxy.errors import (
     PeerUnreachable,
     Stalled,
 )
-from precache_proxy.evacuation import freeze, layers, migrate, preflight, relay
+from precache_proxy.evacuation import freeze, layers, migrate, mirroring, preflight, relay
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
@@ -252,14 +252,21 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     job, around = departure.job, departure.around
     departure.check_cancelled()
     rate = departure.measure.channel_bytes_per_second
+    round_trip = departure.link.round_trip_seconds
     wanted = job.options.synchronous_writes
     synchronous = (
-        migrate.needs_synchronous_writes(departure.measure.written_bytes_per_second, rate)
+        mirroring.needs_synchronous_writes(
+            departure.measure.written_bytes_per_second,
+            rate,
+            round_trip,
+            changeable=mirroring.changeable(around.domains.hypervisor_version),
+        )
         if wanted is None
         else wanted
     )
     job.forecast = {
         "channel_bytes_per_second": rate,
+        "round_trip_seconds": round_trip,
         "written_bytes_per_second": departure.measure.written_bytes_per_second,
         "synchronous_writes": synchronous,
     }
@@ -277,6 +284,7 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         ),
         options=job.options,
         channel_bytes_per_second=rate,
+        round_trip_seconds=round_trip,
         synchronous_writes=synchronous,
     )
 

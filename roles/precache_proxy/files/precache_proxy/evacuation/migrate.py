@@ -18,6 +18,7 @@ from precache_proxy.errors import HypervisorError, NotFound
 from precache_proxy.evacuation.convergence import Convergence
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.job import EvacuationOptions
+from precache_proxy.evacuation.mirroring import MirrorWatch, write_synchronously
 from precache_proxy.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Plan:
     persistent_xml: str
     options: EvacuationOptions
     channel_bytes_per_second: float | None
+    round_trip_seconds: float | None
     synchronous_writes: bool
 
     @property
@@ -89,14 +91,6 @@ def mebibytes(bytes_per_second: float) -> int:
     return max(1, round(bytes_per_second / MIB))
 
 
-def needs_synchronous_writes(written_bytes_per_second: float, channel_bytes_per_second: float | None) -> bool:
-    """Whether background mirroring would run after the guest for ever: it writes more than half of what can
-    be sent."""
-    if not channel_bytes_per_second:
-        return False
-    return written_bytes_per_second > channel_bytes_per_second / 2
-
-
 async def migrate(
     domains: Domains, vm: str, plan: Plan, on_progress: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -111,7 +105,9 @@ async def migrate(
         domain.migrateToURI3(plan.libvirt_uri, plan.parameters(), plan.flags)
 
     convergence = Convergence(plan.options.downtime_limit_seconds, plan.options.downtime_limit_most_seconds)
-    watch = asyncio.create_task(_watch(domains, vm, on_progress, convergence))
+    left_to_us = plan.options.synchronous_writes is None and not plan.synchronous_writes
+    mirror = MirrorWatch(plan.round_trip_seconds) if left_to_us else None
+    watch = asyncio.create_task(_watch(domains, vm, on_progress, convergence, mirror))
     try:
         await domains.run(vm, work, timeout_seconds=None)
     finally:
@@ -120,7 +116,11 @@ async def migrate(
 
 
 async def _watch(
-    domains: Domains, vm: str, on_progress: Callable[[dict[str, Any]], None], convergence: Convergence
+    domains: Domains,
+    vm: str,
+    on_progress: Callable[[dict[str, Any]], None],
+    convergence: Convergence,
+    mirror: MirrorWatch | None,
 ) -> None:
     while True:
         await asyncio.sleep(PROGRESS_SECONDS)
@@ -130,9 +130,24 @@ async def _watch(
             if raised is not None:
                 logger.warning("VM %s dirties memory as fast as it is sent; may stop for %.1f s", vm, raised)
                 await allow_downtime(domains, vm, raised)
+            if mirror is not None and mirror.observe(progress):
+                await _mend_mirror(domains, vm)
             on_progress(
                 {**progress, "downtime_limit_seconds": convergence.limit, "hopeless": convergence.hopeless}
             )
+
+
+async def _mend_mirror(domains: Domains, vm: str) -> None:
+    logger.warning("VM %s writes again before what it wrote has crossed; its writes wait for the WAN now", vm)
+    try:
+        await write_synchronously(domains, vm)
+    except HypervisorError as error:
+        logger.error(
+            "VM %s: its mirror cannot be changed under way (%s) and may never end; pause it, or cancel and "
+            "evacuate it with synchronous_writes",
+            vm,
+            error,
+        )
 
 
 async def allow_downtime(domains: Domains, vm: str, seconds: float) -> None:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A guest that writes again before its last write has crossed: its mirror must not run after it for ever.
+
+QEMU's mirror of the overlay is *ready* at the first instant at which no block is left to send; only then
+does libvirt begin with the memory. In the background a guest that writes more often than once in a round
+trip never gives it such an instant, however little it writes. With synchronous writes ("write-blocking")
+each write waits for its way over the WAN, and there is one. Chosen at the start where it can be foreseen,
+else when the mirror is seen not to get on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import libvirt
+import libvirt_qemu
+
+from precache_proxy.evacuation.domains import Domains
+
+# QEMU's mirror sends pieces of at least this size.
+_PIECE_BYTES: Final = 64 * 1024
+_CHANGEABLE_FROM: Final = 8_002_000
+_PATIENCE_SECONDS: Final = 1.0
+_PATIENCE_ROUND_TRIPS: Final = 6
+
+
+def needs_synchronous_writes(
+    written_bytes_per_second: float,
+    channel_bytes_per_second: float | None,
+    round_trip_seconds: float | None,
+    *,
+    changeable: bool = True,
+) -> bool:
+    """Whether a mirror in the background would run after the guest for ever.
+
+    It does where the guest writes more than half of what can be sent, or a piece within two round trips.
+    What is not known (None) speaks for the background. ``changeable``: a wrong guess can be mended under way
+    (:func:`write_synchronously`); where not, any write at all is one too many.
+    """
+    if not changeable and written_bytes_per_second > 0:
+        return True
+    if channel_bytes_per_second and written_bytes_per_second > channel_bytes_per_second / 2:
+        return True
+    return written_bytes_per_second * 2 * (round_trip_seconds or 0.0) >= _PIECE_BYTES
+
+
+class MirrorWatch:
+    """Watches a mirror in the background until the memory begins."""
+
+    def __init__(self, round_trip_seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._patience = max(_PATIENCE_SECONDS, _PATIENCE_ROUND_TRIPS * (round_trip_seconds or 0.0))
+        self._clock = clock
+        self._least: int | None = None
+        self._since = 0.0
+        self._over = False
+
+    def observe(self, progress: Mapping[str, Any]) -> bool:
+        """Take in libvirt's figures (``disk_total_bytes``, ``disk_remaining_bytes``, ``memory_total_bytes``).
+
+        True, once, when there has been no less to send than before for some round trips.
+        """
+        if self._over or progress.get("memory_total_bytes"):
+            self._over = True
+            return False
+        if not progress.get("disk_total_bytes"):
+            return False
+        remaining, now = int(progress.get("disk_remaining_bytes") or 0), self._clock()
+        if self._least is None or remaining < self._least:
+            self._least, self._since = remaining, now
+        elif now - self._since >= self._patience:
+            self._over = True
+            return True
+        return False
+
+
+def changeable(hypervisor_version: int | None) -> bool:
+    """Whether QEMU of this version (as libvirt tells it: 8.2.0 is 8002000; None unknown) knows
+    ``block-job-change``."""
+    return hypervisor_version is None or hypervisor_version >= _CHANGEABLE_FROM
+
+
+async def write_synchronously(domains: Domains, vm: str) -> None:
+    """Have the VM's mirrors under way wait with each write of the guest (QEMU 8.2 and newer; libvirt has no
+    call of its own for it, and notes "custom-monitor" in its log). Raises HypervisorError."""
+
+    def work(domain: Any) -> None:
+        def ask(command: str, **arguments: Any) -> Any:
+            text = json.dumps({"execute": command, "arguments": arguments})
+            answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
+            if "error" in answer:
+                raise libvirt.libvirtError(f"{command}: {answer['error'].get('desc')}")
+            return answer["return"]
+
+        for job in ask("query-block-jobs"):
+            if job["type"] == "mirror" and not job.get("actively-synced"):
+                ask("block-job-change", id=job["device"], type="mirror", **{"copy-mode": "write-blocking"})
+
+    await domains.run(vm, work)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import typing as t
@@ -24,10 +25,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
     parse_duration,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
+    read_rate,
     strategy_findings,
     wish_findings,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding, SiteSummary
 
 try:
     import paramiko
@@ -38,6 +40,7 @@ else:
     del paramiko
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._bridge import Bridge
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator import (
+        Abandoned,
         Coordinator,
         Refused,
         Wanted,
@@ -47,9 +50,6 @@ else:
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._ups import read_runtime
 
 display = Display()
-
-_RATE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kMG]?)(bit|B)(?:/s|ps)?\s*$")
-_FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 class _Wrong(Exception):
@@ -73,7 +73,10 @@ class ActionModule(ActionBase):
                 "hosts": {"type": "list", "elements": "str"},
                 "vms": {"type": "list", "elements": "str"},
                 "state": {"type": "str", "choices": ["evacuated", "forecast"], "default": "evacuated"},
-                "strategy": {"type": "str", "default": "feedback"},
+                "strategy": {"type": "str"},
+                "parallel": {"type": "int"},
+                "bandwidth": {"type": "str"},
+                "leave_behind": {"type": "list", "elements": "str", "default": []},
                 "deadline": {"type": "str"},
                 "deadline_reserve": {"type": "str", "default": "0"},
                 "uplink": {"type": "str"},
@@ -81,7 +84,7 @@ class ActionModule(ActionBase):
                 "forecast": {"type": "dict"},
                 "report": {"type": "path"},
                 "page": {"type": "path"},
-                "socket": {"type": "path", "default": DEFAULT_SOCKET},
+                "socket": {"type": "path"},
             }
         )
         if PARAMIKO_ERROR is not None:
@@ -91,6 +94,8 @@ class ActionModule(ActionBase):
             return result
         self._arguments = arguments
         self._variables = task_vars or {}
+        # Ansible's workers outlive an ansible-playbook that is killed.
+        self._parent = os.getppid()
         try:
             coordinator = self._coordinator()
         except _Wrong as error:
@@ -99,6 +104,9 @@ class ActionModule(ActionBase):
             return self._work(result, coordinator)
         except Refused as error:
             return self._refuse(result, error.findings)
+        except Abandoned:
+            result.update(failed=True, msg="ansible-playbook is gone; what is under way goes on")
+            return result
         finally:
             coordinator.close()
 
@@ -120,39 +128,63 @@ class ActionModule(ActionBase):
         unreached = {name: host.error for name, host in coordinator.hosts.items() if host.error}
         for name, why in unreached.items():
             self._say(f"{name}: not reached: {why}")
-        if self._arguments["state"] == "forecast" or self._task.check_mode:
-            if self._arguments["uplink"] is None and site.vms:
-                site = coordinator.measured(site)
-            plan, placement = coordinator.forecast(site)
-            told = forecast_of(site, plan, time.time(), placement)
-            stays = mark_preflights(told, coordinator.preflights(site))
-            for line in forecast_lines(told):
-                self._say(line)
-            result.update(changed=False, forecast=told, would_stay=stays, unreached=unreached)
-            return result
-        recorder = coordinator.run(site)
-        report = recorder.report(
-            self._arguments["strategy"], self._arguments["deadline"] or "", coordinator.hosts
-        )
+        if self._arguments["state"] == "forecast":
+            return self._forecast(result, coordinator, site) | {"unreached": unreached}
+        if self._task.check_mode:
+            report = self._would(coordinator, site)
+            result["changed"] = any(vm["verdict"] == "would-start" for vm in report["vms"])
+        else:
+            recorder = coordinator.run(site)
+            deadline = self._arguments["deadline"] or ""
+            report = recorder.report(coordinator.wanted.strategy, deadline, coordinator.hosts)
+            result["changed"] = coordinator.changed
+            if self._arguments["page"]:
+                write_page(report, Path(self._arguments["page"]))
         if self._arguments["report"]:
             Path(self._arguments["report"]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if self._arguments["page"]:
-            write_page(report, Path(self._arguments["page"]))
-        result.update(changed=coordinator.changed, report=report, vms=report["vms"], unreached=unreached)
+        result.update(report=report, vms=report["vms"], unreached=unreached)
         return result
+
+    def _forecast(
+        self, result: dict[str, t.Any], coordinator: Coordinator, site: SiteSummary
+    ) -> dict[str, t.Any]:
+        if self._arguments["uplink"] is None and site.vms:
+            site = coordinator.measured(site)
+        plan, placement = coordinator.forecast(site)
+        told = forecast_of(site, plan, time.time(), placement)
+        stays = mark_preflights(told, coordinator.preflights(site))
+        for line in forecast_lines(told):
+            self._say(line)
+        return result | {"changed": False, "forecast": told, "would_stay": stays}
+
+    def _would(self, coordinator: Coordinator, site: SiteSummary) -> dict[str, t.Any]:
+        # Whether all would be out in time is a question of what the link carries.
+        if self._arguments["deadline"] and self._arguments["uplink"] is None and site.vms:
+            site = coordinator.measured(site)
+        plan, _placement = coordinator.forecast(site)
+        return coordinator.would(plan, coordinator.preflights(site))
 
     # -- what was asked for, judged whole
 
     def _coordinator(self) -> Coordinator:
         arguments = self._arguments
-        findings = strategy_findings(arguments["strategy"])
+        strategy, findings = self._strategy()
         deadline, wrong = parse(arguments["deadline"], time.time())
         findings += wrong
         reserve = parse_duration(arguments["deadline_reserve"])
         if reserve is None:
             fact = f"reserve {arguments['deadline_reserve']!r}"
             findings.append(Finding(f"deadline_{fact}", "is no duration", "write one, such as 60s"))
-        uplink = self._rate(arguments["uplink"], findings)
+        uplink, wrong = read_rate("uplink", arguments["uplink"])
+        findings += wrong
+        bandwidth, wrong = read_rate("bandwidth", arguments["bandwidth"])
+        findings += wrong
+        if arguments["vms"] is not None and not arguments["vms"]:
+            # Somebody's computed list that came out empty does not mean everything.
+            way_out = f"name VMs, or leave it out to evacuate all of {arguments['site']}"
+            findings.append(Finding("vms", "is an empty list", way_out))
+        for what in ("report", "page"):
+            findings += _unwritable(what, arguments[what])
         if arguments["progress"] < 1:
             findings.append(Finding(f"progress {arguments['progress']}", "is below 1 s", "give 1 or more"))
         sources = self._source_hosts(findings)
@@ -163,7 +195,8 @@ class ActionModule(ActionBase):
             if name not in bridges:
                 reach, refused = read_reach(name, hostvars[name])
                 findings.extend(refused)
-                bridges[name] = Bridge(reach, arguments["socket"])
+                told = arguments["socket"] or hostvars[name].get("evacuation_socket") or DEFAULT_SOCKET
+                bridges[name] = Bridge(reach, str(told))
             return bridges[name]
 
         wishes: dict[str, t.Mapping[str, t.Any]] = {}
@@ -171,27 +204,50 @@ class ActionModule(ActionBase):
         destinations: dict[str, Bridge] = {}
         for name in sources:
             bridge(name)
+            peers = {hostvars[name].get("lifeboat_peer")}
             for wish in hostvars[name].get("lifeboat_vms") or []:
                 wishes[str(wish.get("name"))] = wish
                 findings += wish_findings(str(wish.get("name")), wish)
                 expected.setdefault(name, []).append(str(wish.get("name")))
-            peer = hostvars[name].get("lifeboat_peer")
-            if peer and peer in hostvars and peer not in destinations:
-                destinations[str(peer)] = bridge(str(peer))
+                peers.add(wish.get("peer"))
+            for peer in peers - set(destinations):
+                if peer and peer in hostvars:
+                    destinations[str(peer)] = bridge(str(peer))
         if findings:
             raise _Wrong(findings)
         wanted = Wanted(
             arguments["site"],
             tuple(arguments["vms"]) if arguments["vms"] else None,
-            arguments["strategy"],
+            strategy,
             arguments["progress"],
             wishes,
             uplink,
             arguments["forecast"],
             expected,
+            tuple(arguments["leave_behind"]),
+            bandwidth,
         )
         watch = Watch(deadline, read_runtime, reserve or 0.0)
-        return Coordinator(wanted, [bridges[name] for name in sources], destinations, watch, self._say)
+        return Coordinator(
+            wanted,
+            [bridges[name] for name in sources],
+            destinations,
+            watch,
+            self._say,
+            abandoned=lambda: os.getppid() != self._parent,
+        )
+
+    def _strategy(self) -> tuple[str, list[Finding]]:
+        strategy, parallel = self._arguments["strategy"], self._arguments["parallel"]
+        if parallel is None:
+            return strategy or "feedback", strategy_findings(strategy or "feedback")
+        subject = f"parallel {parallel}"
+        if strategy:
+            way_out = "give one of them: a number is the strategy static:N"
+            return strategy, [Finding(subject, f"and strategy {strategy!r} are given", way_out)]
+        if parallel < 1:
+            return "feedback", [Finding(subject, "is below 1", "give 1 or more, or leave it out")]
+        return f"static:{parallel}", strategy_findings(f"static:{parallel}")
 
     def _source_hosts(self, findings: list[Finding]) -> list[str]:
         site, groups = str(self._arguments["site"]), self._variables.get("groups", {})
@@ -213,15 +269,20 @@ class ActionModule(ActionBase):
         return hosts
 
     @staticmethod
-    def _rate(text: str | None, findings: list[Finding]) -> float | None:
-        if not text:
-            return None
-        match = _RATE.match(text)
-        if match is None or float(match.group(1)) <= 0:
-            findings.append(Finding(f"uplink {text!r}", "is no rate", "write one, such as 400Mbit/s"))
-            return None
-        return float(match.group(1)) * _FACTORS[match.group(2)] / (8 if match.group(3) == "bit" else 1)
-
-    @staticmethod
     def _say(text: str) -> None:
         display.display("{} {}".format(time.strftime("%H:%M:%S"), text))
+
+
+def _unwritable(what: str, path: str | None) -> list[Finding]:
+    if not path:
+        return []
+    file = Path(path).resolve()
+    if file.is_dir():
+        fact = "is a directory"
+    elif not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        fact = f"cannot be written, {file.parent} is no directory that this user can write to"
+    elif file.exists() and not os.access(file, os.W_OK):
+        fact = "is there and cannot be written by this user"
+    else:
+        return []
+    return [Finding(f"{what} {path}", fact, "name another file, or '' for none")]

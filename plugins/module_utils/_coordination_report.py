@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import datetime
 import typing as t
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT, verdict_line, wire_bytes
@@ -16,26 +15,18 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller im
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import (
+    KEPT,
+    iso,
+    others,
+    runs_at,
+    whole_report,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import totals
 
 __all__ = ["Recorder", "forecast_lines", "forecast_of", "mark_preflights", "progress_line", "verdict_line"]
 
-_KEPT = (
-    "id",
-    "step",
-    "cause",
-    "sentence",
-    "findings",
-    "eviction_seconds",
-    "downtime_seconds",
-    "bytes",
-    "bound",
-    "steps",
-    "commanded_at",
-    "ended_at",
-)
 _SHOWN_MOVES = 6
 
 
@@ -82,7 +73,7 @@ def forecast_of(
     """A plan as JSON: what rehearsal keeps and what a report sets beside the result."""
     horizon = plan.deadline_seconds or plan.makespan_seconds
     return {
-        "at": _iso(at),
+        "at": iso(at),
         "site": site.site,
         "deadline_seconds": plan.deadline_seconds,
         "makespan_seconds": round(plan.makespan_seconds, 2),
@@ -154,10 +145,6 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
 
-def _iso(at: float) -> str:
-    return datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="seconds")
-
-
 class Recorder:
     """Collects while the evacuation goes on; nothing of it decides anything."""
 
@@ -173,6 +160,7 @@ class Recorder:
         # Names by host as the inventory has them, for hosts that cannot be asked; and what was asked for.
         self.expected: t.Mapping[str, t.Sequence[str]] = {}
         self.only: t.Collection[str] | None = None
+        self.may_stay: t.Sequence[str] = ()
         self.forecast = dict(forecast) if forecast else forecast_of(site, plan, began_at)
         self.carried: dict[str, float] = {}
         self._carried_first: dict[str, float] = {}
@@ -258,6 +246,7 @@ class Recorder:
         refusals: t.Mapping[str, t.Mapping[str, t.Any]],
         controller: Controller,
         now: float,
+        destinations: t.Mapping[str, HostState],
     ) -> None:
         """One outcome for every VM, whatever became of it."""
         self.ended_at = now
@@ -274,12 +263,18 @@ class Recorder:
             job = jobs[-1] if jobs else None
             ours = job is not None and (begun.get(vm.uuid) == job["id"] or vm.uuid in self._out_at)
             if job is not None and ours:
-                outcome |= {key: job.get(key) for key in _KEPT}
+                outcome |= {key: job.get(key) for key in KEPT}
                 outcome["wire_bytes"] = wire_bytes(job)
                 outcome["verdict"] = job.get("verdict") or (
                     "undecided" if job.get("step") == "undecided" or not job.get("ended") else "failed"
                 )
-                if not job.get("ended") and not outcome.get("sentence"):
+                there = None
+                if not job.get("ended") and host is not None and host.error:
+                    there = runs_at(vm.uuid, destinations)
+                if there is not None:
+                    outcome["verdict"] = "evacuated"
+                    outcome["sentence"] = f"{there} says that it runs there; {vm.source} is out of reach"
+                elif not job.get("ended") and not outcome.get("sentence"):
                     outcome["sentence"] = (
                         f"it was at step {job.get('step')} when {vm.source} was last heard of"
                     )
@@ -288,7 +283,8 @@ class Recorder:
             elif vm.uuid in refusals:
                 outcome |= {"verdict": "failed", **refusals[vm.uuid]}
             else:
-                reason = controller.waits_because(vm.uuid)
+                lost = host is not None and host.error
+                reason = "unreachable" if lost else controller.waits_because(vm.uuid)
                 outcome |= {"verdict": "stayed", "cause": reason, "sentence": _stays(vm.name, reason)}
             if host is not None and outcome["verdict"] not in OUT:
                 outcome |= _lag(host, vm.uuid)
@@ -297,31 +293,7 @@ class Recorder:
             outcome["out_seconds"] = _rounded(self._out_at.get(vm.uuid))
             outcome["forecast_end_seconds"] = planned.get(vm.uuid, {}).get("end_seconds")
             self.outcomes.append(outcome)
-        self._others(hosts)
-
-    def _others(self, hosts: t.Mapping[str, HostState]) -> None:
-        """Those that were out before, and those of hosts that could not be asked."""
-        told = {outcome["vm"] for outcome in self.outcomes}
-        for host in hosts.values():
-            protected = {str(vm["uuid"]) for vm in host.status.get("vms", [])}
-            for job in host.jobs:
-                if job["vm"] in told or job["vm"] in protected or not self._asked_for(job):
-                    continue
-                if job.get("verdict") in {"evacuated", "already-there"}:
-                    outcome = {key: job.get(key) for key in _KEPT}
-                    outcome |= {"name": job["name"], "vm": job["vm"], "host": host.name, "peer": job["peer"]}
-                    self.outcomes.append(
-                        outcome | {"verdict": "already-there", "wire_bytes": wire_bytes(job)}
-                    )
-            if host.error and not host.status:
-                for name in self.expected.get(host.name, ()):
-                    self.outcomes.append(
-                        {"name": name, "vm": None, "host": host.name, "verdict": "failed",
-                         "cause": "unreachable", "sentence": host.error}
-                    )  # fmt: skip
-
-    def _asked_for(self, job: t.Mapping[str, t.Any]) -> bool:
-        return self.only is None or job["name"] in self.only or job["vm"] in self.only
+        self.outcomes += others(hosts, destinations, self.outcomes, self.only, self.expected, self.may_stay)
 
     def share(self, at_seconds: float) -> float:
         """S(t): the share of VMs that was out by then."""
@@ -345,15 +317,9 @@ class Recorder:
             name = key.rsplit(" ", 1)[1]
             classes[name] = classes.get(name, 0.0) + count
         return {
-            "schema_version": 1,
-            "site": self.site.site,
-            "check_mode": False,
-            "started_at": _iso(self.began_at),
-            "ended_at": _iso(self.ended_at),
-            "hosts": sorted(hosts),
-            "hosts_failed": sorted(name for name, host in hosts.items() if host.error),
-            "totals": totals(self.outcomes),
-            "vms": self.outcomes,
+            **whole_report(
+                self.site.site, hosts, self.outcomes, self.began_at, self.ended_at, check_mode=False
+            ),
             "coordination": {
                 "strategy": strategy,
                 "deadline": deadline or None,
@@ -389,3 +355,8 @@ _SENTENCES = {
 
 def _stays(name: str, reason: str) -> str:
     return f"VM {name} stays: {_SENTENCES.get(reason, reason)}; its replica is what survives"
+
+
+def would_stay_sentence(name: str, reason: str) -> str:
+    """Why a VM would not leave by the plan."""
+    return f"VM {name} would stay: {_SENTENCES.get(reason, reason)}"

@@ -49,6 +49,8 @@ class HostState:
     status: dict[str, t.Any] = field(default_factory=dict)
     workload: dict[str, t.Any] = field(default_factory=dict)
     error: str = ""
+    # Running VMs that nobody protects.
+    unprotected: list[dict[str, t.Any]] = field(default_factory=list)
 
     @property
     def jobs(self) -> list[dict[str, t.Any]]:
@@ -183,6 +185,8 @@ class Eyes:
         pairs: dict[Pair, PairView] = {}
         out: set[str] = set()
         failed: dict[str, bool] = {}
+        # At whichever host: one that left here once may have come home to another since.
+        protected = {str(vm["uuid"]) for host in hosts.values() for vm in host.status.get("vms", [])}
         for host in hosts.values():
             if not host.status:
                 continue
@@ -191,7 +195,6 @@ class Eyes:
                 key = (host.name, str(link["peer"]))
                 pairs[key] = self._pair(key, link, now, up=not host.error)
                 labels.update((link.get("counters") or {}).get("labels") or {})
-            protected = {str(vm["uuid"]) for vm in host.status.get("vms", [])}
             for job in host.jobs:
                 uuid = str(job["vm"])
                 if not job.get("ended") and job.get("step") != "undecided":

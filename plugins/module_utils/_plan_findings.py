@@ -20,6 +20,28 @@ STRATEGIES = ("feedback", "sequential", "parallel", "static:N")
 _STATIC = re.compile(r"^static:([1-9]\d{0,3})$")
 
 
+_RATE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*?)\s*(?:/s|ps)?\s*$")
+_RATE_UNITS = {
+    "": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
+    "k": 2.0**10, "kib": 2.0**10, "m": 2.0**20, "mib": 2.0**20, "g": 2.0**30, "gib": 2.0**30,
+    "bit": 1 / 8, "kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8,
+}  # fmt: skip
+
+
+def read_rate(what: str, text: str | None) -> tuple[float | None, list[Finding]]:
+    """Bytes per second of ``400Mbit/s`` or ``50MB/s``, as proxies understand them; None: none is given."""
+    if not text or not text.strip():
+        return None, []
+    match = _RATE.match(text)
+    factor = _RATE_UNITS.get(match.group(2).lower()) if match else None
+    if match is None or factor is None:
+        return None, [Finding(f"{what} {text!r}", "is no rate", "write one, such as 400Mbit/s")]
+    if float(match.group(1)) <= 0:
+        way_out = "give one above 0, or none for no limit"
+        return None, [Finding(f"{what} {text!r}", "nothing could be sent", way_out)]
+    return float(match.group(1)) * factor, []
+
+
 def strategy_findings(strategy: object) -> list[Finding]:
     """An unknown strategy."""
     text = str(strategy)

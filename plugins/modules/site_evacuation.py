@@ -24,7 +24,8 @@ attributes:
   check_mode:
     support: full
     details:
-      - In check mode nothing is started, as with O(state=forecast).
+      - In check mode nothing is started. The report then has the verdicts V(would-start), V(would-fail) and
+        V(under-way), by the preflight of each VM and the forecast.
   diff_mode:
     support: none
 requirements:
@@ -44,8 +45,16 @@ options:
   vms:
     description:
       - Names or UUIDs of VMs. All that are protected at the site if left out.
+        Then a VM that runs there without being protected is told as V(stayed), too.
+      - One that no hypervisor knows is refused before anything moves, unless a hypervisor is out of reach.
     type: list
     elements: str
+  leave_behind:
+    description:
+      - Names or UUIDs of VMs that are not protected and may stay at the site.
+    type: list
+    elements: str
+    default: []
   state:
     description:
       - V(evacuated) moves VMs. V(forecast) tells how it would go now, and changes nothing; the
@@ -55,10 +64,18 @@ options:
     default: evacuated
   strategy:
     description:
-      - V(feedback) adapts. V(sequential), V(parallel) and V(static:N) (N at a time per pair of proxies)
-        are there to compare with.
+      - V(feedback), the default, adapts. V(sequential) (one at a time on the site), V(parallel) (all) and
+        V(static:N) (N at a time per pair of hypervisors) do not, and do not go down the ladder of fallbacks.
     type: str
-    default: feedback
+  parallel:
+    description:
+      - How many VMs are on their way at the same time, per pair of hypervisors. The same as
+        O(strategy=static:N).
+    type: int
+  bandwidth:
+    description:
+      - Rate that each evacuation may use, such as V(50Mbit/s).
+    type: str
   deadline:
     description:
       - When the power goes. Seconds from now, V(20m), V(14:30), an ISO 8601 instant,
@@ -84,7 +101,7 @@ options:
     type: dict
   report:
     description:
-      - File on the controller for the report as JSON.
+      - File on the controller for the report as JSON. In check mode it is written, too.
     type: path
   page:
     description:
@@ -114,20 +131,20 @@ EXAMPLES = r"""
 RETURN = r"""
 report:
   description: The report, see docs/evacuation-report.md.
-  returned: with O(state=evacuated)
+  returned: with O(state=evacuated), also in check mode
   type: dict
 vms:
   description: What became of each VM, as in the report.
-  returned: with O(state=evacuated)
+  returned: with O(state=evacuated), also in check mode
   type: list
   elements: dict
 forecast:
   description: How it would go now.
-  returned: with O(state=forecast), and in check mode
+  returned: with O(state=forecast)
   type: dict
 would_stay:
   description: Names of the VMs that would not get out.
-  returned: with O(state=forecast), and in check mode
+  returned: with O(state=forecast)
   type: list
   elements: str
 unreached:

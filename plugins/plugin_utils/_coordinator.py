@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import time
 import typing as t
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from urllib.parse import quote
+from concurrent.futures import Future
+from dataclasses import replace
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError, job_path
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
     Controller,
@@ -28,23 +28,17 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
-    Eyes,
-    HostState,
-    Json,
-    site_summary,
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import silent
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
+    Proxy,
+    Refused,
+    Surveyor,
+    Wanted,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
-    placement_findings,
-    site_findings,
-)
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
-    Finding,
-    Rung,
-    SiteSummary,
-    VmSummary,
-)
+
+__all__ = ["Abandoned", "Coordinator", "Proxy", "Refused", "Wanted"]
 
 _SHARE_LEASE_SECONDS = 20.0
 # With nothing under way and nothing that may start, after so many looks it is over.
@@ -58,49 +52,11 @@ _HOW = {
 }
 
 
-class Proxy(t.Protocol):
-    """One host's proxy, however it is reached."""
-
-    @property
-    def name(self) -> str:
-        """The inventory's name of the host."""
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: t.Mapping[str, object] | None = None,
-        timeout_seconds: float = 30.0,
-    ) -> t.Any:
-        """The JSON answer. Raises ProxyError."""
-
-    def close(self) -> None:
-        """Hang up."""
+class Abandoned(Exception):
+    """Whoever began this is gone: another may be going on with it, and two would be in each other's way."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the operator asked for."""
-
-    site: str
-    vms: tuple[str, ...] | None
-    strategy: str
-    progress_seconds: float
-    wishes: t.Mapping[str, Json]
-    uplink_bytes_per_second: float | None = None
-    forecast: t.Mapping[str, t.Any] | None = None
-    expected: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
-
-
-class Refused(Exception):
-    """Nothing was started: everything that is wrong, at once."""
-
-    def __init__(self, findings: t.Sequence[Finding]) -> None:
-        self.findings = list(findings)
-        super().__init__("; ".join(str(finding) for finding in findings))
-
-
-class Coordinator:
+class Coordinator(Surveyor):
     """Works on proxies that are given, with a clock and a way to say things that are given."""
 
     def __init__(
@@ -112,134 +68,33 @@ class Coordinator:
         say: t.Callable[[str], None],
         clock: t.Callable[[], float] = time.time,
         sleep: t.Callable[[float], None] = time.sleep,
+        abandoned: t.Callable[[], bool] = lambda: False,
     ) -> None:
-        self.wanted = wanted
-        self._sources = {proxy.name: proxy for proxy in sources}
-        self._destinations = destinations
-        self._deadline = deadline
-        self._say = say
-        self._clock = clock
+        super().__init__(wanted, sources, destinations, deadline, say, clock)
         self._sleep = sleep
-        self._pool = ThreadPoolExecutor(max_workers=max(4, min(64, 2 * len(self._sources))))
+        self._abandoned = abandoned
         self._pending: dict[str, Future[dict[str, t.Any]]] = {}
         self._begun: dict[str, str] = {}
-        self._found: set[str] = set()
         self._to_pause: set[str] = set()
         self._shares: dict[str, tuple[float | None, float]] = {}
         self._refusals: dict[str, dict[str, t.Any]] = {}
         self._lost_at: dict[str, float] = {}
-        self.hosts = {name: HostState(name) for name in self._sources}
-        self.there = {name: HostState(name) for name in destinations}
+        self._silent: frozenset[str] = frozenset()
         self.changed = False
-
-    # -- before anything moves
-
-    def survey(self) -> SiteSummary:
-        """Ask all proxies, sources and destinations. Raises Refused with everything that is wrong."""
-        self._ask_all()
-        now = self._clock()
-        deadline_at = self._deadline.now(now)
-        findings: list[Finding] = []
-        if self._deadline.deadline is not None and deadline_at is None:
-            way_out = "give the deadline as a time, or mend the UPS"
-            findings.append(Finding("deadline", self._deadline.trouble or "is not known", way_out))
-        elif deadline_at is not None and deadline_at <= now:
-            findings.append(
-                Finding(f"deadline {self._deadline.deadline.text if self._deadline.deadline else ''!r}",
-                        "has passed, what is held in reserve counted", "name a later one, or less reserve")
-            )  # fmt: skip
-        site = site_summary(
-            self.wanted.site,
-            list(self.hosts.values()),
-            self.there,
-            self.wanted.wishes,
-            self.wanted.vms,
-            self.wanted.uplink_bytes_per_second,
-        )
-        findings += site_findings(site)
-        if findings:
-            raise Refused(findings)
-        return site
-
-    def measured(self, site: SiteSummary, seconds: float = 3.0) -> SiteSummary:
-        """The site with its uplink measured: all pairs at once, for pairs mostly share it."""
-
-        def ask(source: str, peer: str) -> float:
-            path = f"/v1/links/{quote(peer, safe='')}/measure"
-            told = self._sources[source].request("POST", path, {"seconds": seconds}, 60.0)
-            return float(told["bytes_per_second"])
-
-        futures = {pair: self._pool.submit(ask, pair.source, pair.destination) for pair in site.pairs}
-        rates: dict[str, float] = {}
-        for pair, future in futures.items():
-            try:
-                rates[pair.uplink] = rates.get(pair.uplink, 0.0) + future.result()
-            except ProxyError as error:
-                self._say(f"{pair.source}: the link to {pair.destination} was not measured: {error.message}")
-        return replace(site, uplinks={**site.uplinks, **rates})
-
-    def preflights(self, site: SiteSummary) -> dict[str, str]:
-        """What stands in the way of each VM by its proxy's own preflight, by UUID."""
-
-        def ask(vm: VmSummary) -> str:
-            live = {Rung.LIVE, Rung.PAUSED} & set(vm.rungs)
-            body = {"vm": vm.uuid, "mode": "live" if live else "restart"}
-            told = self._sources[vm.source].request("POST", "/v1/evacuations/check", body, 60.0)
-            return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in told["findings"])
-
-        futures = {vm.uuid: self._pool.submit(ask, vm) for vm in site.vms}
-        wrong: dict[str, str] = {}
-        for uuid, future in futures.items():
-            try:
-                sentence = future.result()
-            except ProxyError as error:
-                sentence = error.message
-            if sentence:
-                wrong[uuid] = sentence
-        return wrong
-
-    def forecast(self, site: SiteSummary) -> tuple[Plan, list[Finding]]:
-        """The plan for now, and what would not fit."""
-        now = self._clock()
-        at = self._deadline.now(now)
-        plan = make_plan(site, None if at is None else at - now, overlap=self.wanted.strategy != "sequential")
-        return plan, placement_findings(site)
-
-    def _ask_all(self) -> None:
-        def ask(proxy: Proxy, state: HostState, *, here: bool) -> None:
-            try:
-                state.status = proxy.request("GET", "/v1/status")
-                state.error = ""
-            except ProxyError as error:
-                if here or not state.status:
-                    state.error = error.message
-                return
-            # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
-            with contextlib.suppress(ProxyError):
-                state.workload = proxy.request("POST", "/v1/workload", {"seconds": 1})
-
-        futures = [
-            self._pool.submit(ask, proxy, self.hosts[name], here=True)
-            for name, proxy in self._sources.items()
-        ]
-        futures += [
-            self._pool.submit(ask, proxy, self.there[name], here=False)
-            for name, proxy in self._destinations.items()
-        ]
-        for future in futures:
-            future.result()
 
     # -- moving
 
     def run(self, site: SiteSummary) -> Recorder:
-        """Evacuate; what became of everything is in the recorder that is returned."""
+        """Evacuate; what became of everything is in the recorder that is returned. Raises Abandoned."""
         began = self._clock()
         plan, _placement = self.forecast(site)
         recorder = Recorder(site, began, plan, self.wanted.forecast)
         recorder.expected, recorder.only = self.wanted.expected, self.wanted.vms
+        recorder.may_stay = self.wanted.leave_behind
         controller = Controller(site, self.wanted.strategy)
         interval = interval_seconds(pair.round_trip_seconds for pair in site.pairs)
         eyes = Eyes()
+        self._silent = frozenset(silent(self.hosts))
         self._adopt(site)
         said_at, idle = began, 0
         self._say(f"{len(site.vms)} VMs to leave {self.wanted.site} by strategy {self.wanted.strategy}; "
@@ -247,7 +102,12 @@ class Coordinator:
         for planned in plan.vms:
             if planned.end_seconds is None:
                 self._say(f"{planned.vm.name}: would stay ({planned.reason})")
+        besides = self.others([{"name": vm.name, "vm": vm.uuid} for vm in site.vms])
+        for outcome in besides:
+            self._say(verdict_line(outcome))
         while True:
+            if self._abandoned():
+                raise Abandoned
             looked_at = self._clock()
             self._look(interval)
             deadline_at = self._deadline.now(self._clock())
@@ -274,17 +134,17 @@ class Coordinator:
                 break
             self._sleep(max(0.1, interval - (self._clock() - looked_at)))
         self._look(interval, patient=True)
-        recorder.conclude(self.hosts, self._begun, self._refusals, controller, self._clock())
+        if any(host.error for host in self.hosts.values()):
+            # Of a source that is gone its peer knows more by now.
+            for name, proxy in self._destinations.items():
+                with contextlib.suppress(ProxyError):
+                    self.there[name].status = proxy.request("GET", "/v1/status")
+        recorder.conclude(self.hosts, self._begun, self._refusals, controller, self._clock(), self.there)
+        said = {outcome["name"] for outcome in besides}
         for outcome in recorder.outcomes:
-            if outcome["verdict"] not in {"evacuated", "already-there"}:
+            if outcome["verdict"] not in OUT and outcome["name"] not in said:
                 self._say(verdict_line(outcome))
         return recorder
-
-    def close(self) -> None:
-        """Hang up everywhere. What is under way goes on."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for proxy in (*self._sources.values(), *self._destinations.values()):
-            proxy.close()
 
     def _adopt(self, site: SiteSummary) -> None:
         """Jobs that are under way already count as ours."""
@@ -293,12 +153,15 @@ class Coordinator:
             for job in host.jobs:
                 if job["vm"] in names and not job.get("ended"):
                     self._begun[str(job["vm"])] = str(job["id"])
-                    self._found.add(str(job["vm"]))
+                    if self.wanted.bandwidth_bytes_per_second is not None:
+                        body = {"bandwidth_bytes_per_second": self.wanted.bandwidth_bytes_per_second}
+                        self._steer(self._sources[host.name], str(job["id"]), "steer", body)
 
     def _look(self, interval: float, *, patient: bool = False) -> None:
         """Ask the sources how they stand; one that is slow or gone holds up nobody."""
         for name, proxy in self._sources.items():
-            if name not in self._pending:
+            # One that never answered has VMs that nobody plans with: it is told as not reached.
+            if name not in self._pending and name not in self._silent:
                 self._pending[name] = self._pool.submit(self._poll, proxy, whole=patient)
         until = time.monotonic() + (30.0 if patient else max(1.0, interval * 0.75))
         for name in list(self._pending):
@@ -404,6 +267,8 @@ class Coordinator:
         body: dict[str, object] = {"vm": uuid}
         if rung is Rung.RESTART:
             body["mode"] = "restart"
+        if self.wanted.bandwidth_bytes_per_second is not None:
+            body["bandwidth_bytes_per_second"] = self.wanted.bandwidth_bytes_per_second
         return dict(self._sources[host].request("POST", "/v1/evacuations", body))
 
     def _share(self, controller: Controller, uuid: str, share: float | None, now: float) -> None:
@@ -421,9 +286,12 @@ class Coordinator:
             self._shares[uuid] = (share, now + _SHARE_LEASE_SECONDS)
 
     def _ask(self, controller: Controller, uuid: str, what: str, body: t.Mapping[str, object] | None) -> bool:
+        proxy = self._sources[controller.source_of(uuid)]
+        return self._steer(proxy, self._begun.get(uuid, uuid), what, body)
+
+    def _steer(self, proxy: Proxy, job: str, what: str, body: t.Mapping[str, object] | None) -> bool:
         try:
-            proxy = self._sources[controller.source_of(uuid)]
-            proxy.request("POST", job_path(self._begun.get(uuid, uuid), what), body)
+            proxy.request("POST", job_path(job, what), body)
         except ProxyError as error:
             # It may have ended since we looked: the next look says.
             if error.cause not in {"conflict", "not-found", "unreachable"}:

@@ -91,7 +91,7 @@ def read(name: str, variables: Variables) -> tuple[Reach, list[Finding]]:
         )
     for variable, why in _REFUSED.items():
         if variables.get(variable) and str(variables[variable]) not in {"ssh", "sudo"}:
-            note(variable, f"is not followed: {why}", "take it out, or use evacuate_coordinated=false")
+            note(variable, f"is not followed: {why}", "take it out, or use the module host_evacuation")
     become, findings_of_become = _become(name, variables)
     findings += findings_of_become
     told = Reach(

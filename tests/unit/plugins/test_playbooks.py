@@ -41,6 +41,7 @@ class Site:
             "ANSIBLE_HOME": str(self.directory / "home"),
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_LOCALHOST_WARNING": "0",
+            "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
         }
         return subprocess.run(
             [
@@ -66,6 +67,12 @@ def site(tmp_path: Path) -> Iterator[Site]:
     name = tmp_path / "collections" / "ansible_collections" / "lifeboat" / "evacuation"
     name.parent.mkdir(parents=True)
     name.symlink_to(ROOT)
+    # The coordinator runs `precache-proxy connect` on a host.
+    command = tmp_path / "bin" / "precache-proxy"
+    command.parent.mkdir()
+    package = ROOT / "roles" / "precache_proxy" / "files"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH="{package}" exec "{sys.executable}" -m precache_proxy "$@"\n')
+    command.chmod(0o755)
     first, second = small_parts(tmp_path / "first"), small_parts(tmp_path / "second")
     with serving(first) as first_socket, serving(second) as second_socket:
         hosts = {
@@ -192,7 +199,7 @@ def test_evacuate_all_and_again(site: Site) -> None:
     assert site.first.evacuation.begun == []
     told = good(site.play("evacuate", evacuate_site="home", evacuate_report="report.json"))
     assert re.search(
-        r"^\d\d:\d\d:\d\d \[home1\] web1: EVACUATED in 4.5 s, guest stopped for 0.30 s$", told.stdout, re.M
+        r"^\d\d:\d\d:\d\d web1: EVACUATED in 4.5 s, guest stopped for 0.30 s$", told.stdout, re.M
     )
     report = json.loads((site.directory / "report.json").read_text())
     assert {vm["name"]: vm["verdict"] for vm in report["vms"]} == {
@@ -201,6 +208,8 @@ def test_evacuate_all_and_again(site: Site) -> None:
     }
     assert report["totals"] == {"vms": 2, "out": 2, "all_out": True, "verdicts": {"evacuated": 2}}
     jsonschema.validate(report, json.loads((ROOT / "docs" / "evacuation-report.schema.json").read_text()))
+    assert report["coordination"]["strategy"] == "feedback"
+    assert "2 of 2" in (site.directory / "report.html").read_text()
     again = good(site.play("evacuate", evacuate_site="home"))
     assert recap(again)["home1"]["changed"] == 0
     assert "already-there" in again.stdout
@@ -222,6 +231,7 @@ def test_evacuate_named_vms_only(site: Site) -> None:
     unknown = site.play("evacuate", evacuate_site="home", evacuate_vms=["web1", "nosuch"])
     assert unknown.returncode != 0
     assert "nosuch: neither protected on nor evacuated from" in " ".join(unknown.stdout.split())
+    assert "nothing was started" in unknown.stdout
     assert site.first.evacuation.begun == []
     good(site.play("evacuate", evacuate_site="home", evacuate_vms=["web1"]))
     assert (site.first.evacuation.begun, site.second.evacuation.begun) == (["web1"], [])
@@ -232,13 +242,16 @@ def test_evacuate_named_vms_only(site: Site) -> None:
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"evacuate_vms": []}, "evacuate_vms: is an empty list; name VMs, or leave it out"),
+        ({"evacuate_vms": []}, "vms: is an empty list; name VMs, or leave it out"),
         ({"evacuate_vms": "web1,nosuch"}, "nosuch: neither protected on nor evacuated from"),
         ({"evacuate_report": "/nowhere/report.json"}, "/nowhere is no directory that this user can write to"),
-        ({"evacuate_parallel": 0}, "parallel 0, progress 5.0: give 1 or more of each; nothing was started"),
-        ({"evacuate_bandwidth": "0"}, "rate '0': nothing could be sent; give one above 0"),
+        ({"evacuate_parallel": 0}, "parallel 0: is below 1; give 1 or more"),
+        ({"evacuate_parallel": 2, "evacuate_strategy": "sequential"}, "and strategy 'sequential' are given"),
+        ({"evacuate_bandwidth": "0"}, "bandwidth '0': nothing could be sent; give one above 0"),
+        ({"evacuate_deadline": "00:00:00"}, "deadline '00:00:00': passed"),
+        ({"evacuate_strategy": "luck", "evacuate_uplink": "fast"}, "'luck': is not known"),
     ],
-    ids=["no-vms", "unknown-vm", "report", "parallel", "bandwidth"],
+    ids=["no-vms", "unknown-vm", "report", "parallel", "parallel-and", "bandwidth", "deadline", "strategy"],
 )
 def test_evacuate_refuses_bad_input_before_anything_is_started(
     site: Site, variables: dict[str, Any], told: str
@@ -246,7 +259,7 @@ def test_evacuate_refuses_bad_input_before_anything_is_started(
     protect(site)
     refused = site.play("evacuate", evacuate_site="home", **variables)
     assert refused.returncode != 0
-    assert told in " ".join(refused.stdout.split())
+    assert told in " ".join(refused.stdout.replace("\\'", "'").split())
     assert (site.first.evacuation.begun, site.second.evacuation.begun) == ([], [])
 
 
@@ -272,3 +285,50 @@ def test_a_vm_that_nobody_protects_is_told_and_is_not_out(site: Site) -> None:
     assert "2 of 2 VMs are out" in good(site.play("evacuate", **known)).stdout
     assert "VM stray" not in site.play("validate", **known).stdout
     good(site.play("evacuate", evacuate_site="home", evacuate_vms="web1"))
+
+
+def test_a_number_at_a_time_and_a_deadline_are_in_the_report(site: Site) -> None:
+    protect(site)
+    asked = {"evacuate_site": "home", "evacuate_report": "r.json"}
+    good(
+        site.play("evacuate", "--limit", "home1", evacuate_parallel=1, evacuate_bandwidth="8Mbit/s", **asked)
+    )
+    report = json.loads((site.directory / "r.json").read_text())
+    assert (report["hosts"], report["coordination"]["strategy"]) == (["home1"], "static:1")
+    assert site.first.evacuation.options[0].bandwidth_bytes_per_second == 1e6
+    good(site.play("evacuate", evacuate_deadline="20m", evacuate_page="", **asked))
+    report = json.loads((site.directory / "r.json").read_text())
+    assert report["coordination"]["deadline"] == "20m"
+    assert {vm["verdict"] for vm in report["vms"]} == {"evacuated", "already-there"}
+    assert 1190 < report["coordination"]["samples"][0]["deadline_in_seconds"] <= 1200
+
+
+def test_a_hypervisor_out_of_reach_is_a_verdict_for_its_vms(site: Site) -> None:
+    protect(site)
+    inventory = yaml.safe_load((site.directory / "inventory.yml").read_text())
+    home = inventory["hypervisors"]["children"]["home"]["hosts"]
+    home["home2"]["evacuation_socket"] = str(site.directory / "none.sock")
+    (site.directory / "inventory.yml").write_text(yaml.safe_dump(inventory))
+    told = site.play("evacuate", evacuate_site="home", evacuate_report="r.json")
+    assert told.returncode != 0
+    assert f"1 of 2 VMs are out; not out: {KNOWN[DATABASE]}; not reached: home2" in told.stdout
+    report = json.loads((site.directory / "r.json").read_text())
+    jsonschema.validate(report, json.loads((ROOT / "docs" / "evacuation-report.schema.json").read_text()))
+    verdicts = {vm["name"]: (vm["verdict"], vm["cause"]) for vm in report["vms"]}
+    assert verdicts[KNOWN[DATABASE]] == ("failed", "unreachable")
+    assert report["hosts_failed"] == ["home2"]
+
+
+def test_check_mode_says_what_stands_in_the_way(site: Site) -> None:
+    protect(site)
+    site.second.evacuation.findings = [Finding("peer backup2", "no room", "free some", "no-space")]
+    told = site.play("evacuate", "--check", evacuate_site="home", evacuate_report="r.json")
+    assert told.returncode != 0
+    report = json.loads((site.directory / "r.json").read_text())
+    jsonschema.validate(report, json.loads((ROOT / "docs" / "evacuation-report.schema.json").read_text()))
+    assert report["check_mode"] is True
+    assert {vm["name"]: vm["verdict"] for vm in report["vms"]} == {
+        "web1": "would-start",
+        KNOWN[DATABASE]: "would-fail",
+    }
+    assert site.first.evacuation.begun == []

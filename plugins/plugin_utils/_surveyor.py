@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What an evacuation asks before anything moves: who is there, who may stay, what would stand in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import typing as t
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from urllib.parse import quote
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
+    would_stay_sentence,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
+    HostState,
+    Json,
+    site_summary,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import (
+    Outcome,
+    missing,
+    others,
+    silent,
+    whole_report,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
+    placement_findings,
+    site_findings,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    Finding,
+    Rung,
+    SiteSummary,
+    VmSummary,
+)
+
+
+class Proxy(t.Protocol):
+    """One host's proxy, however it is reached."""
+
+    @property
+    def name(self) -> str:
+        """The inventory's name of the host."""
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: t.Mapping[str, object] | None = None,
+        timeout_seconds: float = 30.0,
+    ) -> t.Any:
+        """The JSON answer. Raises ProxyError."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the operator asked for."""
+
+    site: str
+    vms: tuple[str, ...] | None
+    strategy: str
+    progress_seconds: float
+    wishes: t.Mapping[str, Json]
+    uplink_bytes_per_second: float | None = None
+    forecast: t.Mapping[str, t.Any] | None = None
+    expected: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
+    leave_behind: tuple[str, ...] = ()
+    bandwidth_bytes_per_second: float | None = None
+
+
+class Refused(Exception):
+    """Nothing was started: everything that is wrong, at once."""
+
+    def __init__(self, findings: t.Sequence[Finding]) -> None:
+        self.findings = list(findings)
+        super().__init__("; ".join(str(finding) for finding in findings))
+
+
+class Surveyor:
+    """Asks proxies that are given, with a clock and a way to say things that are given."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        sources: t.Sequence[Proxy],
+        destinations: t.Mapping[str, Proxy],
+        deadline: Watch,
+        say: t.Callable[[str], None],
+        clock: t.Callable[[], float] = time.time,
+    ) -> None:
+        self.wanted = wanted
+        self._sources = {proxy.name: proxy for proxy in sources}
+        self._destinations = destinations
+        self._deadline = deadline
+        self._say = say
+        self._clock = clock
+        self._pool = ThreadPoolExecutor(max_workers=max(4, min(64, 2 * len(self._sources))))
+        self.hosts = {name: HostState(name) for name in self._sources}
+        self.there = {name: HostState(name) for name in destinations}
+
+    def survey(self) -> SiteSummary:
+        """Ask all proxies, sources and destinations. Raises Refused with everything that is wrong."""
+        self._ask_all()
+        now = self._clock()
+        deadline_at = self._deadline.now(now)
+        findings: list[Finding] = []
+        if self._deadline.deadline is not None and deadline_at is None:
+            way_out = "give the deadline as a time, or mend the UPS"
+            findings.append(Finding("deadline", self._deadline.trouble or "is not known", way_out))
+        elif deadline_at is not None and deadline_at <= now:
+            findings.append(
+                Finding(f"deadline {self._deadline.deadline.text if self._deadline.deadline else ''!r}",
+                        "has passed, what is held in reserve counted", "name a later one, or less reserve")
+            )  # fmt: skip
+        site = site_summary(
+            self.wanted.site,
+            list(self.hosts.values()),
+            self.there,
+            self.wanted.wishes,
+            self.wanted.vms,
+            self.wanted.uplink_bytes_per_second,
+        )
+        findings += site_findings(site)
+        # A hypervisor that is out of reach may have it: that keeps no other VM from getting out.
+        if not silent(self.hosts):
+            findings += [
+                Finding(
+                    name,
+                    f"neither protected on nor evacuated from any hypervisor of {self.wanted.site}",
+                    "protect it first, or take it out of evacuate_vms",
+                )
+                for name in missing(self.others([{"name": vm.name, "vm": vm.uuid} for vm in site.vms]))
+            ]
+        if findings:
+            raise Refused(findings)
+        limit = self.wanted.bandwidth_bytes_per_second
+        if limit is None:
+            return site
+        return replace(site, pairs=tuple(
+            replace(pair, stream_bytes_per_second=min(limit, pair.stream_bytes_per_second))
+            for pair in site.pairs
+        ))  # fmt: skip
+
+    def others(self, told: t.Sequence[Outcome], *, check_mode: bool = False) -> list[Outcome]:
+        """Outcomes of everybody who is not in ``told``."""
+        wanted = self.wanted
+        return others(
+            self.hosts,
+            self.there,
+            told,
+            wanted.vms,
+            wanted.expected,
+            wanted.leave_behind,
+            check_mode=check_mode,
+        )
+
+    def would(self, plan: Plan, wrong: t.Mapping[str, str]) -> dict[str, t.Any]:
+        """The report of a run in check mode, by a plan and what preflights found."""
+        now = self._clock()
+        outcomes: list[Outcome] = []
+        for planned in plan.vms:
+            vm = planned.vm
+            jobs = [job for job in self.hosts[vm.source].jobs if job["vm"] == vm.uuid]
+            outcome: Outcome = {
+                "name": vm.name,
+                "vm": vm.uuid,
+                "host": vm.source,
+                "peer": vm.destination,
+                "forecast_end_seconds": planned.end_seconds,
+            }
+            if jobs and not jobs[-1].get("ended"):
+                outcome |= {"verdict": "under-way", "id": jobs[-1]["id"], "step": jobs[-1]["step"]}
+            elif vm.uuid in wrong:
+                outcome |= {"verdict": "would-fail", "cause": "preflight", "sentence": wrong[vm.uuid]}
+            elif planned.end_seconds is None:
+                sentence = would_stay_sentence(vm.name, planned.reason)
+                outcome |= {"verdict": "would-fail", "cause": planned.reason, "sentence": sentence}
+            else:
+                outcome |= {"verdict": "would-start"}
+            outcomes.append(outcome)
+        outcomes += self.others(outcomes, check_mode=True)
+        return whole_report(self.wanted.site, self.hosts, outcomes, now, now, check_mode=True)
+
+    def measured(self, site: SiteSummary, seconds: float = 5.0) -> SiteSummary:
+        """The site with its uplink measured: all pairs at once, for pairs mostly share it."""
+
+        def ask(source: str, peer: str) -> float:
+            path = f"/v1/links/{quote(peer, safe='')}/measure"
+            told = self._sources[source].request("POST", path, {"seconds": seconds}, 60.0)
+            return float(told["bytes_per_second"])
+
+        futures = {pair: self._pool.submit(ask, pair.source, pair.destination) for pair in site.pairs}
+        rates: dict[str, float] = {}
+        for pair, future in futures.items():
+            try:
+                rates[pair.uplink] = rates.get(pair.uplink, 0.0) + future.result()
+            except ProxyError as error:
+                self._say(f"{pair.source}: the link to {pair.destination} was not measured: {error.message}")
+        return replace(site, uplinks={**site.uplinks, **rates})
+
+    def preflights(self, site: SiteSummary) -> dict[str, str]:
+        """What stands in the way of each VM by its proxy's own preflight, by UUID."""
+
+        def ask(vm: VmSummary) -> str:
+            live = {Rung.LIVE, Rung.PAUSED} & set(vm.rungs)
+            body = {"vm": vm.uuid, "mode": "live" if live else "restart"}
+            told = self._sources[vm.source].request("POST", "/v1/evacuations/check", body, 60.0)
+            return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in told["findings"])
+
+        futures = {vm.uuid: self._pool.submit(ask, vm) for vm in site.vms}
+        wrong: dict[str, str] = {}
+        for uuid, future in futures.items():
+            try:
+                sentence = future.result()
+            except ProxyError as error:
+                sentence = error.message
+            if sentence:
+                wrong[uuid] = sentence
+        return wrong
+
+    def forecast(self, site: SiteSummary) -> tuple[Plan, list[Finding]]:
+        """The plan for now, and what would not fit."""
+        now = self._clock()
+        at = self._deadline.now(now)
+        plan = make_plan(site, None if at is None else at - now, overlap=self.wanted.strategy != "sequential")
+        return plan, placement_findings(site)
+
+    def close(self) -> None:
+        """Hang up everywhere. What is under way goes on."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for proxy in (*self._sources.values(), *self._destinations.values()):
+            proxy.close()
+
+    def _ask_all(self) -> None:
+        futures = [
+            self._pool.submit(self._ask_source, proxy, self.hosts[name])
+            for name, proxy in self._sources.items()
+        ]
+        futures += [
+            self._pool.submit(self._ask_destination, proxy, self.there[name])
+            for name, proxy in self._destinations.items()
+        ]
+        for future in futures:
+            future.result()
+
+    def _ask_source(self, proxy: Proxy, state: HostState) -> None:
+        try:
+            state.status = proxy.request("GET", "/v1/status")
+            if self.wanted.vms is None:
+                # All of a host means those as well that nobody thought of.
+                state.unprotected = list(proxy.request("GET", "/v1/vms").get("unprotected") or [])
+            state.error = ""
+        except ProxyError as error:
+            state.error, state.status = error.message, {}
+            return
+        self._ask_workload(proxy, state)
+
+    def _ask_destination(self, proxy: Proxy, state: HostState) -> None:
+        try:
+            state.status = proxy.request("GET", "/v1/status")
+        except ProxyError as error:
+            state.error = error.message
+            return
+        self._ask_workload(proxy, state)
+
+    @staticmethod
+    def _ask_workload(proxy: Proxy, state: HostState) -> None:
+        # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
+        with contextlib.suppress(ProxyError):
+            state.workload = proxy.request("POST", "/v1/workload", {"seconds": 1})

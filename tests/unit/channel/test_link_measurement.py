@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from precache_proxy.channel import StreamReset
-from precache_proxy.control.link_measurement import measure, register
+from precache_proxy.channel import Stream, StreamReset
+from precache_proxy.control.link_measurement import STREAM_KIND, best_rate, measure, register, together
 
 from .conftest import PairFactory
 
@@ -24,3 +24,36 @@ async def test_a_peer_that_does_not_know_this_says_so(pair: PairFactory) -> None
     home, _backup = await pair()
     with pytest.raises(StreamReset):
         await measure(home.links["backup"], 0.5)
+
+
+async def test_a_peer_of_an_older_version_tells_the_sum_alone(pair: PairFactory) -> None:
+    home, backup = await pair()
+
+    async def older(stream: Stream) -> None:
+        taken = 0
+        while (message := await stream.receive()) is not None:
+            taken += len(message)
+        await stream.send(str(taken).encode())
+        await stream.close()
+
+    backup.handle_stream(STREAM_KIND, older)
+    home.links["backup"].set_rate(2_000_000)
+    told = await measure(home.links["backup"], 1.0)
+    assert told["bytes_per_second"] == pytest.approx(2_000_000, rel=0.5)
+
+
+def test_the_ramp_does_not_count() -> None:
+    # One second of slow start, then 10 MB/s.
+    notes = [(0.1 * step, int(1e6 * (0.1 * step) ** 2)) for step in range(11)]
+    notes += [(1.0 + 0.1 * step, int(1e6 + 1e6 * step)) for step in range(1, 21)]
+    assert best_rate(notes, 1.2) == pytest.approx(10e6, rel=0.02)
+    assert best_rate(notes[:2], 1.2) == pytest.approx(1e5, rel=0.1), "too short to choose: the mean"
+
+
+def test_notes_of_several_streams_are_added_up() -> None:
+    assert together([[(1.0, 10), (2.0, 30)], [(1.5, 5), (2.5, 6)]]) == [
+        (1.0, 10),
+        (1.5, 15),
+        (2.0, 35),
+        (2.5, 36),
+    ]

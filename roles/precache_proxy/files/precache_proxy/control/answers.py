@@ -14,6 +14,7 @@ from typing import Any
 
 from precache_proxy import __version__
 from precache_proxy.control.certificate import expires_at
+from precache_proxy.control.outlook import outlook
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import LifeboatError, NotFound
 from precache_proxy.evacuation.job import Job
@@ -133,8 +134,10 @@ def find_job(parts: Parts, identifier: str) -> Answer:
 
 
 def jobs_answer(parts: Parts) -> list[Answer]:
-    """Every evacuation job that is remembered here, oldest first."""
-    return [job_answer(job) for job in parts.evacuation.jobs()]
+    """Every evacuation job that is remembered here, oldest first, with what is ahead of those under way."""
+    known = {str(vm.get("uuid")): vm for vm in vms_answer(parts)}
+    told = [job_answer(job) for job in parts.evacuation.jobs()]
+    return [{**job, "outlook": outlook(job, known.get(str(job["vm"])))} for job in told]
 
 
 def arrivals_answer(parts: Parts) -> list[Answer]:

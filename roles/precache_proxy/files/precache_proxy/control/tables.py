@@ -163,7 +163,27 @@ def jobs(told: Sequence[Answer], width: int) -> list[str]:
         )
         for job in told
     ]
-    return table(head, rows, width) + _reasons(told, "name", set(), width)
+    return table(head, rows, width) + _outlooks(told, width) + _reasons(told, "name", set(), width)
+
+
+def _outlooks(told: Sequence[Answer], width: int) -> list[str]:
+    """One line below the table for each VM under way: how far, how fast, until when, and its lag."""
+    lines = []
+    for job in told:
+        ahead = job.get("outlook")
+        if not ahead:
+            continue
+        text = ""
+        if ahead["share"] is not None:
+            left = ahead["seconds_left"]
+            text = (
+                f"{_share(ahead['share'])}, {_amount(ahead['remaining_bytes'])} left at "
+                f"{ahead['bytes_per_second'] * 8 / 1e6:.1f} Mbit/s, "
+                + ("no end in sight; " if left is None else f"{_time(left)} to go; ")
+            )
+        text += f"lag {_amount(ahead['lag_bytes'])}, {_time(ahead['lag_seconds'])}"
+        lines.append(fit(f"  {job.get('name')}: {text}", max(width, 80)).rstrip())
+    return lines
 
 
 def _reasons(told: Sequence[Answer], name: str, good: set[str], width: int) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -82,6 +82,25 @@ class EvacuationPair(ProxyPair):
         job_id = str(self.begin(HOME, guest)["id"])
         self.wait_stopped(host)
         return job_id
+
+    def begin_until_killed(self, guest: Guest, host: str, point: str, **options: Any) -> str:
+        """The same with a proxy that is killed at the point; the job's number, once it is dead ("" where it
+        did not live to tell it)."""
+        self.restart(host, crash_at=point)
+        self.wait_links()
+        job_id = ""
+        with suppress(OSError):
+            job_id = str(self.begin(HOME, guest, **options)["id"])
+        wait_for(lambda: not self.alive(host), timeout_seconds=120)
+        return job_id
+
+    def crash(self, guest: Guest, host: str, point: str, **options: Any) -> str:
+        """The same, and the proxy started again. The job's number."""
+        job_id = self.begin_until_killed(guest, host, point, **options)
+        assert job_id or point == "departure-admitted"
+        time.sleep(0.5)
+        self.start(host)
+        return job_id or str(self.ask(HOME, "GET", "/v1/evacuations")["evacuations"][-1]["id"])
 
     def job(self, host: str, job_id: str) -> Answer:
         """What the source says of a job."""

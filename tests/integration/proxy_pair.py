@@ -6,12 +6,10 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from integration.source_pair import PACKAGE, make_certificates
+from integration.source_pair import PACKAGE, make_certificates, wait_for
 from lifeboat_lab.lab import Lab
 
 HOME, BACKUP = "home1", "backup1"
@@ -53,19 +51,6 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(300)
         self.sock.connect(str(self._path))
-
-
-def wait_for(
-    ask: Callable[[], Any], wanted: Callable[[Any], bool] = bool, *, timeout_seconds: float = 90
-) -> Any:
-    """Ask until the answer is the wanted one."""
-    end = time.monotonic() + timeout_seconds
-    while True:
-        answer = ask()
-        if wanted(answer):
-            return answer
-        assert time.monotonic() < end, f"not within {timeout_seconds} s; last: {answer}"
-        time.sleep(0.3)
 
 
 class ProxyPair:

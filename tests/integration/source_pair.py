@@ -45,6 +45,19 @@ class CallFailed(Exception):
         self.findings = error.get("findings", [])
 
 
+def wait_for(
+    ask: Callable[[], Any], wanted: Callable[[Any], bool] = bool, *, timeout_seconds: float = 90
+) -> Any:
+    """Ask until the answer is the wanted one."""
+    end = time.monotonic() + timeout_seconds
+    while True:
+        answer = ask()
+        if wanted(answer):
+            return answer
+        assert time.monotonic() < end, f"not within {timeout_seconds} s; last: {answer}"
+        time.sleep(0.2)
+
+
 def make_certificates(names: list[str]) -> dict[str, dict[str, bytes]]:
     """A private authority and one certificate a name, as files by host."""
     now = datetime.datetime.now(datetime.UTC)
@@ -266,16 +279,7 @@ class SourcePair:
             raise CallFailed(answer["error"])
         return answer["result"]
 
-    @staticmethod
-    def wait(ask: Callable[[], Any], wanted: Callable[[Any], bool], *, timeout_seconds: float) -> Any:
-        """Ask until the answer is the wanted one."""
-        end = time.monotonic() + timeout_seconds
-        while True:
-            answer = ask()
-            if wanted(answer):
-                return answer
-            assert time.monotonic() < end, f"not within {timeout_seconds} s; last: {answer}"
-            time.sleep(0.2)
+    wait = staticmethod(wait_for)
 
     # -- guests
 

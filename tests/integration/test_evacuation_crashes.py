@@ -51,28 +51,12 @@ def test_every_point_of_an_evacuation_is_in_a_table_here() -> None:
     assert named == {point for point in CRASH_POINTS if point.startswith(prefixes)}
 
 
-def crash(pair: EvacuationPair, guest: Guest, host: str, point: str) -> str:
-    """Begin with a proxy that will be killed at the point; wait for that and start it again. The job's
-    number."""
-    pair.restart(host, crash_at=point)
-    pair.wait_links()
-    job_id = ""
-    try:
-        job_id = str(pair.begin(HOME, guest)["id"])
-    except OSError:
-        assert point == "departure-admitted"
-    wait_for(lambda: not pair.alive(host), timeout_seconds=120)
-    time.sleep(0.5)
-    pair.start(host)
-    return job_id or str(pair.ask(HOME, "GET", "/v1/evacuations")["evacuations"][-1]["id"])
-
-
 def check_killed(pair: EvacuationPair, host: str, point: str, where: str) -> None:
     """A guest whose evacuation meets a proxy that is killed at the point is in the end where it is to be."""
     guest = pair.make_guest("victim")
     canary, images = guest.canary(HOME), guest.images(HOME)
     with pair.never_twice(guest):
-        job_id = crash(pair, guest, host, point)
+        job_id = pair.crash(guest, host, point)
         check_settled(pair, guest, job_id, canary, where)
     if where == HOME:
         assert guest.images(HOME) == images, "its overlays are merged back"
@@ -128,10 +112,7 @@ def test_home_loses_power_in_confirm_and_starts_nothing_when_it_is_back(
     guest = pair.make_guest("survivor")
     pair.virsh(HOME, "autostart", guest.plan.uuid)
     with pair.never_twice(guest):
-        pair.restart(HOME, crash_at=point)
-        pair.wait_links()
-        job_id = str(pair.begin(HOME, guest)["id"])
-        wait_for(lambda: not pair.alive(HOME), timeout_seconds=120)
+        job_id = pair.begin_until_killed(guest, HOME, point)
         pair.lab.kill_host(HOME)
         pair.lab.start_host(HOME)
         # libvirt is up, our proxy is not: the hook alone holds the line
@@ -153,10 +134,7 @@ def test_home_loses_power_in_confirm_and_starts_nothing_when_it_is_back(
 def test_a_destination_that_loses_power_before_the_release_gives_the_guest_back(pair: EvacuationPair) -> None:
     guest = pair.make_guest("returned")
     with pair.never_twice(guest):
-        pair.restart(HOME, crash_at="departure-tombstoned")
-        pair.wait_links()
-        job_id = str(pair.begin(HOME, guest)["id"])
-        wait_for(lambda: not pair.alive(HOME), timeout_seconds=120)
+        job_id = pair.begin_until_killed(guest, HOME, "departure-tombstoned")
         pair.lab.kill_host(BACKUP)
         pair.lab.start_host(BACKUP)
         # defined there, its memory gone, and not released: it must not start
@@ -174,10 +152,7 @@ def test_a_destination_that_loses_power_before_the_release_gives_the_guest_back(
 def test_without_contact_it_stays_undecided_until_the_operator_settles_it(pair: EvacuationPair) -> None:
     guest = pair.make_guest("in doubt")
     with pair.never_twice(guest):
-        pair.restart(HOME, crash_at="departure-tombstoned")
-        pair.wait_links()
-        job_id = str(pair.begin(HOME, guest)["id"])
-        wait_for(lambda: not pair.alive(HOME), timeout_seconds=120)
+        job_id = pair.begin_until_killed(guest, HOME, "departure-tombstoned")
         pair.lab.kill_host(HOME)
         told = wait_for(
             lambda: pair.arrival(BACKUP, guest),

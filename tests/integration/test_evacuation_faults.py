@@ -54,10 +54,7 @@ def test_libvirtd_restarted_while_migrating(pair: EvacuationPair, host: str) -> 
 def test_a_released_vm_whose_host_lost_power_is_started_anew_there(pair: EvacuationPair) -> None:
     guest = pair.make_guest("anew")
     with pair.never_twice(guest):
-        pair.restart(BACKUP, crash_at="arrival-released")
-        pair.wait_links()
-        job_id = str(pair.begin(HOME, guest)["id"])
-        wait_for(lambda: not pair.alive(BACKUP), timeout_seconds=120)
+        job_id = pair.begin_until_killed(guest, BACKUP, "arrival-released")
         pair.lab.kill_host(BACKUP)
         pair.lab.start_host(BACKUP)
         assert "not released" in pair.start_is_refused(BACKUP, guest), "the source is asked first"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -153,7 +152,8 @@ def test_a_guest_shut_off_moves_without_being_booted(pair: EvacuationPair) -> No
     guest.wait_ready(host=HOME)
     pair.wait_landed(HOME, guest)
     assert guest.verify(HOME).intact
-    assert pair.leftovers(HOME) == pair.leftovers(BACKUP) == []
+    # What it never landed on is the chain of the replica that stayed there.
+    assert pair.leftovers(HOME) == []
 
 
 def test_cancelled_while_it_shuts_down_it_runs_on_here(pair: EvacuationPair) -> None:
@@ -201,27 +201,12 @@ def test_every_point_of_a_restart_is_in_a_table_here() -> None:
     }
 
 
-def crash(pair: EvacuationPair, guest: Guest, host: str, point: str) -> str:
-    """Begin with a proxy that will be killed at the point; wait for that and start it again. The job."""
-    pair.restart(host, crash_at=point)
-    pair.wait_links()
-    job_id = ""
-    try:
-        job_id = str(pair.begin(HOME, guest, **RESTART)["id"])
-    except OSError:
-        assert point == "departure-admitted"
-    wait_for(lambda: not pair.alive(host), timeout_seconds=120)
-    time.sleep(0.5)
-    pair.start(host)
-    return job_id or str(pair.ask(HOME, "GET", "/v1/evacuations")["evacuations"][-1]["id"])
-
-
 @pytest.mark.parametrize("point", sampled(SAMPLE, *GOES_BACK, *GOES_ON))
 def test_source_proxy_killed(pair: EvacuationPair, point: str) -> None:
     guest = pair.make_guest("victim")
     images = guest.images(HOME)
     with pair.never_twice(guest):
-        job_id = crash(pair, guest, HOME, point)
+        job_id = pair.crash(guest, HOME, point, **RESTART)
         check_settled(pair, guest, job_id, BACKUP if point in GOES_ON else HOME)
     if point in GOES_BACK:
         assert guest.images(HOME) == images
@@ -231,7 +216,7 @@ def test_source_proxy_killed(pair: EvacuationPair, point: str) -> None:
 def test_destination_proxy_killed(pair: EvacuationPair, point: str) -> None:
     guest = pair.make_guest("victim")
     with pair.never_twice(guest):
-        job_id = crash(pair, guest, BACKUP, point)
+        job_id = pair.crash(guest, BACKUP, point, **RESTART)
         check_settled(pair, guest, job_id, BACKUP if point in ARRIVAL_GOES_ON else HOME)
 
 

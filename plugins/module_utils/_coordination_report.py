@@ -28,6 +28,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 __all__ = ["Recorder", "forecast_lines", "forecast_of", "mark_preflights", "progress_line", "verdict_line"]
 
 _SHOWN_MOVES = 6
+# What becomes of the guest, by the rung that its move has come to.
+_HOW = {Rung.PAUSED: " (stopped)", Rung.RESTART: " (restarts)"}
 
 
 def _rate(bytes_per_second: float) -> str:
@@ -50,7 +52,7 @@ def progress_line(
     for uuid, move in sorted(seen.moves.items(), key=lambda item: -item[1].bytes_per_second):
         left = remaining_seconds(move, trips.get(uuid, 0.0))
         end = "" if left is None else f", {left:.0f} s left"
-        how = "" if move.rung is Rung.LIVE else " (stopped)"
+        how = _HOW.get(move.rung, "")
         megabytes = f" {move.remaining_bytes / 1e6:.0f} MB" if move.phase is Phase.BULK else ""
         moves.append(
             f"{names.get(uuid, uuid)}{how} {move.phase.value}{megabytes} {_rate(move.bytes_per_second)}{end}"
@@ -125,7 +127,7 @@ def forecast_lines(forecast: t.Mapping[str, t.Any]) -> list[str]:
     for vm in forecast["vms"]:
         if vm["end_seconds"] is None:
             lines.append(f"{vm['name']} would stay: {_why(vm)}")
-        elif vm["rung"] != Rung.LIVE.value:
+        elif vm["rung"] != Rung.LIVE.value and vm["stop_seconds"]:
             lines.append(f"{vm['name']} would stop for {vm['stop_seconds']:.0f} s: {_why(vm)}")
     return lines + [str(finding) for finding in forecast["placement"]]
 
@@ -288,7 +290,8 @@ class Recorder:
                 outcome |= {"verdict": "stayed", "cause": reason, "sentence": _stays(vm.name, reason)}
             if host is not None and outcome["verdict"] not in OUT:
                 outcome |= _lag(host, vm.uuid)
-            outcome["rung"] = self._rungs.get(vm.uuid)
+            # Of one that was found under way its proxy knows.
+            outcome["rung"] = self._rungs.get(vm.uuid) or (job or {}).get("rung")
             outcome["started_seconds"] = _rounded(self._started_at.get(vm.uuid))
             outcome["out_seconds"] = _rounded(self._out_at.get(vm.uuid))
             outcome["forecast_end_seconds"] = planned.get(vm.uuid, {}).get("end_seconds")
@@ -346,7 +349,7 @@ _SENTENCES = {
     "does-not-fit-before-deadline": "there was no time for it before the deadline",
     "no-memory-at-destination": "its destination has no memory for it",
     "does-not-converge": "it dirties memory faster than it is sent, and may not be paused",
-    "no-rung-allowed": "nothing is allowed for it that can be done (restart cannot yet)",
+    "no-rung-allowed": "nothing that leads out is allowed for it",
     "not-reached-its-turn": "its turn did not come",
     "too-late": "it would not have arrived in time, and gave way to others",
     "unreachable": "its host could not be reached",

@@ -42,9 +42,15 @@ def _span(seconds: float) -> str:
 
 
 def progress_line(
-    site: SiteSummary, seen: Observation, controller: Controller, now: float, trouble: str = ""
+    site: SiteSummary,
+    seen: Observation,
+    controller: Controller,
+    now: float,
+    hosts: t.Mapping[str, HostState],
+    trouble: str = "",
 ) -> str:
-    """One line on everything: who moves, how far, how fast, until when."""
+    """One line on everything: who moves, how far, how fast, until when, with what lag."""
+    ahead = {str(job["vm"]): job.get("outlook") or {} for host in hosts.values() for job in host.jobs}
     names = {vm.uuid: vm.name for vm in site.vms}
     goodput = sum(view.goodput_bytes_per_second for view in seen.pairs.values())
     trips = {vm.uuid: site.pair(vm).round_trip_seconds for vm in site.vms if vm.uuid in seen.moves}
@@ -53,9 +59,13 @@ def progress_line(
         left = remaining_seconds(move, trips.get(uuid, 0.0))
         end = "" if left is None else f", {left:.0f} s left"
         how = _HOW.get(move.rung, "")
-        megabytes = f" {move.remaining_bytes / 1e6:.0f} MB" if move.phase is Phase.BULK else ""
+        megabytes = f", {move.remaining_bytes / 1e6:.0f} MB" if move.phase is Phase.BULK else ""
+        share, lag = ahead.get(uuid, {}).get("share"), ahead.get(uuid, {}).get("lag_bytes")
         moves.append(
-            f"{names.get(uuid, uuid)}{how} {move.phase.value}{megabytes} {_rate(move.bytes_per_second)}{end}"
+            f"{names.get(uuid, uuid)}{how} {move.phase.value}"
+            + ("" if share is None else f" {share * 100:.0f} %")
+            + f"{megabytes} at {_rate(move.bytes_per_second)}{end}"
+            + (f", lag {lag / 1e6:.1f} MB" if lag and move.phase is Phase.LEAD_IN else "")
         )
     more = f" and {len(moves) - _SHOWN_MOVES} more" if len(moves) > _SHOWN_MOVES else ""
     deadline = "" if seen.deadline_at is None else f"; deadline in {_span(seen.deadline_at - now)}"
@@ -64,7 +74,7 @@ def progress_line(
         f"{len(seen.out)} of {len(site.vms)} out, {len(seen.moves)} under way, {waiting} waiting; "
         f"{_rate(goodput)}{deadline}"
         + (f" ({trouble})" if trouble else "")
-        + ("; " + ", ".join(moves[:_SHOWN_MOVES]) + more if moves else "")
+        + ("; " + "; ".join(moves[:_SHOWN_MOVES]) + more if moves else "")
         + "; if this ends, jobs go on: run the same command again"
     )
 

@@ -124,7 +124,8 @@ class Coordinator(Surveyor):
                     self._say(f"{recorder.name(decision.vm)}: {decision.what} ({decision.reason})"
                               + (f": {decision.sentence}" if decision.sentence else ""))  # fmt: skip
             if self._clock() - said_at >= self.wanted.progress_seconds:
-                self._say(progress_line(site, seen, controller, self._clock(), self._deadline.trouble))
+                trouble = self._deadline.trouble
+                self._say(progress_line(site, seen, controller, self._clock(), self.hosts, trouble))
                 said_at = self._clock()
             # Those that start now are seen at the next look.
             idle = 0 if seen.moves or orders.starts else idle + 1

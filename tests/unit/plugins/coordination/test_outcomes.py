@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What is told of VMs while an evacuation goes on, and of those that it does not move itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
+    Controller,
+    Observation,
+    PairView,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import progress_line
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes, HostState
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import missing, others, silent
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import read_rate
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    PairSummary,
+    SiteSummary,
+    VmSummary,
+)
+
+
+def job(name: str, verdict: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"id": f"j-{name}", "vm": f"u-{name}", "name": name, "peer": "backup1", "step": "migrate",
+            "verdict": verdict, "ended": verdict is not None, "epoch": 1, **more}  # fmt: skip
+
+
+def host(name: str, *jobs: dict[str, Any], error: str = "", vms: tuple[str, ...] = ()) -> HostState:
+    told = {"evacuations": list(jobs), "vms": [{"uuid": f"u-{vm}", "name": vm} for vm in vms]}
+    return HostState(name, {} if error else told, error=error)
+
+
+def arrived(state: str, epoch: int = 2) -> dict[str, Any]:
+    return {"vm": "u-web1", "name": "web1", "state": state, "epoch": epoch}
+
+
+def test_a_line_tells_who_moves_how_far_how_fast_and_until_when() -> None:
+    vm = VmSummary("u-web1", "web1", "home1", "backup1")
+    site = SiteSummary("home", (vm,), (PairSummary("home1", "backup1", "home"),))
+    seen = Observation(
+        100.0,
+        {"u-web1": Move("u-web1", Phase.BULK, remaining_bytes=12e6, bytes_per_second=4e6)},
+        {("home1", "backup1"): PairView(goodput_bytes_per_second=5e6)},
+        deadline_at=160.0,
+    )
+    controller = Controller(site)
+    controller.step(seen)
+    hosts = {"home1": host("home1", job("web1", outlook={"share": 0.43, "lag_bytes": 2e6}))}
+    line = progress_line(site, seen, controller, 100.0, hosts)
+    assert "0 of 1 out, 1 under way, 0 waiting; 40.0 Mbit/s; deadline in 1:00" in line
+    assert "web1 bulk 43 %, 12 MB at 32.0 Mbit/s, 3 s left" in line
+    assert line.endswith("run the same command again")
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "left", "verdict"),
+    [
+        ([arrived("landed")], [], "already-there"),
+        ([arrived("prepared")], [], "failed"),
+        ([arrived("landed")], [job("web1", "evacuated", epoch=3)], "failed"),
+        ([], [], "failed"),
+    ],
+    ids=["runs-there", "half-there", "gone-on", "unknown"],
+)
+def test_a_silent_hosts_vm_is_out_only_where_its_peer_says_so(
+    arrivals: list[dict[str, Any]], left: list[dict[str, Any]], verdict: str
+) -> None:
+    hosts = {"home1": host("home1", error="not reached")}
+    there = HostState("backup1", {"arrivals": arrivals, "evacuations": left})
+    (told,) = others(hosts, {"backup1": there}, [], None, {"home1": ["web1"]}, [])
+    assert (told["verdict"], told["host"], silent(hosts)) == (verdict, "home1", ["home1"])
+
+
+def test_everybody_who_was_asked_for_has_an_outcome() -> None:
+    hosts = {
+        "home1": host("home1", job("out", "evacuated"), job("stayed", "stayed")),
+        "home2": host("home2", vms=("here",)),
+    }
+    hosts["home2"].unprotected = [{"name": "stray", "uuid": "u-stray"}]
+    told = others(hosts, {}, [{"name": "here", "vm": "u-here"}], ("out", "here", "nosuch"), {}, [])
+    assert {outcome["name"]: outcome["verdict"] for outcome in told} == {
+        "out": "already-there",
+        "nosuch": "failed",
+    }
+    assert missing(told) == ["nosuch"]
+    everything = others(hosts, {}, [{"name": "here", "vm": "u-here"}], None, {}, [])
+    assert {outcome["name"]: outcome["verdict"] for outcome in everything} == {
+        "out": "already-there",
+        "stray": "stayed",
+    }
+    assert [one["name"] for one in others(hosts, {}, everything, None, {}, ["stray"])] == []
+
+
+def test_one_that_came_home_to_another_host_is_not_out() -> None:
+    hosts = {"home1": host("home1", job("web1", "evacuated")), "home2": host("home2", vms=("web1",))}
+    assert Eyes().look(hosts, 0.0, (), None).out == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("400Mbit/s", 50e6),
+        ("50MB/s", 50e6),
+        ("1MiB", 2.0**20),
+        ("1000", 1000.0),
+        ("8 kbit/s", 1e3),
+        ("", None),
+    ],
+)
+def test_rates_are_what_proxies_understand(text: str, rate: float | None) -> None:
+    assert read_rate("uplink", text) == (rate, [])
+
+
+@pytest.mark.parametrize("text", ["fast", "-1", "0", "5 furlongs", "Mbit/s"])
+def test_what_is_no_rate_is_told(text: str) -> None:
+    rate, (finding,) = read_rate("uplink", text)
+    assert rate is None
+    assert finding.subject == f"uplink {text!r}"

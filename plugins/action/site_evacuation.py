@@ -81,7 +81,7 @@ class ActionModule(ActionBase):
                 "deadline_reserve": {"type": "str", "default": "0"},
                 "uplink": {"type": "str"},
                 "progress": {"type": "float", "default": 5.0},
-                "forecast": {"type": "dict"},
+                "forecast": {"type": "path"},
                 "report": {"type": "path"},
                 "page": {"type": "path"},
                 "socket": {"type": "path"},
@@ -183,6 +183,8 @@ class ActionModule(ActionBase):
             # Somebody's computed list that came out empty does not mean everything.
             way_out = f"name VMs, or leave it out to evacuate all of {arguments['site']}"
             findings.append(Finding("vms", "is an empty list", way_out))
+        forecast, wrong = _kept_forecast(arguments["forecast"])
+        findings += wrong
         for what in ("report", "page"):
             findings += _unwritable(what, arguments[what])
         if arguments["progress"] < 1:
@@ -222,7 +224,7 @@ class ActionModule(ActionBase):
             arguments["progress"],
             wishes,
             uplink,
-            arguments["forecast"],
+            forecast,
             expected,
             tuple(arguments["leave_behind"]),
             bandwidth,
@@ -271,6 +273,19 @@ class ActionModule(ActionBase):
     @staticmethod
     def _say(text: str) -> None:
         display.display("{} {}".format(time.strftime("%H:%M:%S"), text))
+
+
+def _kept_forecast(path: str | None) -> tuple[dict[str, t.Any] | None, list[Finding]]:
+    if not path:
+        return None, []
+    way_out = "name the file that rehearse.yml wrote, or leave it out"
+    try:
+        told = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, [Finding(f"forecast {path}", f"cannot be read ({error})", way_out)]
+    if not isinstance(told, dict) or not {"at", "site", "makespan_seconds", "leaving", "vms"} <= set(told):
+        return None, [Finding(f"forecast {path}", "is no forecast", way_out)]
+    return told, []
 
 
 def _unwritable(what: str, path: str | None) -> list[Finding]:

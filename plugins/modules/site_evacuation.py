@@ -97,8 +97,9 @@ options:
     default: 5.0
   forecast:
     description:
-      - A forecast made before, to be set beside the result in the report.
-    type: dict
+      - File on the controller with the forecast that a rehearsal kept, to be set beside the result in the
+        report. That made at the start is, if left out.
+    type: path
   report:
     description:
       - File on the controller for the report as JSON. In check mode it is written, too.

@@ -248,10 +248,21 @@ def test_evacuate_named_vms_only(site: Site) -> None:
         ({"evacuate_parallel": 0}, "parallel 0: is below 1; give 1 or more"),
         ({"evacuate_parallel": 2, "evacuate_strategy": "sequential"}, "and strategy 'sequential' are given"),
         ({"evacuate_bandwidth": "0"}, "bandwidth '0': nothing could be sent; give one above 0"),
+        ({"evacuate_forecast": "none.json"}, "forecast none.json: cannot be read"),
         ({"evacuate_deadline": "00:00:00"}, "deadline '00:00:00': passed"),
         ({"evacuate_strategy": "luck", "evacuate_uplink": "fast"}, "'luck': is not known"),
     ],
-    ids=["no-vms", "unknown-vm", "report", "parallel", "parallel-and", "bandwidth", "deadline", "strategy"],
+    ids=[
+        "no-vms",
+        "unknown-vm",
+        "report",
+        "parallel",
+        "parallel-and",
+        "bandwidth",
+        "forecast",
+        "deadline",
+        "strategy",
+    ],
 )
 def test_evacuate_refuses_bad_input_before_anything_is_started(
     site: Site, variables: dict[str, Any], told: str
@@ -332,3 +343,30 @@ def test_check_mode_says_what_stands_in_the_way(site: Site) -> None:
         KNOWN[DATABASE]: "would-fail",
     }
     assert site.first.evacuation.begun == []
+
+
+def test_a_rehearsal_counts_who_would_make_it_and_changes_nothing(site: Site) -> None:
+    protect(site)
+    asked = {"evacuate_site": "home", "rehearse_forecast": "f.json", "evacuate_uplink": "50Mbit/s"}
+    told = good(site.play("rehearse", evacuate_deadline="20m", **asked))
+    assert "2 of 2 VMs would make it" in told.stdout
+    assert recap(told)["home1"]["changed"] == 0
+    forecast = json.loads((site.directory / "f.json").read_text())
+    assert (forecast["leaving"], forecast["uplinks"]) == (2, {"home": 6.25e6})
+    site.second.evacuation.findings = [Finding("peer backup2", "no room", "free some", "no-space")]
+    short = site.play("rehearse", evacuate_deadline="20m", **asked)
+    assert short.returncode != 0
+    assert f"1 of 2 VMs would make it, 2 are demanded; would stay: {KNOWN[DATABASE]}" in short.stdout
+    good(site.play("rehearse", rehearse_demand="50%", **asked))
+    forecast = json.loads((site.directory / "f.json").read_text())
+    good(
+        site.play(
+            "evacuate",
+            evacuate_site="home",
+            evacuate_vms="web1",
+            evacuate_forecast="f.json",
+            evacuate_report="r.json",
+        )
+    )
+    assert json.loads((site.directory / "r.json").read_text())["coordination"]["forecast"] == forecast
+    assert (site.first.evacuation.begun, site.second.evacuation.begun) == (["web1"], [])

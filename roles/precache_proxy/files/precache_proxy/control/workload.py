@@ -2,7 +2,8 @@
 """What the VMs of this host are doing: memory in use, memory dirtied a second, and what the host has free.
 
 libvirt's dirty-rate calculation samples pages while the guest runs; it costs the guest next to nothing and
-takes as long as it is told to look.
+takes as long as it is told to look. Meanwhile a sample of its memory is packed, for what that will be on the
+wire.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 
 import libvirt
 
+from precache_proxy.control.memory_sample import sample_memories
 from precache_proxy.units import KIB, MIB
 
 _MEASURED = 2
+_SAMPLED_SHARE = 0.8
 _PATIENCE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 
@@ -26,19 +29,25 @@ async def measure_workload(hypervisor: Any, vms: Mapping[str, str], seconds: int
     """Of each VM (UUID to name) that is known here; figures that libvirt does not give are None."""
     connection = hypervisor.connection
 
-    def begin() -> list[str]:
-        started = []
+    def begin() -> dict[str, int]:
+        started = {}
         for uuid in vms:
             with contextlib.suppress(libvirt.libvirtError):
                 domain = connection.lookupByUUIDString(uuid)
                 if domain.isActive():
                     domain.startDirtyRateCalc(seconds, 0)
-                    started.append(uuid)
+                    started[uuid] = int(domain.info()[1]) * KIB
         return started
 
     started = await hypervisor.call(begin, subject="dirty rates", timeout_seconds=30)
+    began, packed = asyncio.get_running_loop().time(), {}
     if started:
-        await asyncio.sleep(seconds)
+        packed = await hypervisor.call(
+            lambda: sample_memories(connection, started, seconds * _SAMPLED_SHARE),
+            subject="memory samples",
+            timeout_seconds=30,
+        )
+        await asyncio.sleep(max(0.0, began + seconds - asyncio.get_running_loop().time()))
     until = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
     while True:
         told = await hypervisor.call(
@@ -50,6 +59,9 @@ async def measure_workload(hypervisor: Any, vms: Mapping[str, str], seconds: int
         if not late or asyncio.get_running_loop().time() > until:
             break
         await asyncio.sleep(_POLL_SECONDS)
+    for vm in told:
+        used, wire = vm["memory_used_bytes"], packed.get(vm["uuid"])
+        vm["packed_ratio"] = wire / used if used and wire is not None else None
     memory = await hypervisor.call(lambda: _host_memory(connection), subject="host", timeout_seconds=30)
     return {"vms": told, "processors": os.cpu_count(), **memory}
 

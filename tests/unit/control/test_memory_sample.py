@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a guest's memory will be on the wire, from a sample."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precache_proxy.control.memory_sample import PIECE_BYTES, Sample, offsets, without_nothing
+from precache_proxy.units import GIB, MIB
+
+
+def test_half_nothing_half_noise_is_half_on_the_wire() -> None:
+    memory = bytes(32 * MIB) + random.Random(1).randbytes(32 * MIB)
+    sample = Sample(len(memory), random.Random(2))
+    while sample.take(lambda at, count: memory[at : at + count]):
+        pass
+    assert sample.wire_bytes == pytest.approx(32 * MIB, rel=0.1)
+
+
+def test_pages_of_nothing_are_left_out() -> None:
+    assert without_nothing(bytes(PIECE_BYTES)) == b""
+    page = b"x" * 4096
+    assert without_nothing(bytes(4096) + page + bytes(8192)) == page
+
+
+def test_too_little_seen_is_not_known() -> None:
+    sample = Sample(64 * MIB, random.Random(3))
+    sample.take(lambda _at, count: bytes(count))
+    assert sample.wire_bytes is None
+
+
+@given(st.integers(16 * PIECE_BYTES, 512 * GIB), st.integers())
+def test_only_memory_is_looked_at_on_any_machine_type(memory_bytes: int, seed: int) -> None:
+    """pc: memory up to 3 or 3.5 GiB, q35: up to 2 or 2.75 GiB, the rest from 4 GiB on."""
+    for at in offsets(memory_bytes, 32, random.Random(seed)):
+        end = at + PIECE_BYTES
+        assert at >= 0
+        assert end <= min(memory_bytes, 2 * GIB) or 4 * GIB <= at < end <= 4 * GIB + memory_bytes - 2 * GIB

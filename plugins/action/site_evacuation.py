@@ -45,6 +45,7 @@ else:
         Refused,
         Wanted,
     )
+    from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._given import completed, given
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import read as read_reach
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._report_page import write_page
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._ups import read_runtime
@@ -192,10 +193,11 @@ class ActionModule(ActionBase):
         sources = self._source_hosts(findings)
         hostvars = self._variables.get("hostvars", {})
         bridges: dict[str, Bridge] = {}
+        told_once = given(self._play_context, self._task.remote_user)
 
         def bridge(name: str) -> Bridge:
             if name not in bridges:
-                reach, refused = read_reach(name, hostvars[name])
+                reach, refused = read_reach(name, completed(hostvars[name], told_once))
                 findings.extend(refused)
                 told = arguments["socket"] or hostvars[name].get("evacuation_socket") or DEFAULT_SOCKET
                 bridges[name] = Bridge(reach, str(told))

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ class Site:
     first: Parts
     second: Parts
 
-    def play(self, name: str, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+    def begin(self, name: str, *arguments: str, **variables: Any) -> subprocess.Popen[str]:
+        """A playbook that runs on."""
         collections = self.directory / "collections"
         environment = {
             **os.environ,
@@ -43,7 +45,7 @@ class Site:
             "ANSIBLE_LOCALHOST_WARNING": "0",
             "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
         }
-        return subprocess.run(
+        return subprocess.Popen(
             [
                 str(Path(sys.executable).with_name("ansible-playbook")),
                 "-i",
@@ -55,11 +57,19 @@ class Site:
             ],
             env=environment,
             cwd=self.directory,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
-            check=False,
         )
+
+    def play(self, name: str, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+        """A playbook that has ended."""
+        process = self.begin(name, *arguments, **variables)
+        try:
+            out, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 @pytest.fixture
@@ -370,3 +380,25 @@ def test_a_rehearsal_counts_who_would_make_it_and_changes_nothing(site: Site) ->
     )
     assert json.loads((site.directory / "r.json").read_text())["coordination"]["forecast"] == forecast
     assert (site.first.evacuation.begun, site.second.evacuation.begun) == (["web1"], [])
+
+
+def test_a_controller_that_is_killed_leaves_nobody_behind_who_starts_more(site: Site) -> None:
+    Client(site.first.config.paths.control_socket).request("PUT", f"/v1/vms/{DATABASE}", {"peer": "backup1"})
+    Client(site.first.config.paths.control_socket).request("PUT", "/v1/vms/web1", {"peer": "backup1"})
+    evacuation = site.first.evacuation
+    evacuation.step_seconds = 0.3
+    asked = {"evacuate_site": "home", "evacuate_parallel": 1}
+    process = site.begin("evacuate", "--limit", "home1", **asked)
+    until = time.monotonic() + 60
+    while not evacuation.begun and time.monotonic() < until:
+        time.sleep(0.05)
+    # Not the group: Ansible's worker lives on, without a parent.
+    process.kill()
+    process.wait()
+    (first,) = evacuation.begun
+    time.sleep(6)
+    assert evacuation.begun == [first], "the second would have had its turn by now"
+    assert [job.verdict for job in evacuation.jobs()] == ["evacuated"], "the proxy went on with the first"
+    told = good(site.play("evacuate", "--limit", "home1", **asked))
+    assert "2 of 2 VMs are out" in told.stdout
+    assert len(evacuation.begun) == 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ class Site:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def play(self, name: str, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
@@ -402,3 +404,19 @@ def test_a_controller_that_is_killed_leaves_nobody_behind_who_starts_more(site: 
     told = good(site.play("evacuate", "--limit", "home1", **asked))
     assert "2 of 2 VMs are out" in told.stdout
     assert len(evacuation.begun) == 2
+
+
+def test_ctrl_c_ends_at_once_and_the_jobs_go_on(site: Site) -> None:
+    protect(site)
+    site.first.evacuation.step_seconds = 0.5
+    process = site.begin("evacuate", evacuate_site="home")
+    until = time.monotonic() + 60
+    while not site.first.evacuation.begun and time.monotonic() < until:
+        time.sleep(0.05)
+    # As a terminal does it: to everybody in the foreground.
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert "Traceback" not in out + errors, out + errors
+    assert "2 of 2 VMs are out" in good(site.play("evacuate", evacuate_site="home")).stdout
+    assert site.first.evacuation.begun == ["web1"]

@@ -55,6 +55,29 @@ evacuations:
   returned: success
   type: list
   elements: dict
+  contains:
+    outlook:
+      description: How a job that has not ended stands; none for one that has. A figure that is not known is none.
+      type: dict
+      contains:
+        share:
+          description: Share of memory and disks that has crossed, from 0 to 1.
+          type: float
+        remaining_bytes:
+          description: What is left of them, before packing.
+          type: int
+        bytes_per_second:
+          description: How fast that becomes less, before packing.
+          type: float
+        seconds_left:
+          description: Forecast of what the rest takes; none where no end is in sight.
+          type: float
+        lag_bytes:
+          description: Changed since the last sealed generation.
+          type: int
+        lag_seconds:
+          description: Age of the oldest change that is not yet at the peer.
+          type: float
 arrivals:
   description: Arrivals whose destination is this host.
   returned: success

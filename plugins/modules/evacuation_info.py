@@ -57,7 +57,7 @@ evacuations:
   elements: dict
   contains:
     outlook:
-      description: How a job that has not ended stands; none for one that has. A figure that is not known is none.
+      description: How a job that has not ended stands; none for one that has, and for what is not known.
       type: dict
       contains:
         share:

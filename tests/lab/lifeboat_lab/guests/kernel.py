@@ -17,6 +17,8 @@ from lifeboat_lab.shell import run
 SOURCES = Path(__file__).resolve().parents[2] / "guest"
 # What may carry a disk, a CD-ROM or a network card; what these depend on is found in them.
 MODULES = ("virtio_blk", "virtio_net", "virtio_scsi", "sd_mod", "ahci", "sr_mod", "isofs", "virtio_balloon")
+# What every guest needs to find a device and to speak; Debian 13's kernel has them built in.
+BASE_MODULES = ("virtio_pci", "virtio_console")
 DIRECTORIES = ("bin", "sbin", "proc", "sys", "dev", "modules", "tmp")
 DEBIAN_PACKAGES = ("systemd", "systemd-sysv", "dbus", "udev", "procps", "python3", "iproute2")
 FLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-std=gnu11")
@@ -29,7 +31,13 @@ def build(full_image: Path) -> Path:
         for path in sorted(SOURCES.rglob("*"))
         if path.is_file()
     }
-    recipe = {"image": full_image.name, "sources": sources, "modules": MODULES, "flags": FLAGS, "steps": 2}
+    recipe = {
+        "image": full_image.name,
+        "sources": sources,
+        "modules": (*BASE_MODULES, *MODULES),
+        "flags": FLAGS,
+        "steps": 2,
+    }
     return cached("guest", recipe, NEEDED_MIB["guest"], lambda target: _build(full_image, target))
 
 
@@ -94,7 +102,7 @@ def _build(full_image: Path, target: Path) -> None:
         for applet in applets:
             if applet != "busybox":
                 archive.link(f"bin/{applet}", "busybox")
-        for module in MODULES:
+        for module in (*BASE_MODULES, *MODULES):
             archive.file(
                 f"modules/{module}.order", "".join(f"{name}\n" for name in modules.order(module)).encode()
             )

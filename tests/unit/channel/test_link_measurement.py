@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from precache_proxy.channel import Stream, StreamReset
-from precache_proxy.control.link_measurement import STREAM_KIND, best_rate, measure, register, together
+from precache_proxy.control.link_measurement import STREAM_KIND, measure, register, steady_rate, together
 
 from .conftest import PairFactory
 
@@ -46,8 +46,10 @@ def test_the_ramp_does_not_count() -> None:
     # One second of slow start, then 10 MB/s.
     notes = [(0.1 * step, int(1e6 * (0.1 * step) ** 2)) for step in range(11)]
     notes += [(1.0 + 0.1 * step, int(1e6 + 1e6 * step)) for step in range(1, 21)]
-    assert best_rate(notes, 1.2) == pytest.approx(10e6, rel=0.02)
-    assert best_rate(notes[:2], 1.2) == pytest.approx(1e5, rel=0.1), "too short to choose: the mean"
+    assert steady_rate(notes, 1.2, 3.0) == pytest.approx(10e6, rel=0.02)
+    assert steady_rate(notes[:2], 1.2, 3.0) == pytest.approx(1e5, rel=0.1), "over before: the mean"
+    drained = [*notes, (6.0, int(22e6))]
+    assert steady_rate(drained, 1.2, 3.0) == pytest.approx(10e6, rel=0.02), "what comes after does not count"
 
 
 def test_notes_of_several_streams_are_added_up() -> None:

@@ -4,8 +4,9 @@
 Precaching shares that class, and everything above it goes first: a rehearsal disturbs no evacuation.
 
 A long path needs seconds to come up to its rate (slow start, growing windows). So the peer notes when how
-much had arrived, by its own clock, and the rate is that of the best part of the time, not the mean of it all.
-Several streams share the work, as those of several VMs would.
+much had arrived, by its own clock, and the rate is that of the later part of the time, not the mean of all.
+(Not that of the best part: of two pairs that share a link each has its best when the other has not.) Several
+streams share the work, as those of several VMs would.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ LONGEST_SECONDS = 10.0
 _PIECE_BYTES = 128 * 1024
 _STREAMS = 4
 _NOTE_SECONDS = 0.1
-# The best part is looked for among those that last this share of the time.
-_PART = 0.4
+# So much of the time a path is given to come up to its rate.
+_RAMP = 0.4
 
 Note = tuple[float, int]
 
@@ -52,7 +53,7 @@ async def _swallow(stream: Stream) -> None:
 
 
 async def measure(link: Any, seconds: float) -> dict[str, Any]:
-    """Send for so long: bytes that arrived, how long the peer took them, and the rate of the best part of it.
+    """Send for so long: bytes that arrived, how long the peer took them, and the rate once it was steady.
 
     Raises PeerUnreachable, StreamReset (a peer of an older version does not know this).
     """
@@ -61,7 +62,11 @@ async def measure(link: Any, seconds: float) -> dict[str, Any]:
     told = await asyncio.gather(*(_send(link, piece, until) for _stream in range(_STREAMS)))
     notes = together(told)
     arrived, took = sum(stream[-1][1] for stream in told), notes[-1][0] - notes[0][0]
-    return {"bytes": arrived, "seconds": took, "bytes_per_second": best_rate(notes, _PART * seconds)}
+    return {
+        "bytes": arrived,
+        "seconds": took,
+        "bytes_per_second": steady_rate(notes, _RAMP * seconds, seconds),
+    }
 
 
 async def _send(link: Any, piece: bytes, until: float) -> list[Note]:
@@ -95,13 +100,10 @@ def together(streams: Sequence[Sequence[Note]]) -> list[Note]:
     return notes
 
 
-def best_rate(notes: Sequence[Note], part_seconds: float) -> float:
-    """The most bytes per second over any ``part_seconds`` between two notes; over all if it was shorter."""
-    best, first = 0.0, 0
-    for at, count in notes:
-        while first + 1 < len(notes) and at - notes[first + 1][0] >= part_seconds:
-            first += 1
-        if at - notes[first][0] >= part_seconds:
-            best = max(best, (count - notes[first][1]) / (at - notes[first][0]))
-    took = notes[-1][0] - notes[0][0]
-    return best or (notes[-1][1] - notes[0][1]) / max(took, 1e-3)
+def steady_rate(notes: Sequence[Note], ramp_seconds: float, until_seconds: float) -> float:
+    """Bytes per second between two times after the first note; over all notes where it was over before."""
+    began = notes[0][0]
+    part = [note for note in notes if ramp_seconds <= note[0] - began <= until_seconds]
+    if len(part) < 2 or part[-1][0] - part[0][0] < 0.5 * (until_seconds - ramp_seconds):
+        part = [notes[0], notes[-1]]
+    return (part[-1][1] - part[0][1]) / max(part[-1][0] - part[0][0], 1e-3)

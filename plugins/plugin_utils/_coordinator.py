@@ -97,6 +97,7 @@ class Coordinator(Surveyor):
         self._silent = frozenset(silent(self.hosts))
         self._adopt(site)
         said_at, idle = began, 0
+        wanted = {vm.uuid for vm in site.vms}
         self._say(f"{len(site.vms)} VMs to leave {self.wanted.site} by strategy {self.wanted.strategy}; "
                   f"forecast {plan.makespan_seconds:.0f} s")  # fmt: skip
         for planned in plan.vms:
@@ -113,6 +114,8 @@ class Coordinator(Surveyor):
             deadline_at = self._deadline.now(self._clock())
             seen = eyes.look(self.hosts, self._clock(), set(self._begun.values()), deadline_at)
             seen = self._with_refusals(seen)
+            # Hosts remember others, who left long ago: they are told at the end, and not counted here.
+            seen = replace(seen, out=wanted.intersection(seen.out))
             orders = controller.step(seen)
             self._obey(orders, seen, controller, eyes)
             recorder.observe(seen, orders, self.hosts, controller)

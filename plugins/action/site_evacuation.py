@@ -128,7 +128,7 @@ class ActionModule(ActionBase):
         site = coordinator.survey()
         unreached = {name: host.error for name, host in coordinator.hosts.items() if host.error}
         for name, why in unreached.items():
-            self._say(f"{name}: not reached: {why}")
+            self._say(f"{name}: not reached: {why.removeprefix(f'{name}: ')}")
         if self._arguments["state"] == "forecast":
             return self._forecast(result, coordinator, site) | {"unreached": unreached}
         if self._task.check_mode:

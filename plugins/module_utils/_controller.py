@@ -339,7 +339,13 @@ class Controller:
                 if all(count <= 0 for count in room.values()):
                     break
                 continue
-            if self._retry_at.get(uuid, 0.0) > seen.now or not self._may_start(vm, at_work, seen):
+            view = seen.pairs.get(vm.pair)
+            if view is not None and not view.up:
+                self._tell(orders, uuid, "waits", "link-down")
+                continue
+            if self._told.get(uuid) == "link-down":
+                self._told.pop(uuid)
+            if self._retry_at.get(uuid, 0.0) > seen.now or not self._may_start(vm, at_work):
                 continue
             # Not a third one on a pair while another pair of the same uplink has none.
             if self._adaptive and active.get(vm.pair, 0) > least.get(id(gate), 0):
@@ -405,10 +411,7 @@ class Controller:
         trip = self._pairs[vm.pair].round_trip_seconds
         return live_seconds(move, move.bytes_per_second) <= lead_in_seconds(trip)
 
-    def _may_start(self, vm: VmSummary, at_work: set[str], seen: Observation) -> bool:
-        view = seen.pairs.get(vm.pair)
-        if view is not None and not view.up:
-            return False
+    def _may_start(self, vm: VmSummary, at_work: set[str]) -> bool:
         for name in vm.after:
             uuid = self._uuid.get(name)
             # One that stays holds nobody: saving more is worth more than the order among the saved.

@@ -363,6 +363,7 @@ _SENTENCES = {
     "not-reached-its-turn": "its turn did not come",
     "too-late": "it would not have arrived in time, and gave way to others",
     "unreachable": "its host could not be reached",
+    "link-down": "there was no link to its destination",
 }
 
 

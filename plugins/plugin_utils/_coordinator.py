@@ -44,6 +44,8 @@ _SHARE_LEASE_SECONDS = 20.0
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
 _UNREACHED_PATIENCE_SECONDS = 300.0
+# Where all others are done, so long is waited for a link that is down.
+_LINK_PATIENCE_SECONDS = 60.0
 # What a start by a rung means for the guest, as it is said.
 _HOW = {
     Rung.LIVE: "",
@@ -80,6 +82,7 @@ class Coordinator(Surveyor):
         self._refusals: dict[str, dict[str, t.Any]] = {}
         self._lost_at: dict[str, float] = {}
         self._silent: frozenset[str] = frozenset()
+        self._down_since: dict[tuple[str, str], float] = {}
         self.changed = False
 
     # -- moving
@@ -177,7 +180,7 @@ class Coordinator(Surveyor):
             except ProxyError as error:
                 del self._pending[name]
                 if not self.hosts[name].error:
-                    self._say(f"{name}: {error.message}")
+                    self._say(f"{name}: {error.message.removeprefix(f'{name}: ')}")
                 self.hosts[name].error = error.message
                 self._lost_at.setdefault(name, self._clock())
                 continue
@@ -219,7 +222,22 @@ class Coordinator(Surveyor):
     def _may_still_start(self, controller: Controller, seen: Observation) -> bool:
         if seen.deadline_at is not None and seen.deadline_at <= seen.now:
             return False
-        return controller.has_retries(seen.now) or bool(self._lost_waiting(controller, seen))
+        for pair, view in seen.pairs.items():
+            if view.up:
+                self._down_since.pop(pair, None)
+            else:
+                self._down_since.setdefault(pair, seen.now)
+        patience = seen.now - _LINK_PATIENCE_SECONDS
+        link_may_come_back = any(
+            self._down_since.get(vm.pair, patience) > patience
+            for vm in controller.site.vms
+            if vm.uuid in controller.waiting
+        )
+        return (
+            controller.has_retries(seen.now)
+            or link_may_come_back
+            or bool(self._lost_waiting(controller, seen))
+        )
 
     def _lost_waiting(self, controller: Controller, seen: Observation) -> list[str]:
         lost = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -131,6 +132,22 @@ def test_a_host_that_is_not_reached_is_a_verdict_for_its_vms(world: World) -> No
     assert verdicts(report) == {"web1": "evacuated", "archive": "failed"}
     assert report["hosts_failed"] == ["home2"]
     assert next(vm for vm in report["vms"] if vm["name"] == "archive")["cause"] == "unreachable"
+
+
+def test_a_link_that_is_down_is_waited_for_and_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.protect("home1", "web1")
+    world.protect("home2", "22222222-2222-4222-8222-222222222222")
+    link = world.parts["home1"].channel.links["backup1"]
+    link.state = "down"
+    monkeypatch.setattr(f"{Coordinator.__module__}._LINK_PATIENCE_SECONDS", 1.0)
+    report = report_of(world)
+    assert verdicts(report) == {"web1": "stayed", "Datenbank für Köln": "evacuated"}
+    (stayed,) = [vm for vm in report["vms"] if vm["name"] == "web1"]
+    assert (stayed["cause"], "no link to its destination" in stayed["sentence"]) == ("link-down", True)
+    monkeypatch.setattr(f"{Coordinator.__module__}._LINK_PATIENCE_SECONDS", 60.0)
+    timer = threading.Timer(3.0, setattr, (link, "state", "up"))
+    timer.start()
+    assert verdicts(report_of(world))["web1"] == "evacuated", "it came back in time"
 
 
 def test_a_stayed_vm_says_why(world: World) -> None:

@@ -49,7 +49,6 @@ class Link:
         on_stream: Callable[[Link, Stream], None],
     ) -> None:
         self.peer = peer
-        self.address = address
         self._config = config
         self._on_stream = on_stream
         self._counters = LinkCounters()
@@ -103,6 +102,15 @@ class Link:
         if self._session.round_trip.smoothed_seconds is None:
             return None
         return self._session.round_trip.least_seconds
+
+    @property
+    def address(self) -> PeerAddress:
+        """Where the peer is, and what was configured for it; a reload may give other rates and windows."""
+        return self._rate.address
+
+    @address.setter
+    def address(self, address: PeerAddress) -> None:
+        self._rate.address = address
 
     @property
     def rate_bytes_per_second(self) -> float | None:

@@ -28,7 +28,7 @@ class LinkRate:
         self, peer: str, address: PeerAddress, counters: LinkCounters, wake: Callable[[], None]
     ) -> None:
         self._peer = peer
-        self._address = address
+        self.address = address
         self._counters = counters
         self._chosen = False
         self._governor = Governor()
@@ -85,7 +85,7 @@ class LinkRate:
             arrived = self._counters.acknowledged_raw_bytes - acknowledged
             self.goodput_bytes_per_second = arrived / (now - at)
             self._goodput_mark = (now, self._counters.acknowledged_raw_bytes)
-        if not self._chosen and self._address.windows:
+        if not self._chosen and self.address.windows:
             rate = self._rate_by_clock()
             if rate != self.pacer.limit_bytes_per_second:
                 log.info("rate to %s is now %s bytes per second", self._peer, rate)
@@ -97,5 +97,5 @@ class LinkRate:
 
     def _rate_by_clock(self) -> float | None:
         return rate_at(
-            self._address.rate_bytes_per_second, self._address.windows, datetime.now().astimezone()
+            self.address.rate_bytes_per_second, self.address.windows, datetime.now().astimezone()
         )

@@ -96,6 +96,4 @@ class LinkRate:
         self.pacer.stop()
 
     def _rate_by_clock(self) -> float | None:
-        return rate_at(
-            self.address.rate_bytes_per_second, self.address.windows, datetime.now().astimezone()
-        )
+        return rate_at(self.address.rate_bytes_per_second, self.address.windows, datetime.now().astimezone())

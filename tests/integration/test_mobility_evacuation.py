@@ -86,6 +86,14 @@ def forget(lab: Lab, guest: Guest) -> None:
     guest.remove()
 
 
+def has_landed(lab: Lab, host: str, guest: Guest) -> bool:
+    """Whether the guest's newest arrival on a host has its chain of images merged."""
+    arrivals = [
+        one for one in Proxy(lab.host(host)).get("/arrivals")["arrivals"] if one["vm"] == guest.plan.uuid
+    ]
+    return max(arrivals, key=lambda one: int(one["epoch"]))["state"] == "landed"
+
+
 def resumed_at(lab: Lab, destination: str, job: dict[str, Any]) -> float:
     """When the destination resumed the VM, by CLOCK_MONOTONIC."""
     arrivals = Proxy(lab.host(destination)).get("/arrivals")["arrivals"]
@@ -211,6 +219,8 @@ def test_a_connection_survives_twenty_evacuations_back_and_forth(lab: Lab, playb
             assert job["verdict"] == "evacuated", (number, job["sentence"])
             assert job["warning"] == ""
             wait(lambda to=destination: holder(lab, ANCHORS[0], guest.plan.uuid) == to)
+            # A VM that moves on takes its chain of images along, and libvirt reads no chain of any depth.
+            wait(lambda to=destination: has_landed(lab, to, guest), 120)
             source, destination = destination, source
     finally:
         seen = probe.end()

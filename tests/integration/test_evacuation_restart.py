@@ -26,7 +26,9 @@ RESTART = {"mode": "restart", "shutdown_seconds": SHUTDOWN_SECONDS}
 
 
 @contextmanager
-def guest_that_obeys(pair: EvacuationPair, guest: Guest, source: str = HOME) -> Iterator[None]:
+def guest_that_obeys(
+    pair: EvacuationPair, guest: Guest, source: str = HOME, command: str = "poweroff"
+) -> Iterator[None]:
     """Presses the power button where the lab's guest cannot hear it: it ends by itself once it is to."""
     end = threading.Event()
 
@@ -34,7 +36,7 @@ def guest_that_obeys(pair: EvacuationPair, guest: Guest, source: str = HOME) -> 
         while not end.wait(0.2):
             jobs = pair.ask(source, "GET", "/v1/evacuations")["evacuations"]
             if any(job["vm"] == guest.plan.uuid and job["step"] == "stop" for job in jobs):
-                guest.ask("poweroff", source)
+                guest.ask(command, source)
                 return
 
     thread = threading.Thread(target=wait_and_power_off, daemon=True)
@@ -95,7 +97,6 @@ def machine_state(pair: EvacuationPair, host: str, guest: Guest) -> dict[str, st
     return {"nvram": found[0].split()[0], "tpm": found[1].split()[0]}
 
 
-@pytest.mark.soak
 def test_variables_tpm_state_and_synced_writes_arrive_as_they_were_left(pair: EvacuationPair) -> None:
     """A guest that does not hear the power button is powered off; what stands there is what stood here."""
     guest = pair.make_guest("firmware", firmware="uefi", tpm=True, cdrom=True, ram_mib=256)
@@ -190,7 +191,7 @@ ARRIVAL_GOES_ON = (
 )  # fmt: skip
 ROLLBACK = ("rollback-begun", "rollback-peer-cleaned", "rollback-merged", "arrival-aborting")
 # Each test run takes these; the whole table is for `make soak`.
-SAMPLE = {"restart-stopped", "departure-tombstoned", "arrival-released"}
+SAMPLE = {"restart-stopped", "arrival-released"}
 
 
 def test_every_point_of_a_restart_is_in_a_table_here() -> None:
@@ -278,3 +279,53 @@ def test_a_destination_that_loses_power_gives_the_guest_back(pair: EvacuationPai
         pair.start(BACKUP)
         pair.start(HOME)
         check_settled(pair, guest, job_id, HOME)
+
+
+@pytest.mark.soak
+def test_without_contact_before_the_release_it_runs_here_again_at_once(pair: EvacuationPair) -> None:
+    """Its memory is nowhere, so there is nothing to wait for; the destination runs nothing unreleased."""
+    guest = pair.make_guest("alone")
+    with pair.never_twice(guest):
+        pair.restart(HOME, stop_at="departure-before-prepare")
+        pair.wait_links()
+        job_id = str(pair.begin(HOME, guest, **RESTART)["id"])
+        pair.wait_stopped(HOME)
+        pair.cut()
+        pair.go_on(HOME)
+        wait_for(guest.running_on, lambda hosts: hosts == [HOME], timeout_seconds=120)
+        assert pair.job(HOME, job_id)["verdict"] in {None, "stayed"}, "while the link is still cut"
+        pair.lab.wan.heal()
+        check_settled(pair, guest, job_id, HOME)
+
+
+@pytest.mark.soak
+def test_without_contact_once_released_it_waits_and_goes_on(pair: EvacuationPair) -> None:
+    guest = pair.make_guest("given up")
+    with pair.never_twice(guest):
+        pair.restart(HOME, stop_at="departure-tombstoned")
+        pair.wait_links()
+        job_id = str(pair.begin(HOME, guest, **RESTART)["id"])
+        pair.wait_stopped(HOME)
+        pair.cut()
+        pair.go_on(HOME)
+        wait_for(
+            lambda: pair.job(HOME, job_id)["step"], lambda step: step == "undecided", timeout_seconds=120
+        )
+        assert guest.states() == {HOME: "shut off", BACKUP: "paused"}
+        pair.lab.wan.heal()
+        check_settled(pair, guest, job_id, BACKUP)
+
+
+@pytest.mark.soak
+def test_a_debian_guest_shuts_down_in_order_and_keeps_its_rows(pair: EvacuationPair) -> None:
+    guest = pair.make_guest(
+        "debian", system="debian", workload="fsync-log,database", ram_mib=320, disk_mib=1024
+    )
+    wait_for(lambda: guest.told().highest_committed, lambda rows: rows > 20)
+    with pair.never_twice(guest), guest_that_obeys(pair, guest, HOME, "run systemctl poweroff"):
+        job_id = pair.begin(HOME, guest, mode="restart", shutdown_seconds=120)["id"]
+        job = check_settled(pair, guest, job_id, BACKUP)
+    assert job["powered_off"] is False, job
+    print({key: job[key] for key in ("downtime_seconds", "eviction_seconds")})
+    rows = guest.told().highest_committed
+    wait_for(lambda: guest.told().highest_committed, lambda now: now > rows)

@@ -156,6 +156,15 @@ class Crowd:
         jsonschema.validate(report, SCHEMA)
         return report
 
+    def ours(self, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What a report tells of our VMs; the hosts may remember others, even of the same name."""
+        uuids = {guest.plan.uuid for guest in self.guests.values()}
+        return [vm for vm in report["vms"] if vm["vm"] in uuids]
+
+    def verdicts(self, report: Mapping[str, Any]) -> dict[str, str]:
+        """Verdicts of our VMs by name."""
+        return {vm["name"]: vm["verdict"] for vm in self.ours(report)}
+
     def proxy(self, host: str) -> Proxy:
         return Proxy(self.lab.host(host))
 
@@ -196,10 +205,6 @@ class Crowd:
             assert guest.running_on() == [home if site == "home" else PEERS[home]], name
             assert guest.canary() == self._canaries[name], f"{name}: memory"
             assert guest.told().doubled_beats <= 1, f"{name}: two copies ran"
-
-
-def verdicts(report: Mapping[str, Any]) -> dict[str, str]:
-    return {vm["name"]: vm["verdict"] for vm in report["vms"] if vm["name"] in PLANS}
 
 
 def forget_all(lab: Lab) -> None:
@@ -261,12 +266,11 @@ def test_a_site_is_emptied_and_the_forecast_stands_beside_the_result(crowd: Crow
     forecast = json.loads(kept.read_text())
 
     report = crowd.empty("home", evacuate_deadline="20m", evacuate_forecast=str(kept))
-    assert verdicts(report) == dict.fromkeys(PLANS, "evacuated")
+    assert crowd.verdicts(report) == dict.fromkeys(PLANS, "evacuated")
     crowd.intact_at("backup")
     coordination = report["coordination"]
     assert coordination["forecast"] == forecast
-    # The hosts may remember others.
-    ours = [vm for vm in report["vms"] if vm["name"] in PLANS]
+    ours = crowd.ours(report)
     ends = {vm["name"]: vm["out_seconds"] for vm in ours}
     assert coordination["makespan_seconds"] == max(ends.values())
     assert ends["alpha"] < ends["beta"], "beta goes after alpha"
@@ -301,14 +305,14 @@ def test_a_killed_controller_loses_and_doubles_nothing(crowd: Crowd) -> None:
     assert {job["vm"] for job in crowd.jobs(*back)} == begun
 
     report = crowd.empty("backup")
-    assert set(verdicts(report)) == set(PLANS)
-    assert set(verdicts(report).values()) <= {"evacuated", "already-there"}
+    assert set(crowd.verdicts(report)) == set(PLANS)
+    assert set(crowd.verdicts(report).values()) <= {"evacuated", "already-there"}
     crowd.intact_at("home")
     jobs = crowd.jobs(*back)
     assert sorted(job["vm"] for job in jobs) == sorted(guest.plan.uuid for guest in crowd.guests.values())
     assert {job["verdict"] for job in jobs} == {"evacuated"}
     again = crowd.empty("backup")
-    assert verdicts(again) == dict.fromkeys(PLANS, "already-there")
+    assert crowd.verdicts(again) == dict.fromkeys(PLANS, "already-there")
 
 
 # -- what goes wrong on the way; minutes each
@@ -332,7 +336,7 @@ def test_the_link_halves_on_the_way(crowd: Crowd) -> None:
         assert run.end() == 0, run.text[-6000:]
     finally:
         crowd.lab.wan.set("trans-pacific")
-    assert set(verdicts(crowd.report()).values()) == {"evacuated"}
+    assert set(crowd.verdicts(crowd.report()).values()) == {"evacuated"}
     crowd.intact_at("backup")
 
 
@@ -347,11 +351,11 @@ def test_a_source_proxy_is_killed_and_the_others_go_on(crowd: Crowd) -> None:
     )
     crowd.lab.exec("home1", "systemctl", "kill", "--signal=SIGKILL", "--kill-whom=main", "precache-proxy")
     run.end()
-    told = verdicts(crowd.report())
+    told = crowd.verdicts(crowd.report())
     assert {told["gamma"], told["delta"]} == {"evacuated"}
     assert_true(crowd, told)
     # What the kill cost is had by the same command again.
-    assert set(verdicts(crowd.empty("home")).values()) <= {"evacuated", "already-there"}
+    assert set(crowd.verdicts(crowd.empty("home")).values()) <= {"evacuated", "already-there"}
     crowd.intact_at("backup")
 
 
@@ -366,14 +370,14 @@ def test_a_destination_host_dies_and_the_others_go_on(crowd: Crowd) -> None:
     )
     crowd.lab.kill_host("backup2")
     assert run.end() != 0, "two VMs have nowhere to go"
-    told = verdicts(crowd.report())
+    told = crowd.verdicts(crowd.report())
     assert {told["alpha"], told["beta"]} == {"evacuated"}
     assert not {"evacuated", "already-there"} & {told["gamma"], told["delta"]}
     assert_true(crowd, told)
     crowd.lab.start_host("backup2")
     wait_until(lambda: crowd.links_up("home2"), "backup2 is back")
     wait_until(lambda: crowd.protected("home2", "backup1"), "replicas are whole again", timeout_seconds=300)
-    assert set(verdicts(crowd.empty("home")).values()) <= {"evacuated", "already-there"}
+    assert set(crowd.verdicts(crowd.empty("home")).values()) <= {"evacuated", "already-there"}
     crowd.intact_at("backup")
 
 
@@ -391,7 +395,8 @@ def test_a_guest_that_outruns_its_mirror_gets_out_and_holds_nobody_up(crowd: Cro
         wait_until(lambda: home.vm(plan.uuid)["generation"], "its replica is whole", timeout_seconds=300)
         canary = ledger.canary()
         report = crowd.empty("home", evacuate_vms=["ledger", "gamma"])
-        told = {vm["name"]: vm for vm in report["vms"]}
+        asked = {plan.uuid, crowd.guests["gamma"].plan.uuid}
+        told = {vm["name"]: vm for vm in report["vms"] if vm["vm"] in asked}
         assert {vm["verdict"] for vm in told.values()} == {"evacuated"}
         assert ledger.running_on() == ["backup1"]
         assert ledger.told().doubled_beats <= 1

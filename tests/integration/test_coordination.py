@@ -308,9 +308,10 @@ def test_a_killed_controller_loses_and_doubles_nothing(crowd: Crowd) -> None:
     assert set(crowd.verdicts(report)) == set(PLANS)
     assert set(crowd.verdicts(report).values()) <= {"evacuated", "already-there"}
     crowd.intact_at("home")
-    jobs = crowd.jobs(*back)
-    assert sorted(job["vm"] for job in jobs) == sorted(guest.plan.uuid for guest in crowd.guests.values())
-    assert {job["verdict"] for job in jobs} == {"evacuated"}
+    # One that stayed may have been begun again; moved was each of them once.
+    moved = [job["vm"] for job in crowd.jobs(*back) if job["verdict"] == "evacuated"]
+    assert sorted(moved) == sorted(guest.plan.uuid for guest in crowd.guests.values())
+    assert {job["verdict"] for job in crowd.jobs(*back)} <= {"evacuated", "stayed"}
     again = crowd.empty("backup")
     assert crowd.verdicts(again) == dict.fromkeys(PLANS, "already-there")
 

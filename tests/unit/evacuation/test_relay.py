@@ -250,6 +250,24 @@ async def test_an_idle_connection_is_no_stall(tmp_path: Path) -> None:
     await sockets.close()
 
 
+async def test_a_write_after_a_long_idle_time_has_its_own_time_to_be_acknowledged(tmp_path: Path) -> None:
+    """Found on the lab: over 180 ms a guest's first write after 10 s was a stall as soon as it was sent."""
+    here, _ = pair()
+    sockets, failures = await serve(tmp_path, here, stall_seconds=0.6)
+    reader, writer = await asyncio.open_unix_connection(sockets.path(DISK))
+    await asyncio.sleep(0.9)
+    here.stuck = True
+    writer.write(b"a write of the guest")
+    await asyncio.sleep(0.35)
+    here.stuck, here.unacknowledged = False, 0
+    here.moved_at = asyncio.get_running_loop().time()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 0.3)
+    assert failures == []
+    writer.close()
+    await sockets.close()
+
+
 async def test_no_acknowledgement_closes_the_socket_and_says_why(tmp_path: Path) -> None:
     here, _ = pair()
     here.stuck = True

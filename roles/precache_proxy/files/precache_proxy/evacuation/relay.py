@@ -166,16 +166,19 @@ class RelayedConnection:
         stall."""
         loop = asyncio.get_running_loop()
         drained: asyncio.Task[None] | None = None
+        asked_at = 0.0
         down_since: float | None = None
         try:
             while True:
                 await asyncio.sleep(min(1.0, self._stall_seconds / 4))
                 now = loop.time()
                 if drained is None or drained.done():
-                    drained = asyncio.create_task(self._stream.drained())
+                    drained, asked_at = asyncio.create_task(self._stream.drained()), now
                     await asyncio.sleep(0)
                 down_since = None if self._link_up() else (down_since or now)
-                owed = not drained.done() and self._stream.idle_seconds > self._stall_seconds
+                # What is sent after a long idle time is owed from then on, not for as long as it was idle.
+                quiet_seconds = min(self._stream.idle_seconds, now - asked_at)
+                owed = not drained.done() and quiet_seconds > self._stall_seconds
                 down = down_since is not None and now - down_since > self._stall_seconds
                 stuck = self._writing_since is not None and now - self._writing_since > self._stall_seconds
                 if owed or down or stuck:

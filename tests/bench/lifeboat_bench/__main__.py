@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from lifeboat_bench import evacuation, handover, peacetime, precache, scale
+from lifeboat_bench import coordination, evacuation, handover, peacetime, precache, scale
 from lifeboat_bench.ground import DESTINATION, SOURCE, Ground
 from lifeboat_bench.result import Table
 from lifeboat_lab.errors import LabError
@@ -18,10 +18,11 @@ TABLES = {
     "evacuation": evacuation.run,
     "peacetime": peacetime.run,
     "handover": handover.run,
+    "coordination": coordination.run,
 }
 
 # Tables that need more than one pair of hosts.
-HOSTS = {"handover": handover.HOSTS_NEEDED}
+HOSTS = {"handover": handover.HOSTS_NEEDED, "coordination": coordination.HOSTS_NEEDED}
 
 
 def main() -> int:

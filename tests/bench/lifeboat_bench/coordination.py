@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Table `coordination`: a site of eight VMs on two hosts emptied by each strategy, on lines of three kinds.
+
+By the playbook that an operator uses. The VMs go there by one strategy and back by the next: the lab is the
+same from both sides, and what is measured is the same work each time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lifeboat_bench.ground import Ground
+from lifeboat_bench.result import Bar, Table
+from lifeboat_lab.errors import LabError
+from lifeboat_lab.guests.guests import Guest
+from lifeboat_lab.guests.plan import GuestPlan
+from lifeboat_lab.proxy import Proxy
+
+PEERS = {"home1": "backup1", "home2": "backup2"}
+HOSTS_NEEDED = (*PEERS, *PEERS.values())
+FEEDBACK = "feedback"
+FIXED = ("sequential", "parallel", "static:2")
+# The last: a VM's way in takes longer than its memory, so that one at a time leaves the line idle.
+WANS = ("trans-pacific", "step", "regional")
+# A line that changes under way: from when its steps are counted is part of the run.
+STEPS = "step"
+VMS = 8
+BOOT_SECONDS, READY_SECONDS = 240, 600
+# Which WANs to measure, joined by commas; the whole table takes about an hour.
+ONLY = "LIFEBOAT_BENCH_ONLY"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One emptying of a site; seconds from the command."""
+
+    strategy: str
+    out: tuple[float, ...]
+    individual: tuple[float, ...]
+
+    @property
+    def makespan(self) -> float:
+        """When the last was out."""
+        return max(self.out)
+
+    def expected_share(self, horizon: float) -> float:
+        """E: the share that is out, in the mean over the time up to ``horizon``."""
+        return sum(max(horizon - out, 0.0) for out in self.out) / (len(self.out) * horizon)
+
+
+class Crowd:
+    """Eight VMs at one of two sites, and the way to the other."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground, self.at_home = ground, True
+        self.guests: dict[str, Guest] = {}
+        self.homes = {f"vm{number}": sorted(PEERS)[number % 2] for number in range(VMS)}
+        self.canaries: dict[str, str] = {}
+
+    def build(self) -> None:
+        """Boot and protect all of them, over a line without limits: first copies are not measured here."""
+        for number, (name, home) in enumerate(self.homes.items()):
+            plan = GuestPlan(
+                name, ram_mib=96, disk_mib=64, content_mib=8,
+                workload="fsync-log" if number % 4 < 2 else "idle", records_per_second=2,
+            )  # fmt: skip
+            self.guests[name] = self.ground.lab.guests.define(home, plan)
+            self.guests[name].start()
+        for guest in self.guests.values():
+            guest.wait_ready(BOOT_SECONDS)
+        self.canaries = {name: guest.canary() for name, guest in self.guests.items()}
+        self.ground.controller.set_host_variables(
+            {
+                host: {"lifeboat_vms": [{"name": name, "rpo": "30s"} for name in self._of(host)]}
+                for host in PEERS
+            }
+        )
+        self.ground.controller.playbook("protect", {"lifeboat_vms_wait": True}).require_success()
+
+    def _of(self, host: str) -> list[str]:
+        return [name for name, home in self.homes.items() if home == host]
+
+    def empty(self, strategy: str, wan: str) -> Run:
+        """Move all to the other site. Raises LabError where one was not out, or lost anything."""
+        _wait(self._ready, "all VMs are protected where they run")
+        self.ground.lab.wan.set(wan)
+        report_path = self.ground.controller.work / "coordination.json"
+        self.ground.controller.playbook(
+            "evacuate",
+            {
+                "evacuate_site": "home" if self.at_home else "backup",
+                "evacuate_strategy": strategy,
+                "evacuate_report": str(report_path),
+            },
+            timeout_seconds=1800,
+        ).require_success()
+        self.at_home = not self.at_home
+        self._check()
+        uuids = {guest.plan.uuid for guest in self.guests.values()}
+        vms = [vm for vm in json.loads(report_path.read_text())["vms"] if vm["vm"] in uuids]
+        return Run(
+            strategy,
+            tuple(float(vm["out_seconds"]) for vm in vms),
+            tuple(float(vm["eviction_seconds"]) for vm in vms),
+        )
+
+    def _ready(self) -> bool:
+        hosts = tuple(PEERS) if self.at_home else tuple(PEERS.values())
+        try:
+            told = [vm for host in hosts for vm in Proxy(self.ground.lab.host(host)).get("/vms")["vms"]]
+        except LabError:
+            return False
+        whole = {vm["uuid"] for vm in told if vm["generation"] and vm["state"] == "protected"}
+        return {guest.plan.uuid for guest in self.guests.values()} <= whole
+
+    def _check(self) -> None:
+        for name, guest in self.guests.items():
+            home = self.homes[name]
+            where = home if self.at_home else PEERS[home]
+            if guest.running_on() != [where]:
+                raise LabError(f"{name}: runs on {guest.running_on()}, not on {where}")
+            if guest.canary() != self.canaries[name]:
+                raise LabError(f"{name}: its memory changed")
+
+
+def run(ground: Ground) -> Table:
+    """Measure the table on a fresh lab of four hosts. Raises LabError where a run lost something."""
+    table = Table("coordination")
+    crowd = Crowd(ground)
+    crowd.build()
+    wanted = [word for word in os.environ.get(ONLY, "").split(",") if word]
+    for wan in WANS:
+        if wanted and wan not in wanted:
+            continue
+        if wan != STEPS:
+            ground.set_wan(wan)
+        runs = []
+        for strategy in (*FIXED, FEEDBACK):
+            ground.say(f"{strategy} on {wan}")
+            runs.append(crowd.empty(strategy, wan))
+            ground.say(f"{strategy} on {wan}: the last was out after {runs[-1].makespan:.1f} s")
+        _report(table, wan, runs)
+    table.circumstances |= {"vms": VMS, "pairs": PEERS, "wan_checks": ground.wan_checks, "only": wanted}
+    return table
+
+
+def _report(table: Table, wan: str, runs: Sequence[Run]) -> None:
+    # E is compared over one time for all: until the slowest of them was through.
+    horizon = max(run.makespan for run in runs)
+    best_makespan = min(run.makespan for run in runs)
+    best_mean = min(statistics.mean(run.out) for run in runs)
+
+    def spread(run: Run) -> float:
+        return (run.makespan / best_makespan) * (statistics.mean(run.out) / best_mean)
+
+    for run in runs:
+        table.rows.append(
+            {
+                "wan": wan,
+                "strategy": run.strategy,
+                "makespan_seconds": run.makespan,
+                "mean_out_seconds": statistics.mean(run.out),
+                "mean_individual_seconds": statistics.mean(run.individual),
+                "longest_individual_seconds": max(run.individual),
+                "expected_share": run.expected_share(horizon),
+                "j": spread(run),
+            }
+        )
+    by_name = {run.strategy: run for run in runs}
+    ours, fixed = by_name[FEEDBACK], [by_name[name] for name in FIXED]
+    best = max(run.expected_share(horizon) for run in fixed)
+    table.bars += [
+        Bar(f"{wan}: E against the best fixed", ">=", 1.0 if wan == STEPS else 0.95,
+            ours.expected_share(horizon) / best),
+        Bar(f"{wan}: makespan against the best fixed", "<=", 1.1,
+            ours.makespan / min(run.makespan for run in fixed)),
+        Bar(f"{wan}: J against parallel", "<=", 1.0, spread(ours) / spread(by_name["parallel"])),
+        Bar(f"{wan}: J against sequential", "<=", 1.02, spread(ours) / spread(by_name["sequential"])),
+    ]  # fmt: skip
+    table.summary[f"{wan}_individual_times_shorter_than_parallel"] = statistics.mean(
+        by_name["parallel"].individual
+    ) / statistics.mean(ours.individual)
+
+
+def _wait(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while not true():
+        if time.monotonic() > deadline:
+            raise LabError(f"not within {READY_SECONDS} s: {what}")
+        time.sleep(1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -17,9 +18,11 @@ import pytest
 
 from precache_proxy.errors import Cancelled, HypervisorError, PeerUnreachable
 from precache_proxy.evacuation import departure as departure_module
+from precache_proxy.evacuation import rollback as rollback_module
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure, cancel
 from precache_proxy.evacuation.departures import Departures
+from precache_proxy.evacuation.fence import Fence
 from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, Verdict, new_job
 from precache_proxy.evacuation.measure import Measure
@@ -170,6 +173,56 @@ async def test_a_question_over_a_dead_link_is_given_up_before_its_time(tmp_path:
     assert time.monotonic() - began < 10
     item.link.state, item.link.answer = "up", {"state": "activated"}
     assert await item.call("release", {}, 60) == {"state": "activated"}
+
+
+async def test_the_lease_is_on_disk_before_anything_stands_there(tmp_path: Path) -> None:
+    """The answer to `prepare` may be lost: a source that knew of no limit would not stop its VM in time."""
+    source = SimpleNamespace(status=lambda _vm: {"rpo_seconds": 15.0})
+    item = a_departure(around(tmp_path, Domains(None), source), Step.RESIDUAL)
+    fence = Fence(boot="this one")
+    item.contact = fence
+    item.job.presumed_dead_after_seconds = 300.0
+    on_disk: dict[str, Any] = {}
+
+    async def asked(method: str, _parameters: object, *, timeout_seconds: float) -> dict[str, Any]:
+        if method.endswith("prepare"):
+            on_disk.update(json.loads((tmp_path / "state" / "jobs" / f"{item.job.id}.json").read_text()))
+        raise PeerUnreachable("the link is gone")
+
+    item.link.call = asked
+    try:
+        with pytest.raises(PeerUnreachable):
+            await departure_module.prepare(item, {})
+        assert on_disk["step"] == "prepare"
+        assert on_disk["presumed_dead_after_seconds"] == 300.0
+        assert on_disk["heard_boot"] == "this one"
+        assert 0 < fence.seconds_left(item) <= 150.0
+    finally:
+        await fence.stop()
+
+
+@pytest.mark.parametrize("step", [Step.PREPARE, Step.ROLLBACK])
+async def test_nothing_is_undone_while_libvirt_does_not_say_whether_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step
+) -> None:
+    item = a_departure(around(tmp_path, Domains(None)), step)
+
+    async def unknown(_vm: str) -> Presence:
+        return Presence.UNKNOWN
+
+    async def nothing(*_unused: object, **_unused_too: object) -> None: ...
+
+    monkeypatch.setattr(item.around.domains, "presence_at_source", unknown)
+    monkeypatch.setattr(rollback_module, "clear_local_leftovers", nothing)
+    monkeypatch.setattr(rollback_module.freeze, "merge_back", forbidden)
+    with pytest.raises(HypervisorError, match="does not say whether it runs"):
+        await rollback_module.roll_back(item, Fence(), cold=False)
+    assert item.job.step is Step.ROLLBACK
+    assert item.job.verdict is None
+
+
+async def forbidden(*_unused: object, **_unused_too: object) -> None:
+    raise AssertionError("it was merged as if it were off")
 
 
 def test_downtime_is_from_the_stop_here_to_the_run_there() -> None:

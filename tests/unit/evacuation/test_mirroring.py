@@ -69,7 +69,7 @@ def test_a_mirror_that_runs_after_the_guest() -> None:
     assert waited == 1.0 + 1.5, "six round trips of 180 ms after the last progress, at the next look"
 
 
-def test_it_is_told_once_and_not_before_the_mirror_or_after_the_memory_began() -> None:
+def test_it_is_not_told_before_the_mirror_or_after_the_memory_began() -> None:
     clock = Clock()
     watch = MirrorWatch(None, clock)
     for _look in range(20):
@@ -79,12 +79,22 @@ def test_it_is_told_once_and_not_before_the_mirror_or_after_the_memory_began() -
     clock.now += 60
     assert not watch.observe({"disk_total_bytes": 1, "disk_remaining_bytes": 1})
 
+
+def test_it_is_told_again_until_it_is_mended() -> None:
+    clock = Clock()
     watch = MirrorWatch(None, clock)
     told = []
-    for _look in range(20):
+    for _look in range(6):
         told.append(watch.observe({"disk_total_bytes": 1 << 20, "disk_remaining_bytes": 65536}))
         clock.now += 1
-    assert told.count(True) == 1
+    assert told == [False, True, True, True, True, True]
+    watch.mended()
+    assert not watch.observe({"disk_total_bytes": 1 << 20, "disk_remaining_bytes": 65536})
+
+
+def test_nothing_left_to_send_is_no_mirror_that_runs_behind() -> None:
+    clock = Clock()
+    assert seen(MirrorWatch(0.18, clock), clock, [0] * 20) is None
 
 
 class Domains:

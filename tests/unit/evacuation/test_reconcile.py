@@ -8,6 +8,7 @@ therefore any point between two rules. What libvirt and people do meanwhile are 
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -255,6 +256,29 @@ def test_the_source_never_rolls_back_what_runs_there(
         assert lost or state in {ArrivalState.ABORTED, ArrivalState.ABORTING}
     if decision is SourceDecision.FINISH:
         assert step is Step.FINISH or (reachable and state in RUNS_HERE)
+
+
+@pytest.mark.parametrize("there", [Presence.UNKNOWN, Presence.INCOMING, Presence.ABSENT])
+@pytest.mark.parametrize("state", [ArrivalState.ABORTING, ArrivalState.ABORTED])
+def test_a_durable_no_is_enough_whatever_libvirt_there_says(state: ArrivalState, there: Presence) -> None:
+    view = DestinationView(True, state, there)
+    assert decide_at_source(Step.CONFIRM, Presence.SHUT_OFF, view) is SourceDecision.ROLL_BACK_COLD
+
+
+@pytest.mark.parametrize("there", [Presence.UNKNOWN, Presence.INCOMING])
+def test_what_is_not_seen_whole_is_waited_for_only_where_it_has_memory(there: Presence) -> None:
+    view = DestinationView(True, ArrivalState.PREPARED, there)
+    for step in (Step.PREPARE, Step.CONFIRM):
+        assert decide_at_source(step, Presence.SHUT_OFF, view) is SourceDecision.WAIT
+        booted = decide_at_source(step, Presence.SHUT_OFF, view, restarts=True)
+        assert booted is SourceDecision.ROLL_BACK_COLD
+
+
+def test_a_vm_whole_there_without_a_record_is_a_case_for_a_person() -> None:
+    view = DestinationView(True, None, Presence.RUNNING)
+    for restarts in (False, True):
+        decided = decide_at_source(Step.CONFIRM, Presence.SHUT_OFF, view, restarts=restarts)
+        assert decided is SourceDecision.WAIT
 
 
 def test_a_release_that_came_too_late_does_not_leave_the_vm_nowhere() -> None:

@@ -199,6 +199,8 @@ def test_a_vm_that_is_off_may_go_by_restart_only() -> None:
 
 def test_what_a_boot_would_lose_is_found_before() -> None:
     assert restart_findings(defined(vda="a"), defined(vda="a")) == []
+    saved = restart_findings(defined(vda="a"), defined(vda="a"), saved=True)
+    assert "managed save" in saved[0].fact
     transient = restart_findings(defined(vda="a"), None)
     assert "it is transient" in transient[0].fact
     facts = [str(item) for item in restart_findings(defined(vda="a", vdb="b"), defined(vda="other", vdc="c"))]

@@ -140,7 +140,11 @@ class Arrivals:
                     "not-found",
                 )
             )
-        return {"already_there": False, "findings": [asdict(finding) for finding in findings]}
+        return {
+            "already_there": False,
+            "findings": [asdict(finding) for finding in findings],
+            "presumed_dead_after_seconds": self.contact.limit_seconds,
+        }
 
     async def prepare(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Make everything ready for libvirt to come: overlays on the replica, guard, sockets' directory."""

@@ -53,8 +53,11 @@ def _place(arrival: Arrival, blobs: Mapping[str, Path]) -> None:
             )
         contents[name] = content
     state = _state_path(definition)
-    if state is not None and state.is_dir() and any(name.startswith(TPM_PREFIX) for name in contents):
+    if state is not None and state.is_dir():
         shutil.rmtree(state)
+    if definition.nvram is not None and definition.nvram.path.startswith("/") and NVRAM not in contents:
+        # Reset at home: libvirt makes new ones from the template.
+        durable.remove(Path(definition.nvram.path))
     for name, path in places.items():
         tpm = name.startswith(TPM_PREFIX)
         if tpm:

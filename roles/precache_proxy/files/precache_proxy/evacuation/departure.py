@@ -32,7 +32,7 @@ from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.pace import Pace
 from precache_proxy.evacuation.packing import level_for
-from precache_proxy.evacuation.surroundings import Surroundings, findings
+from precache_proxy.evacuation.surroundings import Surroundings, look
 from precache_proxy.source.scratch import boottime_seconds
 from precache_proxy.units import MIB
 
@@ -146,16 +146,17 @@ async def run_forward(departure: Departure) -> None:
 async def pass_preflight(departure: Departure) -> bool:
     """Whether to go on. What stands in the way is raised while nothing has been changed."""
     job = departure.job
-    definition, found, already_there = await findings(
-        departure.around, job.vm, job.peer, job.epoch, restarts=job.restarts
-    )
-    if already_there:
+    told = await look(departure.around, job.vm, job.peer, job.epoch, restarts=job.restarts)
+    if told.already_there:
         return False
-    if found:
-        raise InvalidInput(f"VM {job.name} cannot be evacuated: {preflight.sentence(found)}", found)
+    if told.findings:
+        raise InvalidInput(
+            f"VM {job.name} cannot be evacuated: {preflight.sentence(told.findings)}", told.findings
+        )
     departure.check_cancelled()
+    job.presumed_dead_after_seconds = told.presumed_dead_after_seconds
     # While a VM is protected libvirt's own mark is off and the protection remembers it.
-    job.autostart = definition.autostart or bool(departure.around.source.status(job.vm).get("autostart"))
+    job.autostart = told.definition.autostart or bool(departure.around.source.status(job.vm).get("autostart"))
     return True
 
 
@@ -224,7 +225,10 @@ async def prepare(departure: Departure, further: Mapping[str, Any]) -> dict[str,
     job, around = departure.job, departure.around
     departure.check_cancelled()
     job.owes_abort = True
+    # On disk before anything is there that might be run: the answer may be lost.
+    departure.contact.heard(departure, boottime_seconds())
     await departure.enter(Step.PREPARE)
+    departure.contact.watch(departure)
     crash_point("departure-before-prepare")
     status = around.source.status(job.vm)
     answer = await departure.call(

@@ -29,7 +29,7 @@ from precache_proxy.evacuation.job import (
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.pruning import Entry, superseded
 from precache_proxy.evacuation.reconcile import DestinationView, Presence, SourceDecision, decide_at_source
-from precache_proxy.evacuation.surroundings import Surroundings, findings
+from precache_proxy.evacuation.surroundings import Surroundings, look
 
 logger = logging.getLogger(__name__)
 
@@ -214,10 +214,10 @@ class Departures:
         except NotFound:
             status = {}
         peer = peer or str(status.get("peer") or "")
-        _unused, found, already_there = await findings(
+        told = await look(
             self._around, definition.uuid, peer, int(status.get("epoch") or 0) + 1, restarts=restarts
         )
-        return [] if already_there else found
+        return [] if told.already_there else told.findings
 
     # -- forward and back
 

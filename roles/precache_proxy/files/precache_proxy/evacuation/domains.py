@@ -167,19 +167,29 @@ class Domains:
         """Pause a running VM."""
         await self.run(vm, lambda domain: domain.suspend() if domain.state()[0] in _ALIVE else None)
 
-    async def start(self, vm: str, *, paused: bool = False) -> None:
-        """Start a VM that is shut off (the guard and the hook have their say); an active one is no error."""
+    async def start(self, vm: str, *, paused: bool = False) -> bool:
+        """Start a VM that is shut off (the guard and the hook have their say); an active one is no error.
+
+        Whether it was off.
+        """
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        await self.run(
-            vm,
-            lambda domain: None if domain.isActive() else domain.createWithFlags(flags),
-            timeout_seconds=120,
-        )
+
+        def work(domain: Any) -> bool:
+            if domain.isActive():
+                return False
+            domain.createWithFlags(flags)
+            return True
+
+        return await self.run(vm, work, timeout_seconds=120)
 
     async def define(self, xml: str, name: str) -> None:
         """Have libvirt keep the VM; one that it has gets this definition."""
         connection = self.hypervisor.connection
         await self.hypervisor.call(connection.defineXML, xml, subject=f"VM {name}")
+
+    async def has_managed_save(self, vm: str) -> bool:
+        """Whether libvirt keeps the VM's memory on disk, to go on from at its next start."""
+        return await self.run(vm, lambda domain: bool(domain.hasManagedSaveImage()))
 
     async def is_persistent(self, vm: str) -> bool:
         """Whether the VM is still known when its QEMU has ended."""

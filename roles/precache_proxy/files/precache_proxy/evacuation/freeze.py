@@ -69,14 +69,14 @@ async def merge_back(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk],
     the dirty
     bitmaps over, and without them the next pass would have to compare everything. Repeating it is no error.
     """
-    started_here = presence not in {Presence.RUNNING, Presence.PAUSED}
-    definition = await domains.definition(vm, inactive=started_here)
+    off = presence not in {Presence.RUNNING, Presence.PAUSED}
+    definition = await domains.definition(vm, inactive=off)
     frozen_now = [
         key for key, frozen in disks.items() if frozen.overlay and _path(definition, key) == frozen.overlay
     ]
     if frozen_now:
-        if started_here:
-            await domains.start(vm, paused=True)
+        # One that runs after all is nobody's to end.
+        started_here = off and await domains.start(vm, paused=True)
         try:
             await layers.cancel_block_jobs(domains, vm, _mirrored(definition, frozen_now))
             for key in frozen_now:

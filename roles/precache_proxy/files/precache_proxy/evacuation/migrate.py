@@ -131,16 +131,17 @@ async def _watch(
                 logger.warning("VM %s dirties memory as fast as it is sent; may stop for %.1f s", vm, raised)
                 await allow_downtime(domains, vm, raised)
             if mirror is not None and mirror.observe(progress):
-                await _mend_mirror(domains, vm)
+                await _mend_mirror(domains, vm, mirror)
             on_progress(
                 {**progress, "downtime_limit_seconds": convergence.limit, "hopeless": convergence.hopeless}
             )
 
 
-async def _mend_mirror(domains: Domains, vm: str) -> None:
+async def _mend_mirror(domains: Domains, vm: str, mirror: MirrorWatch) -> None:
     logger.warning("VM %s writes again before what it wrote has crossed; its writes wait for the WAN now", vm)
     try:
         await write_synchronously(domains, vm)
+        mirror.mended()
     except HypervisorError as error:
         logger.error(
             "VM %s: its mirror cannot be changed under way (%s) and may never end; pause it, or cancel and "

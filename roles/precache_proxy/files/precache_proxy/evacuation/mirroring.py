@@ -60,7 +60,7 @@ class MirrorWatch:
     def observe(self, progress: Mapping[str, Any]) -> bool:
         """Take in libvirt's figures (``disk_total_bytes``, ``disk_remaining_bytes``, ``memory_total_bytes``).
 
-        True, once, when there has been no less to send than before for some round trips.
+        True when there has been no less to send than before for some round trips, until :meth:`mended`.
         """
         if self._over or progress.get("memory_total_bytes"):
             self._over = True
@@ -68,12 +68,18 @@ class MirrorWatch:
         if not progress.get("disk_total_bytes"):
             return False
         remaining, now = int(progress.get("disk_remaining_bytes") or 0), self._clock()
-        if self._least is None or remaining < self._least:
+        if self._least is None or remaining < self._least or not remaining:
             self._least, self._since = remaining, now
-        elif now - self._since >= self._patience:
-            self._over = True
-            return True
-        return False
+            return False
+        if now - self._since < self._patience:
+            return False
+        # Where it cannot be changed now, it is tried again after as long a time.
+        self._since = now
+        return True
+
+    def mended(self) -> None:
+        """Its writes wait now: there is nothing more to watch."""
+        self._over = True
 
 
 def changeable(hypervisor_version: int | None) -> bool:

@@ -113,9 +113,23 @@ def source_findings(
     return found
 
 
-def restart_findings(definition: Definition, persistent: Definition | None) -> list[Finding]:
-    """What a VM would lose by being booted from its persistent definition (None: it has none)."""
+def restart_findings(
+    definition: Definition, persistent: Definition | None, *, saved: bool = False
+) -> list[Finding]:
+    """What a VM would lose by being booted from its persistent definition (None: it has none).
+
+    ``saved``: its memory is kept on disk (managed save).
+    """
     vm = f"VM {definition.name}"
+    if saved:
+        return [
+            Finding(
+                vm,
+                "its memory is kept on disk (managed save) and would be lost",
+                "start it, or give that memory up (`virsh managedsave-remove`)",
+                "unsupported",
+            )
+        ]
     if persistent is None:
         return [
             Finding(

@@ -88,10 +88,13 @@ def decide_at_source(
     whole = destination.vm in {Presence.ARRIVED, Presence.RUNNING}
     if destination.state in {ArrivalState.PREPARED, ArrivalState.RELEASED} and whole:
         return SourceDecision.CONFIRM
-    if destination.vm is Presence.INCOMING or destination.vm is Presence.UNKNOWN:
-        return SourceDecision.WAIT
     if whole and destination.state is None:
         # The destination has lost its record, not the VM: a person must look.
+        return SourceDecision.WAIT
+    if restarts or destination.state in {ArrivalState.ABORTING, ArrivalState.ABORTED}:
+        # Not whole there and not released, or refused for good: its libvirt need not be asked.
+        return SourceDecision.ROLL_BACK_COLD
+    if destination.vm is Presence.INCOMING or destination.vm is Presence.UNKNOWN:
         return SourceDecision.WAIT
     return SourceDecision.ROLL_BACK_COLD
 

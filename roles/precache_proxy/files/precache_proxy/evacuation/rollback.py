@@ -47,6 +47,9 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
         cold = job.began(Step.RELEASED) is not None and presence not in {Presence.RUNNING, Presence.PAUSED}
     elif presence in {Presence.RUNNING, Presence.PAUSED, Presence.ENDED}:
         cold = False
+    if presence is Presence.UNKNOWN:
+        # Taken for off, a VM that runs would be merged as one that does not, and ended.
+        raise HypervisorError(f"VM {job.name}: libvirt here does not say whether it runs; it is asked again")
     await _clean_peer(departure, must=cold and job.settled != KEEP_AT_SOURCE)
     crash_point("rollback-peer-cleaned")
     async with departure.deciding:

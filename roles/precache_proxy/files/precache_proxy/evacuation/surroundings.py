@@ -43,10 +43,21 @@ class Surroundings:
         return self.directory / "disks"
 
 
-async def findings(
-    around: Surroundings, vm: str, peer: str, epoch: int, *, restarts: bool = False
-) -> tuple[Definition, list[Finding], bool]:
-    """The definition, everything in the way on both sides, and whether the VM is at the peer already.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Everything in the way of an evacuation on both sides, and whether the VM is at the peer already.
+
+    ``presumed_dead_after_seconds``: after which silence the peer would run what has arrived, None: never.
+    """
+
+    definition: Definition
+    findings: list[Finding]
+    already_there: bool = False
+    presumed_dead_after_seconds: float | None = None
+
+
+async def look(around: Surroundings, vm: str, peer: str, epoch: int, *, restarts: bool = False) -> Look:
+    """See whether an evacuation may begin; changes nothing.
 
     ``restarts``: it is to be booted there from its persistent definition, instead of moved while it runs.
     """
@@ -61,7 +72,9 @@ async def findings(
     if restarts:
         keeps = await around.domains.is_persistent(vm)
         persistent = await around.domains.definition(vm, inactive=True) if keeps else None
-        found += preflight.restart_findings(definition, persistent)
+        found += preflight.restart_findings(
+            definition, persistent, saved=await around.domains.has_managed_save(vm)
+        )
     else:
         found += await asyncio.to_thread(
             preflight.overlay_findings, definition, around.fallback_overlay_directory
@@ -71,7 +84,7 @@ async def findings(
         found.append(
             Finding(f"peer {peer}", "it is not configured here", "add it to precache_proxy.toml", "not-found")
         )
-        return definition, found, False
+        return Look(definition, found)
     try:
         answer = await link.call(
             "evacuation.check",
@@ -87,6 +100,7 @@ async def findings(
         found.append(
             Finding(f"peer {peer}", str(error), "see `precache-proxy status` on both hosts", error.cause)
         )
-        return definition, found, False
+        return Look(definition, found)
     found += [Finding(**finding) for finding in answer["findings"]]
-    return definition, found, bool(answer.get("already_there"))
+    limit = answer.get("presumed_dead_after_seconds")
+    return Look(definition, found, bool(answer.get("already_there")), None if limit is None else float(limit))

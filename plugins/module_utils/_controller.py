@@ -228,7 +228,7 @@ class Controller:
         sent_before, self._sent_before = self._sent_before, set()
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
-            if vm is None or move.phase not in {Phase.BULK, Phase.LAST}:
+            if vm is None or move.silent or move.phase not in {Phase.BULK, Phase.LAST}:
                 continue
             self._sent_before.add(uuid)
             # One that began to send within the interval, or was opened in it, would look slow.
@@ -390,8 +390,8 @@ class Controller:
             vm = self._vms.get(uuid)
             if vm is None:
                 continue
-            # One that gets nowhere may not keep all others from starting.
-            if self._adaptive and (move.hopeless or self._nearly_over(vm, move)):
+            # One that gets nowhere, or of a host that says nothing, may not keep all others from starting.
+            if self._adaptive and (move.hopeless or move.silent or self._nearly_over(vm, move)):
                 continue
             room[id(self.gate_of(vm))] -= 1
             active[vm.pair] = active.get(vm.pair, 0) + 1
@@ -453,7 +453,11 @@ class Controller:
         rate = min([stream, *known])
         told = choose(vm, rate, trip)
         if not self._adaptive:
-            return (Rung.LIVE if vm.running else Rung.RESTART), told.reason
+            # It does not look ahead, but goes by what the operator allows, and not after the end.
+            if left is not None and left <= 0:
+                return None, TOO_LATE
+            allowed = vm.rungs if vm.running else (Rung.RESTART,)
+            return (allowed[0] if allowed[0] is not Rung.STAY else None), told.reason
         if told.rung is Rung.STAY:
             return None, told.reason
         if left is None:
@@ -469,7 +473,7 @@ class Controller:
     def _fall(self, seen: Observation, left: float | None, orders: Orders) -> None:
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
-            if vm is None or uuid in self._to_restart:
+            if vm is None or uuid in self._to_restart or move.silent:
                 continue
             gate, pair = self.gate_of(vm), self._pairs[vm.pair]
             # What it could have if it were served first: a trickle says nothing about it.
@@ -502,7 +506,7 @@ class Controller:
         by_gate: dict[int, list[tuple[VmSummary, Move]]] = {}
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
-            if vm is not None and move.phase is not Phase.CLOSING:
+            if vm is not None and move.phase is not Phase.CLOSING and not move.silent:
                 by_gate.setdefault(id(self.gate_of(vm)), []).append((vm, move))
         # Those that start now have their share from the first byte on, not from the next look.
         for uuid, rung in orders.starts:

@@ -41,7 +41,8 @@ class Move:
 
     ``remaining_bytes`` is what this round has left, on the wire; ``bytes_per_second`` what it got on the wire
     over the last interval; ``dirty_bytes_per_second`` what the guest dirties, on the wire. ``hopeless``: the
-    proxy says that the longest stop that is allowed would not do.
+    proxy says that the longest stop that is allowed would not do. ``silent``: its host says nothing now, and
+    nothing can be told to it.
     """
 
     vm: str
@@ -51,6 +52,7 @@ class Move:
     bytes_per_second: float = 0.0
     dirty_bytes_per_second: float = 0.0
     hopeless: bool = False
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

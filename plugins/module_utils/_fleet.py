@@ -81,6 +81,7 @@ def site_summary(
         tuple(pairs),
         tuple(_destination(name, destinations.get(name)) for name in sorted({vm.destination for vm in vms})),
         {site: uplink_bytes_per_second or (pairs[0].bytes_per_second if len(pairs) == 1 else None)},
+        tuple(host.name for host in sources),
     )
 
 
@@ -198,7 +199,8 @@ class Eyes:
             for job in host.jobs:
                 uuid = str(job["vm"])
                 if not job.get("ended") and job.get("step") != "undecided":
-                    moves[uuid] = self._move(job, labels.get(uuid, {}), now)
+                    move = self._move(job, labels.get(uuid, {}), now)
+                    moves[uuid] = replace(move, silent=bool(host.error))
                 elif job_out(job) and (job["id"] in begun or uuid not in protected):
                     out.add(uuid)
                 elif job["id"] in begun:

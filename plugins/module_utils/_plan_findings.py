@@ -21,6 +21,8 @@ _STATIC = re.compile(r"^static:([1-9]\d{0,3})$")
 
 
 _RATE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*?)\s*(?:/s|ps)?\s*$")
+# "Mbps" is bits to most people, and would be eight times too much.
+_BITS_OR_BYTES = re.compile(r"\d\s*[kKmMgG]?b(/s|ps)?\s*$")
 _RATE_UNITS = {
     "": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
     "k": 2.0**10, "kib": 2.0**10, "m": 2.0**20, "mib": 2.0**20, "g": 2.0**30, "gib": 2.0**30,
@@ -32,6 +34,9 @@ def read_rate(what: str, text: str | None) -> tuple[float | None, list[Finding]]
     """Bytes per second of ``400Mbit/s`` or ``50MB/s``, as proxies understand them; None: none is given."""
     if not text or not text.strip():
         return None, []
+    if _BITS_OR_BYTES.search(text):
+        way_out = "write Mbit/s or MB/s"
+        return None, [Finding(f"{what} {text!r}", "may be meant in bits or in bytes", way_out)]
     match = _RATE.match(text)
     factor = _RATE_UNITS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
@@ -156,7 +161,7 @@ def site_findings(site: SiteSummary) -> list[Finding]:
 
 def _destination_findings(site: SiteSummary) -> list[Finding]:
     sites = {item.name: item.site for item in site.destinations}
-    sources = {vm.source for vm in site.vms}
+    sources = {*site.hosts, *(vm.source for vm in site.vms)}
     found = []
     for name in sorted({vm.destination for vm in site.vms}):
         if name in sources or (sites.get(name) and sites[name] == site.site):

@@ -108,13 +108,17 @@ class DestinationSummary:
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """Everything that one evacuation sees. ``uplinks`` holds rates that are known beforehand."""
+    """Everything that one evacuation sees. ``uplinks`` holds rates that are known beforehand.
+
+    ``hosts`` are the names of the site's proxies, those that protect nothing included.
+    """
 
     site: str
     vms: tuple[VmSummary, ...]
     pairs: tuple[PairSummary, ...]
     destinations: tuple[DestinationSummary, ...] = ()
     uplinks: t.Mapping[str, float | None] = field(default_factory=dict)
+    hosts: tuple[str, ...] = ()
 
     def pair(self, vm: VmSummary) -> PairSummary:
         """The pair that a VM crosses; one of unknown quality where none was told of."""

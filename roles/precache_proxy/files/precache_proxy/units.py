@@ -28,6 +28,8 @@ _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _AMOUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
+# "Mbps" is bits to most people, and would be eight times too much.
+_BITS_OR_BYTES = re.compile(r"\d\s*[kKmMgGtT]?b(/s|ps)?\s*$")
 
 
 def _split(text: str | float, what: str, example: str) -> tuple[float, str]:
@@ -50,6 +52,8 @@ def parse_bytes(text: str | float) -> int:
 
 def parse_rate(text: str | float) -> float:
     """``400Mbit/s`` or ``50MB/s`` -> bytes per second; a bare number is bytes. Raises InvalidInput."""
+    if _BITS_OR_BYTES.search(str(text)):
+        raise InvalidInput(f"rate {text!r}: may be meant in bits or in bytes; write Mbit/s or MB/s")
     number, unit = _split(re.sub(r"(/s|ps)\s*$", "", str(text).strip()), "rate", "400Mbit/s")
     if unit in _BITS:
         rate = number * _BITS[unit] / 8

@@ -133,6 +133,33 @@ def test_strategies_start_as_many_as_they_say() -> None:
         assert not orders.falls
 
 
+@pytest.mark.parametrize("strategy", ["sequential", "parallel", "static:3"])
+def test_a_fixed_strategy_keeps_to_the_deadline_and_to_what_is_allowed(strategy: str) -> None:
+    whole = site(
+        vm("live"), vm("kept", rungs=(Rung.STAY,)), vm("off", running=False),
+        vm("boots", rungs=(Rung.RESTART, Rung.STAY)),
+    )  # fmt: skip
+    assert Controller(whole, strategy).step(Observation(100.0, deadline_at=99.0)).starts == []
+    starts: dict[str, Rung] = {}
+    controller = Controller(whole, strategy)
+    for second in range(4):
+        told = controller.step(Observation(float(second), out=set(starts))).starts
+        starts |= dict(told)
+    assert starts == {"uuid-live": Rung.LIVE, "uuid-off": Rung.RESTART, "uuid-boots": Rung.RESTART}
+
+
+def test_a_host_that_says_nothing_holds_nobody_up() -> None:
+    """Its power is gone: what was under way there is judged later, and the line is the others'."""
+    controller = Controller(site(vm("gone"), vm("second", host=2), vm("third", host=2, memory=200 * MB)))
+    controller.step(Observation(0.0))
+    dead = Move("uuid-gone", Phase.BULK, remaining_bytes=90e6, silent=True)
+    going = Move("uuid-second", Phase.BULK, remaining_bytes=90e6, bytes_per_second=5e6)
+    for second in range(2, 20, 2):
+        orders = controller.step(Observation(float(second), {"uuid-gone": dead, "uuid-second": going}))
+        assert "uuid-gone" not in orders.shares, "nothing can be told to it"
+    assert orders.shares["uuid-second"] is None, "it may take what it can get"
+
+
 def test_the_last_pass_has_no_limit_and_the_first_is_served_first() -> None:
     controller = Controller(site(vm("a"), vm("b", memory=300 * MB), vm("c")))
     controller.step(Observation(0.0))

@@ -114,7 +114,7 @@ def test_rates_are_what_proxies_understand(text: str, rate: float | None) -> Non
     assert read_rate("uplink", text) == (rate, [])
 
 
-@pytest.mark.parametrize("text", ["fast", "-1", "0", "5 furlongs", "Mbit/s"])
+@pytest.mark.parametrize("text", ["fast", "-1", "0", "5 furlongs", "Mbit/s", "400Mbps", "400 Mb/s", "5mb"])
 def test_what_is_no_rate_is_told(text: str) -> None:
     rate, (finding,) = read_rate("uplink", text)
     assert rate is None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,13 @@ def test_findings_are_told_all_at_once() -> None:
     assert "group shop: needs 5.6 GiB" in told[1]
     assert "several hosts: home1, home2" in told[3]
     assert all(finding.way_out for finding in site_findings(bad))
+
+
+def test_a_destination_is_inside_though_its_host_protects_nothing() -> None:
+    """The site named is a group of both sites."""
+    both = dataclasses.replace(site(vm("a")), hosts=("home1", "backup1"))
+    (told,) = site_findings(both)
+    assert "destination backup1: stands at home, the site to be emptied" in str(told)
 
 
 def test_a_ring_through_groups_is_a_ring() -> None:

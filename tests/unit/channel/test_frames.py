@@ -8,7 +8,7 @@ import tracemalloc
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from precache_proxy.channel.frames import (
@@ -61,7 +61,6 @@ def feed(parser: FrameParser, data: bytes, sizes: list[int]) -> list[Frame]:
     return got
 
 
-@settings(deadline=None)  # a busy machine is no defect
 @given(st.lists(frames(), max_size=8), st.lists(st.integers(1, 40_000), min_size=1, max_size=8))
 def test_frames_come_out_as_they_were_packed(
     written: list[tuple[FrameType, int, int, int, int, bytes]], sizes: list[int]
@@ -77,7 +76,6 @@ def test_frames_come_out_as_they_were_packed(
     ] == written
 
 
-@settings(deadline=None)  # a busy machine is no defect
 @given(st.binary(max_size=4000), st.lists(st.integers(1, 500), min_size=1, max_size=4))
 def test_garbage_is_refused_or_waits_for_more(data: bytes, sizes: list[int]) -> None:
     with suppress(ProtocolError):
@@ -85,7 +83,6 @@ def test_garbage_is_refused_or_waits_for_more(data: bytes, sizes: list[int]) -> 
             assert len(frame.payload) <= MAX_MESSAGE_BYTES
 
 
-@settings(deadline=None)  # a busy machine is no defect
 @given(frames(), st.data())
 def test_a_changed_header_never_breaks_the_parser(
     written: tuple[FrameType, int, int, int, int, bytes], data: st.DataObject
@@ -128,7 +125,6 @@ def test_unknown_type_names_it() -> None:
         feed(FrameParser(), struct.pack(">BBBxIIQ", 77, 0, 0, 0, 1, 0), [64])
 
 
-@settings(deadline=None)  # a busy machine is no defect
 @given(U32, U64, U64, st.booleans())
 def test_acknowledgements_carry_sequence_and_limit(
     stream: int, sequence: int, limit: int, gone: bool
@@ -153,7 +149,6 @@ def test_hello_header_refuses_other_protocols_and_lengths() -> None:
         pack_hello({"name": "x" * MAX_HELLO_BYTES})
 
 
-@settings(deadline=None)  # a busy machine is no defect
 @given(st.binary(max_size=200))
 def test_json_payloads_are_objects_or_refused(data: bytes) -> None:
     with suppress(ProtocolError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import JOB_FIGURES
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._wait import Job, Vm, job_out, job_settled
 
 OUT = ("evacuated", "already-there", "restarted-from-replica")
@@ -19,14 +20,7 @@ _KEPT = (
     "id",
     "step",
     "verdict",
-    "cause",
-    "sentence",
-    "findings",
-    "eviction_seconds",
-    "downtime_seconds",
-    "bytes",
-    "bound",
-    "steps",
+    *JOB_FIGURES,
 )
 
 

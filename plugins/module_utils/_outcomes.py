@@ -12,7 +12,7 @@ import typing as t
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import left_behind, wire_bytes
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import totals
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import JOB_FIGURES, totals
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._wait import job_out
 
 Outcome = dict[str, t.Any]
@@ -21,14 +21,7 @@ Hosts = t.Mapping[str, HostState]
 KEPT = (
     "id",
     "step",
-    "cause",
-    "sentence",
-    "findings",
-    "eviction_seconds",
-    "downtime_seconds",
-    "bytes",
-    "bound",
-    "steps",
+    *JOB_FIGURES,
     "commanded_at",
     "ended_at",
 )

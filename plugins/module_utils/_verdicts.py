@@ -9,6 +9,18 @@ import unicodedata
 
 Outcome = t.Mapping[str, t.Any]
 
+# What a job says of how its VM got out, or why it did not, as outcomes and reports keep it.
+JOB_FIGURES = (
+    "cause",
+    "sentence",
+    "findings",
+    "eviction_seconds",
+    "downtime_seconds",
+    "bytes",
+    "bound",
+    "steps",
+)
+
 _HEAD = ("VM", "FROM", "TO", "VERDICT", "EVICTION", "DOWNTIME")
 
 

@@ -40,6 +40,18 @@ def pair(lab: Lab) -> Iterator[SourcePair]:
         yield pair
 
 
+def check_carried_on(pair: SourcePair, vm: Vm) -> None:
+    """The proxies are back: passes are incremental, nothing was left open, and the replica is equal."""
+    vm.wait_protected()
+    vm.run_pass()
+    status = vm.wait_protected()
+    assert status["last_pass"]["compared_bytes"] == 0
+    assert vm.backup_job() == ""
+    assert vm.checkpoints() == [status["checkpoint"]]
+    assert pair.shell(HOME, f"ls {RUN}/passes").strip() == ""
+    vm.require_equal()
+
+
 @pytest.mark.parametrize("point", ["pass-open", "pass-sent", "pass-sealed"])
 def test_source_proxy_killed_in_a_pass(pair: SourcePair, point: str) -> None:
     pair.start(BACKUP)
@@ -56,14 +68,7 @@ def test_source_proxy_killed_in_a_pass(pair: SourcePair, point: str) -> None:
     pair.wait_gone(HOME)
     vm.write("vda", 3, "2M", BLOCK)
     pair.start(HOME)
-    vm.wait_protected()
-    vm.run_pass()
-    status = vm.wait_protected()
-    assert status["last_pass"]["compared_bytes"] == 0
-    assert vm.backup_job() == ""
-    assert vm.checkpoints() == [status["checkpoint"]]
-    assert pair.shell(HOME, f"ls {RUN}/passes").strip() == ""
-    vm.require_equal()
+    check_carried_on(pair, vm)
 
 
 @pytest.mark.parametrize("point", ["store-generation-open", "store-before-seal", "store-sealed"])
@@ -312,15 +317,8 @@ def test_every_kill_of_the_source_in_a_pass_of_two_slices(
     finally:
         lab.wan.set("none")
     pair.start(HOME)
-    vm.wait_protected()
-    vm.run_pass()
-    status = vm.wait_protected()
-    assert status["last_pass"]["compared_bytes"] == 0
-    assert vm.backup_job() == ""
-    assert vm.checkpoints() == [status["checkpoint"]]
-    assert pair.shell(HOME, f"ls {RUN}/passes").strip() == ""
+    check_carried_on(pair, vm)
     assert "No errors found" in vm.virsh("domblkerror", vm.name)
-    vm.require_equal()
 
 
 @pytest.mark.soak

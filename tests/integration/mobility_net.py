@@ -95,6 +95,10 @@ class Namespace:
         for name, value in values.items():
             self.inside(Path(f"/proc/sys/net/ipv6/conf/{name.replace('__', '/')}").write_text, str(value))
 
+    def answer_late(self, centiseconds: int) -> None:
+        """How long the kernel may take before it answers for an address that it is a proxy of."""
+        self.inside(Path("/proc/sys/net/ipv6/neigh/up0/proxy_delay").write_text, str(centiseconds))
+
     def remove(self) -> None:
         """Take it away."""
         self._thread.shutdown(wait=False)
@@ -218,6 +222,7 @@ class Net:
             space.ip(f"address add {address}/64 dev up0 nodad", f"route add default via {gateway}")
             if name != "client":
                 space.sysctl(all__forwarding=1, up0__proxy_ndp=1)
+                space.answer_late(centiseconds=0)
         for name in ("gateway1", "gateway2"):
             self[name].ip(f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up")
         self.attract("anchor1")

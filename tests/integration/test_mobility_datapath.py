@@ -286,6 +286,15 @@ def test_what_stands_in_the_way_is_found_all_at_once(paths: Paths) -> None:
     }
 
 
+def test_a_kernel_that_answers_late_for_the_tunnels_end_is_told_of(paths: Paths) -> None:
+    space = paths.net["gateway1"]
+    assert space.inside(paths.of["gateway1"].findings) == []
+    space.answer_late(centiseconds=80)
+    (found,) = space.inside(paths.of["gateway1"].findings)
+    assert "after up to 0.8 s" in found.fact
+    assert "proxy_delay=0" in found.way_out
+
+
 def test_the_first_hop_has_one_mac_and_address_everywhere(paths: Paths) -> None:
     net = paths.net
     for name in ("gateway1", "gateway2"):

@@ -379,6 +379,12 @@ class DataPath:
             way_out = f"set net.ipv6.conf.{uplink}.proxy_ndp=1, or route {tunnel} to this host"
             fact = f"lies on the link of {uplink}, where nobody would answer for it"
             found.append(Finding(f"tunnel_address {tunnel}", fact, way_out, "configuration"))
+        elif uplink is not None and _sysctl(f"net/ipv6/neigh/{uplink}/proxy_delay") not in {"0", ""}:
+            # The kernel waits at random before it answers as a proxy (RFC 4861 section 7.2.8): at a hand-over
+            # the VM's first packets wait with it.
+            fact = f"is answered for on the link of {uplink} after up to 0.8 s"
+            way_out = f"set net.ipv6.neigh.{uplink}.proxy_delay=0"
+            found.append(Finding(f"tunnel_address {tunnel}", fact, way_out, "configuration"))
         try:
             OuterSource().close()
         except MobilityError as error:

@@ -73,6 +73,14 @@ class Hypervisor:
     async def list_domains(self) -> list[tuple[str, str, bool]]:
         return self.domains
 
+    # by UUID; what is not in here has gone since it was listed
+    definitions: dict[str, Any] = field(default_factory=dict)
+
+    async def definition(self, uuid: str) -> Any:
+        if uuid not in self.definitions:
+            raise NotFound(f"VM {uuid}: libvirt knows none such")
+        return self.definitions[uuid]
+
 
 @dataclass
 class Link:
@@ -162,6 +170,7 @@ class Source:
     def __init__(self) -> None:
         self.protected: dict[str, Protected] = {}
         self.changes: list[str] = []
+        self.postponed: list[tuple[str, float]] = []
         self.equal = True
         self.measured = 0
 
@@ -212,6 +221,10 @@ class Source:
     async def run_pass(self, vm: str, *, reason: str) -> dict[str, Any]:
         self.changes.append(f"pass {KNOWN[vm]} {reason}")
         return {"generation": 8, "data_bytes": 65536}
+
+    def postpone(self, vm: str, seconds: float) -> Protected:
+        self.postponed.append((KNOWN[vm], seconds))
+        return self.protected[vm]
 
     async def verify(self, vm: str) -> dict[str, Any]:
         return {

@@ -8,12 +8,14 @@ import json
 import os
 import socket
 import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from precache_proxy.control.client import Client, ProxyDown, segment
 from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, NotFound
+from precache_proxy.hypervisor.domain_xml import parse_definition
 from small_parts.parts import DATABASE, KNOWN, WEB
 
 LONG_NAME = KNOWN[DATABASE]
@@ -114,6 +116,43 @@ def test_running_vms_that_nobody_protects_are_told(served: Any) -> None:
     served.parts.hypervisor.domains = [(WEB, "web1", True), ("u2", "off", False), ("u3", "stray", True)]
     told = served.client.request("GET", "/v1/vms")
     assert told["unprotected"] == [{"name": "stray", "uuid": "u3"}]
+
+
+def test_what_a_hypervisor_has_and_has_room_for(served: Any, tmp_path: Path) -> None:
+    protect(served.client)
+    image = tmp_path / "web1.qcow2"
+    image.write_bytes(b"x" * 65536)
+    served.parts.hypervisor.domains = [(WEB, "web1", True), ("u2", "off", False)]
+    xml = f"""<domain type='qemu'><name>web1</name><uuid>{WEB}</uuid><memory unit='MiB'>256</memory><devices>
+      <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>
+      <target dev='vda' bus='virtio'/></disk></devices></domain>"""
+    served.parts.hypervisor.definitions = {WEB: parse_definition(xml)}
+    told = served.client.request("GET", "/v1/hypervisor")
+    off, web = told["domains"]
+    assert off == {"uuid": "u2", "name": "off", "running": False, "peer": None, "coverage": None,
+                   "memory_bytes": None, "disk_bytes": None}  # fmt: skip
+    assert (web["peer"], web["coverage"], web["memory_bytes"]) == ("backup1", 1.0, 256 << 20)
+    assert 65536 <= web["disk_bytes"] <= 2 * 65536
+    assert 0 < told["memory_free_bytes"] < told["memory_total_bytes"]
+    assert told["store"]["free_bytes"] > 0
+    assert told["store"]["minimum_free_bytes"] > 0
+    assert told["peers"] == [{"name": "backup1", "state": "up"}, {"name": "backup2", "state": "up"}]
+
+
+def test_passes_are_postponed_for_a_time(served: Any) -> None:
+    protect(served.client)
+    assert served.client.request("POST", "/v1/vms/web1/postpone", {"for_seconds": 30})["uuid"] == WEB
+    served.client.request("POST", "/v1/vms/web1/postpone", {"for_seconds": 0})
+    assert served.parts.source.postponed == [("web1", 30.0), ("web1", 0.0)]
+    for body, told in (
+        ({}, "for_seconds is missing"),
+        ({"for_seconds": 3600}, "give 0"),
+        ({"for": 1}, "for"),
+    ):
+        with pytest.raises(InvalidInput, match=told):
+            served.client.request("POST", "/v1/vms/web1/postpone", body)
+    with pytest.raises(NotFound):
+        served.client.request("POST", "/v1/vms/nosuch/postpone", {"for_seconds": 30})
 
 
 def test_unknown_vm_names_those_that_there_are(served: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from precache_proxy.errors import Conflict
 from precache_proxy.source import protection as protection_module
 from precache_proxy.source.environment import PriorityGate
+from precache_proxy.source.passes import PassResult
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord, Sealed
 from precache_proxy.source.service import Source
@@ -39,7 +40,7 @@ def a_protection(tmp_path: Path, **record: Any) -> tuple[Protection, Link]:
     link = Link()
     environment = SimpleNamespace(
         directory=tmp_path, run_directory=tmp_path, passes=PriorityGate(1), long_work=PriorityGate(1),
-        link=lambda _peer: link,
+        link=lambda _peer: link, settings=SourceSettings("home1", ("backup1",)),
     )  # fmt: skip
     made = ProtectionRecord(VM, "web1", "backup1", 15.0, **record)
     return Protection(made, cast(Any, environment)), link
@@ -121,3 +122,48 @@ async def test_a_link_that_goes_down_in_a_pass_is_told_at_once(tmp_path: Path) -
     # what an operator has to settle says more than that
     protection.state, protection.cause = "stopped", "stale-epoch"
     assert protection.status()["state"] == "stopped"
+
+
+async def test_postponed_passes_wait_and_come_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    protection.replication.standing.needs_reconcile = False
+    passed = asyncio.Event()
+
+    async def note(**_unused: object) -> PassResult:
+        passed.set()
+        return PassResult(8, skipped=True, reason="periodic")
+
+    monkeypatch.setattr(protection.replication, "run_pass", note)
+    protection.postpone(60.0)
+    protection.start()
+    await asyncio.sleep(0.1)
+    assert not passed.is_set()
+    # Somebody wakes it: that is no reason to pass.
+    protection.wake()
+    await asyncio.sleep(0.05)
+    assert not passed.is_set()
+    protection.postpone(0.2)
+    assert 0.0 < protection.status()["postponed_seconds"] <= 0.2
+    await asyncio.wait_for(passed.wait(), 5)
+    assert protection.postponed_seconds == 0.0
+    # What is asked for is done meanwhile: an evacuation's catch-up does not wait.
+    passed.clear()
+    protection.postpone(60.0)
+    await protection.run_pass(reason="catch-up")
+    assert passed.is_set()
+    passed.clear()
+    protection.postpone(0.0)
+    protection.wake()
+    await asyncio.wait_for(passed.wait(), 5)
+    await protection.stop()
+
+
+async def test_what_a_vm_needs_to_leave_at_all_is_not_postponed(tmp_path: Path) -> None:
+    first_copy, _link = a_protection(tmp_path)
+    first_copy.postpone(60.0)
+    assert first_copy.postponed_seconds == 0.0
+    resync, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0), resync_cause="lost")
+    resync.postpone(60.0)
+    assert resync.postponed_seconds == 0.0

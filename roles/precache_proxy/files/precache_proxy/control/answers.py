@@ -165,6 +165,13 @@ def _space(directory: Path) -> Answer:
     return {"directory": str(directory), "size_bytes": usage.total, "free_bytes": usage.free}
 
 
+def store_space(parts: Parts) -> Answer:
+    """The store's directory, its room, and what must stay free of that."""
+    store = _space(parts.config.store.directory)
+    store["minimum_free_bytes"] = parts.config.store.minimum_free_bytes
+    return store
+
+
 def scratch_files(parts: Parts) -> list[Path]:
     """Files in the scratch directory."""
     try:
@@ -175,8 +182,7 @@ def scratch_files(parts: Parts) -> list[Path]:
 
 def _disk_answers(parts: Parts) -> tuple[Answer, Answer, Answer]:
     """Store, scratch and certificate: all touch a disk, hence in a thread."""
-    store = _space(parts.config.store.directory)
-    store["minimum_free_bytes"] = parts.config.store.minimum_free_bytes
+    store = store_space(parts)
     scratch = _space(parts.config.source.scratch_directory)
     files = scratch_files(parts)
     # Sparse files: what they take, not what they could take.

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from precache_proxy.control import answers, link_measurement, metrics, requests
 from precache_proxy.control.checks import run_checks
+from precache_proxy.control.hypervisor_room import room_answer
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.workload import measure_workload
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
@@ -81,11 +82,13 @@ class Api:
             [
                 web.get("/v1/status", self._status),
                 web.get("/v1/check", self._check),
+                web.get("/v1/hypervisor", self._hypervisor),
                 web.get("/v1/vms", self._vms),
                 web.get("/v1/vms/{vm}", self._vm),
                 web.put("/v1/vms/{vm}", self._protect),
                 web.delete("/v1/vms/{vm}", self._unprotect),
                 web.post("/v1/vms/{vm}/pass", self._pass),
+                web.post("/v1/vms/{vm}/postpone", self._postpone),
                 web.post("/v1/vms/{vm}/verify", self._verify),
                 web.post("/v1/vms/{vm}/resync", self._resync),
                 web.get("/v1/replicas", self._replicas),
@@ -115,6 +118,9 @@ class Api:
         await self._measure()
         results = await run_checks(self._parts)
         return web.json_response({"name": self._parts.config.name, "checks": answers.as_json(results)})
+
+    async def _hypervisor(self, _request: web.Request) -> web.Response:
+        return web.json_response(await room_answer(self._parts))
 
     async def _vms(self, _request: web.Request) -> web.Response:
         await self._measure()
@@ -152,6 +158,12 @@ class Api:
         vm = answers.find_vm(self._parts, request.match_info["vm"])
         result = await self._parts.source.run_pass(vm["uuid"], reason="asked for")
         return web.json_response(answers.as_json(result))
+
+    async def _postpone(self, request: web.Request) -> web.Response:
+        vm = answers.find_vm(self._parts, request.match_info["vm"])
+        seconds = requests.postponement(await requests.body(request))
+        status = self._parts.source.postpone(vm["uuid"], seconds)
+        return web.json_response(answers.vm_answer(status))
 
     async def _verify(self, request: web.Request) -> web.Response:
         vm = answers.find_vm(self._parts, request.match_info["vm"])

@@ -189,6 +189,19 @@ def steering(values: Mapping[str, Any]) -> Steering:
     return wanted
 
 
+def postponement(values: Mapping[str, Any]) -> float:
+    """For how many seconds a VM's periodic passes are to wait. Raises InvalidInput."""
+    findings: list[Finding] = []
+    told = reader(values, findings)
+    seconds = told.optional_duration("for_seconds", 0.0, LONGEST_WAIT_SECONDS)
+    conclude(told, findings)
+    if seconds is None:
+        raise InvalidInput(
+            f"request: for_seconds is missing; give 0 to {LONGEST_WAIT_SECONDS:.0f}, 0 for no longer"
+        )
+    return seconds
+
+
 def wait_seconds(request: web.Request) -> float:
     """How long the client lets us hold the request. Raises InvalidInput."""
     text = request.query.get("wait_seconds", "0")

@@ -64,6 +64,8 @@ class Protection:
         self._duration_seconds = 0.0
         self._next_at = 0.0
         self._last_scrub_at = time.monotonic()
+        # until then periodic passes wait (monotonic)
+        self._postponed_until = 0.0
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -117,6 +119,25 @@ class Protection:
         if not self._holders:
             self._set_at_rest()
             self.wake()
+
+    def postpone(self, seconds: float) -> None:
+        """No periodic pass for so long; 0: as usual again.
+
+        It ends by itself, for whoever asked may die. A first copy, a resync and the way back go on: without
+        them the VM could not leave at all.
+        """
+        waits = self.postponed_seconds > 0
+        self._postponed_until = time.monotonic() + seconds
+        if waits:
+            self.wake()
+
+    @property
+    def postponed_seconds(self) -> float:
+        """For how long periodic passes still wait."""
+        record = self.record
+        if record.sealed is None or record.resync_cause or record.return_overlays:
+            return 0.0
+        return max(0.0, self._postponed_until - time.monotonic())
 
     # -- work --------------------------------------------------------------------------------------
 
@@ -192,6 +213,9 @@ class Protection:
             try:
                 if self._holders:
                     await self._sleep(None)
+                    continue
+                if self.postponed_seconds > 0:
+                    await self._sleep(self.postponed_seconds)
                     continue
                 await self._wait_for_link()
                 delay = await self._turn()
@@ -384,6 +408,7 @@ class Protection:
             "passes": replication.totals.as_dict(),
             "pass_open": replication.generation is not None,
             "held_by": self.held_by,
+            "postponed_seconds": self.postponed_seconds,
             "scrub": {
                 "turns": record.scrub_turns,
                 "different_blocks": record.scrub_differences,

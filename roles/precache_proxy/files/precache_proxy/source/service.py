@@ -297,6 +297,12 @@ class Source:
         """Periodic passes again, once nobody holds."""
         self._find(vm).release(holder)
 
+    def postpone(self, vm: str, seconds: float) -> dict[str, Any]:
+        """Let a VM's periodic passes wait for so long; 0: no longer. Raises NotFound."""
+        protection = self._find(vm)
+        protection.postpone(seconds)
+        return protection.status()
+
     async def verify(self, vm: str) -> dict[str, Any]:
         """Compare every block with the replica at one generation; differences are told and repaired."""
         result = await self._find(vm).run_pass(reason="verify", compare_all=True)

@@ -9,6 +9,7 @@ a virtual serial port, which need no network: what the client misses beyond it i
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.hosts import wait_for
-from lifeboat_lab.probes import ECHO_COMMAND, Probe, Seen
+from lifeboat_lab.probes import ECHO_COMMAND, Gap, Probe, Seen
 from lifeboat_lab.settings import HOSTS
 
 ANCHOR = "home2"
@@ -29,9 +30,12 @@ ANCHOR = "home2"
 HOSTS_NEEDED = (SOURCE, DESTINATION, ANCHOR, "backup2")
 PREFIX = HOSTS[SOURCE].guest_prefix
 ROUND_TRIPS_MILLISECONDS = (0, 20, 80, 200)
+WITHOUT = "none"
+# LIFEBOAT_BENCH_ONLY=80,200,none: these rows only (round trips in milliseconds; none: without mobility).
+ONLY = "LIFEBOAT_BENCH_ONLY"
 MOVES = 3
 RATE = "100mbit"
-WAN_ATTEMPTS = 3
+WAN_ATTEMPTS = 5
 ALLOWED_SECONDS = 0.1
 BOOT_SECONDS, SEED_SECONDS = 240, 300
 # How long the client goes on after the VM runs: what it has not got by then it does not get.
@@ -50,6 +54,12 @@ class Move:
     lost_after_resume: int
     network_seconds: float
     goes_on: bool
+    # Where the client's gap went beyond the guest's own: answers missing before the guest stood still and
+    # after it ran again, how long the first answer was under way, and how long the probe did not ask.
+    before_stop: float
+    after_resume: float
+    first_round_trip: float
+    probe_silence: float
 
     @property
     def beyond(self) -> float:
@@ -64,27 +74,40 @@ class Move:
 
 def run(ground: Ground) -> Table:
     """Measure the table on a fresh lab."""
+    rows = _chosen(os.environ.get(ONLY, ""))
     _set_up(ground)
     table = Table("handover")
-    for milliseconds in ROUND_TRIPS_MILLISECONDS:
+    for milliseconds in (int(row) for row in rows if row != WITHOUT):
         _set_wan(ground, milliseconds)
         moves = []
         for number in range(MOVES):
             ground.say(f"anchor {milliseconds} ms away: move {number + 1} of {MOVES}")
             moves.append(_move(ground, f"moved{milliseconds}-{number}", keeps_address=True))
         _report(ground, table, milliseconds, moves)
-    _set_wan(ground, 20)
-    ground.say("without mobility")
-    without = _move(ground, "strange", keeps_address=False)
-    table.rows.append(_row("none, 20 ms", [without]))
+    if WITHOUT in rows:
+        _set_wan(ground, 20)
+        ground.say("without mobility")
+        without = _move(ground, "strange", keeps_address=False)
+        table.rows.append(_row("none, 20 ms", [without]))
+        ground.say(json.dumps(table.rows[-1]))
+        table.summary["without_mobility_the_connection_goes_on"] = without.goes_on
     table.circumstances |= {
+        "rows": rows,
         "wan": ground.wan_checks,
         "anchor": f"{ANCHOR}, at the site that is evacuated: one WAN round trip from the new gateway",
         "moves_per_row": MOVES,
         "client_watched_after_resume_seconds": WATCHED_SECONDS,
     }
-    table.summary["without_mobility_the_connection_goes_on"] = without.goes_on
     return table
+
+
+def _chosen(text: str) -> list[str]:
+    """The rows to measure; all of them where nothing is said. Raises LabError."""
+    every = [*map(str, ROUND_TRIPS_MILLISECONDS), WITHOUT]
+    asked = [word.strip() for word in text.split(",") if word.strip()] or every
+    if unknown := [word for word in asked if word not in every]:
+        raise LabError(f"{ONLY}: no row {', '.join(unknown)}; choose some of {', '.join(every)}")
+    return asked
 
 
 def _set_wan(ground: Ground, milliseconds: int) -> None:
@@ -143,6 +166,12 @@ def _row(what: str, moves: list[Move]) -> dict[str, Any]:
         "stall_beyond_seconds": median([move.stalled_beyond for move in moves]) if alive else None,
         "packets_lost_after_resume": max(move.lost_after_resume for move in moves),
         "agent_seconds": median([move.network_seconds for move in moves]),
+        "missing_before_stop_seconds": median([move.before_stop for move in moves]) if alive else None,
+        "missing_after_resume_seconds": median([move.after_resume for move in moves]) if alive else None,
+        "first_answer_round_trip_seconds": median([move.first_round_trip for move in moves])
+        if alive
+        else None,
+        "probe_silent_seconds": max(move.probe_silence for move in moves),
         "connection_goes_on": alive,
     }
 
@@ -182,6 +211,8 @@ def _watched(ground: Ground, guest: Guest) -> Move:
         probe.give_up()
         raise
     seen: Seen = probe.end()
+    stopped, ran = watch.longest_gap()
+    gap = seen.longest_gap() or Gap(stopped, ran, 0.0, 0.0)
     return Move(
         own_downtime=watch.longest_gap_seconds(),
         qemu_downtime=job["progress"]["downtime_milliseconds"] / 1000,
@@ -190,6 +221,10 @@ def _watched(ground: Ground, guest: Guest) -> Move:
         lost_after_resume=seen.lost_since(resumed),
         network_seconds=network,
         goes_on=not seen.failure and seen.arrivals[-1] > resumed,
+        before_stop=stopped - gap.began,
+        after_resume=gap.ended - ran,
+        first_round_trip=gap.first_round_trip_seconds,
+        probe_silence=gap.longest_silence_seconds,
     )
 
 

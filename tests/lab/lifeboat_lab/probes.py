@@ -36,6 +36,25 @@ _FILTER = 1
 
 
 @dataclass(frozen=True)
+class Gap:
+    """A time without answers: from the last one (``began``) to the next (``ended``), monotonic seconds.
+
+    ``first_round_trip_seconds``: how long that next answer itself had been under way.
+    ``longest_silence_seconds``: longest time in which the probe did not even ask.
+    """
+
+    began: float
+    ended: float
+    first_round_trip_seconds: float
+    longest_silence_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.ended - self.began
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a probe saw. ``probes``: (sent, answered or None); ``arrivals``: when echoed records were whole.
 
@@ -48,8 +67,23 @@ class Seen:
 
     def longest_gap_seconds(self) -> float:
         """Longest time without an answer to a probe."""
-        answered = sorted(at for _, at in self.probes if at is not None)
-        return max((later - earlier for earlier, later in itertools.pairwise(answered)), default=0.0)
+        gap = self.longest_gap()
+        return 0.0 if gap is None else gap.seconds
+
+    def longest_gap(self) -> "Gap | None":
+        """That time, with what tells where it went; None when fewer than two answers came."""
+        answered = sorted((at, sent) for sent, at in self.probes if at is not None)
+        pairs = itertools.pairwise(answered)
+        earlier, later = max(pairs, key=lambda pair: pair[1][0] - pair[0][0], default=((0.0, 0.0),) * 2)
+        if later == earlier:
+            return None
+        sent = [at for at, _ in self.probes if earlier[0] <= at <= later[0]]
+        return Gap(
+            began=earlier[0],
+            ended=later[0],
+            first_round_trip_seconds=later[0] - later[1],
+            longest_silence_seconds=max((b - a for a, b in itertools.pairwise(sent)), default=0.0),
+        )
 
     def longest_stall_seconds(self) -> float:
         """Longest time without anything from the connection's other end."""

@@ -41,7 +41,13 @@ class Watch:
 
     def longest_gap_seconds(self) -> float:
         """Longest time without a heartbeat from anywhere; 0 when fewer than two came."""
-        return max((later[0] - earlier[0] for earlier, later in pairwise(self.beats)), default=0.0)
+        began, ended = self.longest_gap()
+        return ended - began
+
+    def longest_gap(self) -> tuple[float, float]:
+        """When it began and when it ended, monotonic seconds; twice the same when fewer than two came."""
+        gaps = ((earlier[0], later[0]) for earlier, later in pairwise(self.beats))
+        return max(gaps, key=lambda gap: gap[1] - gap[0], default=(0.0, 0.0))
 
     def _follow(self) -> None:
         while not self._stop.is_set():

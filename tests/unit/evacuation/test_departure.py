@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import threading
 import time
@@ -16,17 +17,23 @@ from typing import Any, cast
 import libvirt
 import pytest
 
-from precache_proxy.errors import Cancelled, HypervisorError, PeerUnreachable
+from precache_proxy.errors import Cancelled, Conflict, HypervisorError, NoSpace, PeerUnreachable
+from precache_proxy.evacuation import confirm
 from precache_proxy.evacuation import departure as departure_module
 from precache_proxy.evacuation import rollback as rollback_module
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure, cancel
 from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.fence import Fence
-from precache_proxy.evacuation.guard import Guard
-from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, Verdict, new_job
+from precache_proxy.evacuation.guard import TOMBSTONE, Guard
+from precache_proxy.evacuation.job import EvacuationOptions, Journal, Mode, Step, Verdict, new_job
 from precache_proxy.evacuation.measure import Measure
-from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.evacuation.reconcile import (
+    DestinationView,
+    Presence,
+    SourceDecision,
+    decide_at_source,
+)
 from precache_proxy.evacuation.relay import RelayCounters
 from precache_proxy.evacuation.surroundings import Surroundings
 
@@ -64,6 +71,7 @@ class Domains:
 
     def __init__(self, domain: Any) -> None:
         self.domain = domain
+        self.is_there = Presence.RUNNING
 
     async def run(self, _vm: str, function: Callable[[Any], Any], **_unused: Any) -> Any:
         try:
@@ -75,7 +83,7 @@ class Domains:
         return f"<domain inactive='{inactive}'/>"
 
     async def presence_at_source(self, _vm: str) -> Presence:
-        return Presence.RUNNING
+        return self.is_there
 
     def on_lifecycle(self, _vm: str, _tell: Callable[[str, int], None]) -> Callable[[], None]:
         return lambda: None
@@ -143,6 +151,67 @@ async def test_a_cancel_before_libvirt_has_a_job_is_not_forgotten(
     assert not domain.aborted.is_set(), "libvirt has nothing to abort yet"
     with pytest.raises(Cancelled):
         await asyncio.wait_for(migrating, 10)
+
+
+async def test_a_cancel_is_on_disk_before_it_is_answered(tmp_path: Path) -> None:
+    surroundings = around(tmp_path, Domains(None))
+    item = a_departure(surroundings, Step.PREPARE)
+    await cancel(item)
+    assert surroundings.journal.load()[0].cancelled
+    # Where it cannot be put there, that is said; it is stopped all the same.
+    full = a_departure(surroundings, Step.PREPARE)
+
+    def no_space(_job: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    surroundings.journal.save = no_space  # type: ignore[method-assign]
+    with pytest.raises(NoSpace, match="a proxy that is killed now would forget it"):
+        await cancel(full)
+    with pytest.raises(Cancelled):
+        full.check_cancelled()
+
+
+@pytest.mark.parametrize("mode", [Mode.LIVE, Mode.RESTART])
+async def test_a_cancel_in_prepare_is_heard_before_the_confirmation(tmp_path: Path, mode: Mode) -> None:
+    """A guest that only stands booted there is wanted back; memory that is there is not taken back."""
+    domains = Domains(None)
+    domains.is_there = Presence.SHUT_OFF
+    surroundings = around(tmp_path, domains)
+    item = a_departure(surroundings, Step.PREPARE)
+    item.job.options = EvacuationOptions(mode=mode)
+    await cancel(item)
+    again = surroundings.journal.load()[0]
+    whole = DestinationView(True, ArrivalState.PREPARED, Presence.ARRIVED)
+    decision = decide_at_source(
+        again.step, Presence.SHUT_OFF, whole, restarts=again.restarts, cancelled=again.cancelled
+    )
+    if mode is Mode.RESTART:
+        assert decision is SourceDecision.ROLL_BACK_COLD, "also by a proxy that was started again"
+        with pytest.raises(Cancelled):
+            await confirm.confirm(item)
+        assert surroundings.guard.forbidden(VM) is None
+        assert item.job.step is Step.CONFIRM
+    else:
+        assert decision is SourceDecision.CONFIRM
+        await confirm.confirm(item)
+        assert item.job.step is Step.RELEASED
+        assert "was not taken back" in item.job.warning
+
+
+async def test_the_tombstone_stays_where_libvirt_does_not_say_that_it_has_ended(tmp_path: Path) -> None:
+    domains = Domains(None)
+    domains.is_there = Presence.UNKNOWN
+    surroundings = around(tmp_path, domains)
+    item = a_departure(surroundings, Step.MIGRATE)
+    with pytest.raises(HypervisorError, match="does not say whether it has ended"):
+        await confirm.confirm(item)
+    forbidden_by = surroundings.guard.forbidden(VM)
+    assert forbidden_by is not None
+    assert (forbidden_by.cause, item.job.step) == (TOMBSTONE, Step.CONFIRM)
+    domains.is_there = Presence.RUNNING
+    with pytest.raises(Conflict, match="it is running here"):
+        await confirm.confirm(item)
+    assert surroundings.guard.forbidden(VM) is None
 
 
 async def test_a_cancel_before_the_migration_is_asked_for_asks_for_none(

@@ -14,7 +14,7 @@ import pytest
 from precache_proxy.errors import Cancelled, Conflict, HypervisorError
 from precache_proxy.evacuation import restart
 from precache_proxy.evacuation.arrival import Arrival, arrival_from_dict
-from precache_proxy.evacuation.departure import Departure
+from precache_proxy.evacuation.departure import Departure, cancel
 from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.job import (
     EvacuationOptions,
@@ -27,9 +27,7 @@ from precache_proxy.evacuation.job import (
 )
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.preflight import restart_findings, source_findings
-from precache_proxy.evacuation.reconcile import (
-    Presence,
-)
+from precache_proxy.evacuation.reconcile import Life, Presence
 from precache_proxy.evacuation.surroundings import Surroundings
 from precache_proxy.hypervisor.domain_xml import parse_definition
 
@@ -56,6 +54,10 @@ class Domains:
             if self.ends_after <= 0:
                 self.is_there = Presence.ENDED
         return self.is_there
+
+    async def life(self, _vm: str) -> Life:
+        on = self.is_there in {Presence.RUNNING, Presence.PAUSED}
+        return Life(self.is_there, 7 if on else None, in_order=self.is_there is Presence.ENDED)
 
     async def xml(self, _vm: str, *, inactive: bool) -> str:
         assert inactive
@@ -94,6 +96,8 @@ async def test_a_guest_is_asked_once_and_waited_for(tmp_path: Path) -> None:
     await restart._stop(item)
     assert (domains.asked, domains.destroyed, item.job.powered_off) == (1, False, False)
     on_disk = item.around.journal.load()[0]
+    assert on_disk.shutdown_request is not None
+    assert on_disk.shutdown_request.domain_number == 7
     assert (on_disk.step, on_disk.was_running, on_disk.definition) == (Step.STOP, True, "<domain/>")
     forbidden = item.around.guard.forbidden(VM)
     assert forbidden is not None
@@ -122,7 +126,7 @@ async def test_one_that_is_off_is_not_asked_and_stays_off(tmp_path: Path) -> Non
     domains.is_there = Presence.SHUT_OFF
     item = a_departure(tmp_path, domains)
     await restart._stop(item)
-    assert (domains.asked, item.job.was_running) == (0, False)
+    assert (domains.asked, item.job.was_running, item.job.shutdown_request) == (0, False, None)
     assert await restart.presence_for_rollback(item, Presence.SHUT_OFF) is Presence.ENDED
     assert restart.sentence(item.job).endswith("shut off as it was here.")
 
@@ -142,7 +146,8 @@ async def test_cancelled_in_the_stop_a_guest_that_ends_late_is_seen(tmp_path: Pa
     stopping = asyncio.create_task(restart._stop(item))
     while not domains.asked:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    item.cancelled = True
+    await cancel(item)
+    assert item.around.journal.load()[0].cancelled, "on disk before it is answered"
     with pytest.raises(Cancelled):
         await stopping
     domains.ends_after = 3
@@ -152,6 +157,36 @@ async def test_cancelled_in_the_stop_a_guest_that_ends_late_is_seen(tmp_path: Pa
     began = time.monotonic()
     assert await restart.presence_for_rollback(item, Presence.RUNNING) is Presence.RUNNING
     assert time.monotonic() - began < 5
+
+
+async def test_a_vm_that_ran_is_known_to_have_run_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut during the passes ends it: the rollback has to know that it is to run."""
+    domains = Domains(ends_after=None)
+    item = a_departure(tmp_path, domains)
+    item.job.step = Step.PREFLIGHT
+
+    async def nothing_in_the_way(_item: Departure) -> bool:
+        return True
+
+    async def power_cut(item: Departure) -> None:
+        await item.enter(Step.CATCH_UP)
+        raise HypervisorError("the host loses power here")
+
+    monkeypatch.setattr(restart, "pass_preflight", nothing_in_the_way)
+    monkeypatch.setattr(restart, "catch_up", power_cut)
+    with pytest.raises(HypervisorError):
+        await restart.run_forward(item)
+    item.job = item.around.journal.load()[0]
+    assert (item.job.step, item.job.was_running) == (Step.CATCH_UP, True)
+    domains.is_there = Presence.SHUT_OFF
+    assert await restart.presence_for_rollback(item, Presence.SHUT_OFF) is Presence.SHUT_OFF
+    # Shut down by its user while passes went on: that is not undone.
+    assert await restart.presence_for_rollback(item, Presence.ENDED) is Presence.ENDED
+    domains.is_there = Presence.ENDED
+    await restart._stop(item)
+    assert item.job.was_running is False
 
 
 def test_records_keep_how_a_vm_leaves() -> None:

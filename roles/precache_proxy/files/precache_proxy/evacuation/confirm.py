@@ -33,16 +33,27 @@ def tombstone(job: Job) -> Forbidden:
 
 
 async def confirm(departure: Departure) -> None:
-    """From the source's shut-off domain to the release. Raises Conflict when the domain turns out to run."""
+    """From the source's shut-off domain to the release. Raises Conflict when the domain turns out to run,
+    HypervisorError when libvirt does not say, Cancelled for a guest that can be booted here again."""
     job, around = departure.job, departure.around
     if job.step is not Step.CONFIRM:
         await departure.enter(Step.CONFIRM)
+    if job.cancelled:
+        # It came before this step, after which none is taken any more.
+        if job.restarts:
+            departure.check_cancelled()
+        job.warning = "It was cancelled when its memory was there already, and was not taken back."
     crash_point("departure-before-tombstone")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))
     crash_point("departure-tombstoned")
     # Asked after the tombstone is durable: a start that the hook let through before it is visible by now.
     presence = await around.domains.presence_at_source(job.vm)
-    if presence in {Presence.RUNNING, Presence.PAUSED, Presence.UNKNOWN}:
+    if presence is Presence.UNKNOWN:
+        # Lifted now, the tombstone would let it be started here while this job may yet release it.
+        raise HypervisorError(
+            f"VM {job.name}: libvirt here does not say whether it has ended; it is not released, asked again"
+        )
+    if presence in {Presence.RUNNING, Presence.PAUSED}:
         await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
         raise Conflict(
             f"VM {job.name}: it is {presence.value} here although libvirt had ended it; it is not released"

@@ -22,6 +22,7 @@ from precache_proxy.errors import (
     Conflict,
     InvalidInput,
     LifeboatError,
+    NoSpace,
     NotFound,
     PeerUnreachable,
     Stalled,
@@ -66,7 +67,6 @@ class Departure:
     contact: DestinationContact
     # why the destination could not be asked, as it was logged last
     complaint: str = ""
-    cancelled: bool = False
     failure: LifeboatError | None = None
     sockets: relay.JobSockets | None = field(default=None)
     # what it may put on the wire while others go first
@@ -97,10 +97,8 @@ class Departure:
 
     def check_cancelled(self) -> None:
         """Raise Cancelled when the operator asked for it, or the relay's failure."""
-        if self.cancelled:
-            raise Cancelled(
-                f"evacuation of {self.job.name}: cancelled on the operator's word; the VM stays here"
-            )
+        if self.job.cancelled:
+            raise Cancelled(cancelled_sentence(self.job))
         if self.failure is not None:
             raise self.failure
 
@@ -129,6 +127,11 @@ class Departure:
         answer: dict[str, Any] = call.result()
         self.contact.heard(self, asked_at)
         return answer
+
+
+def cancelled_sentence(job: Job) -> str:
+    """Why a cancelled job goes no further."""
+    return f"evacuation of {job.name}: cancelled on the operator's word; the VM stays here"
 
 
 async def run_forward(departure: Departure) -> None:
@@ -321,8 +324,6 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         await departure.sockets.close()
         departure.sockets = None
     crash_point("departure-migrated")
-    if departure.cancelled:
-        job.warning = "It was cancelled when its memory was there already, and was not taken back."
 
 
 async def _end_when_enough(departure: Departure) -> None:
@@ -363,15 +364,24 @@ def _sockets(departure: Departure) -> relay.JobSockets:
 
 
 async def cancel(departure: Departure) -> None:
-    """Ask a job to stop. Raises Conflict once the VM has stopped here: then it goes forward or is settled."""
+    """Ask a job to stop, durably when this returns. Raises NoSpace where it cannot be put on record, and
+    Conflict once it is too late: then it goes forward or is settled."""
     job = departure.job
     if job.ended or job.step in {Step.CONFIRM, Step.RELEASED, Step.FINISH, Step.UNDECIDED, Step.ROLLBACK}:
         raise Conflict(
             f"evacuation {job.id} of {job.name}: at step {job.step.value} it cannot be cancelled any more; "
             "wait for its verdict, or settle it if it stays undecided"
         )
-    departure.cancelled = True
+    job.cancelled = True
     departure.enough.set()
+    try:
+        await departure.save()
+    except OSError as error:
+        raise NoSpace(
+            f"evacuation {job.id} of {job.name}: it is being cancelled, but that could not be put on record "
+            f"({error.strerror}): a proxy that is killed now would forget it; free space on "
+            f"{departure.around.journal.directory} and cancel it again"
+        ) from error
 
 
 async def pause_guest(departure: Departure) -> None:
@@ -380,7 +390,7 @@ async def pause_guest(departure: Departure) -> None:
     It goes on at the destination, or here after a rollback. Raises Conflict at any other step.
     """
     job = departure.job
-    if job.step is not Step.MIGRATE or departure.cancelled:
+    if job.step is not Step.MIGRATE or job.cancelled:
         raise Conflict(
             f"evacuation {job.id} of {job.name}: at step {job.step.value} its guest is not paused; ask again "
             f"at step {Step.MIGRATE.value}"

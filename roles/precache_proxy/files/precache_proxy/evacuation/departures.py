@@ -13,7 +13,7 @@ from typing import Any
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
-from precache_proxy.evacuation import confirm, departure, migrate, restart, rollback
+from precache_proxy.evacuation import confirm, departure, late_stop, migrate, restart, rollback
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
@@ -34,6 +34,11 @@ from precache_proxy.evacuation.surroundings import Surroundings, look
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_SECONDS = 30.0
+
+
+def _owes(job: Job) -> bool:
+    """Whether there is something left to do about a job that is over."""
+    return job.owes_abort or late_stop.is_open(job)
 
 
 class Departures:
@@ -70,7 +75,7 @@ class Departures:
         """Forget jobs that are history; see pruning.py. Their numbers. Raises IntegrityError."""
         guarding = {forbidden.job for forbidden in await asyncio.to_thread(lambda: list(self._guard.all()))}
         entries = [
-            Entry(job.id, job.vm, job.epoch, job.commanded_at, not job.ended or job.owes_abort)
+            Entry(job.id, job.vm, job.epoch, job.commanded_at, not job.ended or _owes(job))
             for job in self.jobs()
         ]
         gone = superseded(entries, time.time(), guarding)
@@ -85,7 +90,9 @@ class Departures:
         for item in self._departures.values():
             if item.job.ended:
                 continue
-            if not item.job.sentence:
+            if item.job.cancelled and not item.job.sentence:
+                item.job.explain("cancelled", departure.cancelled_sentence(item.job))
+            elif not item.job.sentence:
                 item.job.explain(
                     "proxy-restarted", f"the proxy here was restarted during step {item.job.step.value}."
                 )
@@ -281,7 +288,9 @@ class Departures:
             return
         presence = await self._domains.presence_at_source(job.vm)
         view = await self._ask_destination(item)
-        decision = decide_at_source(job.effective_step, presence, view, restarts=job.restarts)
+        decision = decide_at_source(
+            job.effective_step, presence, view, restarts=job.restarts, cancelled=job.cancelled
+        )
         logger.info(
             "evacuation %s of VM %s: step %s, here %s, there %s/%s: %s",
             job.id, job.vm, job.effective_step.value, presence.value,
@@ -383,8 +392,18 @@ class Departures:
             return
         if not job.ended:
             self._run(job.id, self._decide_quietly(item))
-        elif job.owes_abort:
-            self._run(job.id, self._settle_debt(item))
+        elif _owes(job):
+            self._run(job.id, self._settle_debts(item))
+
+    async def _settle_debts(self, item: Departure) -> None:
+        """What a job that is over owes its VM here, and then its peer, whom nobody may hear for long."""
+        if late_stop.is_open(item.job) and not self.is_leaving(item.job.vm):
+            try:
+                await late_stop.look(item, self._fence)
+            except (LifeboatError, OSError) as error:
+                logger.warning("evacuation %s of VM %s: %s; tried again", item.job.id, item.job.vm, error)
+        if item.job.owes_abort:
+            await self._settle_debt(item)
 
     async def _settle_debt(self, item: Departure) -> None:
         job = item.job

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import libvirt
 
 from precache_proxy.errors import HypervisorError, NotFound
-from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.evacuation.reconcile import Life, Presence
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from precache_proxy.hypervisor.events import DomainEvent
@@ -104,6 +104,23 @@ class Domains:
             return Presence.ABSENT
         except HypervisorError:
             return Presence.UNKNOWN
+
+    async def life(self, vm: str) -> Life:
+        """Which run of the VM this is, and how it ended; UNKNOWN when libvirt does not answer."""
+
+        def ask(domain: Any) -> Life:
+            state, reason = domain.state()
+            in_order = state == libvirt.VIR_DOMAIN_SHUTOFF and reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
+            number = int(domain.ID()) if domain.isActive() else None
+            presence = presence_of(state, reason, libvirt.VIR_DOMAIN_JOB_NONE)
+            return Life(presence, number, in_order)
+
+        try:
+            return await self.run(vm, ask, timeout_seconds=20)
+        except NotFound:
+            return Life(Presence.ABSENT)
+        except HypervisorError:
+            return Life(Presence.UNKNOWN)
 
     async def presence_at_source(self, vm: str) -> Presence:
         """:meth:`presence` for the side that the VM leaves: a paused VM there is just a paused one."""

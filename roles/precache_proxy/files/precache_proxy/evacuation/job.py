@@ -118,6 +118,23 @@ class FrozenDisk:
 
 
 @dataclass(slots=True)
+class ShutdownRequest:
+    """The guest was asked to shut down here: when (seconds since 1970, and since which boot), and which of
+    its runs, by libvirt's number.
+
+    ``given_up_boottime_seconds``: since when nobody waits for it and the VM is watched instead
+    (late_stop.py), until there is an ``outcome``.
+    """
+
+    asked_at: float
+    boottime_seconds: float
+    boot: str
+    domain_number: int
+    given_up_boottime_seconds: float | None = None
+    outcome: str = ""
+
+
+@dataclass(slots=True)
 class StepTime:
     """When a step was begun and ended, seconds since 1970 by this host's clock."""
 
@@ -156,6 +173,8 @@ class Job:
     owes_abort: bool = False
     # the operator's word (settle), durable before it is acted upon
     settled: str = ""
+    # the operator's word to stop, durable before it is answered
+    cancelled: bool = False
     # the destination activates by itself after that long without us (its operator's setting), or None
     presumed_dead_after_seconds: float | None = None
     # when that destination last surely heard of us: seconds since boot (suspended time counted), which boot
@@ -165,8 +184,11 @@ class Job:
     guest_paused: bool = False
     # the VM had to be started anew against all plans: its memory is lost, its disks are whole
     memory_lost: bool = False
-    # it ran when it was to be restarted: it is started again wherever it ends up; durable with step STOP
+    # it ran when it was to be restarted: it is started again wherever it ends up; durable with step CATCH_UP,
+    # and judged anew with step STOP
     was_running: bool = False
+    # durable before it is made, for it cannot be taken back
+    shutdown_request: ShutdownRequest | None = None
     # its guest did not shut down in time
     powered_off: bool = False
     # it went well, but the operator should know this
@@ -259,6 +281,8 @@ def job_from_dict(data: Mapping[str, Any]) -> Job:
         options["mode"] = Mode(options.get("mode", Mode.LIVE))
         values["options"] = EvacuationOptions(**options)
         values["disks"] = {key: FrozenDisk(**disk) for key, disk in values.get("disks", {}).items()}
+        if values.get("shutdown_request") is not None:
+            values["shutdown_request"] = ShutdownRequest(**values["shutdown_request"])
         if values.get("verdict") is not None:
             values["verdict"] = Verdict(values["verdict"])
         if values.get("undecided_from") is not None:

@@ -30,6 +30,18 @@ class Presence(StrEnum):
     UNKNOWN = "unknown"
 
 
+@dataclass(frozen=True, slots=True)
+class Life:
+    """Which run of a domain this is (libvirt's number of its QEMU, None: off), and how the last one ended.
+
+    ``in_order``: the guest ended by itself, on whose wish ever; neither destroyed nor saved nor crashed.
+    """
+
+    presence: Presence
+    number: int | None = None
+    in_order: bool = False
+
+
 _NOT_THERE = frozenset({Presence.ABSENT, Presence.SHUT_OFF, Presence.ENDED})
 
 
@@ -55,10 +67,16 @@ class SourceDecision(StrEnum):
 
 
 def decide_at_source(
-    step: Step, vm: Presence, destination: DestinationView, *, restarts: bool = False
+    step: Step,
+    vm: Presence,
+    destination: DestinationView,
+    *,
+    restarts: bool = False,
+    cancelled: bool = False,
 ) -> SourceDecision:
     """What a source whose job stands at ``step`` (:attr:`Job.effective_step`) does, after a restart or a
-    failed call. ``restarts``: the guest was ended by us, and stands there booted and paused if at all."""
+    failed call. ``restarts``: the guest was ended by us, and stands there booted and paused if at all.
+    ``cancelled``: the operator wants it back, where nothing is lost by that."""
     if step in ENDS:
         return SourceDecision.NOTHING
     if step is Step.FINISH:
@@ -75,8 +93,8 @@ def decide_at_source(
     if vm in {Presence.RUNNING, Presence.PAUSED}:
         # It never stopped here (or libvirt resumed it): whatever arrived there was not released.
         return SourceDecision.ROLL_BACK
-    if restarts and step not in {Step.PREPARE, Step.CONFIRM}:
-        # Not asked to come there yet, or on the way back already.
+    if restarts and (cancelled or step not in {Step.PREPARE, Step.CONFIRM}):
+        # Not asked to come there yet, or on the way back already, or wanted back before it was released.
         return SourceDecision.ROLL_BACK_COLD
     if vm is Presence.ENDED and not restarts:
         return SourceDecision.ROLL_BACK

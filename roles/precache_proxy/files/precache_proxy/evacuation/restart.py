@@ -16,7 +16,7 @@ import time
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound
-from precache_proxy.evacuation import preflight
+from precache_proxy.evacuation import late_stop, preflight
 from precache_proxy.evacuation.departure import (
     Departure,
     catch_up,
@@ -25,11 +25,13 @@ from precache_proxy.evacuation.departure import (
     prepare,
     send_residual,
 )
+from precache_proxy.evacuation.fence import this_boot
 from precache_proxy.evacuation.guard import LEAVING, Forbidden
 from precache_proxy.evacuation.images import image_size_bytes
 from precache_proxy.evacuation.job import FrozenDisk, Job, Mode, Step
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.source.attachments import read_attachments
+from precache_proxy.source.scratch import boottime_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ ASK_AGAIN_SECONDS = 15.0
 # A shutdown that was under way when it was given up comes to its end within this.
 LATE_SECONDS = 5.0
 _OFF = frozenset({Presence.SHUT_OFF, Presence.ENDED})
+_ON = frozenset({Presence.RUNNING, Presence.PAUSED})
 
 
 async def run_forward(departure: Departure) -> None:
@@ -46,6 +49,9 @@ async def run_forward(departure: Departure) -> None:
     the job is to be decided and rolled back."""
     if not await pass_preflight(departure):
         return
+    presence = await departure.around.domains.presence_at_source(departure.job.vm)
+    # On record with the next step: a power cut in it must not leave off what ran before.
+    departure.job.was_running = presence in _ON
     await catch_up(departure)
     await _stop(departure)
     await _take_images(departure)
@@ -68,13 +74,18 @@ async def _stop(departure: Departure) -> None:
     presence = await around.domains.presence_at_source(job.vm)
     if presence in {Presence.UNKNOWN, Presence.ABSENT}:
         raise HypervisorError(f"VM {job.name}: libvirt here says {presence.value}; it is left as it is")
-    job.was_running = presence not in _OFF
+    if presence is Presence.ENDED:
+        # Its user has shut it down meanwhile, and wants it off.
+        job.was_running = False
+    elif presence is not Presence.SHUT_OFF:
+        job.was_running = True
+    is_on = presence not in _OFF
     job.definition = await around.domains.xml(job.vm, inactive=True)
     job.checkpoint = last_checkpoint(departure)
     await departure.enter(Step.STOP)
     await asyncio.to_thread(around.guard.forbid, _leaving(job))
     crash_point("restart-before-stop")
-    if job.was_running:
+    if is_on:
         departure.measure.stopping()
         await _shut_down(departure)
     crash_point("restart-stopped")
@@ -101,6 +112,7 @@ async def _shut_down(departure: Departure) -> None:
             await around.domains.destroy(job.vm)
         elif now - asked_at >= ASK_AGAIN_SECONDS:
             asked_at = now
+            await late_stop.asked(departure, (await around.domains.life(job.vm)).number)
             try:
                 await around.domains.shut_down(job.vm)
             except HypervisorError as error:
@@ -137,29 +149,30 @@ async def _prepare(departure: Departure) -> None:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     further = {"mode": Mode.RESTART.value, "boots": job.was_running, "attachments": digests}
     await prepare(departure, further)
-    if departure.cancelled:
-        # What stands there whole would be confirmed: this step says that it is on its way back.
-        await departure.enter(Step.ROLLBACK)
-        departure.check_cancelled()
 
 
 async def presence_for_rollback(departure: Departure, presence: Presence) -> Presence:
     """What is to be done about the VM here: SHUT_OFF is started again, ENDED stays off.
 
     A guest that was asked to end may still be about to: that is waited for, or it would be off a moment
-    after it was said to have stayed.
+    after it was said to have stayed. One that ends even later is looked after by late_stop.py.
     """
     job, around = departure.job, departure.around
-    asked_at = job.began(Step.STOP)
-    if asked_at is not None and job.was_running:
-        until = asked_at + job.options.shutdown_seconds + LATE_SECONDS
-        while presence is Presence.RUNNING and time.time() < until:
+    request = job.shutdown_request
+    if request is not None and request.boot == this_boot():
+        until = request.boottime_seconds + job.options.shutdown_seconds + LATE_SECONDS
+        while presence is Presence.RUNNING and boottime_seconds() < until:
             with contextlib.suppress(LifeboatError, NotFound):
                 presence = await around.domains.presence_at_source(job.vm)
             await asyncio.sleep(LOOK_SECONDS)
-    if presence in _OFF:
-        return Presence.SHUT_OFF if job.was_running else Presence.ENDED
-    return presence
+    if presence in _ON and request is not None:
+        late_stop.give_up(job)
+    if presence not in _OFF:
+        return presence
+    if presence is Presence.ENDED and job.began(Step.STOP) is None:
+        # Not on our account: its user wants it off.
+        return Presence.ENDED
+    return Presence.SHUT_OFF if job.was_running else Presence.ENDED
 
 
 def sentence(job: Job) -> str:

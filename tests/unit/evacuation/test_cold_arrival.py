@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from precache_proxy.errors import IntegrityError, Unsupported
+from precache_proxy.errors import Conflict, HypervisorError, IntegrityError, Unsupported
 from precache_proxy.evacuation import cold_arrival
 from precache_proxy.evacuation.arrival import Arrival
+from precache_proxy.evacuation.guard import Guard
 
 VM = "11111111-2222-4333-8444-555555555501"
 
@@ -69,3 +71,43 @@ def test_a_name_that_has_no_place_is_refused(tmp_path: Path, name: str) -> None:
     arrival, blobs = an_arrival(tmp_path, {name: b"content"})
     with pytest.raises(Unsupported, match="has no place in its definition"):
         cold_arrival._place(arrival, blobs)
+
+
+class Libvirt:
+    """Notes whether a start would pass the hook at each line."""
+
+    def __init__(self, guard: Guard, started: bool | Exception) -> None:
+        self.exception = guard.arriving_directory / VM
+        self.started = started
+        self.open_at: list[tuple[str, bool]] = []
+
+    async def define(self, _xml: str, _name: str) -> None:
+        self.open_at.append(("define", self.exception.exists()))
+
+    async def start(self, _vm: str, *, paused: bool) -> bool:
+        assert paused
+        self.open_at.append(("start", self.exception.exists() and bool(self.exception.read_text())))
+        if isinstance(self.started, Exception):
+            raise self.started
+        return self.started
+
+
+@pytest.mark.parametrize(
+    ("started", "raised"),
+    [(True, None), (False, Conflict), (HypervisorError("no memory"), HypervisorError)],
+)
+async def test_nobody_but_us_may_start_it(
+    tmp_path: Path, started: bool | Exception, raised: type[Exception] | None
+) -> None:
+    arrival, blobs = an_arrival(tmp_path, {})
+    guard = Guard(tmp_path / "state", tmp_path / "run")
+    guard.prepare_directories()
+    libvirt = Libvirt(guard, started)
+    ready = cold_arrival.stand_ready(cast(Any, libvirt), guard, arrival, blobs)
+    if raised is None:
+        await ready
+    else:
+        with pytest.raises(raised):
+            await ready
+    assert libvirt.open_at == [("define", False), ("start", True)]
+    assert not libvirt.exception.exists()

@@ -95,6 +95,30 @@ def test_the_incoming_migration_passes_until_it_has_arrived(host: Host) -> None:
     assert host.start().returncode == 1
 
 
+def test_our_own_start_passes_once(host: Host) -> None:
+    host.guard.forbid(forbidden(ARRIVAL))
+    host.guard.let_start(VM, 60)
+    assert host.start().returncode == 0
+    assert host.start().returncode == 1, "whoever comes after us"
+    host.guard.let_start(VM, 60)
+    host.guard.arrived(VM)
+    assert host.start().returncode == 1, "our start failed before it came to the hook"
+
+
+def test_a_start_that_was_let_through_too_long_ago_or_by_a_dead_process_is_refused(host: Host) -> None:
+    host.guard.forbid(forbidden(ARRIVAL))
+    host.guard.let_start(VM, 0)
+    assert host.start().returncode == 1
+    host.guard.let_start(VM, 60)
+    path = host.run / "arriving" / VM
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    path.write_text(path.read_text().replace(path.read_text().split()[0], str(gone.pid), 1))
+    assert host.start().returncode == 1
+    path.write_text("neither a process nor a time")
+    assert host.start().returncode == 1
+
+
 def test_a_reboot_ends_the_exception_but_not_the_guard(host: Host) -> None:
     host.guard.forbid(forbidden(ARRIVAL))
     host.guard.let_arrive(VM)

@@ -97,6 +97,10 @@ class Arrivals:
         self.disks_directory.mkdir(parents=True, exist_ok=True, mode=0o711)
         self.disks_directory.chmod(0o711)
         self.records.load()
+        for arrival in self.records.all():
+            if arrival.restarts:
+                # A kill before our start left it open, for a process that is gone.
+                self._guard.arrived(arrival.vm)
 
     def admitted(self, job_id: str, peer: str) -> Arrival:
         """The arrival for which that peer may use relays now. Raises Conflict."""
@@ -233,7 +237,7 @@ class Arrivals:
         try:
             await self.footprint.make(arrival)
             if arrival.restarts:
-                await cold_arrival.stand_ready(self._domains, arrival, chains.attachments)
+                await cold_arrival.stand_ready(self._domains, self._guard, arrival, chains.attachments)
         except BaseException:
             await self._clear(arrival)
             raise

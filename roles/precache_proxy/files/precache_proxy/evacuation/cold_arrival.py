@@ -14,9 +14,10 @@ from pathlib import Path
 
 from precache_proxy import durable
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import IntegrityError, Unsupported
+from precache_proxy.errors import Conflict, IntegrityError, Unsupported
 from precache_proxy.evacuation.arrival import Arrival
 from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.guard import Guard
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from precache_proxy.source.attachments import NVRAM, TPM_PREFIX
 
@@ -24,18 +25,31 @@ from precache_proxy.source.attachments import NVRAM, TPM_PREFIX
 _FILE_MODE = 0o600
 _STATE_MODE = 0o700
 _PASSED_THROUGH_MODE = 0o711
+# libvirt asks the hook within this, or has given up itself.
+START_SECONDS = 120.0
 
 
-async def stand_ready(domains: Domains, arrival: Arrival, blobs: Mapping[str, Path]) -> None:
+async def stand_ready(domains: Domains, guard: Guard, arrival: Arrival, blobs: Mapping[str, Path]) -> None:
     """Make it so; ``blobs``: attachment name -> file with its content, of the last generation.
 
-    Raises IntegrityError, Unsupported, HypervisorError: then the arrival is to be cleared away.
+    Raises IntegrityError, Unsupported, HypervisorError, and Conflict where somebody else has started it: then
+    the arrival is to be cleared away.
     """
     await asyncio.to_thread(_place, arrival, dict(blobs))
     crash_point("restart-state-placed")
     await domains.define(arrival.definition, arrival.name)
     crash_point("restart-defined")
-    await domains.start(arrival.vm, paused=True)
+    await asyncio.to_thread(guard.let_start, arrival.vm, START_SECONDS)
+    try:
+        is_ours = await domains.start(arrival.vm, paused=True)
+    finally:
+        await asyncio.to_thread(guard.arrived, arrival.vm)
+    if not is_ours:
+        # Its instructions were run before the release; its overlays are thrown away with it.
+        raise Conflict(
+            f"VM {arrival.name}: somebody started it here while it was made ready, before {arrival.peer} "
+            "released it; it is ended here and stays there: start the evacuation again"
+        )
 
 
 def _place(arrival: Arrival, blobs: Mapping[str, Path]) -> None:

@@ -67,7 +67,8 @@ class Footprint:
                 durable.sync_directory(directory.parent)
             owner = (self._qemu_user.uid, self._qemu_user.gid)
             make_job_directory(self._sockets_directory / arrival.id, owner)
-            self._guard.let_arrive(arrival.vm)
+            if not arrival.restarts:
+                self._guard.let_arrive(arrival.vm)
 
         await asyncio.to_thread(make_directories)
         for disk in arrival.disks.values():

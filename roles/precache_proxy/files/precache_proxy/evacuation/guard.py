@@ -4,8 +4,7 @@
 ``guard/<uuid>.json`` forbids every start of that VM on this host: a tombstone (it was released to another
 host) or an
 arrival that was not yet activated. ``arriving/<uuid>`` lives on tmpfs and lets one thing through in spite of
-it:
-the incoming migration itself. After a reboot it is gone, the guard is not.
+it: the incoming migration itself, or one start of our own. After a reboot it is gone, the guard is not.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, Final
 
 from precache_proxy import durable
 from precache_proxy.errors import Finding
+from precache_proxy.source.scratch import boottime_seconds
 
 HOOKS: Final = Path("/etc/libvirt/hooks/qemu.d")
 TOMBSTONE: Final = "moved-away"
@@ -98,6 +98,16 @@ class Guard:
         """Let the incoming migration of the VM pass the hook, until :meth:`arrived` or a reboot."""
         self.arriving_directory.mkdir(parents=True, exist_ok=True, mode=0o755)
         (self.arriving_directory / vm).touch(mode=0o644)
+
+    def let_start(self, vm: str, seconds: float) -> None:
+        """Let one start of the VM pass the hook, by whoever comes first, within that time and while this
+        process lives; :meth:`arrived` ends it early."""
+        self.arriving_directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        path = self.arriving_directory / vm
+        # Written beside: an empty file would let every start through.
+        beside = path.with_name(f".{vm}.new")
+        beside.write_text(f"{os.getpid()} {boottime_seconds() + seconds:.3f}\n", encoding="ascii")
+        beside.replace(path)
 
     def arrived(self, vm: str) -> None:
         """The exception is over: from now on the guard holds for every start."""

@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import findings
+from ansible.errors import AnsibleFilterError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._address_plan import (
+    NetaddrMissing,
+    findings,
+)
 
 
 def home_address_findings(
@@ -16,7 +20,10 @@ def home_address_findings(
     wanted: dict[str, tuple[str, list[str]]] = {}
     for vm in vms:
         wanted[str(vm.get("uuid") or vm["name"])] = (f"VM {vm['name']}", list(vm.get("addresses") or []))
-    return findings(list(wanted.values()), list(dict.fromkeys(prefixes)))
+    try:
+        return findings(list(wanted.values()), list(dict.fromkeys(prefixes)))
+    except NetaddrMissing as error:
+        raise AnsibleFilterError(str(error)) from error
 
 
 class FilterModule:

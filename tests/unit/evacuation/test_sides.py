@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, NotFound
+from precache_proxy.errors import Conflict, HypervisorError, InvalidInput, LifeboatError, NotFound
 from precache_proxy.evacuation import rollback
 from precache_proxy.evacuation.arrival import Arrival, ArrivalDisk, ArrivalState
 from precache_proxy.evacuation.arrival_network import NothingToDo
@@ -179,3 +179,34 @@ async def test_writes_before_the_checkpoint_are_not_taken_for_counted(
     await there.tracking.begin(arrival)
     assert arrival.checkpoint == ""
     assert "ran before" in arrival.sentence
+
+
+class Ending(Machines):
+    """Notes what is ended."""
+
+    def __init__(self, presence: Presence) -> None:
+        super().__init__(presence)
+        self.ended = 0
+
+    async def destroy(self, _vm: str) -> None:
+        self.ended, self.is_there = self.ended + 1, Presence.SHUT_OFF
+
+
+async def test_a_vm_that_was_off_is_ended_here_though_libvirt_was_silent_first(tmp_path: Path) -> None:
+    state, run = tmp_path / "state", tmp_path / "run"
+    state.mkdir()
+    machines = Ending(Presence.UNKNOWN)
+    there = Arrivals(
+        state, run, cast(Any, machines), Guard(state, run), cast(Any, Replicas()), NothingToDo(),
+        QemuUser(65534, 65534), presume_source_dead_after_seconds=None,
+    )  # fmt: skip
+    there.load()
+    arrival = Arrival("j0", VM, "web1", "home1", 1, 7, ArrivalState.ACTIVATED, mode="restart", boots=False)
+    for silent in (Presence.UNKNOWN, Presence.INCOMING):
+        machines.is_there = silent
+        with pytest.raises(HypervisorError, match="does not say that it has ended"):
+            await there.activation.settle_down(arrival)
+        assert "ended_at" not in arrival.timings
+    machines.is_there = Presence.ARRIVED
+    await there.activation.settle_down(arrival)
+    assert (machines.ended, "ended_at" in arrival.timings) == (1, True)

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from precache_proxy.errors import NoSpace
+from precache_proxy.evacuation.guard import FENCED, LEAVING, TOMBSTONE, Forbidden, Guard
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.source import autostart
 from precache_proxy.source.record import ProtectionRecord
@@ -62,3 +66,50 @@ async def test_where_it_cannot_be_kept_in_mind_it_stays_with_libvirt(
     with pytest.raises(NoSpace):
         await autostart.take_over(hypervisor, record, save)
     assert domain.autostart()
+
+
+class Peer:
+    async def wait_up(self, _seconds: float | None) -> None: ...
+
+    async def call(self, _method: str, _parameters: object) -> dict[str, Any]:
+        return {"exists": True, "epoch": 0, "state": "sealed"}
+
+
+@pytest.mark.parametrize("cause", [LEAVING, FENCED])
+async def test_what_forbids_for_now_is_waited_for_and_a_tombstone_is_not(
+    hypervisor: Hypervisor,
+    domain: Any,
+    record: ProtectionRecord,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cause: str,
+) -> None:
+    monkeypatch.setattr(autostart, "_ASK_AGAIN_SECONDS", 0.01)
+    if domain.isActive():
+        domain.destroy()
+    environment = SimpleNamespace(
+        directory=tmp_path / "source", hypervisor=hypervisor, link=lambda _peer: Peer()
+    )
+    guard = Guard(tmp_path, tmp_path / "run")
+    guard.prepare_directories()
+
+    def forbid(why: str) -> None:
+        guard.forbid(Forbidden(record.uuid, why, "sentence", "job1", 1))
+
+    forbid(cause)
+    starting = asyncio.create_task(autostart._start(cast(Any, environment), record))
+    await asyncio.sleep(0.1)
+    assert not starting.done()
+    assert not domain.isActive()
+    forbid(TOMBSTONE)
+    await asyncio.wait_for(starting, 5)
+    assert not domain.isActive()
+
+    (guard.directory / f"{record.uuid}.json").write_text("{")
+    starting = asyncio.create_task(autostart._start(cast(Any, environment), record))
+    await asyncio.sleep(0.1)
+    assert not domain.isActive(), "what cannot be read forbids"
+    forbid(cause)
+    guard.allow(record.uuid, job="job1")
+    await asyncio.wait_for(starting, 5)
+    assert domain.isActive()

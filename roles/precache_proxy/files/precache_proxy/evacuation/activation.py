@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import Conflict, LifeboatError
+from precache_proxy.errors import Conflict, HypervisorError, LifeboatError
 from precache_proxy.evacuation.arrival import RUNS_HERE, Arrival, ArrivalState
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.arrival_records import ArrivalRecords
@@ -79,6 +79,12 @@ class Activation:
             await self._domains.destroy(arrival.vm)
         elif presence is Presence.ABSENT:
             await self._domains.define(arrival.definition, arrival.name)
+        elif presence in {Presence.UNKNOWN, Presence.INCOMING}:
+            # Said to be off, one that stands here paused would stand for ever.
+            raise HypervisorError(
+                f"VM {arrival.name}: libvirt here does not say that it has ended ({presence.value}); asked "
+                "again"
+            )
         arrival.timings["ended_at"] = time.time()
         await self._records.save(arrival)
 

@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
-from precache_proxy.errors import HypervisorError, LifeboatError, NotFound
+from precache_proxy import durable
+from precache_proxy.errors import HypervisorError, IntegrityError, LifeboatError, NotFound
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.source.environment import Environment
 from precache_proxy.source.record import ProtectionRecord
@@ -16,6 +18,8 @@ from precache_proxy.source.record import ProtectionRecord
 logger = logging.getLogger(__name__)
 
 _ASK_AGAIN_SECONDS = 10.0
+# The cause in a guard file that only a new arrival of the VM takes away.
+_FOR_GOOD = "moved-away"
 
 
 async def take_over(
@@ -45,8 +49,9 @@ async def give_back(hypervisor: Hypervisor, record: ProtectionRecord) -> None:
 async def start_after_boot(environment: Environment, records: Sequence[ProtectionRecord]) -> None:
     """Once after a boot of the host: start protected VMs that had autostart, where nothing speaks against it.
 
-    The guard must have no tombstone and the peer must say that it holds no newer epoch; a peer that does not
-    answer is waited for. A VM that somebody stops later stays stopped: the mark goes with the next boot only.
+    The guard must have no tombstone (what else forbids a start is waited for), and the peer must say that it
+    holds no newer epoch; a peer that does not answer is waited for. A VM that somebody stops later stays
+    stopped: the mark goes with the next boot only.
     """
     mark = environment.run_directory / "autostart.done"
     if mark.exists():
@@ -57,14 +62,32 @@ async def start_after_boot(environment: Environment, records: Sequence[Protectio
     )
 
 
+def _forbidden(guard: Path) -> str:
+    """What forbids a start (blocking): nothing (""), a hand-off that is not over, or :data:`_FOR_GOOD`."""
+    try:
+        told = durable.read_json(guard)
+        return "" if told is None else str(told["cause"])
+    except (OSError, IntegrityError, KeyError, TypeError) as error:
+        return f"{guard} cannot be read ({error})"
+
+
 async def _start(environment: Environment, record: ProtectionRecord) -> None:
     subject = f"VM {record.name}"
     guard = environment.directory.parent / "guard" / f"{record.uuid}.json"
     link = environment.link(record.peer)
+    said = ""
     while True:
-        if guard.exists():
+        forbidden = await asyncio.to_thread(_forbidden, guard)
+        if forbidden == _FOR_GOOD:
             logger.warning("%s: not started after boot: a tombstone says that it may not run here", subject)
             return
+        if forbidden:
+            # A hand-off is under way, or its end is not known yet: what comes of it decides.
+            if forbidden != said:
+                logger.warning("%s: its start after boot waits: %s", subject, forbidden)
+            said = forbidden
+            await asyncio.sleep(_ASK_AGAIN_SECONDS)
+            continue
         await link.wait_up(None)
         try:
             status = await link.call("store.status", {"vm": record.uuid})

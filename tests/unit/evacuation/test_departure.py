@@ -67,8 +67,6 @@ class SlowDomain:
 
 
 class Domains:
-    hypervisor_version = 10_000_007
-
     def __init__(self, domain: Any) -> None:
         self.domain = domain
         self.is_there = Presence.RUNNING
@@ -87,6 +85,14 @@ class Domains:
 
     def on_lifecycle(self, _vm: str, _tell: Callable[[str, int], None]) -> Callable[[], None]:
         return lambda: None
+
+
+@pytest.fixture(autouse=True)
+def of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def version(*_unused: object) -> int:
+        return 10_000_007
+
+    monkeypatch.setattr("precache_proxy.evacuation.mirroring.emulator_version", version)
 
 
 class Link:

@@ -15,6 +15,7 @@ from precache_proxy.errors import HypervisorError
 from precache_proxy.evacuation.mirroring import (
     MirrorWatch,
     changeable,
+    emulator_version,
     needs_synchronous_writes,
     write_synchronously,
 )
@@ -138,3 +139,21 @@ async def test_a_qemu_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", answer)
     with pytest.raises(HypervisorError, match="block-job-change: not found"):
         await write_synchronously(Domains(), "x")  # type: ignore[arg-type]
+
+
+async def test_the_version_is_that_of_the_running_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the one that runs the VM: an upgrade of the host's packages does not change it under way."""
+
+    def answer(_domain: object, text: str, _flags: int) -> str:
+        assert json.loads(text) == {"execute": "query-version"}
+        return json.dumps({"return": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": "Debian"}})
+
+    monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", answer)
+    found = await emulator_version(Domains(), "x")  # type: ignore[arg-type]
+    assert (found, changeable(found)) == (7_002_022, False)
+
+    def refuse(*_unused: object) -> str:
+        raise libvirt.libvirtError("no monitor")
+
+    monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", refuse)
+    assert await emulator_version(Domains(), "x") is None  # type: ignore[arg-type]

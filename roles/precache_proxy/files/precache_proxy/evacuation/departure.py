@@ -266,7 +266,7 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
             departure.measure.written_bytes_per_second,
             rate,
             round_trip,
-            changeable=mirroring.changeable(around.domains.hypervisor_version),
+            changeable=mirroring.changeable(await mirroring.emulator_version(around.domains, job.vm)),
         )
         if wanted is None
         else wanted

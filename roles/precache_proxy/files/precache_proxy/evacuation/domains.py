@@ -59,12 +59,6 @@ class Domains:
     def __init__(self, hypervisor: Hypervisor) -> None:
         self.hypervisor = hypervisor
 
-    @property
-    def hypervisor_version(self) -> int | None:
-        """QEMU's version as libvirt tells it (10.0.7 is 10000007); None while there is no connection."""
-        features = self.hypervisor.features
-        return None if features is None else features.hypervisor_version
-
     async def run(self, vm: str, function: Callable[[Any], T], *, timeout_seconds: float | None = 60.0) -> T:
         """Run a blocking function on the domain. Raises NotFound, HypervisorError."""
         connection = self.hypervisor.connection

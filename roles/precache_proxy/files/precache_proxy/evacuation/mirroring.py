@@ -11,6 +11,7 @@ else when the mirror is seen not to get on.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -18,7 +19,10 @@ from typing import Any, Final
 import libvirt
 import libvirt_qemu
 
+from precache_proxy.errors import HypervisorError, NotFound
 from precache_proxy.evacuation.domains import Domains
+
+logger = logging.getLogger(__name__)
 
 # QEMU's mirror sends pieces of at least this size.
 _PIECE_BYTES: Final = 64 * 1024
@@ -82,10 +86,36 @@ class MirrorWatch:
         self._over = True
 
 
-def changeable(hypervisor_version: int | None) -> bool:
-    """Whether QEMU of this version (as libvirt tells it: 8.2.0 is 8002000; None unknown) knows
-    ``block-job-change``."""
-    return hypervisor_version is None or hypervisor_version >= _CHANGEABLE_FROM
+def changeable(emulator_version: int | None) -> bool:
+    """Whether QEMU of this version (8.2.0 is 8002000; None unknown) knows ``block-job-change``."""
+    return emulator_version is None or emulator_version >= _CHANGEABLE_FROM
+
+
+async def emulator_version(domains: Domains, vm: str) -> int | None:
+    """The version of the QEMU that the VM runs in, as 8002000; None where it does not say.
+
+    libvirt tells that of the host's default binary only: a VM may have an emulator of its own, or run since
+    before an upgrade.
+    """
+
+    def work(domain: Any) -> int:
+        told = _monitor(domain, "query-version")["qemu"]
+        return int(told["major"]) * 1_000_000 + int(told["minor"]) * 1_000 + int(told["micro"])
+
+    try:
+        return await domains.run(vm, work)
+    except (HypervisorError, NotFound) as error:
+        logger.warning("VM %s: its QEMU does not tell its version: %s", vm, error)
+        return None
+
+
+def _monitor(domain: Any, command: str, **arguments: Any) -> Any:
+    """What QEMU answers to a command (blocking). Raises libvirtError."""
+    text = json.dumps({"execute": command, "arguments": arguments} if arguments else {"execute": command})
+    answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
+    if "error" in answer:
+        raise libvirt.libvirtError(f"{command}: {answer['error'].get('desc')}")
+    return answer["return"]
 
 
 async def write_synchronously(domains: Domains, vm: str) -> None:
@@ -93,15 +123,9 @@ async def write_synchronously(domains: Domains, vm: str) -> None:
     call of its own for it, and notes "custom-monitor" in its log). Raises HypervisorError."""
 
     def work(domain: Any) -> None:
-        def ask(command: str, **arguments: Any) -> Any:
-            text = json.dumps({"execute": command, "arguments": arguments})
-            answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
-            if "error" in answer:
-                raise libvirt.libvirtError(f"{command}: {answer['error'].get('desc')}")
-            return answer["return"]
-
-        for job in ask("query-block-jobs"):
+        for job in _monitor(domain, "query-block-jobs"):
             if job["type"] == "mirror" and not job.get("actively-synced"):
-                ask("block-job-change", id=job["device"], type="mirror", **{"copy-mode": "write-blocking"})
+                way = {"copy-mode": "write-blocking"}
+                _monitor(domain, "block-job-change", id=job["device"], type="mirror", **way)
 
     await domains.run(vm, work)

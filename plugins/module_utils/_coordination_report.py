@@ -358,6 +358,7 @@ def _lag(host: HostState, uuid: str) -> dict[str, t.Any]:
 _SENTENCES = {
     "does-not-fit-before-deadline": "there was no time for it before the deadline",
     "no-memory-at-destination": "its destination has no memory for it",
+    "no-space-at-destination": "the store of its destination has no room for what changed since",
     "does-not-converge": "it dirties memory faster than it is sent, and may not be paused",
     "no-rung-allowed": "nothing that leads out is allowed for it",
     "not-reached-its-turn": "its turn did not come",

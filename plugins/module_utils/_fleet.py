@@ -140,11 +140,13 @@ def _pair(key: Pair, link: Json, site: str) -> PairSummary:
 def _destination(name: str, host: HostState | None) -> DestinationSummary:
     if host is None or not host.status:
         return DestinationSummary(name)
+    store = host.status.get("store") or {}
+    free, least = store.get("free_bytes"), store.get("minimum_free_bytes") or 0
     return DestinationSummary(
         name,
         str(host.status.get("site") or ""),
         host.workload.get("memory_free_bytes"),
-        (host.status.get("store") or {}).get("free_bytes"),
+        None if free is None else free - least,
     )
 
 

@@ -2,9 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Which hypervisors are whose peers, read from the inventory's variables.
 
-``hosts`` maps each hypervisor's name to its variables: ``lifeboat_site``, ``lifeboat_peer`` and, where they
-are not the usual ones, ``lifeboat_address``, ``lifeboat_port``, ``lifeboat_connections``, ``lifeboat_rate``
-and ``lifeboat_rate_windows``.
+``hosts`` maps each hypervisor's name to its variables: ``lifeboat_site``, ``lifeboat_peer`` or, where
+replicas may be placed at several, ``lifeboat_peers``, and, where they are not the usual ones,
+``lifeboat_address``, ``lifeboat_port``, ``lifeboat_connections``, ``lifeboat_rate`` and
+``lifeboat_rate_windows``.
 """
 
 from __future__ import annotations
@@ -50,36 +51,46 @@ def findings(hosts: t.Mapping[str, Variables]) -> list[str]:
     return told
 
 
+def peers_of(variables: Variables) -> list[str]:
+    """The peers that a hypervisor names: ``lifeboat_peer``, and those of ``lifeboat_peers``."""
+    several = variables.get("lifeboat_peers") or []
+    named = [variables.get("lifeboat_peer"), *([several] if isinstance(several, str) else several)]
+    return list(dict.fromkeys(str(peer) for peer in named if peer))
+
+
 def _peer_findings(name: str, variables: Variables, hosts: t.Mapping[str, Variables]) -> list[str]:
-    peer = variables.get("lifeboat_peer")
-    if not peer:
+    peers = peers_of(variables)
+    if not peers:
         return [f"{name}: has no peer; set lifeboat_peer to a hypervisor at another site"]
+    several = variables.get("lifeboat_peers")
+    if several and isinstance(several, str):
+        return [f"{name}: lifeboat_peers {several!r} is no list; write [{several}], or set lifeboat_peer"]
+    return [told for peer in peers for told in _findings_of_peer(name, peer, variables, hosts)]
+
+
+def _findings_of_peer(
+    name: str, peer: str, variables: Variables, hosts: t.Mapping[str, Variables]
+) -> list[str]:
+    what = "lifeboat_peer" if peer == variables.get("lifeboat_peer") else "lifeboat_peers"
     if peer == name:
-        return [f"{name}: is its own peer; set lifeboat_peer to a hypervisor at another site"]
+        return [f"{name}: is its own peer; set {what} to a hypervisor at another site"]
     if peer not in hosts:
         known = ", ".join(sorted(set(hosts) - {name})) or "none"
-        return [
-            f"{name}: its peer {peer} is not among the hypervisors; "
-            f"set lifeboat_peer to one of them ({known})"
-        ]
+        return [f"{name}: its peer {peer} is not among the hypervisors; set {what} to one of them ({known})"]
     site = variables.get("lifeboat_site")
     if site and site == hosts[peer].get("lifeboat_site"):
-        return [
-            f"{name}: its peer {peer} stands at the same site, {site}; "
-            "set lifeboat_peer to one at another site"
-        ]
+        return [f"{name}: its peer {peer} stands at the same site, {site}; set {what} to one at another site"]
     return []
 
 
 def proxy_peers(hosts: t.Mapping[str, Variables], name: str) -> list[dict[str, t.Any]]:
     """Whom the proxy of ``name`` talks to, as the role precache_proxy wants it.
 
-    That is its own peer and whoever has it for a peer: a replica's way back leads there.
+    That is its own peers and whoever has it for a peer: a replica's way back leads there.
     """
     own = hosts[name]
-    names = {other for other, variables in hosts.items() if variables.get("lifeboat_peer") == name}
-    if own.get("lifeboat_peer") in hosts:
-        names.add(own["lifeboat_peer"])
+    names = {other for other, variables in hosts.items() if name in peers_of(variables)}
+    names.update(peer for peer in peers_of(own) if peer in hosts)
     return [
         {
             "name": other,

@@ -29,6 +29,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 
 # Reason words of a plan, beside those of a forecast.
 NO_MEMORY = "no-memory-at-destination"
+NO_SPACE = "no-space-at-destination"
 TOO_LATE = "does-not-fit-before-deadline"
 QUICKER_FOR_OTHERS = "quicker-so-that-more-get-out"
 _SEARCHED_THOROUGHLY = 2000
@@ -228,6 +229,7 @@ def _schedule(
     positions = {vm.uuid: position for position, vm in enumerate(ordered)}
     known = {name: vm.uuid for vm in ordered for name in (vm.name, vm.uuid)}
     memory = {item.name: item.memory_free_bytes for item in site.destinations}
+    space = {item.name: item.store_free_bytes for item in site.destinations}
     uplinks: dict[str, _Uplink] = {}
     waits: dict[str, set[str]] = {}
     followers: dict[str, list[VmSummary]] = {}
@@ -270,7 +272,7 @@ def _schedule(
                     break
                 position, vm = taken
                 planned = _place(site, pairs, vm, position, forecasts[vm.uuid], now, ready_at, overlap,
-                                 deadline_seconds, memory)  # fmt: skip
+                                 deadline_seconds, memory, space)  # fmt: skip
                 told[vm.uuid] = planned
                 if planned.end_seconds is None:
                     over(vm.uuid)
@@ -311,12 +313,16 @@ def _place(
     overlap: bool,
     deadline_seconds: float | None,
     memory: dict[str, float | None],
+    space: dict[str, float | None],
 ) -> PlannedVm:
     if told.rung is Rung.STAY:
         return PlannedVm(vm, position, told, None, None, told.reason)
     free = memory.get(vm.destination)
     if free is not None and vm.memory_bytes > free:
         return PlannedVm(vm, position, told, None, None, NO_MEMORY)
+    room = space.get(vm.destination)
+    if room is not None and vm.lag_bytes > max(0.0, room):
+        return PlannedVm(vm, position, told, None, None, NO_SPACE)
     pair = _pair_of(pairs, site, vm)
     trip = pair.round_trip_seconds
     fixed = lead_in_seconds(trip) + closing_seconds(trip)
@@ -330,6 +336,8 @@ def _place(
         if deadline_seconds is None or end <= deadline_seconds:
             if free is not None:
                 memory[vm.destination] = free - vm.memory_bytes
+            if room is not None:
+                space[vm.destination] = room - vm.lag_bytes
             return PlannedVm(vm, position, choice, max(0.0, bulk_from - lead), end, choice.reason)
     return PlannedVm(vm, position, told, None, None, TOO_LATE)
 

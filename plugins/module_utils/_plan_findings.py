@@ -202,18 +202,28 @@ def _group_findings(site: SiteSummary) -> list[Finding]:
 
 def placement_findings(site: SiteSummary) -> list[Finding]:
     """Destinations that cannot hold all VMs whose replicas they have: no error, but rehearsal says so."""
-    free = {item.name: item.memory_free_bytes for item in site.destinations}
     found = []
-    for destination in sorted({vm.destination for vm in site.vms}):
-        room = free.get(destination)
-        needed = sum(vm.memory_bytes for vm in site.vms if vm.destination == destination)
-        if room is not None and needed > room:
+    for item in sorted(site.destinations, key=lambda one: one.name):
+        coming = [vm for vm in site.vms if vm.destination == item.name]
+        needed = sum(vm.memory_bytes for vm in coming)
+        if item.memory_free_bytes is not None and needed > item.memory_free_bytes:
             found.append(
                 Finding(
-                    f"destination {destination}",
-                    f"has {room / 2**30:.1f} GiB of memory free and replicas of VMs that need "
-                    f"{needed / 2**30:.1f} GiB",
+                    f"destination {item.name}",
+                    f"has {item.memory_free_bytes / 2**30:.1f} GiB of memory free and replicas of VMs that "
+                    f"need {needed / 2**30:.1f} GiB",
                     "free memory there or place replicas elsewhere; the last in the order would stay",
+                )
+            )
+        # What is still to be sealed there before they can start.
+        lags = sum(vm.lag_bytes for vm in coming)
+        if item.store_free_bytes is not None and lags > max(0.0, item.store_free_bytes):
+            found.append(
+                Finding(
+                    f"destination {item.name}",
+                    f"has {max(0.0, item.store_free_bytes) / 2**20:.0f} MiB of store left, what must stay "
+                    f"free not counted, and {lags / 2**20:.0f} MiB of changes are to come",
+                    "free space there or place replicas elsewhere; the last in the order would stay",
                 )
             )
     return found

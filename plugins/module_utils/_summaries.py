@@ -98,7 +98,10 @@ class PairSummary:
 
 @dataclass(frozen=True, slots=True)
 class DestinationSummary:
-    """What a destination can still take; None: not known, and then not judged."""
+    """What a destination can still take; None: not known, and then not judged.
+
+    ``store_free_bytes`` without what its store must leave free.
+    """
 
     name: str
     site: str = ""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 from precache_proxy.control.client import Client
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Finding
+from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from small_parts.parts import DATABASE, KNOWN, WEB, serving, small_parts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -143,6 +145,66 @@ def test_protect_check_real_repeat(site: Site) -> None:
     assert site.first.source.protected[WEB].priority == 60
     again = good(site.play("protect"))
     assert (recap(again)["home1"]["changed"], recap(again)["home2"]["changed"]) == (0, 0)
+
+
+@pytest.fixture
+def backups(tmp_path: Path, site: Site) -> Iterator[dict[str, Parts]]:
+    """Two hypervisors at another site, known to the inventory beside the two at home."""
+    path = tmp_path / "inventory.yml"
+    inventory = yaml.safe_load(path.read_text())
+    home = inventory["hypervisors"]["children"]["home"]["hosts"]
+    parts = {}
+    with contextlib.ExitStack() as stack:
+        for name in ("backup1", "backup2"):
+            parts[name] = small_parts(tmp_path / name)
+            parts[name].config = replace(parts[name].config, name=name, site="backup")
+            socket = str(stack.enter_context(serving(parts[name])))
+            common = {key: home["home1"][key] for key in home["home1"] if key.startswith("ansible_")}
+            inventory["hypervisors"].setdefault("hosts", {})[name] = {**common, "protection_socket": socket}
+        path.write_text(yaml.safe_dump(inventory))
+        yield parts
+
+
+def machine(uuid: str, memory_mib: int) -> Definition:
+    return parse_definition(
+        f"<domain type='qemu'><name>{KNOWN[uuid]}</name><uuid>{uuid}</uuid>"
+        f"<memory unit='MiB'>{memory_mib}</memory><devices/></domain>"
+    )
+
+
+@pytest.mark.usefixtures("backups")
+def test_protect_places_vms_that_name_no_peer_and_leaves_them_there(site: Site) -> None:
+    site.first.hypervisor.domains = [(WEB, "web1", True)]
+    site.first.hypervisor.definitions = {WEB: machine(WEB, 64)}
+    site.second.hypervisor.domains = [(DATABASE, KNOWN[DATABASE], True)]
+    site.second.hypervisor.definitions = {DATABASE: machine(DATABASE, 8192)}
+    # What the database will take at backup1 counts, although its host is not in this run.
+    Client(site.second.config.paths.control_socket).request("PUT", f"/v1/vms/{DATABASE}", {"peer": "backup1"})
+    how: dict[str, Any] = {"lifeboat_vms": [{"name": "web1"}], "lifeboat_peers": ["backup1", "backup2"]}
+    would = good(site.play("protect", "--check", "--limit", "home1", **how))
+    # (Both backups are this machine: what is left there depends on who else uses it.)
+    assert re.search(r"web1 of home1: to backup2 \((most-room|only-one-with-room)", would.stdout), would.stdout
+    assert site.first.source.changes == []
+    good(site.play("protect", "--limit", "home1", **how))
+    assert site.first.source.protected[WEB].peer == "backup2"
+    again = good(site.play("protect", "--limit", "home1", **how))
+    assert recap(again)["home1"]["changed"] == 0
+
+
+@pytest.mark.usefixtures("backups")
+def test_protect_changes_nothing_where_one_vm_fits_nowhere(site: Site) -> None:
+    site.first.hypervisor.domains = [(WEB, "web1", True)]
+    site.first.hypervisor.definitions = {WEB: machine(WEB, 64 << 20)}
+    path = site.directory / "inventory.yml"
+    inventory = yaml.safe_load(path.read_text())
+    inventory["hypervisors"]["children"]["home"]["hosts"]["home1"] |= {"lifeboat_vms": [{"name": "web1"}]}
+    path.write_text(yaml.safe_dump(inventory))
+    told = site.play("protect", "--limit", "home", lifeboat_peers=["backup1", "backup2"])
+    assert told.returncode != 0
+    text = " ".join(told.stdout.split())
+    assert "VM web1 of home1: needs 65536.1 GiB of memory" in text
+    assert "Nothing was changed" in text
+    assert (site.first.source.changes, site.second.source.changes) == ([], [])
 
 
 def test_protect_judges_all_before_it_changes_any(site: Site) -> None:

@@ -173,6 +173,18 @@ def test_deadlines_and_placement() -> None:
     assert len(placement_findings(site(vm("a"), vm("b"), free={"backup1": 150 * MB}))) == 1
 
 
+def test_changes_that_the_destination_has_no_room_for_keep_a_vm_and_rehearsal_says_so() -> None:
+    lagging = site(vm("a", lag_bytes=80 * MB), vm("b", lag_bytes=80 * MB))
+    narrow = replace(lagging, destinations=(replace(lagging.destinations[0], store_free_bytes=100 * MB),))
+    plan = make_plan(narrow, None)
+    assert [(item.vm.name, item.reason) for item in plan.vms if item.end_seconds is None] == [
+        ("b", "no-space-at-destination")
+    ]
+    (finding,) = placement_findings(narrow)
+    assert "95 MiB of store left" in finding.fact
+    assert placement_findings(lagging) == []
+
+
 @st.composite
 def _random_vms(draw: st.DrawFn) -> list[VmSummary]:
     count = draw(st.integers(1, 14))

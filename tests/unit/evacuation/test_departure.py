@@ -276,6 +276,18 @@ async def test_the_lease_is_on_disk_before_anything_stands_there(tmp_path: Path)
         await fence.stop()
 
 
+async def test_a_destination_that_has_presumed_us_dead_grants_no_time(tmp_path: Path) -> None:
+    """Its word holds, though contact is lost again before it can be asked to give the VM back."""
+    item = a_departure(around(tmp_path), Step.ROLLBACK)
+    fence = Fence(boot="this one")
+    item.contact = fence
+    item.job.owes_abort, item.job.presumed_dead_after_seconds = True, 300.0
+    for state, is_due in (("released", True), ("activated", True), ("prepared", False)):
+        item.link.answer = {"known": True, "state": state, "vm": "running"}
+        await item.call("status", {}, 5)
+        assert fence.is_due(item) is is_due, state
+
+
 @pytest.mark.parametrize("step", [Step.PREPARE, Step.ROLLBACK])
 async def test_nothing_is_undone_while_libvirt_does_not_say_whether_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step

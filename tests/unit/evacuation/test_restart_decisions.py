@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import pytest
+
 from precache_proxy.evacuation.arrival import RUNS_HERE, ArrivalState
 from precache_proxy.evacuation.job import FOLLOWING, Step
 from precache_proxy.evacuation.reconcile import (
@@ -25,16 +27,26 @@ from precache_proxy.evacuation.reconcile import (
 OFF = {Presence.SHUT_OFF, Presence.ENDED}
 ENDED = {Step.DONE, Step.STAYED}
 GONE = {None, ArrivalState.LANDED, ArrivalState.ABORTED}
+# Later a cancel is refused.
+CANCELLABLE = {Step.CATCH_UP, Step.STOP, Step.RESIDUAL, Step.PREPARE}
+SILENT_DECISIONS = {SourceDecision.WAIT, SourceDecision.FINISH, SourceDecision.NOTHING}
 
 
 @dataclass(frozen=True)
 class World:
-    """``guarded``: a start at the source is refused, from the stop on."""
+    """``guarded``: a start at the source is refused. ``asked``: the guest was asked to shut down and has not
+    ended since; ``watched``: that was given up, and it may yet obey. ``fenced``: without contact for so long
+    that the destination may presume the source dead soon (only where ``presumes``)."""
 
+    presumes: bool = False
     contact: bool = True
     step: Step = Step.CATCH_UP
     source: Presence = Presence.RUNNING
     guarded: bool = False
+    asked: bool = False
+    watched: bool = False
+    cancelled: bool = False
+    fenced: bool = False
     was_released: bool = False
     owes_abort: bool = False
     arrival: ArrivalState | None = None
@@ -45,20 +57,31 @@ class World:
 def what_the_world_does(now: World) -> Iterator[World]:
     yield replace(now, contact=not now.contact)
     if now.source is not Presence.ABSENT:
-        yield replace(now, source=Presence.SHUT_OFF)
+        # Its host loses power; what was asked of its guest is void.
+        yield replace(now, source=Presence.SHUT_OFF, asked=False, watched=False)
     if now.destination is not Presence.ABSENT:
         yield replace(now, destination=Presence.SHUT_OFF)
     if now.source in OFF and not now.guarded:
-        yield replace(now, source=Presence.RUNNING)
+        yield replace(now, source=Presence.RUNNING, asked=False, watched=False)
     if now.destination in OFF and now.arrival in RUNS_HERE:
         yield replace(now, destination=Presence.RUNNING)
+    if (now.asked or now.watched) and now.source is Presence.RUNNING:
+        yield replace(now, source=Presence.ENDED, asked=False)
+    if now.step in CANCELLABLE and not now.cancelled:
+        yield replace(now, cancelled=True)
+    if now.presumes and now.owes_abort and not now.contact and not now.fenced:
+        still = Presence.PAUSED if now.source is Presence.RUNNING else now.source
+        yield replace(now, fenced=True, guarded=True, source=still)
 
 
 def the_way_forward(now: World) -> Iterator[World]:
     """Each line of it, with a kill after it."""
-    if now.step is Step.CATCH_UP:
-        yield replace(now, step=Step.STOP, guarded=True)
-        yield replace(now, step=Step.STOP, guarded=True, source=Presence.ENDED)
+    if now.cancelled or now.fenced:
+        return
+    if now.step is Step.CATCH_UP and now.source is Presence.RUNNING:
+        stopping = replace(now, step=Step.STOP, guarded=True)
+        yield stopping
+        yield replace(stopping, asked=True)
     elif now.step is Step.STOP and now.source in OFF:
         yield replace(now, step=Step.RESIDUAL)
     elif now.step is Step.RESIDUAL and now.source in OFF and not now.called_off:
@@ -73,21 +96,19 @@ def the_way_forward(now: World) -> Iterator[World]:
 
 def the_source(now: World, *, faults: bool) -> Iterator[World]:
     """What its proxy does next, from whatever a kill left."""
-    if now.step is Step.STAYED and now.owes_abort and now.contact:
-        assert now.arrival not in RUNS_HERE
-        yield cleared(now)
-    if now.step in ENDED or now.step is Step.CATCH_UP:
+    if now.step is Step.STAYED:
+        yield from after_the_end(now)
+    if now.step in ENDED:
         return
+    if now.contact and now.arrival is not ArrivalState.RELEASED and now.arrival not in RUNS_HERE:
+        # Whatever is asked and answered holds off the fence, but for "it was let run here".
+        now = replace(now, fenced=False)
     view = DestinationView(now.contact, now.arrival if now.contact else None, now.destination)
-    decision = decide_at_source(now.step, now.source, view, restarts=True)
-    goes_to = {
-        SourceDecision.CONFIRM: Step.CONFIRM,
-        SourceDecision.ROLL_BACK: Step.ROLLBACK,
-        SourceDecision.ROLL_BACK_COLD: Step.ROLLBACK,
-        SourceDecision.FINISH: Step.FINISH,
-    }.get(decision, now.step)
-    assert goes_to is now.step or goes_to in FOLLOWING[now.step], (now, decision)
+    if faults:
+        yield from with_a_silent_libvirt(now, view)
+    decision = decide(now, now.source, view)
     if decision is SourceDecision.CONFIRM:
+        assert not now.cancelled, "it was wanted back, and nothing was lost by that"
         confirmed = replace(now, step=Step.CONFIRM, guarded=True)
         if faults or now.source not in OFF:
             yield confirmed
@@ -100,6 +121,48 @@ def the_source(now: World, *, faults: bool) -> Iterator[World]:
         yield from rolled_back(now, faults=faults)
     elif decision is SourceDecision.FINISH:
         yield replace(now, step=Step.DONE, guarded=True, source=Presence.ABSENT)
+
+
+def decide(now: World, source: Presence, view: DestinationView) -> SourceDecision:
+    decision = decide_at_source(now.step, source, view, restarts=True, cancelled=now.cancelled)
+    goes_to = {
+        SourceDecision.CONFIRM: Step.CONFIRM,
+        SourceDecision.ROLL_BACK: Step.ROLLBACK,
+        SourceDecision.ROLL_BACK_COLD: Step.ROLLBACK,
+        SourceDecision.FINISH: Step.FINISH,
+    }.get(decision, now.step)
+    assert goes_to is now.step or goes_to in FOLLOWING[now.step], (now, decision)
+    return decision
+
+
+def with_a_silent_libvirt(now: World, view: DestinationView) -> Iterator[World]:
+    """Here nothing is done upon silence; there it is no word that the VM is not whole, but what was not
+    released may be thrown away."""
+    if now.step is not Step.CATCH_UP:
+        assert decide(now, Presence.UNKNOWN, view) in SILENT_DECISIONS, now
+    if now.step in {Step.PREPARE, Step.CONFIRM} and now.source in OFF and not now.cancelled:
+        # It fell silent after the decision to confirm: the tombstone is there by now, and stays.
+        yield replace(now, step=Step.CONFIRM, guarded=True)
+    unsure = replace(view, vm=Presence.UNKNOWN)
+    if decide(now, now.source, unsure) is SourceDecision.ROLL_BACK_COLD:
+        yield from rolled_back(now, faults=True)
+
+
+def after_the_end(now: World) -> Iterator[World]:
+    """What a job that is over owes."""
+    if now.watched and now.source is Presence.ENDED and not now.guarded:
+        yield replace(now, source=Presence.RUNNING, watched=False)
+    if not (now.owes_abort and now.contact):
+        return
+    if now.arrival in RUNS_HERE:
+        assert now.presumes, "nobody else lets it run there after a rollback"
+        yield replace(
+            now, owes_abort=False, guarded=True, source=Presence.ABSENT, watched=False, fenced=False
+        )
+        return
+    goes_on = Presence.RUNNING if now.source is Presence.PAUSED else now.source
+    lifted = now.guarded and not now.fenced
+    yield replace(cleared(now), source=goes_on, guarded=lifted, fenced=False)
 
 
 def told(now: World, *, faults: bool) -> Iterator[World]:
@@ -124,6 +187,10 @@ def told(now: World, *, faults: bool) -> Iterator[World]:
 
 def rolled_back(now: World, *, faults: bool) -> Iterator[World]:
     """As rollback.py does it: the peer's word must come first only after a release."""
+    if now.step is Step.CATCH_UP and now.source is Presence.ENDED:
+        # Its user's own wish.
+        yield replace(now, step=Step.STAYED, guarded=False)
+        return
     now = replace(now, step=Step.ROLLBACK)
     if faults:
         yield now
@@ -136,10 +203,11 @@ def rolled_back(now: World, *, faults: bool) -> Iterator[World]:
         now = cleared(now)
         if faults:
             yield now
-    elif now.owes_abort and now.was_released:
+    elif now.owes_abort and (now.was_released or now.fenced):
         yield now
         return
-    yield replace(now, step=Step.STAYED, guarded=False, source=Presence.RUNNING)
+    watched = now.asked and now.source is Presence.RUNNING
+    yield replace(now, step=Step.STAYED, guarded=False, source=Presence.RUNNING, asked=False, watched=watched)
 
 
 def cleared(now: World) -> World:
@@ -154,12 +222,24 @@ def the_destination(now: World, *, faults: bool) -> Iterator[World]:
     if now.arrival is None or now.arrival in GONE:
         return
     step = now.step if now.contact else None
-    decision = decide_at_destination(now.arrival, now.destination, step, source_reachable=now.contact)
+    # The source has stopped its VM by half of the time after which it is presumed dead.
+    presumed = now.fenced and not now.contact
+    if faults:
+        silent = decide_at_destination(
+            now.arrival, Presence.UNKNOWN, step, source_reachable=now.contact, source_presumed_dead=presumed
+        )
+        assert silent in {ArrivalDecision.WAIT, ArrivalDecision.LAND}, now
+    decision = decide_at_destination(
+        now.arrival, now.destination, step, source_reachable=now.contact, source_presumed_dead=presumed
+    )
     if decision is ArrivalDecision.ABORT:
         assert now.arrival not in RUNS_HERE
         yield replace(now, arrival=ArrivalState.ABORTED, destination=Presence.ABSENT)
     elif decision in {ArrivalDecision.ACTIVATE, ArrivalDecision.ACTIVATE_COLD}:
-        assert now.arrival is ArrivalState.RELEASED, "only a release, or a person, lets it run"
+        assert now.arrival is ArrivalState.RELEASED or presumed, "only a release, or its time, lets it run"
+        now = replace(now, arrival=ArrivalState.RELEASED)
+        if faults:
+            yield now
         now = replace(now, destination=Presence.RUNNING)
         if faults:
             yield now
@@ -169,8 +249,8 @@ def the_destination(now: World, *, faults: bool) -> Iterator[World]:
 
 
 def check(now: World) -> None:
-    assert not (now.source is Presence.RUNNING and now.destination is Presence.RUNNING), "twice"
-    assert not (now.source is Presence.ABSENT and now.arrival not in RUNS_HERE), "nowhere"
+    assert not (now.source is Presence.RUNNING and now.destination is Presence.RUNNING), ("twice", now)
+    assert not (now.source is Presence.ABSENT and now.arrival not in RUNS_HERE), ("nowhere", now)
     if now.step in {Step.RELEASED, Step.FINISH, Step.DONE}:
         assert now.guarded
         assert now.source is not Presence.RUNNING
@@ -186,8 +266,8 @@ def settle(now: World) -> World:
     return now
 
 
-def reachable() -> set[World]:
-    found, ahead = {World()}, [World()]
+def reachable(*, presumes: bool) -> set[World]:
+    found, ahead = {World(presumes)}, [World(presumes)]
     while ahead:
         now = ahead.pop()
         check(now)
@@ -203,17 +283,34 @@ def reachable() -> set[World]:
     return found
 
 
-def test_in_every_state_it_runs_once_at_most_and_comes_to_an_end_in_one_place() -> None:
-    found = reachable()
+@pytest.mark.parametrize("presumes", [False, True])
+def test_in_every_state_it_runs_once_at_most_and_comes_to_an_end_in_one_place(presumes: bool) -> None:
+    found = reachable(presumes=presumes)
     assert {state.step for state in found} >= {Step.STOP, Step.PREPARE, Step.RELEASED, Step.ROLLBACK, *ENDED}
+    assert any(state.cancelled and state.step is Step.PREPARE for state in found)
+    assert any(state.watched for state in found)
+    assert any(state.fenced and state.arrival in RUNS_HERE for state in found) == presumes
     for state in found:
-        if state.step is Step.CATCH_UP:
-            continue
         end = settle(state)
         assert end.step in ENDED, (state, end)
-        assert (end.arrival in RUNS_HERE) == (end.step is Step.DONE), (state, end)
-        if end.step is Step.STAYED:
+        is_there = end.arrival in RUNS_HERE
+        assert is_there == (end.step is Step.DONE or end.source is Presence.ABSENT), (state, end)
+        if end.step is Step.STAYED and not is_there:
             assert end.arrival in GONE, (state, end)
+        if state.cancelled and not state.was_released and state.arrival not in RUNS_HERE and not presumes:
+            assert end.step is Step.STAYED, (state, end)
+        if must_run(state):
+            running = [end.source, end.destination].count(Presence.RUNNING)
+            assert running == 1, ("it runs nowhere", state, end)
+
+
+def must_run(state: World) -> bool:
+    """Whoever ends it after its hand-off is over, or its user before it was touched, has it off."""
+    if state.step is Step.CATCH_UP and state.source is Presence.ENDED:
+        return False
+    if state.arrival in RUNS_HERE:
+        return state.destination is Presence.RUNNING
+    return state.step not in ENDED or state.watched or state.source in {Presence.RUNNING, Presence.PAUSED}
 
 
 def test_a_guest_that_was_ended_runs_again_without_contact_until_it_is_released() -> None:

@@ -28,6 +28,7 @@ from precache_proxy.errors import (
     Stalled,
 )
 from precache_proxy.evacuation import freeze, layers, migrate, mirroring, preflight, relay
+from precache_proxy.evacuation.arrival import RUNS_HERE, ArrivalState
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
@@ -45,6 +46,7 @@ CATCH_UP_SHRINK = 0.7
 PREPARE_TIMEOUT_SECONDS = 180.0
 LINK_LOOK_SECONDS = 0.5
 ABORT_AGAIN_SECONDS = 0.2
+_LET_RUN_THERE = frozenset({ArrivalState.RELEASED.value, *(state.value for state in RUNS_HERE)})
 
 
 class DestinationContact(Protocol):
@@ -125,7 +127,9 @@ class Departure:
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
         answer: dict[str, Any] = call.result()
-        self.contact.heard(self, asked_at)
+        if answer.get("state") not in _LET_RUN_THERE:
+            # One that has presumed us dead grants no time: contact may be gone before it is asked back.
+            self.contact.heard(self, asked_at)
         return answer
 
 

@@ -82,6 +82,18 @@ def read(definition: str) -> list[str]:
     return [(item.text or "").strip() for item in found]
 
 
+def declared(definition: str) -> bool:
+    """Whether somebody has said which addresses the VM has, and be it none; what was learnt is not that."""
+    found = ET.fromstring(definition).find(f"metadata//{{{METADATA_URI}}}addresses")
+    return found is not None and found.get("learnt") is None
+
+
+def learnt(definition: str) -> bool:
+    """Whether the VM's addresses were learnt by the mobility agent."""
+    found = ET.fromstring(definition).find(f"metadata//{{{METADATA_URI}}}addresses")
+    return found is not None and found.get("learnt") is not None
+
+
 def element(addresses: t.Sequence[str]) -> str:
     """The metadata element that holds them."""
     root = ET.Element("addresses")

@@ -13,6 +13,7 @@ description:
   - Writes a VM's home addresses into the metadata of its definition, where they travel with it.
   - The mobility agent of the host that the VM runs on follows at once.
   - The guest's own configuration is not touched.
+  - What is given here takes the place of what the mobility agent may have learnt.
 extends_documentation_fragment:
   - lifeboat.evacuation.mobility.libvirt
   - lifeboat.evacuation.attributes
@@ -30,7 +31,7 @@ options:
   addresses:
     description:
       - All home addresses that the VM shall have, and no others. A prefix is one that is all the VM's.
-      - An empty list takes them away.
+      - An empty list takes them away, and keeps the agent from learning any.
     type: list
     elements: str
     required: true
@@ -82,6 +83,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import (
     METADATA_KEY,
     METADATA_URI,
+    declared,
     element,
     findings,
     parse,
@@ -119,22 +121,24 @@ class HomeAddress:
 
     def result(self, check_mode: bool) -> dict[str, t.Any]:
         """Bring the addresses about, or in check mode only tell."""
-        before = read(self._hypervisor.definition(self._domain))
+        definition = self._hypervisor.definition(self._domain)
+        before = read(definition)
         after = [shown(parse(text)) for text in self._parameters["addresses"]]
-        if before != after and not check_mode:
+        # Learnt ones that are right are still to be the inventory's, and "none" is to be said, too.
+        changed = before != after or not declared(definition)
+        if changed and not check_mode:
             self._write(after)
         vm = {"name": self._domain.name(), "uuid": self._domain.UUIDString(), "addresses": after}
         diff = {"before": {"addresses": before}, "after": {"addresses": after}}
-        return {"changed": before != after, "vm": vm, "diff": diff}
+        return {"changed": changed, "vm": vm, "diff": diff}
 
     def _write(self, addresses: list[str]) -> None:
         libvirt = self._hypervisor.libvirt
         flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if self._domain.isPersistent() else 0
         if self._domain.isActive():
             flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
-        text = element(addresses) if addresses else None
         kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
-        self._domain.setMetadata(kind, text, METADATA_KEY if text else None, METADATA_URI, flags)
+        self._domain.setMetadata(kind, element(addresses), METADATA_KEY, METADATA_URI, flags)
 
 
 def main() -> None:

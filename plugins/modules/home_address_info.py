@@ -46,13 +46,16 @@ vms:
       description: Its home addresses.
       type: list
       elements: str
+    learnt:
+      description: Whether the mobility agent learnt them; false where somebody gave them.
+      type: bool
     running:
       description: Whether the VM is active on this host.
       type: bool
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import read
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import learnt, read
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._libvirt import (
     Hypervisor,
     LibvirtFailed,
@@ -69,15 +72,18 @@ def main() -> None:
         hypervisor = Hypervisor(module, read_only=True)
         name = module.params["vm"]
         domains = hypervisor.domains() if name is None else [hypervisor.domain(name)]
-        vms = [
-            {
-                "name": domain.name(),
-                "uuid": domain.UUIDString(),
-                "addresses": read(hypervisor.definition(domain)),
-                "running": bool(domain.isActive()),
-            }
-            for domain in domains
-        ]
+        vms = []
+        for domain in domains:
+            definition = hypervisor.definition(domain)
+            vms.append(
+                {
+                    "name": domain.name(),
+                    "uuid": domain.UUIDString(),
+                    "addresses": read(definition),
+                    "learnt": learnt(definition),
+                    "running": bool(domain.isActive()),
+                }
+            )
     except LibvirtFailed as error:
         module.fail_json(msg=str(error))
     except hypervisor.libvirt.libvirtError as error:

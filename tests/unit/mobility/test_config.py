@@ -37,6 +37,17 @@ def test_a_gateway_has_anchors_or_a_routing_daemon() -> None:
         parse(GATEWAY.format("announce = true", "anchor = true"), KEYS)
 
 
+def test_learning_needs_somebody_who_would_notice_a_clash() -> None:
+    learning = 'hypervisor = "qemu:///system"\nlearn_addresses = true\n'
+    assert parse(GATEWAY.format(learning, "anchor = true"), KEYS).learn_addresses
+    for settings, peer in (
+        ("learn_addresses = true", "anchor = true"),
+        (learning + "announce = true", "gateway = true"),
+    ):
+        with pytest.raises(ConfigurationError, match="needs a gateway with anchors and libvirt"):
+            parse(GATEWAY.format(settings, peer), KEYS)
+
+
 def test_all_faults_are_told_at_once_and_no_secret() -> None:
     text = GATEWAY.replace("2001:db8:100::/64", "2001:db8:1::/48").format(
         "lifetime_seconds = 1", "rubbish = 1"

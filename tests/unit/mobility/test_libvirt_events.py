@@ -128,4 +128,11 @@ def test_a_definition_tells_addresses_bridges_and_macs() -> None:
         <interface type='network'><mac address='52:54:00:00:00:02'/><source network='default'/></interface>
         </devices></domain>"""
     )
-    assert told == VmNetwork(VM, "web1", (PLACE,), (HOME,))
+    assert told == VmNetwork(VM, "web1", (PLACE,), (HOME,), declared=True)
+
+
+def test_a_definition_may_say_that_there_are_no_addresses_or_nothing_at_all() -> None:
+    text = "<domain><name>web1</name><uuid>" + VM + "</uuid><metadata>{}</metadata><devices/></domain>"
+    none = read_definition(text.format(f"<m:addresses xmlns:m='{METADATA_URI}'/>"))
+    assert (none.homes, none.declared) == ((), True)
+    assert not read_definition(text.format("")).declared

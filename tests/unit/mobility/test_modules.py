@@ -59,6 +59,39 @@ def test_addresses_are_given_kept_and_taken(run: Run, hypervisor: str, vm: str) 
     assert present() == []
 
 
+def test_the_inventory_wins_over_what_was_learnt(run: Run, hypervisor: str) -> None:
+    import libvirt
+
+    domain = libvirt.open(hypervisor).lookupByName("web1")
+    element = "<addresses learnt='yes'><address>2001:db8:100::5</address></addresses>"
+
+    def learn() -> None:
+        domain.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+            element,
+            "mobility",
+            "urn:lifeboat:mobility:1",
+            libvirt.VIR_DOMAIN_AFFECT_CONFIG,
+        )
+
+    def told() -> tuple[list[str], bool]:
+        (vm,) = run("home_address_info", libvirt_uri=hypervisor, vm="web1")["vms"]
+        return vm["addresses"], vm["learnt"]
+
+    asked = {"libvirt_uri": hypervisor, "vm": "web1", "prefixes": PREFIXES}
+    learn()
+    assert told() == (["2001:db8:100::5"], True)
+    # The same, but said by somebody now.
+    assert run("home_address", **asked, addresses=["2001:db8:100::5"])["changed"] is True
+    assert told() == (["2001:db8:100::5"], False)
+    assert run("home_address", **asked, addresses=["2001:db8:100::5"])["changed"] is False
+    learn()
+    # "None" is a word, too: it is kept, and said once.
+    assert run("home_address", **asked, addresses=[])["changed"] is True
+    assert told() == ([], False)
+    assert run("home_address", **asked, addresses=[])["changed"] is False
+
+
 @pytest.mark.parametrize(
     ("addresses", "told"),
     [

@@ -90,6 +90,7 @@ class Config:
     path_mtu_octets: int
     withdraw_on_stop: bool
     announce: bool
+    learn_addresses: bool = False
 
     @property
     def control_socket(self) -> Path:
@@ -252,6 +253,7 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
         path_mtu_octets=top.whole("path_mtu_octets", 1500, 1320, 65535),
         withdraw_on_stop=top.boolean("withdraw_on_stop", default=False),
         announce=top.boolean("announce", default=False),
+        learn_addresses=top.boolean("learn_addresses", default=False),
     )
 
 
@@ -267,6 +269,10 @@ def _judge(config: Config, path: Path, findings: list[Finding]) -> None:
     if config.announce and (config.anchors or config.anchor or not config.gateway):
         way_out = "use either anchors or a routing daemon"
         fault("announce", "is for gateways that have no anchors", way_out)
+    if config.learn_addresses and (not config.gateway or config.announce or config.hypervisor == "none"):
+        # Nobody else would notice that another VM has the address.
+        way_out = "set it to false, or use anchors and libvirt on a gateway"
+        fault("learn_addresses", "needs a gateway with anchors and libvirt", way_out)
     if config.gateway and not config.bridges:
         fault("bridges", "a gateway without a bridge of VMs", "add [[bridges]]")
     if not config.prefixes:

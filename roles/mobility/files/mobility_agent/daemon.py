@@ -23,8 +23,11 @@ from mobility_agent.datapath.path import DataPath
 from mobility_agent.datapath.path_mtu import PathMtuListener
 from mobility_agent.durable import Journal, raise_counter
 from mobility_agent.errors import Conflict, MobilityError
+from mobility_agent.gateway.claims import AnchorClaims
 from mobility_agent.gateway.duty import GatewayDuty
 from mobility_agent.gateway.hypervisor import Moves
+from mobility_agent.gateway.learning import Heard, Learner
+from mobility_agent.gateway.learning_host import LibvirtHost
 from mobility_agent.messages.headers import Message
 from mobility_agent.signalling.transport import Transport
 
@@ -50,6 +53,7 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._home_links: dict[str, Responder] = {}
         self._bridges: set[str] = set()
+        self._learning: LibvirtHost | None = None
 
     def stop(self) -> None:
         """Ask :meth:`run` to end."""
@@ -88,15 +92,28 @@ class Daemon:
                 config, parts.path, journal, restarts, parts.transport.send, self._home_links
             )
         if config.gateway:
+            heard = Heard(prefix.network for prefix in config.prefixes)
             for bridge in config.bridges:
                 parts.responders[bridge.name] = Responder(
-                    bridge.name, bridge.mac, bridge.link_local, self._elsewhere
+                    bridge.name,
+                    bridge.mac,
+                    bridge.link_local,
+                    self._elsewhere,
+                    heard.note if config.learn_addresses else None,
                 )
             journal = Journal(config.state / "attachments.journal")
             parts.gateway = GatewayDuty(config, parts.path, journal, parts.transport.send, parts.responders)
             if config.hypervisor != "none":
                 names = frozenset(bridge.name for bridge in config.bridges)
                 parts.moves = Moves(parts.gateway, config.hypervisor, names)
+                if config.learn_addresses:
+                    library = parts.moves.hypervisor.library
+                    self._learning = LibvirtHost(library, config.hypervisor, names, heard)
+                    parts.learner = Learner(
+                        self._learning,
+                        AnchorClaims(parts.gateway.registrar, parts.gateway.attachments, parts.gateway.nudge),
+                        tuple(prefix.network for prefix in config.prefixes),
+                    )
 
     def _home_link(self, device: str) -> Responder:
         mac, link_local = self.parts.path.link_identity(device)
@@ -124,6 +141,8 @@ class Daemon:
             parts.gateway.start()
         if parts.moves is not None:
             parts.moves.start()
+        if parts.learner is not None:
+            parts.learner.start()
 
     def _elsewhere(self, address: IPv6Address, duplicate_detection: bool) -> bool:
         gateway = self.parts.gateway
@@ -207,6 +226,10 @@ class Daemon:
     async def _end(self) -> None:
         parts = self.parts
         await self._server.stop()
+        if parts.learner is not None:
+            await parts.learner.stop()
+        if self._learning is not None:
+            self._learning.close()
         if parts.moves is not None:
             await parts.moves.stop()
         for duty in (parts.gateway, parts.anchor):

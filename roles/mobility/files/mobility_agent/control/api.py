@@ -121,6 +121,7 @@ class Api:
                 findings.append(
                     Finding(f"bridge {bridge.name}", "is not there", "start its network", "not-found")
                 )
+        findings += self._parts.learner.findings() if self._parts.learner is not None else []
         told_findings = [
             {"subject": f.subject, "fact": f.fact, "way_out": f.way_out, "cause": f.cause} for f in findings
         ]

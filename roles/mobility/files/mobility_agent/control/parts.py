@@ -13,6 +13,7 @@ from mobility_agent.datapath.path import DataPath
 from mobility_agent.errors import InvalidInput, NotFound
 from mobility_agent.gateway.duty import GatewayDuty
 from mobility_agent.gateway.hypervisor import Moves
+from mobility_agent.gateway.learning import Learner
 from mobility_agent.signalling.transport import Transport
 
 
@@ -26,6 +27,7 @@ class Parts:
     gateway: GatewayDuty | None = None
     anchor: AnchorDuty | None = None
     moves: Moves | None = None
+    learner: Learner | None = None
     responders: dict[str, Responder] = field(default_factory=dict)
     state: str = "starting"
 

@@ -103,7 +103,10 @@ def parse_solicitation(frame: bytes) -> Solicitation | None:
 
 
 class Responder:
-    """Listens on one bridge; ``elsewhere(target, duplicate_detection)`` says whether to answer for it."""
+    """Listens on one bridge; ``elsewhere(target, duplicate_detection)`` says whether to answer for it.
+
+    ``heard(address, mac)`` is told of every address that a solicitation shows to be in use, or about to be.
+    """
 
     def __init__(
         self,
@@ -111,11 +114,13 @@ class Responder:
         mac: str,
         link_local: IPv6Address,
         elsewhere: Callable[[IPv6Address, bool], bool],
+        heard: Callable[[IPv6Address, bytes], None] | None = None,
     ) -> None:
         self.device = device
         self._mac = mac
         self._link_local = link_local
         self._elsewhere = elsewhere
+        self._heard = heard
         self._socket: socket.socket | None = None
         self._index = 0
         self.answered = 0
@@ -177,6 +182,8 @@ class Responder:
             if told[2] == socket.PACKET_OUTGOING:
                 continue
             asked = parse_solicitation(frame)
+            if asked is not None and self._heard is not None:
+                self._heard(asked.target if asked.duplicate_detection else asked.source, asked.mac)
             if asked is not None and self._elsewhere(asked.target, asked.duplicate_detection):
                 self._answer(asked)
 

@@ -14,6 +14,8 @@ _NEW, _DELETE, _GET = 28, 29, 30
 _MESSAGE = struct.Struct("=BxxxIHBB")
 _ADDRESS, _MAC, _PROTOCOL = 1, 2, 12
 _PERMANENT = 0x80
+# Reachable, stale, delay, probe: it has answered, or spoken.
+_ANSWERING = 0x02 | 0x04 | 0x08 | 0x10
 _PROXY = 0x08
 # As of routes: says in a dump that an entry is ours.
 PROTOCOL = 76
@@ -62,6 +64,22 @@ def _read(kernel: RouteSocket, flags: int) -> list[Neighbour]:
         proxied = bool(entry_flags & _PROXY)
         mac = None if proxied else told.get(_MAC, b"").hex(":")
         found.append(Neighbour(IPv6Address(told[_ADDRESS]), socket.if_indextoname(index), mac))
+    return found
+
+
+def seen(kernel: RouteSocket, device: str) -> list[Neighbour]:
+    """Whom the kernel itself has found on ``device``; none of ours, none that does not answer.
+
+    Raises OSError when there is no such device.
+    """
+    wanted = socket.if_nametoindex(device)
+    found: list[Neighbour] = []
+    for content in kernel.dump(_GET, _MESSAGE.pack(socket.AF_INET6, wanted, 0, 0, 0)):
+        _unused, index, state, flags, _unused = _MESSAGE.unpack_from(content)
+        told = attributes(content[_MESSAGE.size :])
+        ours = told.get(_PROTOCOL, b"\0")[0] == PROTOCOL
+        if index == wanted and not ours and not flags & _PROXY and state & _ANSWERING and _ADDRESS in told:
+            found.append(Neighbour(IPv6Address(told[_ADDRESS]), device, told.get(_MAC, b"").hex(":") or None))
     return found
 
 

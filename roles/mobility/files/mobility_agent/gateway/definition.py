@@ -25,6 +25,8 @@ class VmNetwork:
     name: str
     interfaces: tuple[tuple[str, str], ...]  # (bridge, MAC)
     homes: tuple[IPv6Network, ...]
+    # Somebody has said which, and be it none: nothing is to be learnt.
+    declared: bool = False
 
 
 def read_definition(text: str) -> VmNetwork:
@@ -39,4 +41,6 @@ def read_definition(text: str) -> VmNetwork:
     texts = [(item.text or "").strip() for item in root.iterfind(f"metadata//{{{METADATA_URI}}}address")]
     parsed = [parse_network(item) for item in texts]
     homes = tuple(dict.fromkeys(home for home in parsed if home is not None))
-    return VmNetwork(root.findtext("uuid") or "", root.findtext("name") or "", tuple(interfaces), homes)
+    declared = root.find(f"metadata//{{{METADATA_URI}}}addresses") is not None
+    uuid, name = root.findtext("uuid") or "", root.findtext("name") or ""
+    return VmNetwork(uuid, name, tuple(interfaces), homes, declared)

@@ -44,7 +44,7 @@ class GatewayDuty:
         self._send = send
         self._responders = responders
         self._anchors = {peer.name: peer for peer in config.anchors}
-        self._registrar = Registrar(self._anchors, config.tunnel_address, config.lifetime_seconds)
+        self.registrar = Registrar(self._anchors, config.tunnel_address, config.lifetime_seconds)
         self._link_locals = {bridge.name: bridge.link_local for bridge in config.bridges}
         self.attachments = Attachments()
         self._forwards: dict[str, float] = {}
@@ -53,7 +53,7 @@ class GatewayDuty:
         self._commits: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._watch = AnchorWatch(
-            self._anchors, config.heartbeat_seconds, path, self._registrar, send, self._wake
+            self._anchors, config.heartbeat_seconds, path, self.registrar, send, self._wake
         )
 
     # --- start and stop ---
@@ -100,7 +100,7 @@ class GatewayDuty:
         self._journal.close()
 
     def _claim(self, attachment: Attachment, now: float) -> None:
-        self._registrar.attach(
+        self.registrar.attach(
             attachment.vm,
             attachment.homes,
             attachment.epoch,
@@ -123,15 +123,19 @@ class GatewayDuty:
                     # It may move on, and the anchors know.
                     self._path.set_away(attachment.homes, None)
             times = self._watch.times() + list(self._forwards.values())
-            due = self._registrar.next_due()
+            due = self.registrar.next_due()
             times += [] if due is None else [due]
             pause = min(times, default=now + 60) - time.monotonic()
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), max(pause, 0.001))
 
+    def nudge(self) -> None:
+        """Something is due: send it now."""
+        self._wake.set()
+
     def _send_due(self) -> None:
-        for outgoing in self._registrar.due(time.monotonic(), time.time()):
+        for outgoing in self.registrar.due(time.monotonic(), time.time()):
             message = outgoing.registration.update(outgoing.sequence)
             self._send(self._anchors[outgoing.anchor], message)
 
@@ -145,7 +149,7 @@ class GatewayDuty:
             case BindingAcknowledgement():
                 answer = read_acknowledgement(message)
                 if answer is not None:
-                    outcome = self._registrar.acknowledge(peer.name, answer, time.monotonic())
+                    outcome = self.registrar.acknowledge(peer.name, answer, time.monotonic())
                     self._follow(outcome)
                     self._answered.set()
                     self._wake.set()
@@ -191,7 +195,7 @@ class GatewayDuty:
             newer = loss.epoch >= attachment.epoch and loss.holder not in {None, attachment.to}
             if newer:
                 self._leave(loss.vm, loss.holder, loss.epoch)
-        elif self._registrar.lost(peer.name, loss.vm, loss.epoch, loss.ticks):
+        elif self.registrar.lost(peer.name, loss.vm, loss.epoch, loss.ticks):
             logger.warning(
                 "VM %s: %s has it at %s in epoch %d: withdrawn here",
                 loss.vm,
@@ -298,10 +302,7 @@ class GatewayDuty:
     async def _acknowledged(self, vm: str, until: float) -> None:
         """Return when every anchor has acknowledged ``vm``, or it is ``until`` (monotonic)."""
         while (left := until - time.monotonic()) > 0:
-            if (
-                len(self._registrar.acknowledged(vm)) == len(self._anchors)
-                or self.attachments.get(vm) is None
-            ):
+            if len(self.registrar.acknowledged(vm)) == len(self._anchors) or self.attachments.get(vm) is None:
                 return
             self._answered.clear()
             with contextlib.suppress(TimeoutError):
@@ -316,14 +317,14 @@ class GatewayDuty:
         if attachment is None:
             raise NotFound(f"VM {vm}: not known to this gateway; see `mobility-agent status`")
         if withdraw:
-            self._registrar.withdraw(vm, time.monotonic())
+            self.registrar.withdraw(vm, time.monotonic())
             self._send_due()
             self._path.clear(attachment.homes)
             self.attachments.remove(vm)
             self._journal.remove(vm)
             logger.info("VM %s: withdrawn", vm, extra={"VM": vm})
         elif attachment.state == HERE or to is not None:
-            self._registrar.forget(vm)
+            self.registrar.forget(vm)
             self._leave(vm, to, attachment.epoch)
         self._wake.set()
         await self._commit()
@@ -401,8 +402,8 @@ class GatewayDuty:
             "state": attachment.state,
             "to": None if attachment.to is None else str(attachment.to),
             "since_seconds": attachment.since_seconds,
-            "acknowledged": self._registrar.acknowledged(attachment.vm),
-            "anchors": self._registrar.status(attachment.vm),
+            "acknowledged": self.registrar.acknowledged(attachment.vm),
+            "anchors": self.registrar.status(attachment.vm),
         }
 
     def status(self) -> dict[str, Any]:
@@ -410,7 +411,7 @@ class GatewayDuty:
         return {
             "vms_here": sum(known.state == HERE for known in self.attachments.all()),
             "vms_away": sum(known.state == AWAY for known in self.attachments.all()),
-            "registrations_pending": self._registrar.pending(),
+            "registrations_pending": self.registrar.pending(),
             "anchor_in_use": self._watch.in_use,
             "anchors": self._watch.status(),
         }

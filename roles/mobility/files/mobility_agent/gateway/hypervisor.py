@@ -55,6 +55,11 @@ class Hypervisor:
         self._task: asyncio.Task[None] | None = None
 
     @property
+    def library(self) -> Any:
+        """The libvirt module."""
+        return self._libvirt
+
+    @property
     def up(self) -> bool:
         """Whether libvirt answers."""
         return self._connection is not None

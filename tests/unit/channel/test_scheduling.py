@@ -213,6 +213,36 @@ def test_governor_fills_the_link_with_a_short_queue_and_follows_changes(rate: fl
         assert worst < 0.05
 
 
+def test_governor_believes_a_path_that_grew_longer_while_it_was_idle() -> None:
+    """A failover, told of by pings: the half minute before it is no measure for a queue any more."""
+    line, governor = Line(6.25e6, 0.18), Governor()
+    for beat in range(1600):
+        line.now += 0.025
+        governor.sample(Sample(line.now, 0, 0.0005 if beat < 1000 else 0.18, 0.0005, backlog=False))
+    begin = 0.0
+    for beat in range(200):
+        if beat == 80:
+            begin = line.acknowledged
+        governor.sample(line.step(0.025, (governor.rate_bytes_per_second or 2e6) * 0.025))
+    assert (line.acknowledged - begin) / 3 > 0.85 * line.rate
+
+
+def test_governor_begins_a_long_copy_at_full_speed_after_many_small_ones() -> None:
+    """Passes that are over before they fill the path say little of it, and what they say is soon unlearnt."""
+    line, governor, source = Line(6.25e6, 0.18), Governor(), random.Random(5)
+    for _ in range(6):
+        for beat in range(200):
+            busy = beat < 60
+            sent = (governor.rate_bytes_per_second or 2e6) * 0.025 * (0.7 if busy else 0)
+            sample = replace(line.step(0.025, sent), backlog=busy and beat % 4 != 0)
+            noise = 0.03 + source.random() * 0.03 if busy else 0
+            governor.sample(replace(sample, round_trip_seconds=sample.round_trip_seconds + noise))
+    begin = line.acknowledged
+    for _ in range(120):
+        governor.sample(line.step(0.025, (governor.rate_bytes_per_second or 2e6) * 0.025))
+    assert (line.acknowledged - begin) / 3 > 0.5 * line.rate
+
+
 def test_governor_leaves_local_paths_alone() -> None:
     governor = Governor()
     for beat in range(100):

@@ -22,8 +22,25 @@ _LOCAL_SECONDS = 0.003
 _FIRST_RATE = 2_000_000.0
 _LEAST_RATE = 64_000.0
 _BASE_SECONDS = 30.0
+# Of an idle path only so much is remembered: pings tell of it as it is.
+_IDLE_BASE_SECONDS = 10.0
+# A pause of this length ends what was learnt of queues.
+_QUIET_SECONDS = 1.0
 _FOREIGN_SECONDS = 10.0
 _PAUSE_SECONDS = 15.0
+# Headers and uneven looks take something: who delivers so much of the rate was pressed by it.
+_PRESSED = 0.8
+# Looks in a row without a queue before the rate grows by steps, each twice the last.
+_CALM_LOOKS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The rate was cut because of a queue: when, how long the queue was, what arrived."""
+
+    at: float
+    queue: float
+    delivered: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +101,10 @@ class Governor:
         self._foreign_since: float | None = None
         self._paused_until = 0.0
         self._peak = 0.0
+        self._cut: _Cut | None = None
+        # Since when there is a backlog without a longer pause, and since when there is none.
+        self._spell_at: float | None = None
+        self._quiet_since: float | None = None
 
     @property
     def capacity_bytes_per_second(self) -> float | None:
@@ -92,6 +113,7 @@ class Governor:
 
     def sample(self, now: Sample) -> float | None:
         """The new rate."""
+        self._follow_spell(now)
         base = self._base_seconds(now)
         if base < _LOCAL_SECONDS:
             self._mark = now
@@ -112,6 +134,26 @@ class Governor:
         self.rate_bytes_per_second = None if now.at < self._paused_until else self._rate
         return self.rate_bytes_per_second
 
+    def _follow_spell(self, now: Sample) -> None:
+        if not now.backlog:
+            if self._quiet_since is None:
+                self._quiet_since = now.at
+            if now.at - self._quiet_since > _QUIET_SECONDS:
+                self._spell_at = None
+            while len(self._base) > 1 and now.at - self._base[0][0] > _IDLE_BASE_SECONDS:
+                self._base.popleft()
+            return
+        self._quiet_since = None
+        if self._spell_at is None:
+            # What the last spell saw of queues says nothing about this one.
+            self._spell_at = now.at
+            self._long = self._calm = 0
+            self._cut = self._foreign_since = None
+            # Small things sent now and then press nothing and find out nothing: begin from what the path once
+            # carried, and as swiftly as the first time.
+            self._rate = max(self._rate, self._peak / 2)
+            self._starting = True
+
     def _base_seconds(self, now: Sample) -> float:
         # Least round trip of the last half minute, in a monotonic queue: a path that became longer
         # is believed.
@@ -130,10 +172,16 @@ class Governor:
     def _step(self, mark: Sample, now: Sample, queue: float, base: float) -> None:
         delivered = (now.acknowledged_bytes - mark.acknowledged_bytes) / (now.at - mark.at)
         self.queue_seconds = queue
-        if not self._backlogged and delivered < (0.5 if queue > 2 * _TARGET_SECONDS else 0.9) * self._rate:
-            self._calm = 0  # nobody wanted more: it says nothing about the path
+        settle = 2 * base + 0.1
+        if self._spell_at is not None and now.at - self._spell_at < settle:
+            return  # what arrives now was sent, and its delay smoothed, before there was a backlog
+        wanted = (0.5 if queue > 2 * _TARGET_SECONDS else _PRESSED) * self._rate
+        if not self._backlogged and delivered < wanted:
+            # Nobody wanted more: it says nothing about the path.
+            self._long = self._calm = 0
+            self._cut = self._foreign_since = None
             return
-        if queue < 2 * _TARGET_SECONDS and delivered < 0.9 * self._rate and not self._starting:
+        if queue < 2 * _TARGET_SECONDS and delivered < _PRESSED * self._rate and not self._starting:
             return  # no queue to speak of, and yet less arrived than was allowed: we had no time to send it
         self._delivered.append(delivered)
         capacity = max(self._delivered)
@@ -145,18 +193,32 @@ class Governor:
                 return
             self._starting = False
         self._long = self._long + 1 if queue > 4 * _TARGET_SECONDS else 0
+        if self._long == 0:
+            self._cut = None
         if self._long > 1:
+            cut = self._cut
+            if cut is not None and now.at - cut.at < settle:
+                return  # what the cut does is not seen yet
+            if cut is not None and queue > 0.8 * cut.queue and delivered < 0.7 * cut.delivered:
+                # Less was sent, less arrived, and the delay stands: the path is longer, it is no queue.
+                self._base.clear()
+                self._base.append((now.at, base + queue))
+                self._cut, self._long, self._starting = None, 0, True
+                self._rate = max(self._rate, self._peak / 2)
+                return
             # Seen twice: the path has become slower. Forget older figures and empty the queue.
+            self._cut = _Cut(now.at, queue, delivered)
             self._delivered.clear()
             self._delivered.append(delivered)
             capacity = delivered
         # First order: the queue approaches its target within about two round trips.
-        settle = 2 * base + 0.1
         gain = max(-0.5, min((_TARGET_SECONDS - queue) / settle, 0.1))
         self._calm = self._calm + 1 if queue < _TARGET_SECONDS / 3 else 0
-        if self._calm >= 4:
-            gain = 0.25  # no queue at all although we press: the path is faster than we believed
-        self._rate = max(capacity * (1 + gain), _LEAST_RATE)
+        if self._calm >= _CALM_LOOKS:
+            # No queue at all although we press: the path is faster than we believed.
+            gain = min(1.0, 0.125 * 2 ** (self._calm - _CALM_LOOKS))
+        # Without a queue there is no reason to send less than before.
+        self._rate = max(capacity * (1 + gain), self._rate if gain > 0 else _LEAST_RATE)
         self._watch_for_others(now.at, queue)
 
     def _watch_for_others(self, at: float, queue: float) -> None:

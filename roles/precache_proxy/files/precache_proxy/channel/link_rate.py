@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -74,9 +75,16 @@ class LinkRate:
     def govern(self, now: float, sessions: Sequence[Session]) -> None:
         """Look at the path, every 25 ms while something is sent."""
         states = [each.tcp_state() for session in sessions for each in session.connections.values()]
-        sample = self._watch.sample(now, states, backlog=any(session.has_backlog for session in sessions))
-        if sample is not None:
-            self.pacer.govern(self._governor.sample(sample))
+        backlog = any(session.has_backlog for session in sessions)
+        sample = self._watch.sample(now, states, backlog=backlog)
+        if sample is None:
+            return
+        ping = sessions[0].round_trip.latest_seconds if sessions else None
+        if not backlog and ping is not None:
+            # The kernel's smoothed figure is fed by acknowledgements, of which an idle path has few: it would
+            # take half a minute to follow a path that became longer.
+            sample = replace(sample, round_trip_seconds=ping)
+        self.pacer.govern(self._governor.sample(sample))
 
     def tick(self, now: float) -> None:
         """Four times a second: goodput, and the hours at which the configured rate changes."""

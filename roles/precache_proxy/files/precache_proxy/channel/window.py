@@ -18,6 +18,7 @@ class RoundTrip:
 
     def __init__(self) -> None:
         self.smoothed_seconds: float | None = None
+        self.latest_seconds: float | None = None
         self.flight_bytes = 0.0  # what streams had under way lately: new ones need not find out again
         self._least = [float("inf"), float("inf")]
         self._turn_at = 0.0
@@ -25,6 +26,7 @@ class RoundTrip:
     def sample(self, seconds: float, now: float) -> None:
         """A ping came back."""
         before = self.smoothed_seconds
+        self.latest_seconds = seconds
         self.smoothed_seconds = seconds if before is None else before + 0.25 * (seconds - before)
         if now - self._turn_at > 15:
             self._least = [seconds, self._least[0] if now - self._turn_at < 30 else seconds]

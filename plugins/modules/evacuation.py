@@ -49,7 +49,9 @@ options:
     choices: [source-dead, keep-at-source]
   bandwidth:
     description:
-      - Rate that this evacuation may use, such as V(50Mbit/s). Changes that of one that is under way.
+      - Rate that this evacuation may use, such as V(50Mbit/s), for its blocks and, after a live evacuation's
+        freeze, for its migration (in whole MiB/s, at least one). Changes that of one that is under way; one
+        that has sent everything goes on as it is.
     type: str
   mode:
     description:
@@ -226,7 +228,12 @@ class Evacuation:
         changed = job.get("id") != before.get("id")
         if running and self._parameters["bandwidth"] is not None:
             rate = {"bandwidth_bytes_per_second": self._parameters["bandwidth"]}
-            job = dict(self._client.request("POST", job_path(job["id"], "steer"), rate))
+            try:
+                job = dict(self._client.request("POST", job_path(job["id"], "steer"), rate))
+            except ProxyError as error:
+                # Refused once everything was sent: then there is nothing left to hold back.
+                if error.cause != "conflict":
+                    raise
         return changed, job
 
     def _preflight(self, before: Job) -> tuple[bool, dict[str, t.Any]]:

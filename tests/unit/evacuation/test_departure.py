@@ -17,7 +17,7 @@ from typing import Any, cast
 import libvirt
 import pytest
 
-from precache_proxy.errors import Cancelled, Conflict, HypervisorError, NoSpace, PeerUnreachable
+from precache_proxy.errors import Cancelled, Conflict, HypervisorError, InvalidInput, NoSpace, PeerUnreachable
 from precache_proxy.evacuation import confirm
 from precache_proxy.evacuation import departure as departure_module
 from precache_proxy.evacuation import rollback as rollback_module
@@ -218,6 +218,51 @@ async def test_the_tombstone_stays_where_libvirt_does_not_say_that_it_has_ended(
     with pytest.raises(Conflict, match="it is running here"):
         await confirm.confirm(item)
     assert surroundings.guard.forbidden(VM) is None
+
+
+class Passing(Source):
+    """Sends a pass that takes all that it is allowed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pace_of: Any = None
+        self.sending = asyncio.Event()
+
+    def pace(self, _vm: str, pace: Any) -> None:
+        self.pace_of = pace
+
+    async def run_pass(self, _vm: str, *, reason: str) -> Any:
+        assert reason == "evacuation"
+        self.sending.set()
+        for _message in range(3):
+            await self.pace_of.wait(1_000_000)
+        return SimpleNamespace(data_bytes=3_000_000)
+
+
+async def test_a_bandwidth_holds_for_passes_and_is_changed_under_way(tmp_path: Path) -> None:
+    source = Passing()
+    surroundings = around(tmp_path, Domains(None), source)
+    item = a_departure(surroundings, Step.PREFLIGHT)
+    item.job.options = EvacuationOptions(bandwidth_bytes_per_second=20_000.0)
+    passing = asyncio.create_task(departure_module.catch_up(item))
+    await source.sending.wait()
+    await asyncio.sleep(0.3)
+    assert not passing.done(), "20 KB/s for 3 MB"
+    with pytest.raises(InvalidInput, match="give 16384 or more"):
+        await departure_module.steer(item, 1000.0)
+    await departure_module.steer(item, 1e9)
+    await asyncio.wait_for(passing, 5)
+    assert surroundings.journal.load()[0].options.bandwidth_bytes_per_second == 1e9
+    item.job.step = Step.CONFIRM
+    with pytest.raises(Conflict, match="nothing is sent any more"):
+        await departure_module.steer(item, 2e9)
+
+
+async def test_a_bandwidth_at_which_nothing_gets_on_is_refused_before_anything(tmp_path: Path) -> None:
+    proxy = Departures(around(tmp_path, Domains(None)), cast(Any, None))
+    with pytest.raises(InvalidInput, match="bandwidth 5 bytes per second"):
+        await proxy.begin("web1", options=EvacuationOptions(bandwidth_bytes_per_second=5.0))
+    assert proxy.jobs() == []
 
 
 async def test_a_cancel_before_the_migration_is_asked_for_asks_for_none(

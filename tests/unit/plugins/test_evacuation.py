@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from precache_proxy.errors import Finding
+from precache_proxy.errors import Conflict, Finding
 from small_parts.parts import WEB
 
 FINDING = Finding("VM web1/vda", "12 % covered", "wait for the first copy", "coverage")
@@ -98,6 +98,20 @@ def test_bandwidth_is_steered(run: Any, parts: Any) -> None:
     run("evacuation", vm="web1", wait=False)
     run("evacuation", vm="web1", wait=False, bandwidth="80Mbit/s")
     assert parts.evacuation.rate == 10_000_000
+
+
+def test_one_that_has_sent_everything_is_not_failed_over_its_bandwidth(
+    run: Any, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts.evacuation.step_seconds = 30
+    began = run("evacuation", vm="web1", wait=False)["evacuation"]
+
+    async def too_late(_job: str, _rate: float) -> None:
+        raise Conflict("at step confirm nothing is sent any more")
+
+    monkeypatch.setattr(parts.evacuation, "steer", too_late)
+    told = run("evacuation", vm="web1", wait=False, bandwidth="80Mbit/s")
+    assert (told.get("failed", False), told["evacuation"]["id"]) == (False, began["id"])
 
 
 def test_by_restart_with_what_the_guest_is_allowed(run: Any, parts: Any) -> None:

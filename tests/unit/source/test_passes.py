@@ -235,6 +235,25 @@ def test_a_resync_needs_no_bitmap(seed: int, budgets: list[int], writes: int) ->
     asyncio.run(run())
 
 
+async def test_whoever_holds_the_vm_paces_all_that_is_sent() -> None:
+    class Pace:
+        asked_bytes = 0
+
+        async def wait(self, count: int) -> None:
+            self.asked_bytes += count
+
+    guest = Guest(1)
+    guest.write(10)
+    replica = {disk: bytes(content) for disk, content in guest.disks.items()}
+    guest.checkpoint(checkpoint_name(0, 4))
+    guest.write(8)
+    peer, pace = Peer(replica), Pace()
+    generation = Generation(cast(Link, peer), plan_for(guest), pace)
+    await generation.run(Source(guest, [], 0))
+    assert peer.disks == guest.instant
+    assert pace.asked_bytes == generation.result.wire_bytes > 0
+
+
 async def test_a_refusal_ends_the_pass_at_once_and_names_the_checkpoints_to_take_back() -> None:
     guest = Guest(1)
     guest.checkpoint(checkpoint_name(0, 4))

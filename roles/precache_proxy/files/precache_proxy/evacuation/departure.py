@@ -8,7 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,17 @@ CATCH_UP_SHRINK = 0.7
 PREPARE_TIMEOUT_SECONDS = 180.0
 LINK_LOOK_SECONDS = 0.5
 ABORT_AGAIN_SECONDS = 0.2
+_SENDING = frozenset(
+    {
+        Step.PREFLIGHT,
+        Step.CATCH_UP,
+        Step.STOP,
+        Step.FREEZE,
+        Step.RESIDUAL,
+        Step.PREPARE,
+        Step.MIGRATE,
+    }
+)
 _LET_RUN_THERE = frozenset({ArrivalState.RELEASED.value, *(state.value for state in RUNS_HERE)})
 
 
@@ -73,6 +84,8 @@ class Departure:
     sockets: relay.JobSockets | None = field(default=None)
     # what it may put on the wire while others go first
     pace: Pace = field(default_factory=Pace)
+    # its bandwidth while blocks go as generations; that of the migration is QEMU's to keep
+    bandwidth: Pace = field(default_factory=Pace)
     # set when the migration has to end: on the operator's word, or because a relay is dead
     enough: asyncio.Event = field(default_factory=asyncio.Event)
     # whether the VM runs here is changed by one at a time
@@ -172,6 +185,8 @@ async def catch_up(departure: Departure) -> None:
     job, around = departure.job, departure.around
     await departure.enter(Step.CATCH_UP)
     await around.source.hold(job.vm, job.id)
+    departure.bandwidth.keep_to(job.options.bandwidth_bytes_per_second)
+    around.source.pace(job.vm, departure.bandwidth)
     before: int | None = None
     for _unused in range(job.options.catch_up_passes_limit):
         departure.check_cancelled()
@@ -386,6 +401,23 @@ async def cancel(departure: Departure) -> None:
             f"({error.strerror}): a proxy that is killed now would forget it; free space on "
             f"{departure.around.journal.directory} and cancel it again"
         ) from error
+
+
+async def steer(departure: Departure, bytes_per_second: float) -> None:
+    """Change the bandwidth of a job under way, durably. Raises InvalidInput, and Conflict when nothing is
+    left to send."""
+    job = departure.job
+    sent = Step.RESIDUAL if job.restarts else Step.MIGRATE
+    if job.step not in _SENDING or (job.restarts and job.began(Step.PREPARE) is not None):
+        raise Conflict(
+            f"evacuation {job.id} of {job.name}: at step {job.step.value} nothing is sent any more; its "
+            f"bandwidth could be changed until the end of step {sent.value}"
+        )
+    departure.bandwidth.keep_to(bytes_per_second)
+    job.options = replace(job.options, bandwidth_bytes_per_second=bytes_per_second)
+    await departure.save()
+    if job.step is Step.MIGRATE:
+        await migrate.steer(departure.around.domains, job.vm, bytes_per_second)
 
 
 async def pause_guest(departure: Departure) -> None:

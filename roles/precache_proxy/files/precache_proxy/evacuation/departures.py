@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
-from precache_proxy.evacuation import confirm, departure, late_stop, migrate, restart, rollback
+from precache_proxy.errors import Conflict, Finding, LifeboatError, NotFound
+from precache_proxy.evacuation import confirm, departure, late_stop, restart, rollback
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
@@ -27,6 +27,7 @@ from precache_proxy.evacuation.job import (
     new_job,
 )
 from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.pace import refuse_too_little
 from precache_proxy.evacuation.pruning import Entry, superseded
 from precache_proxy.evacuation.reconcile import DestinationView, Presence, SourceDecision, decide_at_source
 from precache_proxy.evacuation.surroundings import Surroundings, look
@@ -143,6 +144,7 @@ class Departures:
         Raises NotFound, InvalidInput, Conflict with one sentence while nothing has been changed.
         """
         options = options or EvacuationOptions()
+        refuse_too_little("bandwidth", options.bandwidth_bytes_per_second)
         try:
             domain = await self._domains.hypervisor.lookup(vm)
         except NotFound:
@@ -186,17 +188,9 @@ class Departures:
         return item.job
 
     async def steer(self, job_id: str, bandwidth_bytes_per_second: float) -> Job:
-        """Change the bandwidth of a migration under way. Raises InvalidInput, Conflict."""
+        """See :func:`departure.steer`."""
         item = self.get(job_id)
-        if bandwidth_bytes_per_second <= 0:
-            raise InvalidInput(
-                f"bandwidth {bandwidth_bytes_per_second}: nothing could be sent; give one above 0"
-            )
-        if item.job.step is not Step.MIGRATE:
-            raise Conflict(
-                f"evacuation {job_id}: at step {item.job.step.value} there is no bandwidth to steer"
-            )
-        await migrate.steer(self._domains, item.job.vm, bandwidth_bytes_per_second)
+        await departure.steer(item, bandwidth_bytes_per_second)
         return item.job
 
     def share(self, job_id: str, bytes_per_second: float | None, seconds: float) -> Job:

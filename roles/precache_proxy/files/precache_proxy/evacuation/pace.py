@@ -18,6 +18,15 @@ LONGEST_LEASE_SECONDS = 300.0
 _NAP_SECONDS = 0.1
 
 
+def refuse_too_little(what: str, bytes_per_second: float | None) -> None:
+    """Raise InvalidInput for a rate at which nothing gets on."""
+    if bytes_per_second is not None and bytes_per_second < LEAST_BYTES_PER_SECOND:
+        raise InvalidInput(
+            f"{what} {bytes_per_second:.0f} bytes per second: the relay would be taken for dead; "
+            f"give {LEAST_BYTES_PER_SECOND:.0f} or more, or none for no limit"
+        )
+
+
 class Pace:
     """A token bucket whose rate is a share with an end. Rates in bytes per second, on the wire."""
 
@@ -35,11 +44,7 @@ class Pace:
 
     def lend(self, bytes_per_second: float | None, seconds: float) -> None:
         """From now on, for so long; None lifts the limit. Raises InvalidInput."""
-        if bytes_per_second is not None and bytes_per_second < LEAST_BYTES_PER_SECOND:
-            raise InvalidInput(
-                f"share {bytes_per_second:.0f} bytes per second: the relay would be taken for dead; "
-                f"give {LEAST_BYTES_PER_SECOND:.0f} or more, or null for no limit"
-            )
+        refuse_too_little("share", bytes_per_second)
         if not 0 < seconds <= LONGEST_LEASE_SECONDS:
             raise InvalidInput(
                 f"for_seconds {seconds}: give more than 0, at most {LONGEST_LEASE_SECONDS:.0f}, and renew it"
@@ -48,6 +53,12 @@ class Pace:
         self._share, self._until = bytes_per_second, self._clock() + seconds
         if bytes_per_second is None:
             self._owed = 0.0
+
+    def keep_to(self, bytes_per_second: float | None) -> None:
+        """From now on, until it is said otherwise; None lifts the limit. Raises InvalidInput."""
+        refuse_too_little("bandwidth", bytes_per_second)
+        self._settle()
+        self._share, self._until = bytes_per_second, float("inf")
 
     async def wait(self, count: int) -> None:
         """Return when ``count`` bytes may be sent."""

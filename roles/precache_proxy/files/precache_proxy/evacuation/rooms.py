@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from precache_proxy.source.feeder import Pace
 from precache_proxy.store.chains import ReplicaChain
 from precache_proxy.store.media import MediaShelf
 
@@ -68,6 +69,9 @@ class SourceRoom(Protocol):
 
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held."""
+
+    def pace(self, vm: str, pace: Pace) -> None:
+        """What passes and the residual of a held VM may put on the wire, until nobody holds it."""
 
     async def release(self, vm: str, holder: str) -> None:
         """Periodic passes again."""

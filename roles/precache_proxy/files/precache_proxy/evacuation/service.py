@@ -172,7 +172,7 @@ class Evacuation:
         return await self._departures.cancel(job_id)
 
     async def steer(self, job_id: str, bandwidth_bytes_per_second: float) -> Job:
-        """Change the bandwidth of a migration under way. Raises InvalidInput, Conflict."""
+        """See :meth:`Departures.steer`."""
         return await self._departures.steer(job_id, bandwidth_bytes_per_second)
 
     def share(self, job_id: str, bytes_per_second: float | None, seconds: float) -> Job:

@@ -41,6 +41,13 @@ class RecordStream(Protocol):
         """Send one message."""
 
 
+class Pace(Protocol):
+    """Holds back what is sent."""
+
+    async def wait(self, count: int) -> None:
+        """Return when that many bytes may be sent."""
+
+
 class Compressor:
     """Decides per region of a disk whether to compress. Not for several threads at once."""
 
@@ -105,9 +112,17 @@ class Feeder:
     Producers call :meth:`data`, :meth:`zero`, ... which wait while the queue is full; one task sends.
     """
 
-    def __init__(self, stream: RecordStream, disks: Sequence[str], *, digest: bool = True) -> None:
+    def __init__(
+        self,
+        stream: RecordStream,
+        disks: Sequence[str],
+        *,
+        digest: bool = True,
+        pace: Pace | None = None,
+    ) -> None:
         self.counts = FeedCounts()
         self._stream = stream
+        self._pace = pace
         self._index = {key: number for number, key in enumerate(disks)}
         self._hash = hashlib.sha256() if digest else None
         self._compressor = Compressor()
@@ -198,6 +213,8 @@ class Feeder:
             began = time.monotonic()
             for header, payload in parts:
                 self.counts.payload_bytes += len(header) + len(payload)
+                if self._pace is not None:
+                    await self._pace.wait(len(header) + len(payload))
                 await self._stream.send(header, payload)
             self._steer(time.monotonic() - began)
             async with self._room:

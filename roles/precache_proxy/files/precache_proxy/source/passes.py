@@ -21,7 +21,7 @@ from precache_proxy.channel.stream import Stream
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, IntegrityError, LifeboatError, ProtocolError
 from precache_proxy.source.compare import Comparison
-from precache_proxy.source.feeder import Feeder
+from precache_proxy.source.feeder import Feeder, Pace
 from precache_proxy.source.reader import most_ranges
 from precache_proxy.source.tracker import checkpoint_name
 from precache_proxy.source.views import View, ViewSource
@@ -95,8 +95,9 @@ class _Progress:
 class Generation:
     """Sends one generation. ``made`` lists the checkpoints that it created, for who must take them back."""
 
-    def __init__(self, link: Link, plan: GenerationPlan) -> None:
+    def __init__(self, link: Link, plan: GenerationPlan, pace: Pace | None = None) -> None:
         self.plan = plan
+        self._pace = pace
         self.made: list[str] = []
         self.seal_sent = False
         self.result = PassResult(plan.generation)
@@ -124,7 +125,7 @@ class Generation:
             "residual": plan.residual,
         }
         stream = await self._link.open_stream("generation", plan.traffic_class, header, label=plan.vm_uuid)
-        feeder = Feeder(stream, list(plan.disks))
+        feeder = Feeder(stream, list(plan.disks), pace=self._pace)
         try:
             refusal = asyncio.create_task(stream.receive())
             work = asyncio.create_task(self._feed(feeder, source))

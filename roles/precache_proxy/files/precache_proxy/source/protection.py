@@ -117,6 +117,7 @@ class Protection:
         """Work again, once nobody else holds."""
         self._holders.discard(holder)
         if not self._holders:
+            self.replication.pace = None
             self._set_at_rest()
             self.wake()
 

@@ -21,6 +21,7 @@ from precache_proxy.source import autostart, offline, scrub
 from precache_proxy.source.attachments import changed_attachments, read_attachments
 from precache_proxy.source.disks import VmDisks
 from precache_proxy.source.environment import Environment
+from precache_proxy.source.feeder import Pace
 from precache_proxy.source.layout import Layout
 from precache_proxy.source.passes import Generation, GenerationPlan, PassResult
 from precache_proxy.source.record import ProtectionRecord, Sealed
@@ -44,6 +45,8 @@ class Replication:
         self.standing = PeerStanding(record, environment, self.disks)
         self.seeding: Seeding | None = None
         self.generation: Generation | None = None
+        # what generations may put on the wire, where whoever holds the VM wants less than the link's rate
+        self.pace: Pace | None = None
         self.last_pass: PassResult | None = None
         self.last_pass_at: float | None = None
         self.dirty_bytes = 0
@@ -303,7 +306,7 @@ class Replication:
         """Send a generation; on its seal, and only then, what it supersedes is dropped."""
         record = self.record
         began = time.monotonic()
-        generation = Generation(self.environment.link(record.peer), plan)
+        generation = Generation(self.environment.link(record.peer), plan, self.pace)
         generation.result.reason = reason
         self.generation = generation
         try:

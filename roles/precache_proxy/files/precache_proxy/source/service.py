@@ -23,6 +23,7 @@ from precache_proxy.source.backups import Backups
 from precache_proxy.source.damaged import damaged_protection
 from precache_proxy.source.environment import Environment, PriorityGate
 from precache_proxy.source.epochs import keep_epoch, last_epoch
+from precache_proxy.source.feeder import Pace
 from precache_proxy.source.layout import raise_findings
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.protection import Protection
@@ -292,6 +293,10 @@ class Source:
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held; returns when none is under way."""
         await self._find(vm).hold(holder)
+
+    def pace(self, vm: str, pace: Pace) -> None:
+        """What passes and the residual of a held VM may put on the wire, until nobody holds it."""
+        self._find(vm).replication.pace = pace
 
     async def release(self, vm: str, holder: str) -> None:
         """Periodic passes again, once nobody holds."""

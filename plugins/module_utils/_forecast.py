@@ -14,12 +14,19 @@ from dataclasses import dataclass
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import LADDER, Rung, VmSummary
 
-# What one evacuation spends beside its bytes: about 12 round trips and a second, most of it before the memory
+# What one evacuation spends beside its bytes, fitted to single moves of an idle VM whose 32 MB were counted:
+# 11.0 s at 50 Mbit/s and 180 ms, 3.2 s at 400 Mbit/s and 40 ms (docs/benchmarks.md). Catch-up, residual and
+# making ready take some ten round trips, libvirt's opening and its questions as many more, before the memory
 # begins to cross.
-LEAD_IN_ROUND_TRIPS = 8.0
-LEAD_IN_SECONDS = 0.7
-CLOSING_ROUND_TRIPS = 4.0
+LEAD_IN_ROUND_TRIPS = 19.0
+LEAD_IN_SECONDS = 0.8
+# QEMU's switch-over, the word that all is there, the release, the destination's start.
+CLOSING_ROUND_TRIPS = 7.0
 CLOSING_SECONDS = 0.3
+# Between two that take turns on a line: half a control interval until the second one may take what it can
+# get, and its window's growth from a trickle.
+TURN_SECONDS = 1.0
+TURN_ROUND_TRIPS = 8.0
 DOWNTIME_LIMIT_SECONDS = 0.3
 SHUTDOWN_SECONDS = 20.0
 BOOT_SECONDS = 5.0
@@ -54,6 +61,11 @@ def lead_in_seconds(round_trip_seconds: float) -> float:
 def closing_seconds(round_trip_seconds: float) -> float:
     """What passes between the last byte of memory and the destination's word."""
     return CLOSING_SECONDS + CLOSING_ROUND_TRIPS * round_trip_seconds
+
+
+def turn_seconds(round_trip_seconds: float) -> float:
+    """What a line idles between the memory of one VM and that of the next."""
+    return TURN_SECONDS + TURN_ROUND_TRIPS * round_trip_seconds
 
 
 def forecast(vm: VmSummary, rung: Rung, bytes_per_second: float, round_trip_seconds: float) -> Forecast:

@@ -3,7 +3,8 @@
 """From summaries to a plan: who goes when, by which rung, until when, and why; who stays, and why.
 
 Pure. The schedule is list scheduling over uplinks and pairs: an uplink of capacity C serves as many VMs at a
-time as it takes to fill it; a VM's lead-in overlaps with the transfer of the one before it.
+time as it takes to fill it; a VM's lead-in overlaps with the transfer of the one before it, and between two
+that take turns the line idles for a moment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
     choose,
     closing_seconds,
     lead_in_seconds,
+    turn_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._order import order
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
@@ -281,7 +283,8 @@ def _schedule(
                 uplink.free -= 1
                 uplink.pair_free[vm.pair] -= 1
                 left = planned.end_seconds
-                freed = left - closing_seconds(pair.round_trip_seconds) if overlap else left
+                trip = pair.round_trip_seconds
+                freed = left - closing_seconds(trip) + turn_seconds(trip) if overlap else left
                 number += 2
                 heapq.heappush(events, (freed, number, name, vm.pair, ""))
                 heapq.heappush(events, (left, number + 1, name, None, vm.uuid))

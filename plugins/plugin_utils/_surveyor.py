@@ -35,10 +35,17 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     Finding,
+    PairSummary,
     Rung,
     SiteSummary,
     VmSummary,
 )
+
+# How often a rate that is none yet is measured, five seconds each.
+_MEASUREMENTS = 3
+# As the proxies judge a single link (control/link_measurement.py).
+_STEADY_SHARE = 0.25
+_STEADY_QUEUE_SECONDS = 0.04
 
 
 class Proxy(t.Protocol):
@@ -191,21 +198,51 @@ class Surveyor:
         return whole_report(self.wanted.site, self.hosts, outcomes, now, now, check_mode=True)
 
     def measured(self, site: SiteSummary, seconds: float = 5.0) -> SiteSummary:
-        """The site with its uplink measured: all pairs at once, for pairs mostly share it."""
+        """The site with its uplinks measured: all pairs at once, for pairs mostly share them.
 
-        def ask(source: str, peer: str) -> float:
-            path = f"/v1/links/{quote(peer, safe='')}/measure"
-            told = self._sources[source].request("POST", path, {"seconds": seconds}, 60.0)
-            return float(told["bytes_per_second"])
-
-        futures = {pair: self._pool.submit(ask, pair.source, pair.destination) for pair in site.pairs}
+        Again where a rate was none yet (its halves differ, or a queue is left), a bounded number of times. An
+        uplink of which a pair did not answer is what the others got of it, and that is said.
+        """
         rates: dict[str, float] = {}
-        for pair, future in futures.items():
-            try:
-                rates[pair.uplink] = rates.get(pair.uplink, 0.0) + future.result()
-            except ProxyError as error:
-                self._say(f"{pair.source}: the link to {pair.destination} was not measured: {error.message}")
+        wanted = {pair.uplink for pair in site.pairs}
+        for attempt in range(_MEASUREMENTS):
+            told = self._measure([pair for pair in site.pairs if pair.uplink in wanted], seconds)
+            for uplink in sorted(wanted):
+                answers = [
+                    told[pair.key] for pair in site.pairs if pair.uplink == uplink and pair.key in told
+                ]
+                if not answers:
+                    wanted.discard(uplink)
+                    continue
+                rates[uplink] = sum(float(answer["bytes_per_second"]) for answer in answers)
+                trouble = _unsteady(answers)
+                if not trouble:
+                    wanted.discard(uplink)
+                    continue
+                last = attempt == _MEASUREMENTS - 1
+                self._say(f"uplink {uplink}: {rates[uplink] * 8 / 1e6:.1f} Mbit/s measured, {trouble}; "
+                          + ("do not rely on it: give evacuate_uplink where it is known" if last else
+                             "it is measured again"))  # fmt: skip
+            if not wanted:
+                break
         return replace(site, uplinks={**site.uplinks, **rates})
+
+    def _measure(
+        self, pairs: t.Sequence[PairSummary], seconds: float
+    ) -> dict[tuple[str, str], t.Mapping[str, t.Any]]:
+        def ask(source: str, peer: str) -> t.Mapping[str, t.Any]:
+            path = f"/v1/links/{quote(peer, safe='')}/measure"
+            return dict(self._sources[source].request("POST", path, {"seconds": seconds}, 60.0))
+
+        futures = {pair.key: self._pool.submit(ask, pair.source, pair.destination) for pair in pairs}
+        told = {}
+        for (source, peer), future in futures.items():
+            try:
+                told[source, peer] = future.result()
+            except ProxyError as error:
+                self._say(f"{source}: the link to {peer} was not measured, what the others got of the line "
+                          f"counts: {error.message}")  # fmt: skip
+        return told
 
     def preflights(self, site: SiteSummary) -> dict[str, str]:
         """What stands in the way of each VM by its proxy's own preflight, by UUID."""
@@ -277,3 +314,17 @@ class Surveyor:
         # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
         with contextlib.suppress(ProxyError):
             state.workload = proxy.request("POST", "/v1/workload", {"seconds": 1})
+
+
+def _unsteady(answers: t.Sequence[t.Mapping[str, t.Any]]) -> str:
+    """What is wrong with an uplink's measurement, "" for nothing: pairs share it, so their sum is judged."""
+    queue = max(float(answer.get("queue_seconds") or 0.0) for answer in answers)
+    if queue > _STEADY_QUEUE_SECONDS:
+        return f"with a queue of {queue * 1000:.0f} ms before it"
+    halves = [answer.get("halves_bytes_per_second") or () for answer in answers]
+    if not all(len(both) == 2 for both in halves):
+        return ""  # a proxy of an older version
+    slow, fast = sorted(sum(float(both[number]) for both in halves) for number in (0, 1))
+    if fast - slow > _STEADY_SHARE * fast:
+        return f"from {slow * 8 / 1e6:.1f} to {fast * 8 / 1e6:.1f} Mbit/s within it"
+    return ""

@@ -6,7 +6,14 @@ from __future__ import annotations
 import pytest
 
 from precache_proxy.channel import Stream, StreamReset
-from precache_proxy.control.link_measurement import STREAM_KIND, measure, register, steady_rate, together
+from precache_proxy.control.link_measurement import (
+    STREAM_KIND,
+    is_unsteady,
+    measure,
+    register,
+    steady_rate,
+    together,
+)
 
 from .conftest import PairFactory
 
@@ -18,6 +25,8 @@ async def test_a_limited_link_is_measured_as_what_it_is(pair: PairFactory) -> No
     told = await measure(home.links["backup"], 2.0)
     assert told["bytes"] > 1_000_000
     assert told["bytes_per_second"] == pytest.approx(2_000_000, rel=0.3)
+    assert len(told["halves_bytes_per_second"]) == 2
+    assert sum(told["halves_bytes_per_second"]) / 2 == pytest.approx(told["bytes_per_second"], rel=0.3)
 
 
 async def test_a_peer_that_does_not_know_this_says_so(pair: PairFactory) -> None:
@@ -59,3 +68,22 @@ def test_notes_of_several_streams_are_added_up() -> None:
         (2.0, 35),
         (2.5, 36),
     ]
+
+
+@pytest.mark.parametrize(
+    ("halves", "queue", "unsteady"),
+    [
+        ((5.0e6, 5.9e6), 0.01, False),
+        ((5.0e6, 5.9e6), None, False),
+        # Still coming up to its rate.
+        ((2.0e6, 5.9e6), 0.01, True),
+        ((5.9e6, 4.0e6), 0.01, True),
+        # Another sender's queue, or a path that has become longer.
+        ((5.8e6, 5.9e6), 0.09, True),
+        ((0.0, 0.0), None, True),
+    ],
+)
+def test_a_rate_that_is_none_yet_is_told(
+    halves: tuple[float, float], queue: float | None, unsteady: bool
+) -> None:
+    assert is_unsteady(halves, queue) is unsteady

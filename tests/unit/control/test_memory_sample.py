@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precache_proxy.control.memory_sample import PIECE_BYTES, Sample, offsets, without_nothing
+from precache_proxy.control.memory_sample import (
+    PIECE_BYTES,
+    Sample,
+    long_window_gain,
+    offsets,
+    without_nothing,
+)
 from precache_proxy.units import GIB, MIB
 
 
@@ -19,6 +25,13 @@ def test_half_nothing_half_noise_is_half_on_the_wire() -> None:
     while sample.take(lambda at, count: memory[at : at + count]):
         pass
     assert sample.wire_bytes == pytest.approx(32 * MIB, rel=0.1)
+
+
+def test_what_packs_well_alone_packs_better_over_a_long_window() -> None:
+    assert long_window_gain(0.49) == pytest.approx(0.74)
+    assert long_window_gain(0.86) == long_window_gain(1.0) == 1.0
+    assert 0.74 < long_window_gain(0.6) < 1.0
+    assert long_window_gain(0.0) == 0.6, "nothing is promised beyond what was seen"
 
 
 def test_pages_of_nothing_are_left_out() -> None:

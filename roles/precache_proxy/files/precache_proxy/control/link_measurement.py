@@ -28,6 +28,9 @@ _STREAMS = 4
 _NOTE_SECONDS = 0.1
 # So much of the time a path is given to come up to its rate.
 _RAMP = 0.4
+# Halves of the rest that differ by more, or a longer queue, say that it had not come up to it yet.
+_STEADY_SHARE = 0.25
+_STEADY_QUEUE_SECONDS = 0.04
 
 Note = tuple[float, int]
 
@@ -56,18 +59,41 @@ async def _swallow(stream: Stream) -> None:
 async def measure(link: Any, seconds: float) -> dict[str, Any]:
     """Send for so long: bytes that arrived, how long the peer took them, and the rate once it was steady.
 
+    ``halves_bytes_per_second`` of that part, ``queue_seconds`` that it left behind, and ``unsteady``: the
+    rate is not to be relied on, and should be measured again (by all who share the path, together).
+
     Raises PeerUnreachable, StreamReset (a peer of an older version does not know this).
     """
     until = time.monotonic() + seconds
     piece = os.urandom(_PIECE_BYTES)
     told = await asyncio.gather(*(_send(link, piece, until) for _stream in range(_STREAMS)))
+    queue = _queue_seconds(link)
     notes = together(told)
+    halves = [
+        steady_rate(notes, begins * seconds, ends * seconds)
+        for begins, ends in ((_RAMP, (1 + _RAMP) / 2), ((1 + _RAMP) / 2, 1.0))
+    ]
     arrived, took = sum(stream[-1][1] for stream in told), notes[-1][0] - notes[0][0]
     return {
         "bytes": arrived,
         "seconds": took,
         "bytes_per_second": steady_rate(notes, _RAMP * seconds, seconds),
+        "halves_bytes_per_second": halves,
+        "queue_seconds": queue,
+        "unsteady": is_unsteady(halves, queue),
     }
+
+
+def is_unsteady(halves: Sequence[float], queue_seconds: float | None) -> bool:
+    """Whether a rate whose two halves were these, with that queue left behind, is no rate of the path."""
+    slow, fast = min(halves), max(halves)
+    return fast <= 0 or fast - slow > _STEADY_SHARE * fast or (queue_seconds or 0.0) > _STEADY_QUEUE_SECONDS
+
+
+def _queue_seconds(link: Any) -> float | None:
+    """How much longer a round trip takes now than it must; None: not known."""
+    now, least = link.round_trip_seconds, link.least_round_trip_seconds
+    return None if now is None or least is None else max(0.0, now - least)
 
 
 async def _send(link: Any, piece: bytes, until: float) -> list[Note]:

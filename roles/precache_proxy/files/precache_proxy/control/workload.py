@@ -20,6 +20,8 @@ from precache_proxy.control.memory_sample import sample_memories
 from precache_proxy.units import KIB, MIB
 
 _MEASURED = 2
+# libvirt tells whole MiB a second, rounded down: what is cut off is half of one in the mean.
+_ROUNDED_OFF = 0.5
 _SAMPLED_SHARE = 0.8
 _PATIENCE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
@@ -88,7 +90,8 @@ def _of_vm(connection: Any, uuid: str, name: str) -> dict[str, Any]:
                 None if used is None else min(int(used) * KIB, int(told["memory_bytes"]))
             )
             if figures.get("dirtyrate.calc_status") == _MEASURED:
-                told["dirty_bytes_per_second"] = int(figures["dirtyrate.megabytes_per_second"]) * MIB
+                whole = int(figures["dirtyrate.megabytes_per_second"])
+                told["dirty_bytes_per_second"] = round((whole + _ROUNDED_OFF) * MIB)
     return told
 
 

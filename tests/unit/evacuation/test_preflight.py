@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from precache_proxy.errors import Finding
-from precache_proxy.evacuation import preflight
+from precache_proxy.evacuation import depth, preflight
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Forbidden, Guard
 from precache_proxy.evacuation.reconcile import Presence
@@ -201,3 +201,25 @@ def test_what_the_vm_is_not_ready_for(
     found = preflight.source_findings(parse_definition(XML), presence, status, peer)
     assert [fact in one.fact for one in found] == [True], [str(one) for one in found]
     assert found[0].way_out
+
+
+def stacked(layers: int) -> Any:
+    """A VM whose disk has so many images in all."""
+    stores = "".join(
+        f"<backingStore type='file'><format type='qcow2'/><source file='/images/{number}.qcow2'/>"
+        for number in range(1, layers)
+    )
+    chain = stores + "<backingStore/>" + "</backingStore>" * (layers - 1)
+    return parse_definition(XML.replace("<target dev='vda'", f"{chain}<target dev='vda'"))
+
+
+def test_a_disk_with_more_images_than_libvirt_reads_is_told_with_the_way_out() -> None:
+    """Seen: one of 25 starts, one of 26 does not ("nesting too deep")."""
+    assert depth.source_findings(stacked(24), ["vda"], further=1) == []
+    [found] = depth.source_findings(stacked(25), ["vda"], further=1)
+    assert "VM web1, disk vda: 25 images lie on each other, this move puts 1 more on them" in str(found)
+    assert "landed" in found.way_out
+    assert depth.source_findings(stacked(25), ["vda"], further=0) == []
+    assert depth.destination_findings("web1", {"vda": 23, "vdb": 1}, further=2) == []
+    [found] = depth.destination_findings("web1", {"vda": 24, "vdb": 1}, further=2)
+    assert found.subject == "VM web1, disk vda of its replica at the destination"

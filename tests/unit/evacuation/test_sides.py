@@ -39,6 +39,10 @@ class Replicas:
     async def statuses(self) -> list[dict[str, Any]]:
         return [await self.status(VM)]
 
+    async def depths(self, vm: str) -> dict[str, int]:
+        assert vm == VM
+        return {"vda": 2}
+
     async def thaw(self, vm: str) -> None:
         assert vm == VM
         self.state, self.thawed = "sealed", self.thawed + 1

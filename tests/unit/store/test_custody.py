@@ -145,6 +145,23 @@ async def test_adopted_raw_base(store: Store, tmp_path: Path) -> None:
     assert read_chain(store, VM, "vda") == bytes(source.content["vda"])
 
 
+async def test_depths_count_what_lies_below_an_adopted_image(store: Store, tmp_path: Path) -> None:
+    """Of moves that follow each other too fast for a landing between them."""
+    below = ""
+    for number in range(4):
+        await images.create(tmp_path / f"{number}.qcow2", 2 * MIB, backing=below or None)
+        below = str(tmp_path / f"{number}.qcow2")
+    await store.adopt(
+        VM, name="web1", epoch=2, generation=5, checkpoint="c", definition="<domain/>", peer=PEER,
+        disks={"vda": ImageReference(Path(below), "qcow2", 2 * MIB)},
+    )  # fmt: skip
+    assert await store.depths(VM) == {"vda": 4}
+    source = Source(Handlers(store), epoch=2, generation=5, sizes={"vda": 2 * MIB})
+    source.content = {"vda": bytearray(2 * MIB)}
+    await source.send([Change("vda", 0, noise(4096))])
+    assert await store.depths(VM) == {"vda": 5}
+
+
 async def test_prepare_names_need_and_room_and_all_findings(
     tmp_path: Path, source: Source, store: Store
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, StaleEpoch
-from precache_proxy.evacuation import cold_arrival, preflight
+from precache_proxy.evacuation import cold_arrival, depth, preflight
 from precache_proxy.evacuation.activation import Activation
 from precache_proxy.evacuation.arrival import RUNS_HERE, Arrival, ArrivalDisk, ArrivalState
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
@@ -135,6 +135,11 @@ class Arrivals:
         )
         try:
             findings += _foreign_replica(peer, await self._store.status(vm))
+            findings += depth.destination_findings(
+                str(parameters.get("name", vm)),
+                await self._store.depths(vm),
+                further=depth.COMING_LAYERS + depth.ARRIVAL_LAYERS,
+            )
         except NotFound:
             findings.append(
                 Finding(
@@ -193,6 +198,9 @@ class Arrivals:
             self._domains, self._guard, str(parameters["definition"]), self.disks_directory, self._store.media
         )
         findings += _foreign_replica(peer, await self._store.status(vm))
+        findings += depth.destination_findings(
+            name, await self._store.depths(vm), further=depth.ARRIVAL_LAYERS
+        )
         if findings:
             raise InvalidInput(f"VM {name} cannot arrive here: {preflight.sentence(findings)}", findings)
         earlier = await asyncio.to_thread(self._guard.forbidden, vm)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy.errors import Finding, LifeboatError, NotFound
-from precache_proxy.evacuation import preflight
+from precache_proxy.evacuation import depth, preflight
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Guard, hook_findings
@@ -69,6 +69,9 @@ async def look(around: Surroundings, vm: str, peer: str, epoch: int, *, restarts
         status = None
     found = preflight.source_findings(definition, presence, status, peer, may_be_off=restarts)
     found += hook_findings("source")
+    found += depth.source_findings(
+        definition, preflight.covered_disks(definition), further=0 if restarts else depth.FREEZE_LAYERS
+    )
     if restarts:
         keeps = await around.domains.is_persistent(vm)
         persistent = await around.domains.definition(vm, inactive=True) if keeps else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy import durable
+from precache_proxy.blocks import images
 from precache_proxy.blocks.images import ImageReference, rounded_size
 from precache_proxy.channel import Channel, Stream
 from precache_proxy.errors import (
@@ -230,6 +231,24 @@ class Store:
             }
             for vm, error in self._damaged.items()
         ]  # fmt: skip
+        return found
+
+    async def depths(self, vm: str) -> dict[str, int]:
+        """How many images lie on each other under each disk of the last sealed generation, below what was
+        adopted, too; {} before the first one. Raises NotFound."""
+        replica = self._replica(vm)
+        record, sealed = replica.record, replica.record.sealed
+        found: dict[str, int] = {}
+        for disk in sealed.disks if sealed is not None else ():
+            layers = record.chain(disk, sealed)
+            base = layers[0]
+            # What a VM left behind here may stand on more; nobody rewrites those meanwhile.
+            below = (
+                len(await images.info(replica.path(base.file), base.format, in_use=True)) - 1
+                if base.foreign
+                else 0
+            )
+            found[disk] = len(layers) + below
         return found
 
     async def remove(self, vm: str) -> None:

@@ -43,9 +43,10 @@ class Hypervisor:
 
     def __init__(self, homes: tuple[IPv6Network, ...] = (HOME,)) -> None:
         self.homes = homes
+        self.active = True
 
     async def read(self, vm: str) -> VmNetwork:
-        return VmNetwork(vm, "web1", (("br9", "52:54:00:00:00:09"), PLACE), self.homes)
+        return VmNetwork(vm, "web1", (("br9", "52:54:00:00:00:09"), PLACE), self.homes, active=self.active)
 
 
 def moves(state: str | None = None, homes: tuple[IPv6Network, ...] = (HOME,)) -> tuple[Moves, Duty]:
@@ -118,6 +119,13 @@ async def test_addresses_given_and_taken_while_it_runs_are_followed() -> None:
     assert duty.told == []
 
 
+async def test_one_that_is_off_is_not_claimed_when_it_is_given_addresses() -> None:
+    made, duty = moves()
+    made.hypervisor.active = False  # type: ignore[attr-defined]
+    await made._act(VM, Event.METADATA, 0)
+    assert duty.told == []
+
+
 def test_a_definition_tells_addresses_bridges_and_macs() -> None:
     told = read_definition(
         f"""<domain><name>web1</name><uuid>{VM}</uuid>
@@ -128,7 +136,8 @@ def test_a_definition_tells_addresses_bridges_and_macs() -> None:
         <interface type='network'><mac address='52:54:00:00:00:02'/><source network='default'/></interface>
         </devices></domain>"""
     )
-    assert told == VmNetwork(VM, "web1", (PLACE,), (HOME,), declared=True)
+    assert told == VmNetwork(VM, "web1", (PLACE,), (HOME,), declared=True, active=False)
+    assert read_definition(f"<domain id='7'><uuid>{VM}</uuid></domain>").active
 
 
 def test_a_definition_may_say_that_there_are_no_addresses_or_nothing_at_all() -> None:

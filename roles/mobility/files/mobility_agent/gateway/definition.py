@@ -27,6 +27,8 @@ class VmNetwork:
     homes: tuple[IPv6Network, ...]
     # Somebody has said which, and be it none: nothing is to be learnt.
     declared: bool = False
+    # A domain that is off has a definition, too.
+    active: bool = True
 
 
 def read_definition(text: str) -> VmNetwork:
@@ -43,4 +45,5 @@ def read_definition(text: str) -> VmNetwork:
     homes = tuple(dict.fromkeys(home for home in parsed if home is not None))
     declared = root.find(f"metadata//{{{METADATA_URI}}}addresses") is not None
     uuid, name = root.findtext("uuid") or "", root.findtext("name") or ""
-    return VmNetwork(uuid, name, tuple(interfaces), homes, declared)
+    active = root.get("id") is not None
+    return VmNetwork(uuid, name, tuple(interfaces), homes, declared, active)

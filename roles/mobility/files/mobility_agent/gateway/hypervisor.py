@@ -231,7 +231,8 @@ class Moves:
         """Somebody gave a VM home addresses, or took them from it."""
         known = self._duty.attachments.get(vm)
         told = await self.hypervisor.read(vm)
-        if told is None or vm in self._incoming:
+        # One that is off is claimed when it starts: until then its addresses are nobody's.
+        if told is None or not told.active or vm in self._incoming:
             return
         if told.homes and (known is None or known.state == HERE):
             await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)

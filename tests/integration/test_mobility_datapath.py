@@ -22,7 +22,7 @@ from integration.mobility_net import (
 )
 from mobility_agent.datapath import filters
 from mobility_agent.datapath.path import DataPath
-from mobility_agent.datapath.settings import HomePrefix, PathSettings
+from mobility_agent.datapath.settings import SEG6, HomePrefix, PathSettings
 from mobility_agent.errors import Conflict, KernelRefused
 
 NODES = ("anchor1", "gateway1", "gateway2")
@@ -30,6 +30,8 @@ NODES = ("anchor1", "gateway1", "gateway2")
 
 class Paths:
     """A data path on the anchor and both gateways."""
+
+    encapsulation = SEG6
 
     def __init__(self, net: Net) -> None:
         self.net = net
@@ -51,6 +53,7 @@ class Paths:
             prefixes=(HomePrefix(HOME_PREFIX),),
             bridges=(BRIDGE,) if name.startswith("gateway") else (),
             anchor=name.startswith("anchor"),
+            encapsulation=self.encapsulation,
         )
         self.of[name] = net[name].inside(DataPath, settings)
         return self.of[name]

@@ -48,6 +48,14 @@ def test_learning_needs_somebody_who_would_notice_a_clash() -> None:
             parse(GATEWAY.format(settings, peer), KEYS)
 
 
+def test_tunnels_are_made_by_seg6_unless_told_otherwise() -> None:
+    assert parse(GATEWAY.format("", "anchor = true"), KEYS).path_settings().encapsulation == "seg6"
+    other = parse(GATEWAY.format('encapsulation = "ip6tnl"', "anchor = true"), KEYS)
+    assert other.path_settings().encapsulation == "ip6tnl"
+    with pytest.raises(ConfigurationError, match="encapsulation"):
+        parse(GATEWAY.format('encapsulation = "gre"', "anchor = true"), KEYS)
+
+
 def test_all_faults_are_told_at_once_and_no_secret() -> None:
     text = GATEWAY.replace("2001:db8:100::/64", "2001:db8:1::/48").format(
         "lifetime_seconds = 1", "rubbish = 1"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 
-from mobility_agent.datapath.settings import HomePrefix, PathSettings
+from mobility_agent.datapath.settings import IP6TNL, SEG6, HomePrefix, PathSettings
 from mobility_agent.errors import ConfigurationError, Finding
 from mobility_agent.messages.codec import ALGORITHMS, Key
 from mobility_agent.typed_reader import Reader
@@ -91,6 +91,7 @@ class Config:
     withdraw_on_stop: bool
     announce: bool
     learn_addresses: bool = False
+    encapsulation: str = SEG6
 
     @property
     def control_socket(self) -> Path:
@@ -117,6 +118,7 @@ class Config:
             anchor=self.anchor,
             announce=self.announce,
             path_mtu_octets=self.path_mtu_octets,
+            encapsulation=self.encapsulation,
         )
 
 
@@ -254,6 +256,7 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
         withdraw_on_stop=top.boolean("withdraw_on_stop", default=False),
         announce=top.boolean("announce", default=False),
         learn_addresses=top.boolean("learn_addresses", default=False),
+        encapsulation=top.choice("encapsulation", SEG6, (SEG6, IP6TNL)),
     )
 
 

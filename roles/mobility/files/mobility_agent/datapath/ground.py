@@ -10,6 +10,7 @@ host. Through the loop the *sender* learns it, about its own packet.
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from mobility_agent.datapath.routes import PROTOCOL
 from mobility_agent.errors import ConfigurationError, Conflict, KernelRefused, Unsupported
 
 LOOP_IN, LOOP_OUT = "lbtun0", "lbtun1"
+TUNNEL = "lbtun2"
 LOOP_NEXT_HOP = IPv6Address("fe80::2")
 _MODE_NONE = 1
 _NO_DUPLICATE_DETECTION = 0x02
@@ -100,6 +102,38 @@ class Ground:
         index = self.index(LOOP_IN)
         if index is not None:
             with _told_as(f"loop link {LOOP_IN}"):
+                self._route.link("del", index=index)
+
+    def make_tunnel(self, address: IPv6Address, mtu: int) -> None:
+        """The one device of ip6tnl through which all tunnels go: each route says where to.
+
+        ``address`` is where they end, and so is on the device. Raises Unsupported, KernelRefused.
+        """
+        if self.index(TUNNEL) is None:
+            try:
+                self._route.link("add", ifname=TUNNEL, kind="ip6tnl", ip6tnl_collect_metadata=True)
+            except NetlinkError as error:
+                if error.code != errno.EOPNOTSUPP:
+                    raise KernelRefused(f"tunnel {TUNNEL}: the kernel refused: {error}") from error
+                raise Unsupported(
+                    "tunnels: this kernel has no ip6tnl; load its module ip6_tunnel, or set "
+                    "encapsulation to seg6"
+                ) from error
+        index = self._route.link_lookup(ifname=TUNNEL)[0]
+        with _told_as(f"tunnel {TUNNEL}"):
+            no_address = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _MODE_NONE)]})]}
+            self._route.link("set", index=index, mtu=mtu, IFLA_AF_SPEC=no_address)
+            self._route.link("set", index=index, state="up")
+            if not self.has_address(address):
+                self._route.addr(
+                    "add", index=index, family=socket.AF_INET6, address=str(address), prefixlen=128
+                )
+
+    def remove_tunnel(self) -> None:
+        """Take the device of ip6tnl away."""
+        index = self.index(TUNNEL)
+        if index is not None:
+            with _told_as(f"tunnel {TUNNEL}"):
                 self._route.link("del", index=index)
 
     def rules(self) -> set[Rule]:

@@ -20,12 +20,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network
 
-from mobility_agent.datapath import filters, neighbours, routes
-from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, Ground, OuterSource, Rule
+from mobility_agent.datapath import filters, judgement, neighbours, routes
+from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, TUNNEL, Ground, OuterSource, Rule
 from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
 from mobility_agent.datapath.routes import DEFAULT, Kind, Route
-from mobility_agent.datapath.settings import PathSettings
+from mobility_agent.datapath.settings import SEG6, PathSettings
 from mobility_agent.errors import Finding, KernelRefused, MobilityError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,14 @@ class DataPath:
             outer = min(outer, self._wanted.mtu_octets.get(care_of, outer))
         return max(outer - _OUTER_HEADER_OCTETS, _MINIMUM_MTU)
 
+    def _into_tunnel(self, destination: IPv6Network, care_of: IPv6Address) -> Route:
+        settings = self.settings
+        if settings.encapsulation == SEG6:
+            return Route(destination, settings.tunnels_table, LOOP_OUT, segment=care_of)
+        return Route(
+            destination, settings.tunnels_table, TUNNEL, segment=care_of, outer_source=settings.address
+        )
+
     def _into_loop(self, destination: IPv6Network, table: int, care_of: IPv6Address | None) -> Route:
         return Route(destination, table, LOOP_IN, LOOP_NEXT_HOP, mtu=self._inner_mtu(care_of))
 
@@ -87,7 +95,7 @@ class DataPath:
         care_of = wanted.remote.get(home)
         found = []
         if care_of is not None and care_of != settings.tunnel_address:
-            found.append(Route(home, settings.tunnels_table, LOOP_OUT, segment=care_of))
+            found.append(self._into_tunnel(home, care_of))
         # Where the prefix leads into the loop anyway, one route less for each VM.
         special = self._inner_mtu(care_of) != self._inner_mtu(None)
         if home in wanted.away or (found and (special or not settings.anchor)):
@@ -97,7 +105,10 @@ class DataPath:
     def _standing_routes(self) -> list[Route]:
         """What does not depend on any VM."""
         settings = self.settings
-        found = [Route(_host(settings.tunnel_address), settings.hosts_table, LOOP_OUT, decapsulate=True)]
+        found = []
+        if settings.encapsulation == SEG6:
+            end = _host(settings.tunnel_address)
+            found.append(Route(end, settings.hosts_table, LOOP_OUT, decapsulate=True))
         if settings.anchor:
             found += [
                 self._into_loop(prefix.network, settings.hosts_table, None) for prefix in settings.prefixes
@@ -105,7 +116,7 @@ class DataPath:
         found += [Route(prefix, _MAIN_TABLE, kind=Kind.UNREACHABLE) for prefix in self._wanted.attracted]
         anchor = self._wanted.anchor_tunnel
         if anchor is not None:
-            found.append(Route(DEFAULT, settings.tunnels_table, LOOP_OUT, segment=anchor))
+            found.append(self._into_tunnel(DEFAULT, anchor))
             found.append(self._into_loop(DEFAULT, settings.guests_table, anchor))
         elif settings.bridges and not settings.announce:
             found.append(Route(DEFAULT, settings.guests_table, kind=Kind.UNREACHABLE))
@@ -145,11 +156,17 @@ class DataPath:
 
     def start(self) -> None:
         """Lay the ground and make the kernel hold exactly what was declared. Raises MobilityError."""
-        source = OuterSource()
-        try:
-            source.set(self.settings.address)
-        finally:
-            source.close()
+        if self.settings.encapsulation == SEG6:
+            # Left by a configuration that said ip6tnl: what is assigned is delivered, not decapsulated.
+            self._ground.remove_tunnel()
+            source = OuterSource()
+            try:
+                source.set(self.settings.address)
+            finally:
+                source.close()
+        else:
+            inner = self.settings.path_mtu_octets - _OUTER_HEADER_OCTETS
+            self._ground.make_tunnel(self.settings.tunnel_address, inner)
         self._ground.make_loop(max(self.settings.path_mtu_octets, 1500))
         filters.install(self.settings.tunnel_address, self.settings.peers)
         wanted = self._standing_routes()
@@ -190,7 +207,10 @@ class DataPath:
         attempt(self._kernel.apply, [neighbours.drop(entry) for entry in neighbours.read(self._kernel)])
         attempt(filters.remove)
         attempt(self._ground.remove_loop)
-        attempt(self._clear_source)
+        if self.settings.encapsulation == SEG6:
+            attempt(self._clear_source)
+        else:
+            attempt(self._ground.remove_tunnel)
         self._started = False
         if failures:
             raise failures[0]
@@ -363,43 +383,8 @@ class DataPath:
 
     def findings(self) -> list[Finding]:
         """What of this host stands in the way; empty when all is well."""
-        found: list[Finding] = []
-        address, tunnel = self.settings.address, self.settings.tunnel_address
-        if not self._ground.has_address(address):
-            way_out = "set address to one that `ip -6 address` shows"
-            found.append(Finding(f"address {address}", "is not on this host", way_out, "configuration"))
-        if self._ground.has_address(tunnel):
-            way_out = "remove it from the device: what is assigned is delivered, not decapsulated"
-            found.append(Finding(f"tunnel_address {tunnel}", "is assigned to a device", way_out, "conflict"))
-        if _sysctl("net/ipv6/conf/all/forwarding") != "1":
-            way_out = "set net.ipv6.conf.all.forwarding=1"
-            found.append(Finding("this host", "does not forward IPv6", way_out, "configuration"))
-        uplink = self._ground.on_link_device(tunnel)
-        if uplink is not None and _sysctl(f"net/ipv6/conf/{uplink}/proxy_ndp") != "1":
-            way_out = f"set net.ipv6.conf.{uplink}.proxy_ndp=1, or route {tunnel} to this host"
-            fact = f"lies on the link of {uplink}, where nobody would answer for it"
-            found.append(Finding(f"tunnel_address {tunnel}", fact, way_out, "configuration"))
-        elif uplink is not None and _sysctl(f"net/ipv6/neigh/{uplink}/proxy_delay") not in {"0", ""}:
-            # The kernel waits at random before it answers as a proxy (RFC 4861 section 7.2.8): at a hand-over
-            # the VM's first packets wait with it.
-            fact = f"is answered for on the link of {uplink} after up to 0.8 s"
-            way_out = f"set net.ipv6.neigh.{uplink}.proxy_delay=0"
-            found.append(Finding(f"tunnel_address {tunnel}", fact, way_out, "configuration"))
-        try:
-            OuterSource().close()
-        except MobilityError as error:
-            fact, _unused, way_out = error.message.partition("; ")
-            found.append(Finding("this kernel", fact, way_out, "unsupported"))
-        return found
+        return judgement.findings(self.settings, self._ground)
 
 
 def _host(address: IPv6Address) -> IPv6Network:
     return IPv6Network(address)
-
-
-def _sysctl(name: str) -> str:
-    try:
-        with open(f"/proc/sys/{name}", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

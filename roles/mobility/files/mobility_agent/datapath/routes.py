@@ -30,7 +30,9 @@ _NEW, _DELETE, _GET = 24, 25, 26
 _MESSAGE = struct.Struct("=BBBBBBBBI")
 _DESTINATION, _DEVICE, _GATEWAY, _PRIORITY, _METRICS, _TABLE, _ENCAP_TYPE, _ENCAP = 1, 4, 5, 6, 8, 15, 21, 22
 _LOCK, _MTU = 1, 2
-_SEG6, _SEG6_LOCAL = 5, 7
+_IP6, _SEG6, _SEG6_LOCAL = 4, 5, 7
+_IP6_DESTINATION, _IP6_SOURCE, _IP6_HOP_LIMIT = 2, 3, 4
+_HOP_LIMIT = 64
 _ENCAP_REDUCED = 3
 _LOCAL_ACTION, _LOCAL_NEXT_HOP, _END_DX6 = 1, 5, 5
 _ONLINK = 4
@@ -50,7 +52,8 @@ class Kind(IntEnum):
 class Route:
     """Where packets to ``destination`` go, in ``table``.
 
-    ``segment``: encapsulated to that address, RFC 2473 format (seg6 ``encap.red`` with one segment).
+    ``segment``: encapsulated to that address, RFC 2473 format: by seg6 (``encap.red`` with one segment) or,
+    where ``outer_source`` is given, by the ip6tnl device that it leads to (``encap ip6``), from that source.
     ``decapsulate``: the inner packet is taken out and routed by its own destination (seg6local
     ``End.DX6 ::``, which, unlike ``End.DT6``, goes through the policy rules again). ``mtu``: larger packets
     are answered with packet-too-big, whatever the device could carry.
@@ -61,6 +64,7 @@ class Route:
     device: str | None = None
     via: IPv6Address | None = None
     segment: IPv6Address | None = None
+    outer_source: IPv6Address | None = None
     decapsulate: bool = False
     mtu: int | None = None
     kind: Kind = Kind.FORWARD
@@ -74,7 +78,12 @@ class Route:
 
 
 def _encapsulation(route: Route) -> bytes:
-    if route.segment is not None:
+    if route.segment is not None and route.outer_source is not None:
+        body = attribute(_IP6_DESTINATION, route.segment.packed)
+        body += attribute(_IP6_SOURCE, route.outer_source.packed)
+        body += attribute(_IP6_HOP_LIMIT, bytes([_HOP_LIMIT]))
+        kind = _IP6
+    elif route.segment is not None:
         # mode; then a segment routing header (RFC 8754): next header, length, type 4, segments left, last
         # entry, flags, tag, the one segment.
         header = struct.pack("=IBBBBBBH", _ENCAP_REDUCED, 0, 2, 4, 0, 0, 0, 0) + route.segment.packed
@@ -132,18 +141,22 @@ def _parse(content: bytes, name: Callable[[int], str]) -> Route | None:
         return Route(destination, table, kind=Kind(kind))
     metrics = attributes(found.get(_METRICS, b""))
     mtu = struct.unpack("=I", metrics[_MTU])[0] if _MTU in metrics else None
-    segment, decapsulate = None, False
+    segment, outer_source, decapsulate = None, None, False
     if _ENCAP_TYPE in found:
         (encap_type,) = struct.unpack_from("=H", found[_ENCAP_TYPE])
         decapsulate = encap_type == _SEG6_LOCAL
         if encap_type == _SEG6:
             segment = IPv6Address(attributes(found[_ENCAP])[1][12:28])
+        if encap_type == _IP6:
+            told = attributes(found[_ENCAP])
+            segment, outer_source = IPv6Address(told[_IP6_DESTINATION]), IPv6Address(told[_IP6_SOURCE])
     return Route(
         destination,
         table,
         device=name(struct.unpack("=I", found[_DEVICE])[0]) if _DEVICE in found else None,
         via=IPv6Address(found[_GATEWAY]) if _GATEWAY in found else None,
         segment=segment,
+        outer_source=outer_source,
         decapsulate=decapsulate,
         mtu=mtu,
     )

@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 
+#: How packets are put into packets, as RFC 2473 has it: by the kernel's seg6, or by a device of ip6_tunnel.
+SEG6, IP6TNL = "seg6", "ip6tnl"
+
 
 @dataclass(frozen=True, slots=True)
 class HomePrefix:
@@ -30,6 +33,7 @@ class PathSettings:
     anchor: bool = False
     announce: bool = False
     path_mtu_octets: int = 1500
+    encapsulation: str = SEG6
     first_table: int = 7600
     first_priority: int = 890
 

@@ -11,7 +11,10 @@ TARGET_VERDICT = "evacuated"
 
 @dataclass(frozen=True)
 class VmResult:
-    """One VM's evacuation. `findings` is what the checks found wrong; `integrity` is that there is none."""
+    """One VM's evacuation. `findings` is what the checks found wrong; `integrity` is that there is none.
+
+    `client_gap_seconds`: longest time in which a client got no answer from the VM's home address.
+    """
 
     name: str
     workload: str
@@ -19,6 +22,7 @@ class VmResult:
     eviction_seconds: float | None
     downtime_seconds: float | None
     guest_clock_gap_seconds: float | None
+    client_gap_seconds: float | None
     wire_bytes: int | None
     ram_wire_bytes: int | None
     integrity: bool
@@ -70,6 +74,7 @@ def render(report: Report) -> str:
         "verdict",
         "eviction",
         "downtime",
+        "client's gap",
         "on the wire",
         "acknowledged writes",
         "nothing lost",
@@ -81,6 +86,7 @@ def render(report: Report) -> str:
             vm.verdict,
             _seconds(vm.eviction_seconds),
             _seconds(vm.downtime_seconds),
+            _seconds(vm.client_gap_seconds),
             "-" if vm.wire_bytes is None else f"{vm.wire_bytes / 1e6:.1f} MB",
             str(vm.acknowledged_writes),
             "yes" if vm.integrity else "NO",

@@ -10,12 +10,16 @@ from typing import Any
 
 from lifeboat_bench.memory import measure
 from lifeboat_demo.report import Report, VmResult
-from lifeboat_lab import stock
+from lifeboat_lab import mobility, stock
 from lifeboat_lab.controller import Controller
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
+from lifeboat_lab.hosts import wait_for
 from lifeboat_lab.lab import Lab
+from lifeboat_lab.pings import PingWatch
+from lifeboat_lab.probes import Seen
+from lifeboat_lab.settings import DEFAULT_HOSTS, HOSTS
 
 # Three kinds of VM, on both pairs of hypervisors.
 CAST = {
@@ -33,6 +37,12 @@ CAST = {
 }  # fmt: skip
 COMPARED = "quiet1"
 EQUAL = "equal1"
+# The internet leads a pair's home prefix to the anchor that is not the pair's own new gateway: every packet
+# takes a tunnel, before and after. Both anchors stand at the site that stays.
+ANCHORS = {"home1": "backup2", "home2": "backup1"}
+BOUND_SECONDS = 60.0
+# How long the client goes on after the evacuation: a VM that it has not seen again by then is lost to it.
+WATCHED_SECONDS = 3.0
 # A slow machine boots three guests under emulation at once.
 BOOT_SECONDS = 180.0
 BASELINE_SECONDS = 300.0
@@ -47,6 +57,7 @@ class Story:
         self._profile = profile
         self._say = say
         self._controller = Controller(lab)
+        self._mobility = self._controller.work / "mobility.json"
 
     def tell(self) -> Report:
         """Everything from an empty machine to the report. Raises LabError where a step fails."""
@@ -59,9 +70,11 @@ class Story:
         lab_profile = self._lab.wan.status()["profile"]
         self._say(f"the WAN is now {_describe(lab_profile)}")
         self._play("replication_status", "lag of every VM")
-        outcomes = self._evacuate()
+        outcomes, seen = self._evacuate(guests)
         self._say("checking every VM where it is now: file system, files, acknowledged writes, memory")
-        results = [self._check(guests[name], outcomes.get(name, {}), canaries[name]) for name in guests]
+        results = [
+            self._check(guests[name], outcomes.get(name, {}), canaries[name], seen[name]) for name in guests
+        ]
         bound = self._bound(guests[COMPARED], outcomes.get(COMPARED, {}), lab_profile)
         baseline = self._baseline()
         compared = next(result for result in results if result.name == COMPARED)
@@ -100,14 +113,23 @@ class Story:
         return guests
 
     def _set_up(self) -> None:
-        self._play("site_setup", "setting both sites up: certificates, proxies, libvirt hook")
+        prefixes = [HOSTS[host].guest_prefix for host in ANCHORS]
+        groups = mobility.inventory(DEFAULT_HOSTS, ANCHORS.values(), prefixes)
+        self._mobility.parent.mkdir(parents=True, exist_ok=True)
+        self._mobility.write_text(json.dumps(groups))
+        mobility.open_settings(self._lab, DEFAULT_HOSTS)
+        self._play(
+            "site_setup", "setting both sites up: certificates, proxies, libvirt hook, mobility agents"
+        )
 
     def _protect(self, guests: dict[str, Guest]) -> None:
         places: dict[str, dict[str, Any]] = {}
         for guest in guests.values():
-            places.setdefault(guest.home, {"lifeboat_vms": []})["lifeboat_vms"].append({"name": guest.name})
+            listed = {"name": guest.name, "addresses": [guest.address]}
+            places.setdefault(guest.home, {"lifeboat_vms": []})["lifeboat_vms"].append(listed)
         self._controller.set_host_variables(places)
-        self._play("protect", "protecting the VMs at their peers")
+        self._play("protect", "protecting the VMs at their peers, each with an address that it keeps")
+        self._lead_prefixes(guests)
         deadline = time.monotonic() + LAG_SECONDS
         told = ""
         while True:
@@ -125,15 +147,35 @@ class Story:
                 raise LabError(f"not every VM is protected after {LAG_SECONDS:g} s: {line}")
             time.sleep(2)
 
-    def _evacuate(self) -> dict[str, dict[str, Any]]:
-        path = self._controller.work / "evacuation.json"
-        self._play("evacuate", "THE ALARM: evacuating site home",
-                   {"evacuate_site": "home", "evacuate_report": str(path)})  # fmt: skip
-        report = json.loads(path.read_text())
-        return {outcome["name"]: outcome for outcome in report["vms"]}
+    def _lead_prefixes(self, guests: dict[str, Guest]) -> None:
+        def all_bound() -> bool:
+            return all(
+                mobility.holder(self._lab, ANCHORS[guest.home], guest.plan.uuid) == guest.home
+                for guest in guests.values()
+            )
 
-    def _check(self, guest: Guest, outcome: dict[str, Any], canary: str) -> VmResult:
+        wait_for(all_bound, BOUND_SECONDS, 0.5)
+        for home, anchor in ANCHORS.items():
+            mobility.lead_prefix_to(self._lab, HOSTS[home].guest_prefix, anchor)
+
+    def _evacuate(self, guests: dict[str, Guest]) -> tuple[dict[str, dict[str, Any]], dict[str, Seen]]:
+        path = self._controller.work / "evacuation.json"
+        self._say("a client at a third place pings every VM each 10 ms from now on")
+        client = PingWatch(self._lab, {name: guest.address for name, guest in guests.items()})
+        try:
+            self._play("evacuate", "THE ALARM: evacuating site home",
+                       {"evacuate_site": "home", "evacuate_report": str(path)})  # fmt: skip
+            time.sleep(WATCHED_SECONDS)
+        except BaseException:
+            client.give_up()
+            raise
+        report = json.loads(path.read_text())
+        return {outcome["name"]: outcome for outcome in report["vms"]}, client.end()
+
+    def _check(self, guest: Guest, outcome: dict[str, Any], canary: str, seen: Seen) -> VmResult:
         findings: list[str] = []
+        if not seen.goes_on:
+            findings.append(f"its home address {guest.address} does not answer the client any more")
         running = guest.running_on()
         if len(running) != 1 or not running[0].startswith("backup"):
             findings.append(
@@ -152,6 +194,7 @@ class Story:
             eviction_seconds=outcome.get("eviction_seconds"),
             downtime_seconds=outcome.get("downtime_seconds"),
             guest_clock_gap_seconds=gap,
+            client_gap_seconds=seen.longest_gap_seconds() if seen.goes_on else None,
             wire_bytes=bytes_told.get("channel_sent_wire_bytes"),
             ram_wire_bytes=bytes_told.get("ram_sent_bytes"),
             integrity=not findings,
@@ -202,7 +245,8 @@ class Story:
 
     def _play(self, playbook: str, what: str, variables: dict[str, Any] | None = None) -> None:
         self._say(f"{what} (ansible-playbook lifeboat.evacuation.{playbook})")
-        self._controller.playbook(playbook, variables, say=self._filter).require_success()
+        options = ("-i", str(self._mobility))
+        self._controller.playbook(playbook, variables, options=options, say=self._filter).require_success()
 
     def _filter(self, line: str) -> None:
         """Show what an operator would look at, not every header of a task."""

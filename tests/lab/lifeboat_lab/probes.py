@@ -89,6 +89,12 @@ class Seen:
         """Longest time without anything from the connection's other end."""
         return max((later - earlier for earlier, later in itertools.pairwise(self.arrivals)), default=0.0)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether anything was answered that was asked in the last second."""
+        until = max((sent for sent, _ in self.probes), default=0.0)
+        return any(sent > until - 1 and at is not None for sent, at in self.probes)
+
     def lost_since(self, instant: float) -> int:
         """Probes sent after ``instant`` (monotonic) and never answered."""
         return sum(sent >= instant and at is None for sent, at in self.probes)
@@ -125,7 +131,9 @@ class Probe:
         self._process.communicate()
 
 
-class _Pings:
+class Pings:
+    """Pings of one address and their answers; the raw socket is the caller's to wait for."""
+
     def __init__(self, address: str) -> None:
         kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
         self.socket = socket.socket(socket.AF_INET6, kind, socket.IPPROTO_ICMPV6)
@@ -137,6 +145,7 @@ class _Pings:
         self.probes: list[list[float | None]] = []
 
     def send(self) -> None:
+        """Ask once more."""
         number = len(self.probes)
         message = struct.pack(">BBHHHI", _ECHO_REQUEST, 0, 0, self._identifier, number & 0xFFFF, number)
         self.probes.append([time.monotonic(), None])
@@ -147,6 +156,7 @@ class _Pings:
             pass
 
     def receive(self) -> None:
+        """Take an answer that has come."""
         try:
             answer = self.socket.recv(1500)
         except OSError:
@@ -207,7 +217,7 @@ class _Connection:
 
 
 def _run(address: str, port: int) -> dict[str, Any]:
-    pings, connection = _Pings(address), _Connection(address, port)
+    pings, connection = Pings(address), _Connection(address, port)
     selector = selectors.DefaultSelector()
     selector.register(sys.stdin, selectors.EVENT_READ)
     for one in (pings, connection):

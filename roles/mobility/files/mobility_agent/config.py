@@ -90,6 +90,7 @@ class Config:
     path_mtu_octets: int
     withdraw_on_stop: bool
     announce: bool
+    own_key: Key
     learn_addresses: bool = False
     encapsulation: str = SEG6
 
@@ -99,9 +100,22 @@ class Config:
         return self.run / "mobility.sock"
 
     @property
+    def partners(self) -> tuple[Peer, ...]:
+        """Whom to talk to: the peers and, on a gateway that is an anchor too, this host itself.
+
+        So its own anchor knows of its own VMs as it knows of everybody's, by the same messages.
+        """
+        if not (self.gateway and self.anchor):
+            return self.peers
+        key = self.own_key
+        itself = Peer(self.name, self.address, self.tunnel_address, True, True, key, (key,))
+        # Last: what VMs send leaves by another anchor while there is one.
+        return (*self.peers, itself)
+
+    @property
     def anchors(self) -> tuple[Peer, ...]:
         """The anchors, in the order in which they are preferred."""
-        return tuple(peer for peer in self.peers if peer.anchor)
+        return tuple(peer for peer in self.partners if peer.anchor)
 
     def peer(self, name: str) -> Peer | None:
         """The peer of that name."""
@@ -255,6 +269,7 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
         path_mtu_octets=top.whole("path_mtu_octets", 1500, 1320, 65535),
         withdraw_on_stop=top.boolean("withdraw_on_stop", default=False),
         announce=top.boolean("announce", default=False),
+        own_key=own_key,
         learn_addresses=top.boolean("learn_addresses", default=False),
         encapsulation=top.choice("encapsulation", SEG6, (SEG6, IP6TNL)),
     )

@@ -75,7 +75,7 @@ class AnchorDuty:
         self._home_links = home_links
         gateways = {
             peer.address: KnownGateway(peer.name, peer.tunnel_address)
-            for peer in config.peers
+            for peer in config.partners
             if peer.gateway
         }
         self._rules = Rules(
@@ -85,7 +85,7 @@ class AnchorDuty:
         )
         self.table = BindingTable(self._rules)
         self.attractor = Attractor(config.attraction, self._rules.prefixes, self._path.attract)
-        self._peers = {peer.address: peer for peer in config.peers}
+        self._peers = {peer.address: peer for peer in config.partners}
         self._tellings: dict[tuple[str, IPv6Address], _Telling] = {}
         self._telling_sequence = 0
         self._tasks: set[asyncio.Task[None]] = set()

@@ -115,7 +115,10 @@ class DataPath:
             ]
         found += [Route(prefix, _MAIN_TABLE, kind=Kind.UNREACHABLE) for prefix in self._wanted.attracted]
         anchor = self._wanted.anchor_tunnel
-        if anchor is not None:
+        if anchor == settings.tunnel_address:
+            # This host is the anchor: what VMs send leaves by its own routing.
+            found.append(Route(DEFAULT, settings.guests_table, kind=Kind.THROW))
+        elif anchor is not None:
             found.append(self._into_tunnel(DEFAULT, anchor))
             found.append(self._into_loop(DEFAULT, settings.guests_table, anchor))
         elif settings.bridges and not settings.announce:
@@ -271,6 +274,9 @@ class DataPath:
         before = self._now(homes)
         for home in homes:
             self._wanted.remote[home] = care_of
+            if self.settings.anchor and care_of != self.settings.tunnel_address:
+                # Our own gateway may not know yet where it went: the binding does.
+                self._wanted.lost.discard(home)
         self._change(homes, before, [])
 
     def set_away(self, homes: Iterable[IPv6Network], care_of: IPv6Address | None) -> None:
@@ -291,7 +297,9 @@ class DataPath:
             (self._wanted.lost if lost else self._wanted.away).add(home)
             (self._wanted.away if lost else self._wanted.lost).discard(home)
             if care_of is None:
-                self._wanted.remote.pop(home, None)
+                # On an anchor the binding stays: it is what says where the VM is.
+                if not self.settings.anchor:
+                    self._wanted.remote.pop(home, None)
             else:
                 self._wanted.remote[home] = care_of
         self._change(homes, before, self._forget_local(homes))

@@ -15,12 +15,14 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import DEFAULT_SOCKET
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
+    count_others,
     forecast_lines,
     forecast_of,
     mark_preflights,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import (
     Watch,
+    meaning,
     parse,
     parse_duration,
 )
@@ -44,6 +46,7 @@ else:
         Coordinator,
         Refused,
         Wanted,
+        told_of,
     )
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._given import completed, given
     from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import read as read_reach
@@ -125,6 +128,9 @@ class ActionModule(ActionBase):
         return result
 
     def _work(self, result: dict[str, t.Any], coordinator: Coordinator) -> dict[str, t.Any]:
+        if self._deadline is not None:
+            # As it was given, before it became a text: of a time of day without quotes YAML makes a number.
+            self._say(meaning(self._deadline, self._task.args.get("deadline"), time.time()))
         site = coordinator.survey()
         unreached = {name: host.error for name, host in coordinator.hosts.items() if host.error}
         for name, why in unreached.items():
@@ -153,6 +159,7 @@ class ActionModule(ActionBase):
             site = coordinator.measured(site)
         plan, placement = coordinator.forecast(site)
         told = forecast_of(site, plan, time.time(), placement)
+        count_others(told, coordinator.others(told_of(site), check_mode=True))
         stays = mark_preflights(told, coordinator.preflights(site))
         for line in forecast_lines(told):
             self._say(line)
@@ -171,6 +178,7 @@ class ActionModule(ActionBase):
         arguments = self._arguments
         strategy, findings = self._strategy()
         deadline, wrong = parse(arguments["deadline"], time.time())
+        self._deadline = deadline
         findings += wrong
         reserve = parse_duration(arguments["deadline_reserve"])
         if reserve is None:
@@ -203,14 +211,14 @@ class ActionModule(ActionBase):
                 bridges[name] = Bridge(reach, str(told))
             return bridges[name]
 
-        wishes: dict[str, t.Mapping[str, t.Any]] = {}
+        wishes: dict[str, dict[str, t.Mapping[str, t.Any]]] = {}
         expected: dict[str, list[str]] = {}
         destinations: dict[str, Bridge] = {}
         for name in sources:
             bridge(name)
             peers = {hostvars[name].get("lifeboat_peer")}
             for wish in hostvars[name].get("lifeboat_vms") or []:
-                wishes[str(wish.get("name"))] = wish
+                wishes.setdefault(name, {})[str(wish.get("name"))] = wish
                 findings += wish_findings(str(wish.get("name")), wish)
                 expected.setdefault(name, []).append(str(wish.get("name")))
                 peers.add(wish.get("peer"))

@@ -56,11 +56,12 @@ def interval_seconds(round_trip_seconds: t.Iterable[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PairView:
-    """A pair as it was seen over the last interval."""
+    """A pair over the last interval; not ``heard``: as it was seen before, for its host owes an answer."""
 
     up: bool = True
     goodput_bytes_per_second: float = 0.0
     round_trip_seconds: float = 0.0
+    heard: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Controller:
         self._memory = {item.name: item.memory_free_bytes for item in site.destinations}
         self._gates: dict[str, Gate] = {}
         self._told: dict[str, str] = {}
+        self._held_before: set[str] = set()
         self._started: set[str] = set()
         self._sent_before: set[str] = set()
         # Per gate: the moves that are served fully, in the order in which they came to be.
@@ -340,10 +342,10 @@ class Controller:
                     break
                 continue
             view = seen.pairs.get(vm.pair)
-            if view is not None and not view.up:
-                self._tell(orders, uuid, "waits", "link-down")
+            if view is not None and not (view.up and view.heard):
+                self._tell(orders, uuid, "waits", "link-down" if view.heard else "not-heard")
                 continue
-            if self._told.get(uuid) == "link-down":
+            if self._told.get(uuid) in {"link-down", "not-heard"}:
                 self._told.pop(uuid)
             if self._retry_at.get(uuid, 0.0) > seen.now or not self._may_start(vm, at_work):
                 continue
@@ -604,6 +606,9 @@ class Controller:
             starts_at = self._starts_at.get(uuid)
             if starts_at is not None and starts_at - seen.now <= _HOLD_AHEAD_SECONDS:
                 orders.held.add(uuid)
+                if uuid not in self._held_before:
+                    orders.decisions.append(Decision(uuid, "precaching-waits", "turn-is-near"))
+        self._held_before |= orders.held
 
 
 def _urgency(vm: VmSummary, move: Move) -> float:

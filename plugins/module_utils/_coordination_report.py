@@ -114,6 +114,34 @@ def forecast_of(
     }
 
 
+def count_others(forecast: dict[str, t.Any], outcomes: t.Sequence[t.Mapping[str, t.Any]]) -> None:
+    """Those whom no plan moves count, too: who would be left behind, and who is out already."""
+    left = [outcome for outcome in outcomes if outcome["verdict"] not in OUT]
+    forecast["already_out"] = len(outcomes) - len(left)
+    if forecast["expected_share"] is not None and left:
+        known = len(forecast["vms"])
+        forecast["expected_share"] = round(forecast["expected_share"] * known / (known + len(left)), 4)
+    forecast["vms"] += [
+        {
+            "name": outcome["name"],
+            "vm": outcome.get("vm"),
+            "host": outcome.get("host"),
+            "peer": outcome.get("peer"),
+            "rung": Rung.STAY.value,
+            "reason": outcome.get("cause"),
+            "sentence": outcome.get("sentence"),
+            "start_seconds": None,
+            "end_seconds": None,
+            "wire_bytes": 0,
+            "stop_seconds": 0.0,
+            "dirty_bytes_per_second": 0,
+            "rate_bytes_per_second": 0,
+            "lag_bytes": 0,
+        }
+        for outcome in left
+    ]
+
+
 def mark_preflights(forecast: dict[str, t.Any], wrong: t.Mapping[str, str]) -> list[str]:
     """Take those that a preflight refuses out of a forecast; names of all that would stay."""
     for vm in forecast["vms"]:
@@ -133,7 +161,10 @@ def forecast_lines(forecast: t.Mapping[str, t.Any]) -> list[str]:
         + (f" in {_span(within)}" if within else "")
         + f", the last after {_span(forecast['makespan_seconds'])}"
         + (f"; the link carries {_rate(sum(rates))}" if rates else "; what the link carries is not known")
+        + (f"; {forecast['already_out']} are out already" if forecast.get("already_out") else "")
     ]
+    if not forecast["vms"] and not forecast.get("already_out"):
+        lines.append(f"{forecast['site']}: no VM is protected there, listed for it or runs there")
     for vm in forecast["vms"]:
         if vm["end_seconds"] is None:
             lines.append(f"{vm['name']} would stay: {_why(vm)}")
@@ -259,8 +290,12 @@ class Recorder:
         controller: Controller,
         now: float,
         destinations: t.Mapping[str, HostState],
+        unanswered: t.Collection[str] = (),
     ) -> None:
-        """One outcome for every VM, whatever became of it."""
+        """One outcome for every VM, whatever became of it.
+
+        ``unanswered`` were asked to start, and no answer came.
+        """
         self.ended_at = now
         planned = {item["vm"]: item for item in self.forecast.get("vms", [])}
         for vm in self.site.vms:
@@ -295,9 +330,11 @@ class Recorder:
             elif vm.uuid in refusals:
                 outcome |= {"verdict": "failed", **refusals[vm.uuid]}
             else:
-                lost = host is not None and host.error
+                lost = host is not None and bool(host.error)
                 reason = "unreachable" if lost else controller.waits_because(vm.uuid)
                 outcome |= {"verdict": "stayed", "cause": reason, "sentence": _stays(vm.name, reason)}
+                if lost and vm.uuid in unanswered:
+                    outcome |= _unknown(vm.name, vm.source, runs_at(vm.uuid, destinations))
             if host is not None and outcome["verdict"] not in OUT:
                 outcome |= _lag(host, vm.uuid)
             # Of one that was found under way its proxy knows.
@@ -365,7 +402,20 @@ _SENTENCES = {
     "too-late": "it would not have arrived in time, and gave way to others",
     "unreachable": "its host could not be reached",
     "link-down": "there was no link to its destination",
+    "not-heard": "its host gave no answer in time",
 }
+
+
+def _unknown(name: str, host: str, there: str | None) -> dict[str, str]:
+    """What is told of a VM that was asked to leave a host that never said whether it did."""
+    if there is not None:
+        sentence = f"{there} says that it runs there; {host} is out of reach"
+        return {"verdict": "evacuated", "cause": "unreachable", "sentence": sentence}
+    sentence = (
+        f"VM {name}: {host} was asked to move it and gave no answer, so it may be on its way; run the same "
+        "command again"
+    )
+    return {"verdict": "undecided", "cause": "unreachable", "sentence": sentence}
 
 
 def _stays(name: str, reason: str) -> str:

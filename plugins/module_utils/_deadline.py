@@ -8,6 +8,7 @@ Pure: the clock and whatever asks the UPS are given.
 from __future__ import annotations
 
 import datetime
+import math
 import re
 import typing as t
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(sec|min|s|m|h|d)?", re.IGNORECASE)
 _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _CLOCK = re.compile(r"^([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?$")
 _UPS = re.compile(r"^ups:([\w.-]+)(?:@([\w.:\[\]-]+))?$")
+# What is farther away is no deadline, but a slip.
+_LONGEST_SECONDS = 366 * 86400.0
 _FORMS = "seconds, 20m, 1h30m, 14:30, 2026-11-21T14:30:00+01:00, or ups:NAME@HOST"
 
 
@@ -50,7 +53,7 @@ def parse_duration(text: str) -> float | None:
             return None
         total += float(match.group(1)) * _UNITS[(match.group(2) or "s").lower()]
         end = match.end()
-    return total if end and not text[end:].strip() else None
+    return total if end and not text[end:].strip() and total <= _LONGEST_SECONDS else None
 
 
 def parse(value: object, now: float) -> tuple[Deadline | None, list[Finding]]:
@@ -83,15 +86,48 @@ def _not_understood(text: str) -> Finding:
 def _instant(text: str, now: float) -> float | None:
     clock = _CLOCK.match(text)
     if clock:
-        today = datetime.datetime.fromtimestamp(now).astimezone()
         hour, minute, second = (int(part or 0) for part in clock.groups())
-        return today.replace(hour=hour, minute=minute, second=second, microsecond=0).timestamp()
+        # Without an offset: that of the instant holds, not that of now, where summer time ends between them.
+        local = datetime.datetime.fromtimestamp(now).replace(  # noqa: DTZ006
+            hour=hour, minute=minute, second=second, microsecond=0
+        )
+        # An hour that there is twice: the first that is still to come.
+        first, again = (local.replace(fold=fold).timestamp() for fold in (0, 1))
+        return again if first <= now < again else first
     if not re.match(r"^\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}", text):
         return None
     try:
-        return datetime.datetime.fromisoformat(text).astimezone().timestamp()
-    except ValueError:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
         return None
+
+
+def meaning(deadline: Deadline, given: object, now: float) -> str:
+    """A deadline as it was understood, in words, for whoever meant another to see it."""
+    if deadline.at is None:
+        return f"deadline: what UPS {deadline.ups} has left, asked for again and again"
+    left = deadline.at - now
+    minutes, seconds = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{count} {unit}" for count, unit in ((hours, "h"), (minutes, "min"), (seconds, "s")) if count]
+    at = datetime.datetime.fromtimestamp(deadline.at).astimezone()
+    told = (
+        f"deadline {deadline.text}: {left:.0f} s ({' '.join(parts) or '0 s'}) from now, at {at:%H:%M:%S %z}"
+    )
+    clock = _as_clock(given)
+    return told + (f"; if {clock} was meant, put it in quotes: YAML makes {given} of it" if clock else "")
+
+
+def _as_clock(given: object) -> str:
+    """The time of day that YAML 1.1 would have made this number of, "" for what is none."""
+    if not isinstance(given, int) or isinstance(given, bool):
+        return ""
+    # 14:30 is 14 * 60 + 30, 14:30:00 is 60 times that; an hour with a nought before it stays a text.
+    if 60 <= given < 24 * 60:
+        return f"{given // 60}:{given % 60:02d}"
+    if 3600 <= given < 24 * 3600:
+        return f"{given // 3600}:{given // 60 % 60:02d}:{given % 60:02d}"
+    return ""
 
 
 class Watch:
@@ -134,7 +170,8 @@ def runtime_of(text: str, ups: str) -> float:
         seconds = float(text.strip())
     except ValueError:
         seconds = -1.0
-    if seconds < 0:
+    # "nan" and "inf" are numbers to Python, and no time that a battery lasts.
+    if not math.isfinite(seconds) or seconds < 0:
         raise UpsError(
             f"UPS {ups}: battery.runtime is {text.strip()!r}, no number of seconds; "
             "see `upsc` for what it tells, or give the deadline as a time"

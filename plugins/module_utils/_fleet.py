@@ -27,6 +27,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._wait import Job, job_out
 
 Json = t.Mapping[str, t.Any]
+# Per host what the inventory says of its VMs, by the name or UUID that it gives them.
+Wishes = t.Mapping[str, t.Mapping[str, Json]]
 Pair = tuple[str, str]
 
 # What a job may have failed of that another try may not meet again.
@@ -34,6 +36,8 @@ _PASSING = frozenset({
     "unreachable", "stalled", "peer-restarted", "link-lost", "proxy-restarted", "hypervisor", "protocol",
     "error",
 })  # fmt: skip
+# A host that owes its answer for so long has nothing more that may hold up others.
+_SILENT_SECONDS = 10.0
 # A mirror that has so little left for so long goes round behind the guest.
 _CHASE_SECONDS = 20.0
 _CHASE_BYTES = 8e6
@@ -51,6 +55,10 @@ class HostState:
     error: str = ""
     # Running VMs that nobody protects.
     unprotected: list[dict[str, t.Any]] = field(default_factory=list)
+    # All VMs that libvirt knows there, as of the survey; empty: not known.
+    domains: list[dict[str, t.Any]] = field(default_factory=list)
+    # Asked, and no answer yet: since when. What it said last is not news.
+    late_since: float | None = None
 
     @property
     def jobs(self) -> list[dict[str, t.Any]]:
@@ -63,7 +71,7 @@ def site_summary(
     site: str,
     sources: t.Sequence[HostState],
     destinations: t.Mapping[str, HostState],
-    wishes: t.Mapping[str, Json],
+    wishes: Wishes,
     names: t.Collection[str] | None,
     uplink_bytes_per_second: float | None,
 ) -> SiteSummary:
@@ -85,20 +93,34 @@ def site_summary(
     )
 
 
-def _vms_of(
-    host: HostState, wishes: t.Mapping[str, Json], names: t.Collection[str] | None
-) -> list[VmSummary]:
+def wish_for(host: str, vm: Json, wishes: Wishes) -> Json:
+    """What the inventory says of a VM: under its host, else under the only other host that lists it.
+
+    Two hosts may have VMs of one name; and a VM may have been moved within its site since it was listed.
+    """
+    keys = (str(vm["name"]), str(vm["uuid"]))
+    own = next((wishes[host][key] for key in keys if key in wishes.get(host, {})), None)
+    if own is not None:
+        return own
+    elsewhere = [
+        told[key] for other, told in sorted(wishes.items()) if other != host for key in keys if key in told
+    ]
+    return elsewhere[0] if len(elsewhere) == 1 else {}
+
+
+def _vms_of(host: HostState, wishes: Wishes, names: t.Collection[str] | None) -> list[VmSummary]:
     figures = {str(vm["uuid"]): vm for vm in host.workload.get("vms", [])}
     told = []
     known = set()
     for vm in host.status.get("vms", []):
         if names is None or vm["name"] in names or vm["uuid"] in names:
             known.add(str(vm["uuid"]))
-            wish = wishes.get(str(vm["name"])) or wishes.get(str(vm["uuid"])) or {}
+            wish = wish_for(host.name, vm, wishes)
             told.append(_vm(host.name, vm, figures.get(str(vm["uuid"]), {}), wish))
     for job in host.jobs:
         # Handed over already, and the source about to forget it.
-        if not job.get("ended") and job["vm"] not in known and (names is None or job["name"] in names):
+        wanted = names is None or job["name"] in names or job["vm"] in names
+        if not job.get("ended") and job["vm"] not in known and wanted:
             told.append(VmSummary(str(job["vm"]), str(job["name"]), host.name, str(job["peer"])))
     return told
 
@@ -173,6 +195,7 @@ class Eyes:
         self._vms: dict[str, _Counted] = {}
         self._pairs: dict[Pair, tuple[float, float]] = {}
         self.carried_bytes: dict[str, float] = {}
+        self._before = Observation(0.0)
         # Since when a job mirrors disks and has not come to its memory.
         self._mirroring: dict[str, float] = {}
 
@@ -193,23 +216,34 @@ class Eyes:
         for host in hosts.values():
             if not host.status:
                 continue
+            stale = bool(host.error) or host.late_since is not None
+            silent = bool(host.error) or now - (host.late_since or now) >= _SILENT_SECONDS
             labels: dict[str, Json] = {}
             for link in host.status.get("links", []):
                 key = (host.name, str(link["peer"]))
-                pairs[key] = self._pair(key, link, now, up=not host.error)
+                if stale:
+                    # Counters that were not read anew would say that nothing is sent.
+                    seen = self._before.pairs.get(key, PairView())
+                    got = 0.0 if silent else seen.goodput_bytes_per_second
+                    pairs[key] = replace(seen, up=seen.up and not host.error, heard=False,
+                                         goodput_bytes_per_second=got)  # fmt: skip
+                    continue
+                pairs[key] = self._pair(key, link, now)
                 labels.update((link.get("counters") or {}).get("labels") or {})
             for job in host.jobs:
                 uuid = str(job["vm"])
                 if not job.get("ended") and job.get("step") != "undecided":
-                    move = self._move(job, labels.get(uuid, {}), now)
-                    moves[uuid] = replace(move, silent=bool(host.error))
+                    known = self._before.moves.get(uuid) if stale else None
+                    move = known or self._move(job, labels.get(uuid, {}), now)
+                    moves[uuid] = replace(move, silent=silent)
                 elif job_out(job) and (job["id"] in begun or uuid not in protected):
                     out.add(uuid)
                 elif job["id"] in begun:
                     failed[uuid] = job.get("step") != "undecided" and job.get("cause") in _PASSING
-        return Observation(now, moves, pairs, out, failed, deadline_at)
+        self._before = Observation(now, moves, pairs, out, failed, deadline_at)
+        return self._before
 
-    def _pair(self, key: Pair, link: Json, now: float, *, up: bool) -> PairView:
+    def _pair(self, key: Pair, link: Json, now: float) -> PairView:
         sent = float((link.get("counters") or {}).get("sent_wire_bytes") or 0.0)
         for name, figures in ((link.get("counters") or {}).get("classes") or {}).items():
             self.carried_bytes[f"{key[0]} {key[1]} {name}"] = float(figures.get("sent_wire_bytes") or 0.0)
@@ -219,7 +253,7 @@ class Eyes:
         if before is not None and now > before[0]:
             rate = max(0.0, (sent - before[1]) / (now - before[0]))
         trip = float(link.get("round_trip_seconds") or 0.0)
-        return PairView(up and link.get("state") == "up", rate, trip)
+        return PairView(link.get("state") == "up", rate, trip)
 
     def _move(self, job: Job, label: Json, now: float) -> Move:
         uuid = str(job["vm"])

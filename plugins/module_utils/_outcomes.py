@@ -65,11 +65,14 @@ def others(
     knows; who runs and is not protected; and whoever of ``only`` is found nowhere.
     """
     known = {outcome["vm"] for outcome in told} | {outcome["name"] for outcome in told}
+    # Two hosts may have VMs of one name.
+    named = {(outcome.get("host"), outcome["name"]) for outcome in told}
     more: list[Outcome] = []
 
     def add(outcome: Outcome) -> None:
         more.append(outcome)
         known.update({outcome["name"], outcome["vm"]})
+        named.add((outcome.get("host"), outcome["name"]))
 
     def asked_for(name: object, uuid: object = None) -> bool:
         return only is None or name in only or uuid in only
@@ -83,15 +86,40 @@ def others(
                  "verdict": "already-there", "wire_bytes": wire_bytes(job)})  # fmt: skip
     for name in silent(hosts):
         for vm in expected.get(name, ()):
-            if vm not in known and asked_for(vm):
+            # Known of another host it is the same VM, moved since, unless that host lists such a name, too.
+            elsewhere = {host for host, known_name in named if known_name == vm and host != name}
+            moved = any(vm not in expected.get(str(host), ()) for host in elsewhere)
+            uuid_known = vm in {outcome["vm"] for outcome in (*told, *more)}
+            if (name, vm) not in named and not moved and not uuid_known and asked_for(vm):
                 add(_of_silent_host(vm, hosts[name], destinations))
     for host in hosts.values() if only is None else ():
         for outcome in left_behind(host.unprotected, may_stay, check_mode=check_mode):
             add({**outcome, "host": host.name})
+    for host in hosts.values():
+        for outcome in _left_shut_off(host, expected.get(host.name, ()), check_mode=check_mode):
+            asked = asked_for(outcome["name"], outcome["vm"])
+            if asked and outcome["vm"] not in known and not {outcome["name"], outcome["vm"]} & set(may_stay):
+                add(outcome)
     for name in only or ():
         if name not in known:
             add(_nowhere(name, hosts))
     return more
+
+
+def _left_shut_off(host: HostState, listed: t.Sequence[str], *, check_mode: bool) -> list[Outcome]:
+    """VMs that the inventory lists and that are on a host, shut off and not protected."""
+    sentence = (
+        "the inventory lists it, it is shut off here and not protected, so nothing of it is at the peer; "
+        "protect it (playbooks/protect.yml), or name it in evacuate_leave_behind"
+    )
+    return [
+        {"name": domain["name"], "vm": domain["uuid"], "host": host.name,
+         "verdict": "would-fail" if check_mode else "stayed", "cause": "not-protected",
+         "sentence": sentence}
+        for domain in host.domains
+        if not domain.get("running") and not domain.get("peer")
+        and (domain["name"] in listed or domain["uuid"] in listed)
+    ]  # fmt: skip
 
 
 def _of_silent_host(vm: str, host: HostState, destinations: Hosts) -> Outcome:

@@ -80,6 +80,8 @@ options:
     description:
       - When the power goes. Seconds from now, V(20m), V(14:30), an ISO 8601 instant,
         or V(ups:NAME@HOST), which is asked for its C(battery.runtime) by C(upsc), again and again.
+      - A time of day wants quotes in YAML, which without them makes seconds of it (14:30 becomes V(870)). The
+        first line of the output says how the deadline was understood.
     type: str
   deadline_reserve:
     description:

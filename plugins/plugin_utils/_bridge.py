@@ -91,6 +91,7 @@ class Bridge:
         if control_socket != DEFAULT_SOCKET:
             self._command += ["--socket", control_socket]
         self._lock = threading.Lock()
+        self._closed = False
         self._clients: list[paramiko.SSHClient] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: _Connection | None = None
@@ -125,14 +126,21 @@ class Bridge:
         return self.request("GET", path)
 
     def close(self) -> None:
-        """Hang up. Jobs at the host go on."""
-        with self._lock:
+        """Hang up. Jobs at the host go on. A request that still waits for an answer is not waited for."""
+        self._closed = True
+        waited = self._lock.acquire(timeout=1.0)
+        try:
             self._drop_bridge()
             self._hang_up()
+        finally:
+            if waited:
+                self._lock.release()
 
     def _ask(
         self, method: str, path: str, body: t.Mapping[str, object] | None, timeout_seconds: float
     ) -> t.Any:
+        if self._closed:
+            raise Unreachable(f"{self.name}: was hung up on; what runs there goes on")
         connection = self._connection or self._open()
         if self._channel is not None:
             self._channel.settimeout(timeout_seconds)

@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import time
 import typing as t
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError, job_path
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import (
+    ProxyError,
+    job_path,
+    vm_path,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
     Controller,
     Observation,
@@ -31,16 +35,23 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import silent
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._errands import Done, Errands
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
     Proxy,
     Refused,
     Surveyor,
     Wanted,
+    told_of,
 )
 
-__all__ = ["Abandoned", "Coordinator", "Proxy", "Refused", "Wanted"]
+__all__ = ["Abandoned", "Coordinator", "Proxy", "Refused", "Wanted", "told_of"]
 
 _SHARE_LEASE_SECONDS = 20.0
+_POSTPONE_SECONDS = 30.0
+# How long a host may take to say how it stands; so long it is late, and then it is not reached.
+_ANSWER_SECONDS = 15.0
+# What proxies are asked for takes them milliseconds: nobody waits longer for it within an interval.
+_ERRANDS_SECONDS = 1.0
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
 _UNREACHED_PATIENCE_SECONDS = 300.0
@@ -77,6 +88,13 @@ class Coordinator(Surveyor):
         self._abandoned = abandoned
         self._pending: dict[str, Future[dict[str, t.Any]]] = {}
         self._begun: dict[str, str] = {}
+        self._errands = Errands(self._pool)
+        # Asked to start: no answer yet; and those whose answer was lost.
+        self._starting: set[str] = set()
+        self._unanswered: set[str] = set()
+        # Until when passes were asked to wait, and hosts whose proxy cannot do that.
+        self._postponed: dict[str, float] = {}
+        self._cannot_postpone: set[str] = set()
         self._to_pause: set[str] = set()
         self._shares: dict[str, tuple[float | None, float]] = {}
         self._refusals: dict[str, dict[str, t.Any]] = {}
@@ -106,7 +124,7 @@ class Coordinator(Surveyor):
         for planned in plan.vms:
             if planned.end_seconds is None:
                 self._say(f"{planned.vm.name}: would stay ({planned.reason})")
-        besides = self.others([{"name": vm.name, "vm": vm.uuid} for vm in site.vms])
+        besides = self.others(told_of(site))
         for outcome in besides:
             self._say(verdict_line(outcome))
         while True:
@@ -114,6 +132,8 @@ class Coordinator(Surveyor):
                 raise Abandoned
             looked_at = self._clock()
             self._look(interval)
+            self._errands.settle(0.0)
+            self._adopt(site)
             deadline_at = self._deadline.now(self._clock())
             seen = eyes.look(self.hosts, self._clock(), set(self._begun.values()), deadline_at)
             seen = self._with_refusals(seen)
@@ -126,7 +146,7 @@ class Coordinator(Surveyor):
                 self._say(line)
                 said_at = self._clock()
             for decision in orders.decisions:
-                if decision.what != "starts":
+                if decision.what not in {"starts", "precaching-waits"}:
                     self._say(f"{recorder.name(decision.vm)}: {decision.what} ({decision.reason})"
                               + (f": {decision.sentence}" if decision.sentence else ""))  # fmt: skip
             if self._clock() - said_at >= self.wanted.progress_seconds:
@@ -134,19 +154,27 @@ class Coordinator(Surveyor):
                 self._say(progress_line(site, seen, controller, self._clock(), self.hosts, trouble))
                 said_at = self._clock()
             # Those that start now are seen at the next look.
-            idle = 0 if seen.moves or orders.starts else idle + 1
+            idle = 0 if seen.moves or orders.starts or self._starting else idle + 1
             if idle and all(vm.uuid in seen.out for vm in site.vms):
                 break
             if idle >= _IDLE_LOOKS and not self._may_still_start(controller, seen):
                 break
             self._sleep(max(0.1, interval - (self._clock() - looked_at)))
         self._look(interval, patient=True)
+        self._errands.settle(_ERRANDS_SECONDS)
+        self._adopt(site)
         if any(host.error for host in self.hosts.values()):
             # Of a source that is gone its peer knows more by now.
-            for name, proxy in self._destinations.items():
-                with contextlib.suppress(ProxyError):
-                    self.there[name].status = proxy.request("GET", "/v1/status")
-        recorder.conclude(self.hosts, self._begun, self._refusals, controller, self._clock(), self.there)
+            self._ask_destinations_again()
+        recorder.conclude(
+            self.hosts,
+            self._begun,
+            self._refusals,
+            controller,
+            self._clock(),
+            self.there,
+            self._unanswered | self._starting,
+        )
         said = {outcome["name"] for outcome in besides}
         for outcome in recorder.outcomes:
             if outcome["verdict"] not in OUT and outcome["name"] not in said:
@@ -154,15 +182,29 @@ class Coordinator(Surveyor):
         return recorder
 
     def _adopt(self, site: SiteSummary) -> None:
-        """Jobs that are under way already count as ours."""
+        """Jobs that are under way count as ours: begun before, or by a request whose answer was lost."""
         names = {vm.uuid for vm in site.vms}
         for host in self.hosts.values():
-            for job in host.jobs:
-                if job["vm"] in names and not job.get("ended"):
-                    self._begun[str(job["vm"])] = str(job["id"])
-                    if self.wanted.bandwidth_bytes_per_second is not None:
-                        body = {"bandwidth_bytes_per_second": self.wanted.bandwidth_bytes_per_second}
-                        self._steer(self._sources[host.name], str(job["id"]), "steer", body)
+            for job in host.jobs if not host.error else ():
+                uuid, identifier = str(job["vm"]), str(job["id"])
+                if uuid not in names or job.get("ended") or self._begun.get(uuid) == identifier:
+                    continue
+                self._begun[uuid] = identifier
+                self._unanswered.discard(uuid)
+                self._refusals.pop(uuid, None)
+                if self.wanted.bandwidth_bytes_per_second is not None:
+                    body = {"bandwidth_bytes_per_second": self.wanted.bandwidth_bytes_per_second}
+                    self._steer(host.name, identifier, "steer", body, key="bandwidth")
+
+    def _ask_destinations_again(self) -> None:
+        asked = {
+            name: self._pool.submit(proxy.request, "GET", "/v1/status", None, _ANSWER_SECONDS)
+            for name, proxy in self._destinations.items()
+        }
+        wait(asked.values(), 2 * _ANSWER_SECONDS)
+        for name, answer in asked.items():
+            with contextlib.suppress(ProxyError, TimeoutError):
+                self.there[name].status = answer.result(timeout=0)
 
     def _look(self, interval: float, *, patient: bool = False) -> None:
         """Ask the sources how they stand; one that is slow or gone holds up nobody."""
@@ -176,9 +218,12 @@ class Coordinator(Surveyor):
             try:
                 status = future.result(timeout=max(0.0, until - time.monotonic()))
             except TimeoutError:
+                if self.hosts[name].late_since is None:
+                    self.hosts[name].late_since = self._clock()
                 continue
             except ProxyError as error:
                 del self._pending[name]
+                self.hosts[name].late_since = None
                 if not self.hosts[name].error:
                     self._say(f"{name}: {error.message.removeprefix(f'{name}: ')}")
                 self.hosts[name].error = error.message
@@ -188,17 +233,18 @@ class Coordinator(Surveyor):
             if self.hosts[name].error:
                 self._say(f"{name}: answers again")
             self.hosts[name].status, self.hosts[name].error = status, ""
+            self.hosts[name].late_since = None
             self._lost_at.pop(name, None)
 
     def _poll(self, proxy: Proxy, *, whole: bool) -> dict[str, t.Any]:
         """A host's state. Not all of it while VMs move: that asks QEMU for every lag, and takes long."""
         before = self.hosts[proxy.name].status
         if whole or not before:
-            return dict(proxy.request("GET", "/v1/status"))
+            return dict(proxy.request("GET", "/v1/status", None, _ANSWER_SECONDS))
         return {
             **before,
-            **proxy.request("GET", "/v1/evacuations"),
-            **proxy.request("GET", "/v1/links"),
+            **proxy.request("GET", "/v1/evacuations", None, _ANSWER_SECONDS),
+            **proxy.request("GET", "/v1/links", None, _ANSWER_SECONDS),
         }
 
     def _with_refusals(self, seen: Observation) -> Observation:
@@ -248,27 +294,8 @@ class Coordinator(Surveyor):
     # -- asking the proxies for what was decided
 
     def _obey(self, orders: Orders, seen: Observation, controller: Controller, eyes: Eyes) -> None:
-        starts = [(uuid, rung, self._pool.submit(self._begin, uuid, controller.source_of(uuid), rung))
-                  for uuid, rung in orders.starts]  # fmt: skip
-        for uuid, rung, begun in starts:
-            name = next(vm.name for vm in controller.site.vms if vm.uuid == uuid)
-            try:
-                job = begun.result(timeout=60)
-            except (ProxyError, TimeoutError) as error:
-                cause = error.cause if isinstance(error, ProxyError) else "unreachable"
-                if cause == "unreachable":
-                    controller.not_started(uuid, seen.now)
-                    self._say(f"{name}: not started now: {error}")
-                    continue
-                findings = error.findings if isinstance(error, ProxyError) else []
-                self._refusals[uuid] = {"cause": cause, "sentence": str(error), "findings": findings}
-                continue
-            if self._begun.get(uuid) != job["id"]:
-                self.changed = True
-            self._begun[uuid] = str(job["id"])
-            if rung is Rung.PAUSED:
-                self._to_pause.add(uuid)
-            self._say(f"{name}: starts, to {job.get('peer')}{_HOW[rung]}")
+        for uuid, rung in orders.starts:
+            self._start(controller, uuid, rung)
         for uuid, fall in orders.falls.items():
             if fall.rung is Rung.PAUSED:
                 self._to_pause.add(uuid)
@@ -277,13 +304,42 @@ class Coordinator(Surveyor):
                 self._ask(controller, uuid, "cancel", None)
         for uuid in list(self._to_pause):
             move = seen.moves.get(uuid)
-            if move is None or move.phase is Phase.LEAD_IN:
+            if move is None or move.phase is Phase.LEAD_IN or move.silent:
                 continue
             self._to_pause.discard(uuid)
-            if self._ask(controller, uuid, "steer", {"pause_guest": True}):
-                eyes.paused.add(uuid)
+            self._pause(controller, uuid, eyes)
         for uuid, share in orders.shares.items():
             self._share(controller, uuid, share, seen.now)
+        self._postpone(controller, orders.held, seen.now)
+        # What is answered by then counts now; a host that is late is heard of at a later look.
+        self._errands.settle(_ERRANDS_SECONDS)
+
+    def _start(self, controller: Controller, uuid: str, rung: Rung) -> None:
+        host = controller.source_of(uuid)
+        name = next(vm.name for vm in controller.site.vms if vm.uuid == uuid)
+        self._starting.add(uuid)
+
+        def told(job: t.Any, error: ProxyError | None) -> None:
+            self._starting.discard(uuid)
+            if error is None:
+                if self._begun.get(uuid) != job["id"]:
+                    self.changed = True
+                self._begun[uuid] = str(job["id"])
+                self._unanswered.discard(uuid)
+                if rung is Rung.PAUSED:
+                    self._to_pause.add(uuid)
+                self._say(f"{name}: starts, to {job.get('peer')}{_HOW[rung]}")
+            elif error.cause == "unreachable":
+                # The answer may be what was lost: should it be under way, the next look finds it.
+                self._unanswered.add(uuid)
+                controller.not_started(uuid, self._clock())
+                self._say(f"{name}: not started now: {error}")
+            else:
+                self._refusals[uuid] = {
+                    "cause": error.cause, "sentence": str(error), "findings": error.findings,
+                }  # fmt: skip
+
+        self._errands.send(host, f"start {uuid}", lambda: self._begin(uuid, host, rung), told)
 
     def _begin(self, uuid: str, host: str, rung: Rung) -> dict[str, t.Any]:
         body: dict[str, object] = {"vm": uuid}
@@ -293,6 +349,15 @@ class Coordinator(Surveyor):
             body["bandwidth_bytes_per_second"] = self.wanted.bandwidth_bytes_per_second
         return dict(self._sources[host].request("POST", "/v1/evacuations", body))
 
+    def _pause(self, controller: Controller, uuid: str, eyes: Eyes) -> None:
+        def told(_job: t.Any, error: ProxyError | None) -> None:
+            if error is None:
+                eyes.paused.add(uuid)
+            elif error.cause == "unreachable":
+                self._to_pause.add(uuid)
+
+        self._ask(controller, uuid, "steer", {"pause_guest": True}, told, key="pause")
+
     def _share(self, controller: Controller, uuid: str, share: float | None, now: float) -> None:
         before, until = self._shares.get(uuid, (None, float("inf")))
         renewed = until - now > _SHARE_LEASE_SECONDS / 2
@@ -300,23 +365,72 @@ class Coordinator(Surveyor):
             return
         if share is not None and before is not None and abs(share - before) < 0.1 * before and renewed:
             return
+        if uuid not in self._begun:
+            return
         body: dict[str, object] = {
             "share_bytes_per_second": None if share is None else max(share, 16_384.0),
             "for_seconds": _SHARE_LEASE_SECONDS,
         }
-        if uuid in self._begun and self._ask(controller, uuid, "steer", body):
-            self._shares[uuid] = (share, now + _SHARE_LEASE_SECONDS)
 
-    def _ask(self, controller: Controller, uuid: str, what: str, body: t.Mapping[str, object] | None) -> bool:
-        proxy = self._sources[controller.source_of(uuid)]
-        return self._steer(proxy, self._begun.get(uuid, uuid), what, body)
+        def told(_job: t.Any, error: ProxyError | None) -> None:
+            if error is not None:
+                self._shares.pop(uuid, None)
 
-    def _steer(self, proxy: Proxy, job: str, what: str, body: t.Mapping[str, object] | None) -> bool:
-        try:
-            proxy.request("POST", job_path(job, what), body)
-        except ProxyError as error:
+        self._shares[uuid] = (share, now + _SHARE_LEASE_SECONDS)
+        self._ask(controller, uuid, "steer", body, told, key="share")
+
+    def _postpone(self, controller: Controller, held: t.Collection[str], now: float) -> None:
+        """Let the passes of those whose turn is near wait; a lease that ends by itself, as shares do."""
+        for uuid in held:
+            if self._postponed.get(uuid, 0.0) - now <= _POSTPONE_SECONDS / 2:
+                self._postponed[uuid] = now + _POSTPONE_SECONDS
+                self._ask_to_postpone(controller.source_of(uuid), uuid, _POSTPONE_SECONDS)
+        for uuid in [uuid for uuid in self._postponed if uuid not in held]:
+            # Of one that has begun its job holds the passes; one that waits on has them again.
+            if self._postponed.pop(uuid) > now and uuid in controller.waiting:
+                self._ask_to_postpone(controller.source_of(uuid), uuid, 0.0)
+
+    def _ask_to_postpone(self, host: str, uuid: str, seconds: float) -> None:
+        if host in self._cannot_postpone or self.hosts[host].error:
+            return
+
+        def told(_vm: t.Any, error: ProxyError | None) -> None:
+            # Precaching that goes on takes some of the line, and nothing else: no reason to say anything.
+            if error is not None and error.cause == "not-found":
+                self._cannot_postpone.add(host)
+
+        proxy, body = self._sources[host], {"for_seconds": seconds}
+        path = f"{vm_path(uuid)}/postpone"
+        self._errands.send(host, f"postpone {uuid}", lambda: proxy.request("POST", path, body), told)
+
+    def _ask(
+        self,
+        controller: Controller,
+        uuid: str,
+        what: str,
+        body: t.Mapping[str, object] | None,
+        told: Done | None = None,
+        *,
+        key: str = "",
+    ) -> None:
+        self._steer(controller.source_of(uuid), self._begun.get(uuid, uuid), what, body, told, key=key)
+
+    def _steer(
+        self,
+        host: str,
+        job: str,
+        what: str,
+        body: t.Mapping[str, object] | None,
+        told: Done | None = None,
+        *,
+        key: str = "",
+    ) -> None:
+        def over(answer: t.Any, error: ProxyError | None) -> None:
             # It may have ended since we looked: the next look says.
-            if error.cause not in {"conflict", "not-found", "unreachable"}:
-                self._say(f"{proxy.name}: {error.message}")
-            return False
-        return True
+            if error is not None and error.cause not in {"conflict", "not-found", "unreachable"}:
+                self._say(f"{host}: {error.message}")
+            if told is not None:
+                told(answer, error)
+
+        proxy, path = self._sources[host], job_path(job, what)
+        self._errands.send(host, f"{key or what} {job}", lambda: proxy.request("POST", path, body), over)

@@ -18,7 +18,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     HostState,
-    Json,
+    Wishes,
     site_summary,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import (
@@ -76,7 +76,7 @@ class Wanted:
     vms: tuple[str, ...] | None
     strategy: str
     progress_seconds: float
-    wishes: t.Mapping[str, Json]
+    wishes: Wishes
     uplink_bytes_per_second: float | None = None
     forecast: t.Mapping[str, t.Any] | None = None
     expected: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Surveyor:
         self._deadline = deadline
         self._say = say
         self._clock = clock
-        self._pool = ThreadPoolExecutor(max_workers=max(4, min(64, 2 * len(self._sources))))
+        self._pool = ThreadPoolExecutor(max_workers=max(8, min(64, 2 * len(self._sources))))
         self.hosts = {name: HostState(name) for name in self._sources}
         self.there = {name: HostState(name) for name in destinations}
 
@@ -145,7 +145,7 @@ class Surveyor:
                     f"neither protected on nor evacuated from any hypervisor of {self.wanted.site}",
                     "protect it first, or take it out of evacuate_vms",
                 )
-                for name in missing(self.others([{"name": vm.name, "vm": vm.uuid} for vm in site.vms]))
+                for name in missing(self.others(told_of(site)))
             ]
         if findings:
             raise Refused(findings)
@@ -299,6 +299,9 @@ class Surveyor:
         except ProxyError as error:
             state.error, state.status = error.message, {}
             return
+        # A proxy of an older version cannot tell those that are shut off.
+        with contextlib.suppress(ProxyError):
+            state.domains = list(proxy.request("GET", "/v1/hypervisor").get("domains") or [])
         self._ask_workload(proxy, state)
 
     def _ask_destination(self, proxy: Proxy, state: HostState) -> None:
@@ -314,6 +317,11 @@ class Surveyor:
         # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
         with contextlib.suppress(ProxyError):
             state.workload = proxy.request("POST", "/v1/workload", {"seconds": 1})
+
+
+def told_of(site: SiteSummary) -> list[Outcome]:
+    """The VMs that are planned with, as those of whom an outcome is told already."""
+    return [{"name": vm.name, "vm": vm.uuid, "host": vm.source} for vm in site.vms]
 
 
 def _unsteady(answers: t.Sequence[t.Mapping[str, t.Any]]) -> str:

@@ -183,7 +183,8 @@ def test_protect_places_vms_that_name_no_peer_and_leaves_them_there(site: Site) 
     how: dict[str, Any] = {"lifeboat_vms": [{"name": "web1"}], "lifeboat_peers": ["backup1", "backup2"]}
     would = good(site.play("protect", "--check", "--limit", "home1", **how))
     # (Both backups are this machine: what is left there depends on who else uses it.)
-    assert re.search(r"web1 of home1: to backup2 \((most-room|only-one-with-room)", would.stdout), would.stdout
+    chosen = r"web1 of home1: to backup2 \((most-room|only-one-with-room)"
+    assert re.search(chosen, would.stdout), would.stdout
     assert site.first.source.changes == []
     good(site.play("protect", "--limit", "home1", **how))
     assert site.first.source.protected[WEB].peer == "backup2"
@@ -417,6 +418,20 @@ def test_check_mode_says_what_stands_in_the_way(site: Site) -> None:
         KNOWN[DATABASE]: "would-fail",
     }
     assert site.first.evacuation.begun == []
+
+
+def test_a_rehearsal_counts_those_that_nobody_protects_and_of_nothing_says_so(site: Site) -> None:
+    asked = {"evacuate_site": "home", "evacuate_uplink": "50Mbit/s", "lifeboat_vms": []}
+    nothing = site.play("rehearse", **asked)
+    assert nothing.returncode != 0
+    assert "home: no VM is protected there, listed for it or runs there" in " ".join(nothing.stdout.split())
+    good(site.play("rehearse", rehearse_demand="0", **asked))
+    protect(site)
+    site.first.hypervisor.domains = [(WEB, "web1", True), ("u-stray", "stray", True)]
+    told = site.play("rehearse", **asked)
+    assert told.returncode != 0
+    assert "2 of 3 VMs would make it, 3 are demanded; would stay: stray" in " ".join(told.stdout.split())
+    good(site.play("rehearse", evacuate_leave_behind="stray", **asked))
 
 
 def test_a_rehearsal_counts_who_would_make_it_and_changes_nothing(site: Site) -> None:

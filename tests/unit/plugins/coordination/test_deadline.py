@@ -17,6 +17,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
     Deadline,
     UpsError,
     Watch,
+    meaning,
     parse,
     runtime_of,
 )
@@ -47,7 +48,21 @@ def test_a_zone_is_heeded() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["soon", "20 parsecs", "-5", "25:00", "2026-13-40T10:00", "ups:", "5m3", True, "m"]
+    "text",
+    [
+        "soon",
+        "20 parsecs",
+        "-5",
+        "25:00",
+        "2026-13-40T10:00",
+        "ups:",
+        "5m3",
+        True,
+        "m",
+        "9" * 400,
+        "400d",
+        "nan",
+    ],
 )
 def test_what_is_not(text: object) -> None:
     deadline, findings = parse(text, NOW)
@@ -60,6 +75,60 @@ def test_what_has_passed(text: str) -> None:
     deadline, findings = parse(text, NOW)
     assert deadline is None
     assert "passed" in str(findings[0])
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A zone whose summer time ends on 2026-10-25 at 01:00 UTC, and began on 2026-03-29 at 01:00 UTC."""
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("berlin")
+@pytest.mark.parametrize(
+    ("now", "text", "instant"),
+    [
+        ("2026-10-24T22:30", "04:00", "2026-10-25T03:00"),
+        ("2026-10-24T22:30", "2026-10-25T04:00", "2026-10-25T03:00"),
+        ("2026-03-28T23:30", "04:00", "2026-03-29T02:00"),
+        # The hour that is there twice: the first one, then the second.
+        ("2026-10-24T22:30", "02:15", "2026-10-25T00:15"),
+        ("2026-10-25T00:30", "02:15", "2026-10-25T01:15"),
+    ],
+    ids=["ends", "ends-whole", "begins", "first", "again"],
+)
+def test_the_offset_is_that_of_the_instant(now: str, text: str, instant: str) -> None:
+    at = datetime.datetime.fromisoformat(f"{now}+00:00").timestamp()
+    deadline, findings = parse(text, at)
+    assert findings == []
+    assert deadline is not None
+    assert deadline.at == datetime.datetime.fromisoformat(f"{instant}+00:00").timestamp()
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (870, "deadline 870: 870 s (14 min 30 s) from now, at 12:14:30"),
+        (870, "if 14:30 was meant, put it in quotes: YAML makes 870 of it"),
+        (52200, "if 14:30:00 was meant"),
+        ("14:30", "9000 s (2 h 30 min) from now, at 14:30:00"),
+    ],
+)
+def test_how_a_deadline_was_understood_is_said(given: object, part: str) -> None:
+    deadline, _findings = parse(given, NOW)
+    assert deadline is not None
+    assert part in meaning(deadline, given, NOW)
+    assert ("was meant" in meaning(deadline, given, NOW)) == isinstance(given, int)
+
+
+@pytest.mark.parametrize("given", [30, 100_000, "870"])
+def test_what_is_no_time_of_day_in_yaml_is_not_taken_for_one(given: object) -> None:
+    deadline, _findings = parse(given, NOW)
+    assert deadline is not None
+    assert "was meant" not in meaning(deadline, given, NOW)
 
 
 def test_none_is_none() -> None:
@@ -85,7 +154,7 @@ def test_a_ups_is_asked_again_and_its_silence_survived() -> None:
     assert watch.trouble == ""
 
 
-@pytest.mark.parametrize("text", ["", "n/a", "-1"])
+@pytest.mark.parametrize("text", ["", "n/a", "-1", "nan", "inf", "1e999"])
 def test_a_runtime_that_is_none(text: str) -> None:
     with pytest.raises(UpsError, match="no number"):
         runtime_of(text, "x@localhost")

@@ -11,6 +11,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import 
     Eyes,
     HostState,
     site_summary,
+    wish_for,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung
 
@@ -63,7 +64,7 @@ def test_a_vm_that_is_shut_off_goes_by_restart_whatever_its_fallback_says() -> N
     def rungs(*, running: bool, fallback: list[str] | None) -> tuple[Rung, ...]:
         state = HostState("home1", {"vms": [{"uuid": "uuid-a", "name": "a", "peer": "backup1"}]})
         state.workload = {"vms": [{"uuid": "uuid-a", "running": running}]}
-        wishes = {} if fallback is None else {"a": {"name": "a", "fallback": fallback}}
+        wishes = {} if fallback is None else {"home1": {"a": {"name": "a", "fallback": fallback}}}
         return site_summary("home", [state], {}, wishes, None, 1e6).vms[0].rungs
 
     assert rungs(running=False, fallback=None) == (Rung.RESTART, Rung.STAY)
@@ -71,3 +72,49 @@ def test_a_vm_that_is_shut_off_goes_by_restart_whatever_its_fallback_says() -> N
     assert rungs(running=False, fallback=["stay"]) == (Rung.STAY,)
     assert rungs(running=True, fallback=None) == (Rung.LIVE, Rung.PAUSED, Rung.STAY)
     assert rungs(running=True, fallback=["restart"]) == (Rung.RESTART, Rung.STAY)
+
+
+def test_a_vm_that_was_handed_over_is_found_by_its_uuid_too() -> None:
+    handed = host({})
+    handed["home1"].status["evacuations"][0].update(step="finish")
+    for names in (("a",), ("uuid-a",), None):
+        assert [one.uuid for one in site_summary("home", [handed["home1"]], {}, {}, names, 1e6).vms] == [
+            "uuid-a"
+        ]
+    assert site_summary("home", [handed["home1"]], {}, {}, ("b",), 1e6).vms == ()
+
+
+def test_a_wish_is_that_of_its_host_where_names_are_the_same() -> None:
+    wishes = {"home1": {"web": {"priority": 90}}, "home2": {"web": {"priority": 10}, "db": {"priority": 70}}}
+    web, db = {"name": "web", "uuid": "u1"}, {"name": "db", "uuid": "u2"}
+    assert wish_for("home1", web, wishes) == {"priority": 90}
+    assert wish_for("home2", web, wishes) == {"priority": 10}
+    # Moved within the site since it was listed; of two nobody knows which is meant.
+    assert wish_for("home1", db, wishes) == {"priority": 70}
+    assert wish_for("home3", web, wishes) == {}
+    assert wish_for("home1", db, {"home1": {"u2": {"priority": 5}}}) == {"priority": 5}
+
+
+def test_a_host_that_owes_its_answer_is_seen_as_it_was_and_then_holds_up_nobody() -> None:
+    sending = host({"memory_total_bytes": 100e6, "memory_remaining_bytes": 50e6})
+    state = sending["home1"]
+    eyes = Eyes()
+    for sent, now in ((1e6, 100.0), (11e6, 102.0)):
+        counters = {"sent_wire_bytes": sent, "labels": {"uuid-a": {"sent_wire_bytes": sent}}}
+        state.status["links"] = [{"peer": "backup1", "state": "up", "counters": counters}]
+        eyes.look(sending, now, {"j1"}, None)
+    state.late_since = 104.0
+    late = eyes.look(sending, 104.0, {"j1"}, None)
+    pair = late.pairs["home1", "backup1"]
+    assert (pair.heard, pair.up, pair.goodput_bytes_per_second) == (False, True, 5e6)
+    assert (late.moves["uuid-a"].bytes_per_second, late.moves["uuid-a"].silent) == (5e6, False)
+    # Nobody is started there, and others may be elsewhere.
+    orders = Controller(site(vm("b"), vm("c", host=2))).step(late)
+    assert [uuid for uuid, _rung in orders.starts] == ["uuid-c"]
+    long = eyes.look(sending, 115.0, {"j1"}, None)
+    assert long.moves["uuid-a"].silent
+    assert long.pairs["home1", "backup1"].goodput_bytes_per_second == 0.0
+    # It answers: what it sent meanwhile is a rate over all of that time.
+    state.late_since = None
+    counters["labels"]["uuid-a"]["sent_wire_bytes"] = 41e6  # type: ignore[index]
+    assert eyes.look(sending, 117.0, {"j1"}, None).moves["uuid-a"].bytes_per_second == 2e6

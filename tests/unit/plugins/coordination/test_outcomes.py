@@ -11,7 +11,10 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller im
     Observation,
     PairView,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import progress_line
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
+    count_others,
+    progress_line,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes, HostState
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import missing, others, silent
@@ -92,6 +95,39 @@ def test_everybody_who_was_asked_for_has_an_outcome() -> None:
         "stray": "stayed",
     }
     assert [one["name"] for one in others(hosts, {}, everything, None, {}, ["stray"])] == []
+
+
+def test_a_silent_hosts_vm_is_not_forgotten_for_one_of_its_name_elsewhere() -> None:
+    hosts = {"home1": host("home1", vms=("web1",)), "home2": host("home2", error="not reached")}
+    told = [{"name": "web1", "vm": "u-web1", "host": "home1"}]
+    both = {"home1": ["web1"], "home2": ["web1"]}
+    assert [one["host"] for one in others(hosts, {}, told, None, both, [])] == ["home2"]
+    # Listed there alone it is the same one, moved since.
+    assert others(hosts, {}, told, None, {"home2": ["web1"]}, []) == []
+    assert others(hosts, {}, told, None, {"home2": ["u-web1"]}, []) == []
+
+
+def test_one_that_is_listed_and_shut_off_and_not_protected_is_told() -> None:
+    home = host("home1")
+    home.domains = [
+        {"uuid": "u-off", "name": "off", "running": False, "peer": None},
+        {"uuid": "u-strange", "name": "strange", "running": False, "peer": None},
+        {"uuid": "u-safe", "name": "safe", "running": False, "peer": "backup1"},
+    ]
+    listed = {"home1": ["off", "safe"]}
+    (told,) = others({"home1": home}, {}, [], None, listed, [])
+    assert (told["name"], told["verdict"], told["cause"]) == ("off", "stayed", "not-protected")
+    assert others({"home1": home}, {}, [], None, listed, [], check_mode=True)[0]["verdict"] == "would-fail"
+    assert others({"home1": home}, {}, [], None, listed, ["off"]) == []
+    assert others({"home1": home}, {}, [], None, {"home1": ["u-off"]}, [])[0]["name"] == "off"
+
+
+def test_a_forecast_counts_those_whom_no_plan_moves() -> None:
+    told: dict[str, Any] = {"vms": [{"end_seconds": 5.0}], "expected_share": 0.8, "site": "home"}
+    count_others(told, [{"name": "gone", "verdict": "already-there"},
+                        {"name": "stray", "verdict": "would-fail", "cause": "not-protected"}])  # fmt: skip
+    assert (told["already_out"], told["expected_share"]) == (1, 0.4)
+    assert [(one["name"], one["end_seconds"]) for one in told["vms"][1:]] == [("stray", None)]
 
 
 def test_one_that_came_home_to_another_host_is_not_out() -> None:

@@ -323,12 +323,13 @@ class Controller:
         free = tuple(
             replace(item, memory_free_bytes=self._memory.get(item.name)) for item in self.site.destinations
         )
-        return SiteSummary(self.site.site, vms, pairs, free, rates)
+        return SiteSummary(self.site.site, vms, pairs, free, rates, processors=self.site.processors)
 
     # -- who starts
 
     def _start(self, seen: Observation, left: float | None, orders: Orders) -> None:
         room, active = self._room(seen)
+        packing = self._packing(seen)
         if not any(count > 0 for count in room.values()):
             return
         at_work = set(seen.moves)
@@ -352,6 +353,10 @@ class Controller:
             # Not a third one on a pair while another pair of the same uplink has none.
             if self._adaptive and active.get(vm.pair, 0) > least.get(id(gate), 0):
                 continue
+            # Packing a stream is one processor's work: with more they take from each other, and from guests.
+            # One gets ready meanwhile.
+            if self._adaptive and packing.get(vm.source, 0) > self.site.processors.get(vm.source, 10**9):
+                continue
             if uuid in self._hopeless:
                 continue
             rung, reason = self._rung_at_start(vm, gate, left, seen)
@@ -370,6 +375,7 @@ class Controller:
                 self._memory[vm.destination] = free - vm.memory_bytes
             room[id(gate)] -= 1
             active[vm.pair] = active.get(vm.pair, 0) + 1
+            packing[vm.source] = packing.get(vm.source, 0) + 1
             least[id(gate)] = min(active.get(pair, 0) for pair in queued.get(id(gate), set()) | {vm.pair})
             at_work.add(uuid)
             self._attempts[uuid] = self._attempts.get(uuid, 0) + 1
@@ -404,6 +410,17 @@ class Controller:
                 active[self._vms[uuid].pair] = active.get(self._vms[uuid].pair, 0) + 1
         return room, active
 
+    def _packing(self, seen: Observation) -> dict[str, int]:
+        """How many moves each source has, those that are over but for the last words not counted."""
+        told: dict[str, int] = {}
+        under_way = {uuid for uuid, move in seen.moves.items() if move.phase is not Phase.CLOSING}
+        asked_for = self._started - set(seen.moves) - set(seen.failed) - set(seen.out)
+        for uuid in under_way | asked_for:
+            vm = self._vms.get(uuid)
+            if vm is not None:
+                told[vm.source] = told.get(vm.source, 0) + 1
+        return told
+
     def _nearly_over(self, vm: VmSummary, move: Move) -> bool:
         """It ends while the next one is still in its lead-in: that one may start now."""
         if move.phase is Phase.CLOSING:
@@ -422,7 +439,8 @@ class Controller:
         return True
 
     def _is_to_leave(self, uuid: str) -> bool:
-        return uuid in self._waiting and self._told.get(uuid) is None
+        # A host that is late for a moment keeps its VMs' places in the order.
+        return uuid in self._waiting and self._told.get(uuid) in {None, "not-heard"}
 
     def _pairs_ahead(self) -> dict[int, set[Pair]]:
         """Per gate: the pairs of those whose turn is next.

@@ -90,6 +90,7 @@ def site_summary(
         tuple(_destination(name, destinations.get(name)) for name in sorted({vm.destination for vm in vms})),
         {site: uplink_bytes_per_second or (pairs[0].bytes_per_second if len(pairs) == 1 else None)},
         tuple(host.name for host in sources),
+        {host.name: int(host.workload["processors"]) for host in sources if host.workload.get("processors")},
     )
 
 

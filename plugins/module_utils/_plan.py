@@ -246,6 +246,8 @@ def _schedule(
         if uplink is None:
             uplink = uplinks[name] = _Uplink(slots(site, pair) if overlap else 1)
         width = _wanted(pair.bytes_per_second or uplink_rate(site, pair), pair.stream_bytes_per_second)
+        # Packing a stream is one processor's work: more streams than that only take from each other.
+        width = min(width, site.processors.get(vm.source, width))
         uplink.push(positions[vm.uuid], vm, width if overlap else 1)
 
     def over(uuid: str) -> None:

@@ -113,7 +113,8 @@ class DestinationSummary:
 class SiteSummary:
     """Everything that one evacuation sees. ``uplinks`` holds rates that are known beforehand.
 
-    ``hosts`` are the names of the site's proxies, those that protect nothing included.
+    ``hosts`` are the names of the site's proxies, those that protect nothing included; ``processors`` how
+    many a source has, where it says so.
     """
 
     site: str
@@ -122,6 +123,7 @@ class SiteSummary:
     destinations: tuple[DestinationSummary, ...] = ()
     uplinks: t.Mapping[str, float | None] = field(default_factory=dict)
     hosts: tuple[str, ...] = ()
+    processors: t.Mapping[str, int] = field(default_factory=dict)
 
     def pair(self, vm: VmSummary) -> PairSummary:
         """The pair that a VM crosses; one of unknown quality where none was told of."""

@@ -10,6 +10,7 @@ import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
     Controller,
     Observation,
+    PairView,
     interval_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, judge
@@ -39,6 +40,27 @@ def run(seed: int, strategy: str = "feedback", **how: object) -> Result:
 def test_the_interval_is_two_seconds_or_ten_round_trips() -> None:
     assert interval_seconds([]) == interval_seconds([0.04]) == 2.0
     assert interval_seconds([0.04, 0.3]) == pytest.approx(3.0)
+
+
+def test_a_source_moves_no_more_at_a_time_than_it_has_processors_and_one_that_gets_ready() -> None:
+    vms = [vm(f"a{number}") for number in range(9)] + [vm(f"b{number}", host=2) for number in range(9)]
+    wide = replace(site(*vms, rate=10_000 * MBIT, stream=5 * MB), processors={"home1": 2})
+    controller = Controller(wide)
+    started: dict[str, int] = {}
+    moves: dict[str, Move] = {}
+    for step in range(20):
+        carried = {
+            (f"home{host}", f"backup{host}"): PairView(
+                goodput_bytes_per_second=5 * MB * started.get(f"home{host}", 0)
+            )
+            for host in (1, 2)
+        }
+        for uuid, _rung in controller.step(Observation(2.0 * step, dict(moves), carried)).starts:
+            source = controller.source_of(uuid)
+            started[source] = started.get(source, 0) + 1
+            moves[uuid] = Move(uuid, Phase.BULK, remaining_bytes=1e9, bytes_per_second=5 * MB)
+    assert started["home1"] == 3
+    assert started["home2"] > 3, "who does not say is not limited"
 
 
 @given(st.integers(0, 10**6), st.booleans(), st.booleans())

@@ -88,14 +88,17 @@ def test_it_evacuates_tells_and_reports(stage: Stage) -> None:
         deadline="10m", report=str(stage.directory / "r.json"), page=str(stage.directory / "r.html")
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "deadline 10m: 600 s (10 min) from now, at " in done.stdout
     assert "web1: starts, to backup1" in done.stdout
     assert "web1: EVACUATED" in done.stdout
     report = json.loads((stage.directory / "r.json").read_text())
     assert report["totals"] == {"vms": 1, "out": 1, "all_out": True, "verdicts": {"evacuated": 1}}
     assert report["coordination"]["deadline"] == "10m"
     assert "1 of 1" in (stage.directory / "r.html").read_text()
-    again = stage.evacuate()
+    # As YAML gives it where 14:30 is not in quotes.
+    again = stage.evacuate(deadline=870)
     assert again.returncode == 0
+    assert "if 14:30 was meant, put it in quotes: YAML makes 870 of it" in again.stdout
     assert "changed=0" in again.stdout
     assert stage.parts.evacuation.begun == ["web1"]
 

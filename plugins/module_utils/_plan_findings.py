@@ -134,7 +134,7 @@ def deadline_findings(seconds_left: float | None, what: str) -> list[Finding]:
 
 def site_findings(site: SiteSummary) -> list[Finding]:
     """Everything about the VMs together: destinations, groups, dependencies, one VM named twice."""
-    found = _destination_findings(site) + _group_findings(site)
+    found = _destination_findings(site) + _group_findings(site) + _ambiguous_findings(site)
     for ring in cycles(site.vms):
         found.append(
             Finding(
@@ -175,6 +175,23 @@ def _destination_findings(site: SiteSummary) -> list[Finding]:
                 )
             )
     return found
+
+
+def _ambiguous_findings(site: SiteSummary) -> list[Finding]:
+    """Who waits for a name that two hosts have a VM of."""
+    named: dict[str, set[str]] = {}
+    for vm in site.vms:
+        named.setdefault(vm.name, set()).add(vm.uuid)
+    return [
+        Finding(
+            f"VM {vm.name} of {vm.source}",
+            f"is to leave after {name}, and there are {len(named[name])} VMs of that name",
+            "write its UUID under `after`",
+        )
+        for vm in site.vms
+        for name in vm.after
+        if len(named.get(name, ())) > 1
+    ]
 
 
 def _group_findings(site: SiteSummary) -> list[Finding]:

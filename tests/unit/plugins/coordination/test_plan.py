@@ -199,6 +199,13 @@ def test_deadlines_and_placement() -> None:
     assert len(placement_findings(site(vm("a"), vm("b"), free={"backup1": 150 * MB}))) == 1
 
 
+def test_after_a_name_that_two_have_is_a_finding_and_after_a_uuid_is_none() -> None:
+    one, two = vm("web"), replace(vm("web", host=2), uuid="uuid-other")
+    (finding,) = site_findings(site(one, two, vm("b", after=("web",))))
+    assert (finding.subject, finding.way_out) == ("VM b of home1", "write its UUID under `after`")
+    assert site_findings(site(one, two, vm("b", after=("uuid-other",)))) == []
+
+
 def test_changes_that_the_destination_has_no_room_for_keep_a_vm_and_rehearsal_says_so() -> None:
     lagging = site(vm("a", lag_bytes=80 * MB), vm("b", lag_bytes=80 * MB))
     narrow = replace(lagging, destinations=(replace(lagging.destinations[0], store_free_bytes=100 * MB),))

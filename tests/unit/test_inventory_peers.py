@@ -67,6 +67,23 @@ def test_finding_names_the_host_the_fact_and_the_way_out(changes: dict[str, Any]
     assert "lifeboat_" in found[0]
 
 
+def test_several_peers_are_each_judged_and_each_talked_to() -> None:
+    several = {"lifeboat_peer": None, "lifeboat_peers": ["backup1", "backup2"]}
+    hosts = sites(home2=several, backup2={"lifeboat_site": "backup", "lifeboat_peer": "home1",
+                                          "lifeboat_address": "2001:db8:2::c"})  # fmt: skip
+    assert inventory.findings(hosts) == []
+    assert [peer["name"] for peer in inventory.proxy_peers(hosts, "home2")] == ["backup1", "backup2"]
+    # Who is one of several expects whoever named it.
+    assert "home2" in [peer["name"] for peer in inventory.proxy_peers(hosts, "backup2")]
+    hosts["home2"]["lifeboat_peers"] = ["home1", "nowhere"]
+    assert [told.partition(";")[0] for told in inventory.findings(hosts)] == [
+        "home2: its peer home1 stands at the same site, home",
+        "home2: its peer nowhere is not among the hypervisors",
+    ]
+    hosts["home2"]["lifeboat_peers"] = "backup1"
+    assert "lifeboat_peers 'backup1' is no list; write [backup1]" in inventory.findings(hosts)[0]
+
+
 def test_all_findings_are_told_at_once() -> None:
     found = inventory.findings(sites(home1={"lifeboat_peer": None}, home2={"lifeboat_peer": "home2"}))
     assert [sentence.split(":")[0] for sentence in found] == ["home1", "home2"]

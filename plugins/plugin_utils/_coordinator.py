@@ -213,10 +213,12 @@ class Coordinator(Surveyor):
             if name not in self._pending and name not in self._silent:
                 self._pending[name] = self._pool.submit(self._poll, proxy, whole=patient)
         until = time.monotonic() + (30.0 if patient else max(1.0, interval * 0.75))
-        for name in list(self._pending):
+        # Who was late at the last look is not waited for at this one.
+        for name in sorted(self._pending, key=lambda name: self.hosts[name].late_since is not None):
             future = self._pending[name]
+            late = self.hosts[name].late_since is not None and not patient
             try:
-                status = future.result(timeout=max(0.0, until - time.monotonic()))
+                status = future.result(timeout=0.0 if late else max(0.0, until - time.monotonic()))
             except TimeoutError:
                 if self.hosts[name].late_since is None:
                     self.hosts[name].late_since = self._clock()
@@ -312,7 +314,8 @@ class Coordinator(Surveyor):
             self._share(controller, uuid, share, seen.now)
         self._postpone(controller, orders.held, seen.now)
         # What is answered by then counts now; a host that is late is heard of at a later look.
-        self._errands.settle(_ERRANDS_SECONDS)
+        late = [name for name, host in self.hosts.items() if host.error or host.late_since is not None]
+        self._errands.settle(_ERRANDS_SECONDS, late)
 
     def _start(self, controller: Controller, uuid: str, rung: Rung) -> None:
         host = controller.source_of(uuid)

@@ -23,6 +23,7 @@ Done = t.Callable[[t.Any, ProxyError | None], None]
 
 @dataclass
 class _Errand:
+    host: str
     key: str
     request: t.Callable[[], t.Any]
     done: Done
@@ -40,31 +41,34 @@ class Errands:
         self._queued: dict[str, deque[_Errand]] = {}
         self._at_work: dict[str, _Errand] = {}
         self._over: queue.SimpleQueue[_Errand] = queue.SimpleQueue()
-        self._outstanding = 0
+        # How many of each host are not told of yet.
+        self._outstanding: dict[str, int] = {}
 
     def send(self, host: str, key: str, request: t.Callable[[], t.Any], done: Done) -> None:
         """Ask soon. One of the same ``key`` that still waits for its turn gives way to this one."""
         with self._lock:
             line = self._queued.setdefault(host, deque())
             kept = [errand for errand in line if errand.key != key]
-            self._outstanding -= len(line) - len(kept)
+            given_way = len(line) - len(kept)
             line.clear()
-            line.extend([*kept, _Errand(key, request, done)])
-            self._outstanding += 1
+            line.extend([*kept, _Errand(host, key, request, done)])
+            self._outstanding[host] = self._outstanding.get(host, 0) + 1 - given_way
             if host not in self._at_work:
                 self._at_work[host] = line[0]
                 self._pool.submit(self._work, host)
 
-    def settle(self, seconds: float) -> None:
-        """Tell what has been answered; wait for the rest, but not for longer than this."""
+    def settle(self, seconds: float, late: t.Collection[str] = ()) -> None:
+        """Tell what has been answered; wait for the rest, but no longer than this, nor for ``late`` hosts."""
         until = time.monotonic() + seconds
-        while self._outstanding > 0:
+        while True:
+            with self._lock:
+                awaited = any(count > 0 for host, count in self._outstanding.items() if host not in late)
             try:
-                errand = self._over.get(timeout=max(0.0, until - time.monotonic()))
+                errand = self._over.get(timeout=max(0.0, until - time.monotonic()) if awaited else 0.0)
             except queue.Empty:
                 return
             with self._lock:
-                self._outstanding -= 1
+                self._outstanding[errand.host] -= 1
             errand.done(errand.result, errand.error)
 
     def _work(self, host: str) -> None:

@@ -285,6 +285,15 @@ def test_a_site_is_emptied_and_the_forecast_stands_beside_the_result(crowd: Crow
         f"rehearsed {forecast['makespan_seconds']} s, took {coordination['makespan_seconds']} s; "
         f"uplink measured {sum(forecast['uplinks'].values()) * 8 / 1e6:.1f} Mbit/s"
     )
+    planned = {vm["name"]: vm for vm in forecast["vms"]}
+    for vm in ours:
+        told = planned[vm["name"]]
+        print(
+            f"{vm['name']}: {told['wire_bytes'] / 1e6:.1f} MB and {told['end_seconds']} s rehearsed, "
+            f"{vm['wire_bytes'] / 1e6:.1f} MB and {vm['out_seconds']} s seen"
+        )
+    # Those who wait behind leave the line to those who move.
+    assert "precaching-waits" in {decision["what"] for decision in coordination["decisions"]}
     assert report["totals"]["all_out"]
     assert "<svg" in crowd.report_path.with_suffix(".html").read_text()
     text = crowd._runs[-1].text

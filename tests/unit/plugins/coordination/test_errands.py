@@ -45,6 +45,9 @@ def test_a_host_that_hangs_holds_up_no_other(pool: ThreadPoolExecutor) -> None:
     errands.settle(0.5)
     assert 0.4 < time.monotonic() - began < 2.0
     assert sorted(heard.all) == [("one", "one", ""), ("two", "two", "")]
+    began = time.monotonic()
+    errands.settle(10.0, late={"dead"})
+    assert time.monotonic() - began < 1.0, "who is known to be late is not waited for"
     hangs.set()
     errands.settle(10.0)
     assert len(heard.all) == 22, "and is heard of when it answers"

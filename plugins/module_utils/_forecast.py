@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import LADDER, Rung, VmSummary
 
-# What one evacuation spends beside its bytes, fitted to single moves of an idle VM whose 32 MB were counted:
-# 11.0 s at 50 Mbit/s and 180 ms, 3.2 s at 400 Mbit/s and 40 ms (docs/benchmarks.md). Catch-up, residual and
-# making ready take some ten round trips, libvirt's opening and its questions as many more, before the memory
-# begins to cross.
-LEAD_IN_ROUND_TRIPS = 19.0
-LEAD_IN_SECONDS = 0.8
+# What one evacuation spends beside its bytes, fitted to single moves of VMs whose bytes were counted (32 to
+# 35 MB): 10.7, 11.0 and 11.6 s at 50 Mbit/s and 180 ms; 2.8, 3.2, 3.5 and 4.1 s at 400 Mbit/s and 40 ms.
+# Catch-up, residual and making ready take some ten round trips, libvirt's opening and its questions nearly as
+# many more, before the memory begins to cross.
+LEAD_IN_ROUND_TRIPS = 18.0
+LEAD_IN_SECONDS = 1.2
 # QEMU's switch-over, the word that all is there, the release, the destination's start.
 CLOSING_ROUND_TRIPS = 7.0
 CLOSING_SECONDS = 0.3

@@ -48,7 +48,7 @@ def test_the_small_and_the_important_go_first() -> None:
 def test_forecast_of_a_quiet_vm_is_its_bytes_over_the_rate() -> None:
     told = forecast(vm("a", memory=100 * MB, lag_bytes=20 * MB), Rung.LIVE, 10 * MB, 0.1)
     assert told.wire_bytes == pytest.approx(120 * MB)
-    assert told.seconds == pytest.approx(12 + 26 * 0.1 + 1.1, rel=0.01), "bytes, round trips, a second"
+    assert told.seconds == pytest.approx(12 + 25 * 0.1 + 1.5, rel=0.01), "bytes, round trips, a second"
 
 
 def test_dirtying_costs_a_geometric_series() -> None:
@@ -60,13 +60,19 @@ def test_dirtying_costs_a_geometric_series() -> None:
 
 @pytest.mark.parametrize(
     ("megabytes", "rate", "round_trip", "seconds"),
-    [(32.0, 50 * MBIT, 0.18, 11.02), (34.1, 50 * MBIT, 0.18, 11.6), (32.0, 400 * MBIT, 0.04, 3.2)],
-    ids=["idle", "fsync-log", "idle-near"],
+    [
+        (32.0, 50 * MBIT, 0.18, 11.02),
+        (32.7, 50 * MBIT, 0.18, 10.71),
+        (34.1, 50 * MBIT, 0.18, 11.6),
+        # Of 2.8, 3.2, 3.5 and 4.1 s the median.
+        (34.0, 400 * MBIT, 0.04, 3.3),
+    ],
+    ids=["idle", "idle-again", "fsync-log", "near"],
 )
 def test_single_moves_are_forecast_as_they_were_measured(
     megabytes: float, rate: float, round_trip: float, seconds: float
 ) -> None:
-    """Figures of docs/benchmarks.md: what crossed was counted, so only what is not bytes is judged."""
+    """Single moves on the lab: what crossed was counted, so only what is not bytes is judged."""
     told = forecast(vm("a", memory=megabytes * MB), Rung.LIVE, rate, round_trip)
     assert told.seconds == pytest.approx(seconds, rel=0.15)
     plan = make_plan(site(vm("a", memory=megabytes * MB), rate=rate, round_trip=round_trip), None)

@@ -15,7 +15,14 @@ from integration.playbook_runner import PlaybookResult
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
-from lifeboat_lab.mobility import METADATA_URI, binding, holder, keep_address, lead_prefix_to, open_settings
+from lifeboat_lab.mobility import (
+    METADATA_URI,
+    binding,
+    holder,
+    keep_address,
+    lead_prefix_to,
+    open_settings,
+)
 from lifeboat_lab.probes import ECHO_COMMAND, Probe
 from lifeboat_lab.proxy import Proxy
 
@@ -32,7 +39,9 @@ def playbook(
 ) -> Iterator[RunPlaybook]:
     """Runs playbooks where both sites have proxies and agents; the prefix leads to the surviving anchor."""
     path = tmp_path_factory.mktemp("mobility") / "mobility.yml"
-    path.write_text(yaml.safe_dump(inventory()))
+    groups = inventory()
+    groups["mobility"]["vars"]["mobility_learn_addresses"] = True
+    path.write_text(yaml.safe_dump(groups))
 
     def run(name: str, *, hosts: dict[str, Any] | None = None, **arguments: Any) -> PlaybookResult:
         variables = SETTINGS | arguments.pop("variables", {})
@@ -84,6 +93,12 @@ def forget(lab: Lab, guest: Guest) -> None:
         if any(vm["uuid"] == guest.plan.uuid for vm in proxy.get("/vms")["vms"]):
             proxy.request("DELETE", f"/vms/{guest.plan.uuid}?keep_replica=false")
     guest.remove()
+
+
+def found_by_agent(lab: Lab, host: str) -> list[dict[str, str]]:
+    """What a host's agent finds wrong; the command's end says only whether there is anything."""
+    told = lab.exec(host, "mobility-agent", "--json", "check", check=False).stdout
+    return list(json.loads(told)["findings"])
 
 
 def has_landed(lab: Lab, host: str, guest: Guest) -> bool:
@@ -203,6 +218,26 @@ def test_the_inventory_gives_addresses_and_none_twice(lab: Lab, playbook: RunPla
     assert playbook("protect", hosts=hosts).require_success().changed_tasks == []
     words = ("metadata", guest.plan.uuid, "--uri", METADATA_URI, "--config")
     assert guest.address in lab.exec(SOURCE, "virsh", *words).stdout
+    forget(lab, guest)
+
+
+def test_an_address_that_a_guest_uses_is_learnt_and_goes_with_it(lab: Lab, playbook: RunPlaybook) -> None:
+    open_settings(lab, (*GATEWAYS, *ANCHORS))
+    guest = lab.guests.define(SOURCE, GuestPlan("learns", workload="idle", disk_mib=64, content_mib=1))
+    guest.start()
+    guest.wait_ready()
+    wait(lambda: holder(lab, ANCHORS[0], guest.plan.uuid) or found_by_agent(lab, SOURCE), 60)
+    assert found_by_agent(lab, SOURCE) == []
+    assert holder(lab, ANCHORS[0], guest.plan.uuid) == SOURCE
+    words = ("metadata", guest.plan.uuid, "--uri", METADATA_URI, "--config")
+    kept = lab.exec(SOURCE, "virsh", *words).stdout
+    assert "learnt" in kept
+    assert guest.address in kept
+    proxy = Proxy(lab.host(SOURCE))
+    proxy.protect(guest.name, DESTINATION)
+    proxy.wait_protected(guest.name, timeout_seconds=180)
+    assert proxy.evacuate(guest.name)["verdict"] == "evacuated"
+    wait(lambda: holder(lab, ANCHORS[0], guest.plan.uuid) == DESTINATION)
     forget(lab, guest)
 
 

@@ -105,7 +105,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Domains, Call
     guard.prepare_directories()
     surroundings = Surroundings(
         tmp_path / "state", tmp_path / "run", cast(Any, domains), guard, Journal(tmp_path / "state" / "jobs"),
-        {"backup1": SimpleNamespace(counters=dict, state="up")}, cast(Any, Source()), cast(Any, None),
+        {"backup1": SimpleNamespace(counters=dict, state="down")}, cast(Any, Source()), cast(Any, None),
         cast(Any, Network()), cast(Any, None), 0.5,
     )  # fmt: skip
     options = EvacuationOptions(mode=Mode.RESTART, shutdown_seconds=0.0, power_off=False)

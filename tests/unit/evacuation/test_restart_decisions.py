@@ -3,7 +3,8 @@
 
 Two hosts have few states: all of them are looked at, by every way that leads there. What the proxies do is
 taken from the decision functions, with durable state only: a SIGKILL is any point between two lines.
-Whoever settles by hand is left out: it is a person's word.
+Whoever settles by hand is left out: it is a person's word. So is who starts the VM by hand at a home that was
+taken for dead and has not heard of it yet.
 """
 
 from __future__ import annotations
@@ -36,9 +37,15 @@ SILENT_DECISIONS = {SourceDecision.WAIT, SourceDecision.FINISH, SourceDecision.N
 class World:
     """``guarded``: a start at the source is refused. ``asked``: the guest was asked to shut down and has not
     ended since; ``watched``: that was given up, and it may yet obey. ``fenced``: without contact for so long
-    that the destination may presume the source dead soon (only where ``presumes``)."""
+    that the destination may presume the source dead soon (only where ``presumes``). ``down``: the source's
+    host is off, ``rebooted``: it was; ``taken``: it runs at the destination from a generation, on the word
+    that the source is dead (only where ``fails_over``)."""
 
     presumes: bool = False
+    fails_over: bool = False
+    down: bool = False
+    rebooted: bool = False
+    taken: bool = False
     contact: bool = True
     step: Step = Step.CATCH_UP
     source: Presence = Presence.RUNNING
@@ -55,13 +62,20 @@ class World:
 
 
 def what_the_world_does(now: World) -> Iterator[World]:
+    if now.down:
+        yield replace(now, down=False, rebooted=True)
+        yield from the_operator_there(now)
+        return
     yield replace(now, contact=not now.contact)
+    if now.fails_over:
+        off = now.source if now.source is Presence.ABSENT else Presence.SHUT_OFF
+        yield replace(now, source=off, asked=False, watched=False, down=True, contact=False)
     if now.source is not Presence.ABSENT:
         # Its host loses power; what was asked of its guest is void.
         yield replace(now, source=Presence.SHUT_OFF, asked=False, watched=False)
     if now.destination is not Presence.ABSENT:
         yield replace(now, destination=Presence.SHUT_OFF)
-    if now.source in OFF and not now.guarded:
+    if now.source in OFF and not now.guarded and not now.taken:
         yield replace(now, source=Presence.RUNNING, asked=False, watched=False)
     if now.destination in OFF and now.arrival in RUNS_HERE:
         yield replace(now, destination=Presence.RUNNING)
@@ -74,9 +88,26 @@ def what_the_world_does(now: World) -> Iterator[World]:
         yield replace(now, fenced=True, guarded=True, source=still)
 
 
+def the_operator_there(now: World) -> Iterator[World]:
+    """The home is dead, and that is said where its replica is. What stands there whole is not thrown away."""
+    whole = now.destination in {Presence.ARRIVED, Presence.RUNNING}
+    if not now.taken and now.arrival in {None, ArrivalState.PREPARED, ArrivalState.ABORTED} and not whole:
+        aborted = None if now.arrival is None else ArrivalState.ABORTED
+        yield replace(now, taken=True, arrival=aborted, destination=Presence.RUNNING)
+
+
+def the_home_hears(now: World) -> Iterator[World]:
+    """That its VM runs from a generation (giving_up.py)."""
+    if now.taken and now.contact and now.source is not Presence.ABSENT:
+        told = replace(now, guarded=True)
+        yield told
+        yield replace(told, source=Presence.ABSENT, step=Step.DONE, owes_abort=False, watched=False)
+
+
 def the_way_forward(now: World) -> Iterator[World]:
     """Each line of it, with a kill after it."""
-    if now.cancelled or now.fenced:
+    # A job that a reboot found under way goes back, not on.
+    if now.cancelled or now.fenced or now.down or now.rebooted:
         return
     if now.step is Step.CATCH_UP and now.source is Presence.RUNNING:
         stopping = replace(now, step=Step.STOP, guarded=True)
@@ -96,9 +127,12 @@ def the_way_forward(now: World) -> Iterator[World]:
 
 def the_source(now: World, *, faults: bool) -> Iterator[World]:
     """What its proxy does next, from whatever a kill left."""
+    if now.down:
+        return
     if now.step is Step.STAYED:
         yield from after_the_end(now)
     if now.step in ENDED:
+        yield from the_home_hears(now)
         return
     if now.contact and now.arrival is not ArrivalState.RELEASED and now.arrival not in RUNS_HERE:
         # Whatever is asked and answered holds off the fence, but for "it was let run here".
@@ -121,6 +155,7 @@ def the_source(now: World, *, faults: bool) -> Iterator[World]:
         yield from rolled_back(now, faults=faults)
     elif decision is SourceDecision.FINISH:
         yield replace(now, step=Step.DONE, guarded=True, source=Presence.ABSENT)
+    yield from the_home_hears(now)
 
 
 def decide(now: World, source: Presence, view: DestinationView) -> SourceDecision:
@@ -206,6 +241,10 @@ def rolled_back(now: World, *, faults: bool) -> Iterator[World]:
     elif now.owes_abort and (now.was_released or now.fenced):
         yield now
         return
+    if now.source in OFF and ((now.contact and now.taken) or (not now.contact and now.rebooted)):
+        # Asked, its peer runs it; or it cannot be asked, and this host was down.
+        yield now
+        return
     watched = now.asked and now.source is Presence.RUNNING
     yield replace(now, step=Step.STAYED, guarded=False, source=Presence.RUNNING, asked=False, watched=watched)
 
@@ -250,15 +289,16 @@ def the_destination(now: World, *, faults: bool) -> Iterator[World]:
 
 def check(now: World) -> None:
     assert not (now.source is Presence.RUNNING and now.destination is Presence.RUNNING), ("twice", now)
-    assert not (now.source is Presence.ABSENT and now.arrival not in RUNS_HERE), ("nowhere", now)
+    is_there = now.arrival in RUNS_HERE or now.taken
+    assert not (now.source is Presence.ABSENT and not is_there), ("nowhere", now)
     if now.step in {Step.RELEASED, Step.FINISH, Step.DONE}:
         assert now.guarded
         assert now.source is not Presence.RUNNING
 
 
 def settle(now: World) -> World:
-    """With contact and without further faults."""
-    now = replace(now, contact=True)
+    """With contact, both hosts on, and without further faults."""
+    now = replace(now, contact=True, down=False, rebooted=now.rebooted or now.down)
     for _round in range(8):
         for side in (the_source, the_destination):
             now = next(reversed([now, *side(now, faults=False)]))
@@ -266,8 +306,9 @@ def settle(now: World) -> World:
     return now
 
 
-def reachable(*, presumes: bool) -> set[World]:
-    found, ahead = {World(presumes)}, [World(presumes)]
+def reachable(*, presumes: bool, fails_over: bool) -> set[World]:
+    first = World(presumes, fails_over)
+    found, ahead = {first}, [first]
     while ahead:
         now = ahead.pop()
         check(now)
@@ -283,21 +324,25 @@ def reachable(*, presumes: bool) -> set[World]:
     return found
 
 
-@pytest.mark.parametrize("presumes", [False, True])
-def test_in_every_state_it_runs_once_at_most_and_comes_to_an_end_in_one_place(presumes: bool) -> None:
-    found = reachable(presumes=presumes)
+@pytest.mark.parametrize(("presumes", "fails_over"), [(False, False), (True, False), (False, True)])
+def test_in_every_state_it_runs_once_at_most_and_comes_to_an_end_in_one_place(
+    presumes: bool, fails_over: bool
+) -> None:
+    found = reachable(presumes=presumes, fails_over=fails_over)
     assert {state.step for state in found} >= {Step.STOP, Step.PREPARE, Step.RELEASED, Step.ROLLBACK, *ENDED}
     assert any(state.cancelled and state.step is Step.PREPARE for state in found)
     assert any(state.watched for state in found)
+    assert any(state.taken and state.step is Step.ROLLBACK for state in found) == fails_over
     assert any(state.fenced and state.arrival in RUNS_HERE for state in found) == presumes
     for state in found:
         end = settle(state)
         assert end.step in ENDED, (state, end)
-        is_there = end.arrival in RUNS_HERE
+        is_there = end.arrival in RUNS_HERE or end.taken
         assert is_there == (end.step is Step.DONE or end.source is Presence.ABSENT), (state, end)
         if end.step is Step.STAYED and not is_there:
             assert end.arrival in GONE, (state, end)
-        if state.cancelled and not state.was_released and state.arrival not in RUNS_HERE and not presumes:
+        is_free = not (state.was_released or state.taken or presumes or state.arrival in RUNS_HERE)
+        if state.cancelled and is_free:
             assert end.step is Step.STAYED, (state, end)
         if must_run(state):
             running = [end.source, end.destination].count(Presence.RUNNING)
@@ -306,6 +351,8 @@ def test_in_every_state_it_runs_once_at_most_and_comes_to_an_end_in_one_place(pr
 
 def must_run(state: World) -> bool:
     """Whoever ends it after its hand-off is over, or its user before it was touched, has it off."""
+    if state.taken:
+        return state.destination is Presence.RUNNING
     if state.step is Step.CATCH_UP and state.source is Presence.ENDED:
         return False
     if state.arrival in RUNS_HERE:

@@ -68,6 +68,19 @@ def parser() -> argparse.ArgumentParser:
         "are not sure that it is off, do not say so); keep-at-source: the VM stays where it was",
     )
 
+    fail_over = sub.add_parser(
+        "fail-over",
+        parents=[common, output],
+        help="run a VM whose home is dead here, from the last sealed generation of its replica",
+    )
+    fail_over.add_argument("vm", help="name or UUID of a VM whose replica is here")
+    fail_over.add_argument(
+        "--source-is-dead",
+        action="store_true",
+        help="you vouch that its home has lost power, or surely does not run it, and accept that what was "
+        "written there since that generation is lost; without it you are only told which one it is",
+    )
+
     sub.add_parser("connect", parents=[common], help="bridge standard input and output to the control socket")
     sub.add_parser(
         "watchdog", parents=[configured], help="end backups that a dead proxy left open (systemd starts this)"
@@ -99,6 +112,8 @@ def _execute(arguments: argparse.Namespace) -> int:
         return commands.check(client, output, nagios=arguments.nagios)
     if arguments.command == "verify":
         return commands.verify(client, output, arguments.vm)
+    if arguments.command == "fail-over":
+        return commands.fail_over(client, output, arguments.vm, source_is_dead=arguments.source_is_dead)
     return commands.settle(client, output, arguments.job, arguments.decision)
 
 

@@ -93,6 +93,7 @@ class Api:
                 web.post("/v1/vms/{vm}/resync", self._resync),
                 web.get("/v1/replicas", self._replicas),
                 web.get("/v1/replicas/{vm}", self._replica),
+                web.post("/v1/replicas/{vm}/fail-over", self._fail_over),
                 web.get("/v1/evacuations", self._evacuations),
                 web.post("/v1/evacuations", self._begin),
                 web.post("/v1/evacuations/check", self._preflight),
@@ -182,6 +183,15 @@ class Api:
             if vm in {replica.get("vm"), replica.get("uuid"), replica.get("name")}:
                 return web.json_response(replica)
         raise NotFound(f"replica of {vm!r}: none on {self._parts.config.name}; see `precache-proxy status`")
+
+    async def _fail_over(self, request: web.Request) -> web.Response:
+        findings: list[Finding] = []
+        told = requests.reader(await requests.body(request), findings)
+        source_is_dead = told.boolean("source_is_dead", default=False)
+        requests.conclude(told, findings)
+        vm = request.match_info["vm"]
+        arrival = await self._parts.evacuation.fail_over(vm, source_is_dead=source_is_dead)
+        return web.json_response(arrival.as_dict())
 
     async def _evacuations(self, request: web.Request) -> web.Response:
         vm = request.query.get("vm")

@@ -99,6 +99,18 @@ def settle(client: Client, output: Output, job: str, decision: str) -> int:
     return 0
 
 
+def fail_over(client: Client, output: Output, vm: str, *, source_is_dead: bool) -> int:
+    """``fail-over``: run a VM whose home is dead from the last sealed generation of its replica here."""
+    told = client.request(
+        "POST",
+        f"/v1/replicas/{segment(vm)}/fail-over",
+        {"source_is_dead": source_is_dead},
+        timeout_seconds=None,
+    )
+    output.value(told, [f"{told.get('name', vm)}: {told.get('state')}: {told.get('sentence')}"])
+    return 0
+
+
 def connect(path: Path) -> int:
     """``connect``: standard input and output become the control socket (HTTP through SSH, without a port)."""
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

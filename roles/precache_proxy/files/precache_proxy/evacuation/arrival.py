@@ -98,6 +98,11 @@ class Arrival:
     network_owed: bool = False
     # on whose word it was activated without the source's: "" (with it), "operator", "presumed"
     activated_by: str = ""
+    # it came from the last sealed generation, its home being dead (fail_over.py), of which instant
+    fails_over: bool = False
+    sealed_at: float | None = None
+    # its old home knows, and does not start it any more
+    home_told: bool = False
     timings: dict[str, float] = field(default_factory=dict)
     landing: str = ""
 

@@ -164,7 +164,8 @@ class Arrivals:
             arrival = self.records.get(job_id)
             if arrival is None:
                 await self._refuse_or_clear(job_id, vm, peer, int(parameters["epoch"]))
-                arrival = await self._prepare(peer, parameters)
+                told = {key: value for key, value in parameters.items() if key != "sealed_at"}
+                arrival = await self._prepare(peer, told)
             elif arrival.peer != peer or arrival.state is not ArrivalState.PREPARED:
                 raise Conflict(f"job {job_id}: it is {arrival.state.value} here; start the evacuation again")
             self.contact.heard(job_id)
@@ -186,11 +187,33 @@ class Arrivals:
                 )
             if other.state in {ArrivalState.PREPARED, ArrivalState.ABORTING} and other.peer == peer:
                 # The source has one job at a time: the earlier one is over there, it only could not tell us.
-                await self._clear(other)
+                await self.clear(other)
             elif not other.ended and other.state is not ArrivalState.ACTIVATED:
                 raise Conflict(
                     f"VM {other.name}: arrival {other.id} is {other.state.value} here; settle it first"
                 )
+
+    async def prepare_from_generation(
+        self, peer: str, job_id: str, vm: str, generation: int, epoch: int, sealed_at: float
+    ) -> Arrival:
+        """Make it stand here, booted and paused, from what is sealed; its lock is held by the caller. Raises
+        InvalidInput with everything in the way."""
+        chains = await self._store.sealed_chain(vm, generation)
+        definition = parse_definition(chains.definition)
+        parameters = {
+            "job": job_id,
+            "vm": vm,
+            "name": definition.name,
+            "epoch": epoch,
+            "generation": generation,
+            "definition": chains.definition,
+            "disks": {key: image.size_bytes for key, image in chains.items()},
+            "mode": Mode.RESTART.value,
+            # A blob's file has its digest's name.
+            "attachments": {name: path.name for name, path in chains.attachments.items()},
+            "sealed_at": sealed_at,
+        }
+        return await self._prepare(peer, parameters)
 
     async def _prepare(self, peer: str, parameters: Mapping[str, Any]) -> Arrival:
         job_id, vm, name = (str(parameters[key]) for key in ("job", "vm", "name"))
@@ -218,6 +241,8 @@ class Arrivals:
             boots=bool(parameters.get("boots", True)),
             attachments={str(key): str(value) for key, value in parameters.get("attachments", {}).items()},
             stray_bitmaps=[str(name) for name in parameters.get("bitmaps", [])],
+            fails_over="sealed_at" in parameters,
+            sealed_at=parameters.get("sealed_at"),
             tombstone=asdict(earlier) if earlier is not None and earlier.cause == TOMBSTONE else None,
         )
         chains = await self._store.freeze_for_arrival(vm, arrival.generation, arrival.epoch)
@@ -247,7 +272,7 @@ class Arrivals:
             if arrival.restarts:
                 await cold_arrival.stand_ready(self._domains, self._guard, arrival, chains.attachments)
         except BaseException:
-            await self._clear(arrival)
+            await self.clear(arrival)
             raise
         crash_point("arrival-prepared")
         self._watchers[job_id] = asyncio.create_task(self._watch_arrival(arrival))
@@ -318,7 +343,7 @@ class Arrivals:
                     f"VM {arrival.name}: it runs here since its arrival {job_id} with epoch {arrival.epoch}; "
                     "the copy at the source is the old one"
                 )
-            await self._clear(arrival)
+            await self.clear(arrival)
             return {"state": arrival.state.value}
 
     def watch_all(self) -> None:
@@ -356,7 +381,7 @@ class Arrivals:
                             await self.tracking.begin(arrival)
                     return
 
-    async def _clear(self, arrival: Arrival) -> None:
+    async def clear(self, arrival: Arrival) -> None:
         """It will never run here: nothing of it is left."""
         self.not_admitted(arrival.id)
         watcher = self._watchers.pop(arrival.id, None)
@@ -375,7 +400,7 @@ class Arrivals:
     async def act(self, arrival: Arrival, decision: ArrivalDecision, *, on_whose_word: str = "") -> None:
         """Carry out what :func:`decide_at_destination` said. The VM's lock is held by the caller."""
         if decision is ArrivalDecision.ABORT:
-            await self._clear(arrival)
+            await self.clear(arrival)
         elif decision in {
             ArrivalDecision.ACTIVATE,
             ArrivalDecision.ACTIVATE_COLD,
@@ -397,7 +422,7 @@ class Arrivals:
             if decision is ArrivalDecision.WAIT:
                 raise Conflict(
                     f"VM {arrival.name}: it did not arrive whole here ({presence.value}); "
-                    "start its replica instead (fail_over)"
+                    f"start its replica instead (`precache-proxy fail-over {arrival.name} --source-is-dead`)"
                 )
             await self.act(arrival, decision, on_whose_word="operator")
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, LifeboatError, NotFound
-from precache_proxy.evacuation import confirm, departure, late_stop, restart, rollback
+from precache_proxy.evacuation import confirm, departure, giving_up, late_stop, restart, rollback
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure
-from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
+from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence, this_boot
 from precache_proxy.evacuation.job import (
     BEFORE_FREEZE,
     FOLLOWING,
@@ -166,6 +166,7 @@ class Departures:
             if running is not None and running.verdict is Verdict.EVACUATED and running.epoch >= epoch:
                 return running
             job = new_job(uuid, name, peer, epoch, options, time.time())
+            job.boot = this_boot()
             await asyncio.to_thread(self._around.journal.save, job)
             item = self._departures[job.id] = self._departure(job)
             item.measure = Measure(job, self._around.links[peer], status.get("lag_bytes"))
@@ -377,6 +378,24 @@ class Departures:
         if item is None or item.job.peer != peer:
             return {"known": False, "step": None}
         return {"known": True, "step": item.job.effective_step.value}
+
+    async def supersede(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The peer runs a VM of ours from a generation, on its operator's word that we are dead."""
+        vm = str(parameters["vm"])
+        async with self._beginning[vm]:
+            await giving_up.refuse_what_is_not_so(self._around, peer, parameters)
+            concerned = [
+                item
+                for item in self._departures.values()
+                if item.job.vm == vm and item.job.peer == peer and (not item.job.ended or _owes(item.job))
+            ]
+            for item in concerned:
+                task = self._tasks.get(item.job.id)
+                if task is not None and not task.done():
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+            await giving_up.give_up(self._around, concerned, peer, parameters)
+        return {}
 
     async def tend(self, item: Departure) -> None:
         """Go on with a job that nobody works on."""

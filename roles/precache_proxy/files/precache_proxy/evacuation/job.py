@@ -171,6 +171,8 @@ class Job:
     undecided_from: Step | None = None
     # the destination was asked to prepare and has not yet said that it cleaned up
     owes_abort: bool = False
+    # the boot of this host in which it was begun: after another one its VM may have been taken for lost
+    boot: str = ""
     # the operator's word (settle), durable before it is acted upon
     settled: str = ""
     # the operator's word to stop, durable before it is answered

@@ -89,12 +89,14 @@ class Landing:
         if not arrival.landing:
             await self._protect_way_back(arrival)
         crash_point("landing-begun")
-        await self._wait_until_home_has_it(arrival)
+        if not arrival.fails_over:
+            await self._wait_until_home_has_it(arrival)
         if not await self._is_running(arrival.vm):
             arrival.landing = "left"
         else:
             await self._collapse_between_passes(arrival)
-            await self._tell_home(arrival)
+            if not arrival.fails_over:
+                await self._tell_home(arrival)
             arrival.landing = "collapsed"
         crash_point("landing-collapsed")
         async with self._records.lock(arrival.vm):
@@ -132,8 +134,9 @@ class Landing:
             peer=arrival.peer,
             epoch=arrival.epoch,
             generation=arrival.generation,
-            checkpoint=arrival.checkpoint,
-            overlays=overlays,
+            # What its dead home kept is not what it ran from here: the way back begins with a first copy.
+            checkpoint="" if arrival.fails_over else arrival.checkpoint,
+            overlays={} if arrival.fails_over else overlays,
             autostart_wanted=arrival.autostart,
             **{"rpo_seconds": DEFAULT_RPO_SECONDS, **arrival.protection},
         )

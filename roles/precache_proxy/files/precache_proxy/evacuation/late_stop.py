@@ -17,6 +17,7 @@ from enum import StrEnum
 
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.fence import Fence, this_boot
+from precache_proxy.evacuation.giving_up import refuse_when_moved
 from precache_proxy.evacuation.guard import FENCED
 from precache_proxy.evacuation.job import Job, ShutdownRequest
 from precache_proxy.evacuation.reconcile import Life, Presence
@@ -111,6 +112,7 @@ async def look(departure: Departure, fence: Fence) -> None:
 
 async def _start(departure: Departure) -> Next:
     job, around = departure.job, departure.around
+    await refuse_when_moved(departure)
     if not await around.domains.start(job.vm):
         return Next.STARTED_BY_OTHERS
     logger.warning("VM %s: shut down after its restart was given up; it was started again here", job.vm)

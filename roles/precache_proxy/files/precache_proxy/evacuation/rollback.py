@@ -10,7 +10,7 @@ import logging
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound, PeerUnreachable
-from precache_proxy.evacuation import freeze, restart
+from precache_proxy.evacuation import freeze, giving_up, restart
 from precache_proxy.evacuation.arrival import RUNS_HERE
 from precache_proxy.evacuation.departure import Departure, clear_local_leftovers
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
@@ -52,6 +52,8 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
         raise HypervisorError(f"VM {job.name}: libvirt here does not say whether it runs; it is asked again")
     await _clean_peer(departure, must=cold and job.settled != KEEP_AT_SOURCE)
     crash_point("rollback-peer-cleaned")
+    if presence is Presence.SHUT_OFF:
+        await giving_up.refuse_when_moved(departure)
     async with departure.deciding:
         if not fence.is_due(departure):
             await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)

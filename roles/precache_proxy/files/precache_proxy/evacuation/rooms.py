@@ -37,6 +37,9 @@ class StoreRoom(Protocol):
     async def depths(self, vm: str) -> Mapping[str, int]:
         """How many images lie on each other under each of a replica's disks. Raises NotFound."""
 
+    async def sealed_chain(self, vm: str, generation: int) -> ReplicaChain:
+        """What :meth:`freeze_for_arrival` would answer; holds nothing still."""
+
     async def freeze_for_arrival(self, vm: str, generation: int, epoch: int) -> ReplicaChain:
         """Close our writers; the top of each disk's sealed chain, and what goes along beside the disks."""
 

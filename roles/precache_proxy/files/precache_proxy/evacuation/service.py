@@ -19,6 +19,7 @@ from precache_proxy.evacuation.arrival_tender import ArrivalTender
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.fail_over import FailOver
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE
 from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Job, Journal
@@ -93,6 +94,7 @@ class Evacuation:
         self._arrivals.not_admitted = self._relays.close
         self._landing = Landing(self._arrivals.records, self._domains, source, store, channel.links)
         self._departures = Departures(self._around, self._landing.leave)
+        self._fail_over = FailOver(self._arrivals, self._domains, store, channel.links)
         self._tender = ArrivalTender(self._arrivals, self._domains, channel.links, self._land)
         self._loaded = asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
@@ -109,6 +111,8 @@ class Evacuation:
             ("status", self._arrivals.status),
             ("abort", self._arrivals.abort),
             ("job", self._departures.job_asked),
+            ("supersede", self._departures.supersede),
+            ("home", self._home),
         ):
             channel.handle_call(f"evacuation.{name}", self._when_loaded(handler))
         channel.handle_stream(STREAM_KIND, self._relays.carry)
@@ -212,6 +216,12 @@ class Evacuation:
             f"{KEEP_AT_SOURCE} (at the source)"
         )
 
+    async def fail_over(self, vm: str, *, source_is_dead: bool) -> Arrival:
+        """See :meth:`FailOver.begin`."""
+        arrival = await self._fail_over.begin(vm, source_is_dead=source_is_dead)
+        self._land(arrival)
+        return arrival
+
     # -- helpers
 
     def _open_arrival(self, vm: str) -> Arrival:
@@ -229,6 +239,9 @@ class Evacuation:
             self._land(arrival)
         return answer
 
+    async def _home(self, _peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return self._fail_over.home(str(parameters["vm"]), str(parameters["job"]), int(parameters["epoch"]))
+
     # -- tending what is open
 
     async def _tend(self) -> None:
@@ -240,6 +253,7 @@ class Evacuation:
             await self._departures.tend_all()
             for arrival in self._arrivals.records.all():
                 await self._tender.tend(arrival)
+                await self._fail_over.tend(arrival)
             await asyncio.sleep(TEND_SECONDS)
 
     async def _prune(self) -> None:

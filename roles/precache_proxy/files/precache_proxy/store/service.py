@@ -239,7 +239,9 @@ class Store:
         replica = self._replica(vm)
         record, sealed = replica.record, replica.record.sealed
         found: dict[str, int] = {}
-        for disk in sealed.disks if sealed is not None else ():
+        if sealed is None:
+            return found
+        for disk in sealed.disks:
             layers = record.chain(disk, sealed)
             base = layers[0]
             # What a VM left behind here may stand on more; nobody rewrites those meanwhile.
@@ -291,6 +293,17 @@ class Store:
                     raise Conflict(f"{replica.subject}: another generation was sealed meanwhile; ask again")
                 await replica.save(replace(replica.record, frozen_epoch=epoch))
             return self._chain(replica, sealed)
+
+    async def sealed_chain(self, vm: str, generation: int) -> ReplicaChain:
+        """What a VM could be started from as it is now, which must be ``generation``. Raises NotFound,
+        Conflict."""
+        replica = self._replica(vm)
+        sealed = replica.record.sealed
+        if sealed is None or sealed.generation != generation:
+            raise Conflict(
+                f"{replica.subject}: generation {generation} is not the last sealed one; ask again"
+            )
+        return await asyncio.to_thread(self._chain, replica, sealed)
 
     def _chain(self, replica: Replica, sealed: SealedGeneration) -> ReplicaChain:
         tops = {disk: replica.reference(replica.record.chain(disk, sealed)[-1]) for disk in sealed.disks}

@@ -299,9 +299,14 @@ class Surveyor:
         except ProxyError as error:
             state.error, state.status = error.message, {}
             return
-        # A proxy of an older version cannot tell those that are shut off.
-        with contextlib.suppress(ProxyError):
-            state.domains = list(proxy.request("GET", "/v1/hypervisor").get("domains") or [])
+        known = {
+            vm[key] for vm in (*state.status.get("vms", []), *state.unprotected) for key in ("name", "uuid")
+        }
+        known |= {job[key] for job in state.jobs for key in ("name", "vm")}
+        if not known.issuperset(self.wanted.expected.get(proxy.name, ())):
+            # It may be shut off. A proxy of an older version cannot tell that.
+            with contextlib.suppress(ProxyError):
+                state.domains = list(proxy.request("GET", "/v1/hypervisor").get("domains") or [])
         self._ask_workload(proxy, state)
 
     def _ask_destination(self, proxy: Proxy, state: HostState) -> None:

@@ -259,7 +259,7 @@ def test_a_site_is_emptied_and_the_forecast_stands_beside_the_result(crowd: Crow
     told = crowd.play("rehearse", evacuate_deadline="20m", **asked).require_success()
     assert told.changed_tasks == []
     assert crowd.jobs(*PEERS) == [], "a rehearsal changes nothing"
-    late = crowd.play("rehearse", evacuate_deadline="2s", **asked, rehearse_demand="100%")
+    late = crowd.play("rehearse", evacuate_deadline="6s", **asked, rehearse_demand="100%")
     assert late.return_code != 0
     assert "0 of 4 VMs would make it" in late.messages
     crowd.play("rehearse", **asked).require_success()

@@ -243,6 +243,14 @@ def test_where_only_a_restart_is_allowed_that_is_asked_for(world: World) -> None
     assert "web1: starts, to backup1, by restart" in " | ".join(world.said)
 
 
+def test_one_that_is_listed_shut_off_and_unprotected_is_told(world: World) -> None:
+    world.protect("home1", "web1")
+    world.parts["home1"].hypervisor.domains = [("u-off", "archive", False)]
+    report = report_of(world, expected={"home1": ["web1", "archive"]})
+    assert verdicts(report) == {"web1": "evacuated", "archive": "stayed"}
+    assert not report["totals"]["all_out"]
+
+
 def test_nothing_is_started_on_findings(world: World) -> None:
     world.protect("home1", "web1")
     world.protect("home2", "web1")

@@ -3,7 +3,7 @@
 
 TABLE ?= precache
 
-bench: venv build ## measure: make bench TABLE=precache|evacuation|peacetime|handover|coordination (writes build/bench/TABLE.json; also scale)
+bench: venv build ## measure: make bench TABLE=precache|evacuation|peacetime|handover|coordination|deadline (writes build/bench/TABLE.json; also scale)
 	@mkdir -p "$(BUILD)/checkout/ansible_collections/lifeboat"
 	@ln -sfn "$(ROOT)" "$(BUILD)/checkout/ansible_collections/lifeboat/evacuation"
 	@PYTHONPATH="$(ROOT)/tests/bench:$(ROOT)/tests/lab:$(ROOT)/roles/precache_proxy/files:$(BUILD)/checkout" \

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from lifeboat_bench import coordination, evacuation, handover, peacetime, precache, scale
+from lifeboat_bench import coordination, deadline, evacuation, handover, peacetime, precache, scale
 from lifeboat_bench.ground import DESTINATION, SOURCE, Ground
 from lifeboat_bench.result import Table
 from lifeboat_lab.errors import LabError
@@ -19,10 +19,15 @@ TABLES = {
     "peacetime": peacetime.run,
     "handover": handover.run,
     "coordination": coordination.run,
+    "deadline": deadline.run,
 }
 
 # Tables that need more than one pair of hosts.
-HOSTS = {"handover": handover.HOSTS_NEEDED, "coordination": coordination.HOSTS_NEEDED}
+HOSTS = {
+    "handover": handover.HOSTS_NEEDED,
+    "coordination": coordination.HOSTS_NEEDED,
+    "deadline": deadline.HOSTS_NEEDED,
+}
 
 
 def main() -> int:

@@ -7,30 +7,24 @@ same from both sides, and what is measured is the same work each time.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lifeboat_bench.crowd import HOSTS_NEEDED, PEERS, VMS, Crowd
 from lifeboat_bench.ground import Ground
 from lifeboat_bench.result import Bar, Table
-from lifeboat_lab.errors import LabError
-from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
-from lifeboat_lab.proxy import Proxy
 
-PEERS = {"home1": "backup1", "home2": "backup2"}
-HOSTS_NEEDED = (*PEERS, *PEERS.values())
+__all__ = ["HOSTS_NEEDED", "run"]
+
 FEEDBACK = "feedback"
 FIXED = ("sequential", "parallel", "static:2")
 # The last: a VM's way in takes longer than its memory, so that one at a time leaves the line idle.
 WANS = ("trans-pacific", "step", "regional")
 # A line that changes under way: from when its steps are counted is part of the run.
 STEPS = "step"
-VMS = 8
-BOOT_SECONDS, READY_SECONDS = 240, 600
 # Which WANs to measure, joined by commas; the whole table takes about an hour.
 ONLY = "LIFEBOAT_BENCH_ONLY"
 
@@ -53,85 +47,34 @@ class Run:
         return sum(max(horizon - out, 0.0) for out in self.out) / (len(self.out) * horizon)
 
 
-class Crowd:
-    """Eight VMs at one of two sites, and the way to the other."""
-
-    def __init__(self, ground: Ground) -> None:
-        self.ground, self.at_home = ground, True
-        self.guests: dict[str, Guest] = {}
-        self.homes = {f"vm{number}": sorted(PEERS)[number % 2] for number in range(VMS)}
-        self.canaries: dict[str, str] = {}
-
-    def build(self) -> None:
-        """Boot and protect all of them, over a line without limits: first copies are not measured here."""
-        for number, (name, home) in enumerate(self.homes.items()):
-            plan = GuestPlan(
-                name, ram_mib=96, disk_mib=64, content_mib=8,
-                workload="fsync-log" if number % 4 < 2 else "idle", records_per_second=2,
-            )  # fmt: skip
-            self.guests[name] = self.ground.lab.guests.define(home, plan)
-            self.guests[name].start()
-        for guest in self.guests.values():
-            guest.wait_ready(BOOT_SECONDS)
-        self.canaries = {name: guest.canary() for name, guest in self.guests.items()}
-        self.ground.controller.set_host_variables(
-            {
-                host: {"lifeboat_vms": [{"name": name, "rpo": "30s"} for name in self._of(host)]}
-                for host in PEERS
-            }
-        )
-        self.ground.controller.playbook("protect", {"lifeboat_vms_wait": True}).require_success()
-
-    def _of(self, host: str) -> list[str]:
-        return [name for name, home in self.homes.items() if home == host]
-
-    def empty(self, strategy: str, wan: str) -> Run:
-        """Move all to the other site. Raises LabError where one was not out, or lost anything."""
-        _wait(self._ready, "all VMs are protected where they run")
-        self.ground.lab.wan.set(wan)
-        report_path = self.ground.controller.work / "coordination.json"
-        self.ground.controller.playbook(
-            "evacuate",
-            {
-                "evacuate_site": "home" if self.at_home else "backup",
-                "evacuate_strategy": strategy,
-                "evacuate_report": str(report_path),
-            },
-            timeout_seconds=1800,
-        ).require_success()
-        self.at_home = not self.at_home
-        self._check()
-        uuids = {guest.plan.uuid for guest in self.guests.values()}
-        vms = [vm for vm in json.loads(report_path.read_text())["vms"] if vm["vm"] in uuids]
-        return Run(
-            strategy,
-            tuple(float(vm["out_seconds"]) for vm in vms),
-            tuple(float(vm["eviction_seconds"]) for vm in vms),
-        )
-
-    def _ready(self) -> bool:
-        hosts = tuple(PEERS) if self.at_home else tuple(PEERS.values())
-        try:
-            told = [vm for host in hosts for vm in Proxy(self.ground.lab.host(host)).get("/vms")["vms"]]
-        except LabError:
-            return False
-        whole = {vm["uuid"] for vm in told if vm["generation"] and vm["state"] == "protected"}
-        return {guest.plan.uuid for guest in self.guests.values()} <= whole
-
-    def _check(self) -> None:
-        for name, guest in self.guests.items():
-            home = self.homes[name]
-            where = home if self.at_home else PEERS[home]
-            if guest.running_on() != [where]:
-                raise LabError(f"{name}: runs on {guest.running_on()}, not on {where}")
-            if guest.canary() != self.canaries[name]:
-                raise LabError(f"{name}: its memory changed")
+def _empty(crowd: Crowd, strategy: str, wan: str) -> Run:
+    """Move all to the other site. Raises LabError where one was not out, or lost anything."""
+    crowd.wait_protected()
+    crowd.ground.lab.wan.set(wan)
+    crowd.begin({"evacuate_strategy": strategy}).end().require_success()
+    crowd.at_home = not crowd.at_home
+    crowd.check()
+    vms = crowd.reported().values()
+    return Run(
+        strategy,
+        tuple(float(vm["out_seconds"]) for vm in vms),
+        tuple(float(vm["eviction_seconds"]) for vm in vms),
+    )
 
 
 def run(ground: Ground) -> Table:
     """Measure the table on a fresh lab of four hosts. Raises LabError where a run lost something."""
     table = Table("coordination")
-    crowd = Crowd(ground)
+    crowd = Crowd(
+        ground,
+        [
+            GuestPlan(
+                f"vm{number}", ram_mib=96, disk_mib=64, content_mib=8,
+                workload="fsync-log" if number % 4 < 2 else "idle", records_per_second=2,
+            )
+            for number in range(VMS)
+        ],
+    )  # fmt: skip
     crowd.build()
     wanted = [word for word in os.environ.get(ONLY, "").split(",") if word]
     for wan in WANS:
@@ -142,7 +85,7 @@ def run(ground: Ground) -> Table:
         runs = []
         for strategy in (*FIXED, FEEDBACK):
             ground.say(f"{strategy} on {wan}")
-            runs.append(crowd.empty(strategy, wan))
+            runs.append(_empty(crowd, strategy, wan))
             ground.say(f"{strategy} on {wan}: the last was out after {runs[-1].makespan:.1f} s")
         _report(table, wan, runs)
     table.circumstances |= {"vms": VMS, "pairs": PEERS, "wan_checks": ground.wan_checks, "only": wanted}
@@ -185,11 +128,3 @@ def _report(table: Table, wan: str, runs: Sequence[Run]) -> None:
     table.summary[f"{wan}_individual_times_shorter_than_parallel"] = statistics.mean(
         by_name["parallel"].individual
     ) / statistics.mean(ours.individual)
-
-
-def _wait(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while not true():
-        if time.monotonic() > deadline:
-            raise LabError(f"not within {READY_SECONDS} s: {what}")
-        time.sleep(1.0)

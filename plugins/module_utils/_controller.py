@@ -408,7 +408,34 @@ class Controller:
             if uuid in self._vms and uuid not in seen.failed and uuid not in seen.out:
                 room[id(self.gate_of(self._vms[uuid]))] -= 1
                 active[self._vms[uuid].pair] = active.get(self._vms[uuid].pair, 0) + 1
+        for gate in self._gates.values():
+            if self._adaptive and room[id(gate)] <= 0 and self._runs_dry(gate, seen):
+                room[id(gate)] = 1
         return room, active
+
+    def _runs_dry(self, gate: Gate, seen: Observation) -> bool:
+        """Whether all that is under way is through before one that started only at the next look could send.
+
+        A lead-in costs an uplink nothing: whoever stands behind it in time keeps the line from idling.
+        """
+        if not gate.capacity:
+            return False
+        queued, longest = 0.0, 0.0
+        for uuid, move in seen.moves.items():
+            vm = self._vms.get(uuid)
+            if vm is None or self.gate_of(vm) is not gate or move.silent or move.hopeless:
+                continue
+            if move.phase is Phase.LEAD_IN:
+                queued += _wire_bytes(vm)
+            elif move.phase is not Phase.CLOSING:
+                queued += move.remaining_bytes
+        for uuid in self._started - set(seen.moves) - set(seen.failed) - set(seen.out):
+            if uuid in self._vms and self.gate_of(self._vms[uuid]) is gate:
+                queued += _wire_bytes(self._vms[uuid])
+        for pair in self._pairs.values():
+            if self._gate_of_pair(pair.key) is gate:
+                longest = max(longest, lead_in_seconds(pair.round_trip_seconds))
+        return queued / gate.capacity < longest + INTERVAL_SECONDS
 
     def _packing(self, seen: Observation) -> dict[str, int]:
         """How many moves each source has, those that are over but for the last words not counted."""
@@ -633,8 +660,13 @@ def _urgency(vm: VmSummary, move: Move) -> float:
     """Weight per byte that is left: by bytes, for a trickled rate would make the last the last for ever."""
     left = move.remaining_bytes
     if move.phase is Phase.LEAD_IN:
-        left = vm.lag_bytes + vm.memory_used_bytes * vm.packed_ratio
+        left = _wire_bytes(vm)
     return vm.weight / max(left, 1e4)
+
+
+def _wire_bytes(vm: VmSummary) -> float:
+    """What a move that has not begun to send will send at least."""
+    return vm.lag_bytes + vm.memory_used_bytes * vm.packed_ratio
 
 
 def remaining_seconds(move: Move, round_trip_seconds: float) -> float | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lifeboat_simulator.model import Links, TruePair
 from lifeboat_simulator.run import Fault, Result, Simulation
 from lifeboat_simulator.sites import random_scene
 from unit.plugins.coordination.sites import MB, MBIT, site, vm
@@ -126,6 +128,21 @@ def test_a_narrow_uplink_ends_with_one_at_a_time() -> None:
                      more_wait=True)  # fmt: skip
     assert gate.open == 1
     assert gate.spare < 0.3 * 6e6
+
+
+def test_the_next_ones_lead_in_is_over_when_the_line_is_free() -> None:
+    """A small VM over a long way takes longer to begin than to cross: one at a time leaves the line idle."""
+    whole = site(
+        *(vm(f"v{number}", host=number % 2 + 1, memory=25 * MB) for number in range(20)),
+        rate=None,
+        round_trip=0.18,
+    )
+    pairs = {pair.key: TruePair(pair.key, "uplink", 50 * MBIT, 60 * MB, 0.18) for pair in whole.pairs}
+    took = {
+        strategy: Simulation(whole, Links({"uplink": 50 * MBIT}, deepcopy(pairs)), strategy).run().makespan
+        for strategy in ("parallel", "feedback")
+    }
+    assert took["feedback"] <= 1.1 * took["parallel"]
 
 
 def test_a_wide_uplink_is_filled_by_many() -> None:

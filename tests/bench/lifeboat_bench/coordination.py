@@ -96,10 +96,10 @@ def _report(table: Table, wan: str, runs: Sequence[Run]) -> None:
     # E is compared over one time for all: until the slowest of them was through.
     horizon = max(run.makespan for run in runs)
     best_makespan = min(run.makespan for run in runs)
-    best_mean = min(statistics.mean(run.out) for run in runs)
+    best_mean = min(statistics.mean(run.individual) for run in runs)
 
     def spread(run: Run) -> float:
-        return (run.makespan / best_makespan) * (statistics.mean(run.out) / best_mean)
+        return (run.makespan / best_makespan) * (statistics.mean(run.individual) / best_mean)
 
     for run in runs:
         table.rows.append(

@@ -77,9 +77,12 @@ def others(
     def asked_for(name: object, uuid: object = None) -> bool:
         return only is None or name in only or uuid in only
 
+    unprotected = {vm["uuid"] for host in hosts.values() for vm in host.unprotected}
     for host in hosts.values():
+        # One that left once may have come home since: what is there now counts, not what a job says.
+        home = unprotected | {domain["uuid"] for domain in host.domains}
         for job in host.jobs:
-            if job["vm"] in known or not job_out(job) or not asked_for(job["name"], job["vm"]):
+            if job["vm"] in known | home or not job_out(job) or not asked_for(job["name"], job["vm"]):
                 continue
             add({"name": job["name"], "vm": job["vm"], "host": host.name, "peer": job["peer"],
                  **{key: job.get(key) for key in KEPT},

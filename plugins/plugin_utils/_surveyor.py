@@ -302,8 +302,9 @@ class Surveyor:
         known = {
             vm[key] for vm in (*state.status.get("vms", []), *state.unprotected) for key in ("name", "uuid")
         }
-        known |= {job[key] for job in state.jobs for key in ("name", "vm")}
-        if not known.issuperset(self.wanted.expected.get(proxy.name, ())):
+        # One whose job is over may be here all the same: it stayed, or came home and was unprotected since.
+        known |= {job[key] for job in state.jobs if not job.get("ended") for key in ("name", "vm")}
+        if not known.issuperset([*self.wanted.expected.get(proxy.name, ()), *(self.wanted.vms or ())]):
             # It may be shut off. A proxy of an older version cannot tell that.
             with contextlib.suppress(ProxyError):
                 state.domains = list(proxy.request("GET", "/v1/hypervisor").get("domains") or [])

@@ -24,7 +24,7 @@ from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator i
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import Reach
 
 from precache_proxy.control.parts import Parts
-from small_parts.parts import serving, small_parts
+from small_parts.parts import WEB, serving, small_parts
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -248,6 +248,20 @@ def test_one_that_is_listed_shut_off_and_unprotected_is_told(world: World) -> No
     world.parts["home1"].hypervisor.domains = [("u-off", "archive", False)]
     report = report_of(world, expected={"home1": ["web1", "archive"]})
     assert verdicts(report) == {"web1": "evacuated", "archive": "stayed"}
+    assert not report["totals"]["all_out"]
+
+
+def test_one_whose_last_move_ended_is_looked_for_all_the_same(world: World) -> None:
+    world.protect("home1", "web1")
+    world.parts["home1"].evacuation.verdict = "stayed"
+    listed = {"expected": {"home1": ["web1"]}}
+    assert verdicts(report_of(world, **listed)) == {"web1": "stayed"}
+    del world.parts["home1"].source.protected[WEB]
+    world.parts["home1"].hypervisor.domains = [(WEB, "web1", False)]
+    report = report_of(world, **listed)
+    assert [(vm["name"], vm["verdict"], vm["cause"]) for vm in report["vms"]] == [
+        ("web1", "stayed", "not-protected")
+    ]
     assert not report["totals"]["all_out"]
 
 

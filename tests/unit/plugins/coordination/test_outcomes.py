@@ -122,6 +122,20 @@ def test_one_that_is_listed_and_shut_off_and_not_protected_is_told() -> None:
     assert others({"home1": home}, {}, [], None, {"home1": ["u-off"]}, [])[0]["name"] == "off"
 
 
+def test_one_that_left_once_and_stands_at_home_unprotected_again_is_not_out() -> None:
+    home = host("home1", job("web1", "evacuated"))
+    home.domains = [{"uuid": "u-web1", "name": "web1", "running": False, "peer": None}]
+    listed = {"home1": ["web1"]}
+    (told,) = others({"home1": home}, {}, [], None, listed, [])
+    assert (told["verdict"], told["cause"]) == ("stayed", "not-protected")
+    home.domains, home.unprotected = [], [{"uuid": "u-web1", "name": "web1"}]
+    (told,) = others({"home1": home}, {}, [], None, listed, [])
+    assert (told["verdict"], told["cause"]) == ("stayed", "not-protected")
+    home.unprotected = []
+    (told,) = others({"home1": home}, {}, [], None, listed, [])
+    assert told["verdict"] == "already-there"
+
+
 def test_a_forecast_counts_those_whom_no_plan_moves() -> None:
     told: dict[str, Any] = {"vms": [{"end_seconds": 5.0}], "expected_share": 0.8, "site": "home"}
     count_others(told, [{"name": "gone", "verdict": "already-there"},

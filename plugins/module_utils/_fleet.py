@@ -53,10 +53,10 @@ class HostState:
     status: dict[str, t.Any] = field(default_factory=dict)
     workload: dict[str, t.Any] = field(default_factory=dict)
     error: str = ""
-    # Running VMs that nobody protects.
-    unprotected: list[dict[str, t.Any]] = field(default_factory=list)
-    # All VMs that libvirt knows there, as of the survey; empty: not known.
-    domains: list[dict[str, t.Any]] = field(default_factory=list)
+    # Running VMs that nobody protects; empty where nobody asked, None where libvirt does not say.
+    unprotected: list[dict[str, t.Any]] | None = field(default_factory=list)
+    # All VMs that libvirt knows there, as of the survey; as above, and empty where the proxy cannot tell, too.
+    domains: list[dict[str, t.Any]] | None = field(default_factory=list)
     # Asked, and no answer yet: since when. What it said last is not news.
     late_since: float | None = None
 

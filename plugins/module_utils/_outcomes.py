@@ -62,7 +62,8 @@ def others(
     """Outcomes of everybody who is not in ``told``.
 
     They are: who was out before; who is on a host that never answered, as far as the inventory (``expected``)
-    knows; who runs and is not protected; and whoever of ``only`` is found nowhere.
+    knows; who runs and is not protected, or may, where libvirt does not say; and whoever of ``only`` is found
+    nowhere.
     """
     known = {outcome["vm"] for outcome in told} | {outcome["name"] for outcome in told}
     # Two hosts may have VMs of one name.
@@ -77,10 +78,10 @@ def others(
     def asked_for(name: object, uuid: object = None) -> bool:
         return only is None or name in only or uuid in only
 
-    unprotected = {vm["uuid"] for host in hosts.values() for vm in host.unprotected}
+    unprotected = {vm["uuid"] for host in hosts.values() for vm in host.unprotected or ()}
     for host in hosts.values():
         # One that left once may have come home since: what is there now counts, not what a job says.
-        home = unprotected | {domain["uuid"] for domain in host.domains}
+        home = unprotected | {domain["uuid"] for domain in host.domains or ()}
         for job in host.jobs:
             if job["vm"] in known | home or not job_out(job) or not asked_for(job["name"], job["vm"]):
                 continue
@@ -96,13 +97,19 @@ def others(
             if (name, vm) not in named and not moved and not uuid_known and asked_for(vm):
                 add(_of_silent_host(vm, hosts[name], destinations))
     for host in hosts.values() if only is None else ():
-        for outcome in left_behind(host.unprotected, may_stay, check_mode=check_mode):
+        for outcome in left_behind(host.unprotected or (), may_stay, check_mode=check_mode):
             add({**outcome, "host": host.name})
     for host in hosts.values():
         for outcome in _left_shut_off(host, expected.get(host.name, ()), check_mode=check_mode):
             asked = asked_for(outcome["name"], outcome["vm"])
             if asked and outcome["vm"] not in known and not {outcome["name"], outcome["vm"]} & set(may_stay):
                 add(outcome)
+    for host in hosts.values():
+        for vm in expected.get(host.name, ()) if host.domains is None else ():
+            if vm not in known and vm not in may_stay and asked_for(vm):
+                add(_libvirt_silent(vm, host.name))
+        if host.unprotected is None:
+            add(_libvirt_silent(f"unknown VMs of {host.name}", host.name))
     for name in only or ():
         if name not in known:
             add(_nowhere(name, hosts))
@@ -119,10 +126,19 @@ def _left_shut_off(host: HostState, listed: t.Sequence[str], *, check_mode: bool
         {"name": domain["name"], "vm": domain["uuid"], "host": host.name,
          "verdict": "would-fail" if check_mode else "stayed", "cause": "not-protected",
          "sentence": sentence}
-        for domain in host.domains
+        for domain in host.domains or ()
         if not domain.get("running") and not domain.get("peer")
         and (domain["name"] in listed or domain["uuid"] in listed)
     ]  # fmt: skip
+
+
+def _libvirt_silent(name: str, host: str) -> Outcome:
+    sentence = (
+        f"libvirt of {host} did not say which VMs are there beside the protected ones; see `virsh list --all` "
+        "there, and run the same command again"
+    )
+    return {"name": name, "vm": None, "host": host, "verdict": "failed", "cause": "hypervisor",
+            "sentence": sentence}  # fmt: skip
 
 
 def _of_silent_host(vm: str, host: HostState, destinations: Hosts) -> Outcome:

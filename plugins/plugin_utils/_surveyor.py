@@ -294,20 +294,24 @@ class Surveyor:
             state.status = proxy.request("GET", "/v1/status")
             if self.wanted.vms is None:
                 # All of a host means those as well that nobody thought of.
-                state.unprotected = list(proxy.request("GET", "/v1/vms").get("unprotected") or [])
+                state.unprotected = proxy.request("GET", "/v1/vms").get("unprotected", [])
             state.error = ""
         except ProxyError as error:
             state.error, state.status = error.message, {}
             return
         known = {
-            vm[key] for vm in (*state.status.get("vms", []), *state.unprotected) for key in ("name", "uuid")
+            vm[key]
+            for vm in (*state.status.get("vms", []), *(state.unprotected or []))
+            for key in ("name", "uuid")
         }
         # One whose job is over may be here all the same: it stayed, or came home and was unprotected since.
         known |= {job[key] for job in state.jobs if not job.get("ended") for key in ("name", "vm")}
         if not known.issuperset([*self.wanted.expected.get(proxy.name, ()), *(self.wanted.vms or ())]):
             # It may be shut off. A proxy of an older version cannot tell that.
-            with contextlib.suppress(ProxyError):
-                state.domains = list(proxy.request("GET", "/v1/hypervisor").get("domains") or [])
+            try:
+                state.domains = proxy.request("GET", "/v1/hypervisor").get("domains", [])
+            except ProxyError as error:
+                state.domains = [] if error.cause == "not-found" else None
         self._ask_workload(proxy, state)
 
     def _ask_destination(self, proxy: Proxy, state: HostState) -> None:

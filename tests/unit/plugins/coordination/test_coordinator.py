@@ -24,6 +24,7 @@ from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator i
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import Reach
 
 from precache_proxy.control.parts import Parts
+from precache_proxy.errors import LifeboatError
 from small_parts.parts import WEB, serving, small_parts
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -263,6 +264,38 @@ def test_one_whose_last_move_ended_is_looked_for_all_the_same(world: World) -> N
         ("web1", "stayed", "not-protected")
     ]
     assert not report["totals"]["all_out"]
+
+
+def test_what_stands_where_libvirt_is_silent_is_not_taken_for_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.protect("home1", "web1")
+
+    async def silent() -> list[tuple[str, str, bool]]:
+        raise LifeboatError("libvirt does not answer")
+
+    monkeypatch.setattr(world.parts["home2"].hypervisor, "list_domains", silent)
+    report = report_of(world, expected={"home1": ["web1"], "home2": ["archive"]})
+    assert verdicts(report) == {
+        "web1": "evacuated", "archive": "failed", "unknown VMs of home2": "failed",
+    }  # fmt: skip
+    assert {vm["cause"] for vm in report["vms"] if vm["host"] == "home2"} == {"hypervisor"}
+    assert not report["totals"]["all_out"]
+
+
+@pytest.mark.parametrize(("cause", "told"), [("unreachable", {"archive": "failed"}), ("not-found", {})])
+def test_only_a_proxy_of_an_older_version_may_not_say_what_it_has(
+    world: World, cause: str, told: dict[str, str]
+) -> None:
+    proxy, request = world.proxies["home2"], world.proxies["home2"].request
+
+    def asked(method: str, path: str, *more: Any) -> Any:
+        if path == "/v1/hypervisor":
+            raise ProxyError(cause, "no answer")
+        return request(method, path, *more)
+
+    proxy.request = asked  # type: ignore[method-assign]
+    assert verdicts(report_of(world, expected={"home2": ["archive"]})) == told
 
 
 def test_nothing_is_started_on_findings(world: World) -> None:

@@ -136,6 +136,21 @@ def test_one_that_left_once_and_stands_at_home_unprotected_again_is_not_out() ->
     assert told["verdict"] == "already-there"
 
 
+def test_who_may_stand_where_libvirt_is_silent_is_no_silence() -> None:
+    home = host("home1", vms=("safe",))
+    home.unprotected = home.domains = None
+    listed, safe = {"home1": ["safe", "archive", "stays"]}, [{"name": "safe", "vm": "u-safe"}]
+    told = others({"home1": home}, {}, safe, None, listed, ["stays"])
+    assert {one["name"]: (one["verdict"], one["cause"]) for one in told} == {
+        "archive": ("failed", "hypervisor"),
+        "unknown VMs of home1": ("failed", "hypervisor"),
+    }
+    # Asked for one alone nobody asks who runs there beside.
+    home.unprotected = []
+    assert [one["name"] for one in others({"home1": home}, {}, safe, ("archive",), listed, [])] == ["archive"]
+    assert others({"home1": home}, {}, safe, ("safe",), listed, []) == []
+
+
 def test_a_forecast_counts_those_whom_no_plan_moves() -> None:
     told: dict[str, Any] = {"vms": [{"end_seconds": 5.0}], "expected_share": 0.8, "site": "home"}
     count_others(told, [{"name": "gone", "verdict": "already-there"},

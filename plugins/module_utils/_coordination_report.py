@@ -300,6 +300,7 @@ class Recorder:
         planned = {item["vm"]: item for item in self.forecast.get("vms", [])}
         for vm in self.site.vms:
             host = hosts.get(vm.source)
+            lost = host is not None and host.lost
             jobs = [] if host is None else [job for job in host.jobs if job["vm"] == vm.uuid]
             outcome: dict[str, t.Any] = {
                 "name": vm.name,
@@ -316,7 +317,7 @@ class Recorder:
                     "undecided" if job.get("step") == "undecided" or not job.get("ended") else "failed"
                 )
                 there = None
-                if not job.get("ended") and host is not None and host.error:
+                if not job.get("ended") and lost:
                     there = runs_at(vm.uuid, destinations)
                 if there is not None:
                     outcome["verdict"] = "evacuated"
@@ -330,7 +331,6 @@ class Recorder:
             elif vm.uuid in refusals:
                 outcome |= {"verdict": "failed", **refusals[vm.uuid]}
             else:
-                lost = host is not None and bool(host.error)
                 reason = "unreachable" if lost else controller.waits_because(vm.uuid)
                 outcome |= {"verdict": "stayed", "cause": reason, "sentence": _stays(vm.name, reason)}
                 if lost and vm.uuid in unanswered:

@@ -55,10 +55,15 @@ class HostState:
     error: str = ""
     # Running VMs that nobody protects; empty where nobody asked, None where libvirt does not say.
     unprotected: list[dict[str, t.Any]] | None = field(default_factory=list)
-    # All VMs that libvirt knows there, as of the survey; as above, and empty where the proxy cannot tell, too.
+    # All VMs that libvirt knows there, as of the survey; as above, and empty where the proxy cannot tell.
     domains: list[dict[str, t.Any]] | None = field(default_factory=list)
     # Asked, and no answer yet: since when. What it said last is not news.
     late_since: float | None = None
+
+    @property
+    def lost(self) -> bool:
+        """It was not reached, or owes its answer: what it did with what it was asked for is not known."""
+        return bool(self.error) or self.late_since is not None
 
     @property
     def jobs(self) -> list[dict[str, t.Any]]:
@@ -217,7 +222,7 @@ class Eyes:
         for host in hosts.values():
             if not host.status:
                 continue
-            stale = bool(host.error) or host.late_since is not None
+            stale = host.lost
             silent = bool(host.error) or now - (host.late_since or now) >= _SILENT_SECONDS
             labels: dict[str, Json] = {}
             for link in host.status.get("links", []):

@@ -134,8 +134,8 @@ def _left_shut_off(host: HostState, listed: t.Sequence[str], *, check_mode: bool
 
 def _libvirt_silent(name: str, host: str) -> Outcome:
     sentence = (
-        f"libvirt of {host} did not say which VMs are there beside the protected ones; see `virsh list --all` "
-        "there, and run the same command again"
+        f"libvirt of {host} did not say which VMs are there beside the protected ones; see `virsh list "
+        "--all` there, and run the same command again"
     )
     return {"name": name, "vm": None, "host": host, "verdict": "failed", "cause": "hypervisor",
             "sentence": sentence}  # fmt: skip

@@ -50,6 +50,8 @@ _SHARE_LEASE_SECONDS = 20.0
 _POSTPONE_SECONDS = 30.0
 # How long a host may take to say how it stands; so long it is late, and then it is not reached.
 _ANSWER_SECONDS = 15.0
+# How long the last look waits for whoever is late.
+_PATIENT_SECONDS = 30.0
 # What proxies are asked for takes them milliseconds: nobody waits longer for it within an interval.
 _ERRANDS_SECONDS = 1.0
 # With nothing under way and nothing that may start, after so many looks it is over.
@@ -163,7 +165,7 @@ class Coordinator(Surveyor):
         self._look(interval, patient=True)
         self._errands.settle(_ERRANDS_SECONDS)
         self._adopt(site)
-        if any(host.error for host in self.hosts.values()):
+        if any(host.lost for host in self.hosts.values()):
             # Of a source that is gone its peer knows more by now.
             self._ask_destinations_again()
         recorder.conclude(
@@ -212,7 +214,7 @@ class Coordinator(Surveyor):
             # One that never answered has VMs that nobody plans with: it is told as not reached.
             if name not in self._pending and name not in self._silent:
                 self._pending[name] = self._pool.submit(self._poll, proxy, whole=patient)
-        until = time.monotonic() + (30.0 if patient else max(1.0, interval * 0.75))
+        until = time.monotonic() + (_PATIENT_SECONDS if patient else max(1.0, interval * 0.75))
         # Who was late at the last look is not waited for at this one.
         for name in sorted(self._pending, key=lambda name: self.hosts[name].late_since is not None):
             future = self._pending[name]
@@ -314,7 +316,7 @@ class Coordinator(Surveyor):
             self._share(controller, uuid, share, seen.now)
         self._postpone(controller, orders.held, seen.now)
         # What is answered by then counts now; a host that is late is heard of at a later look.
-        late = [name for name, host in self.hosts.items() if host.error or host.late_since is not None]
+        late = [name for name, host in self.hosts.items() if host.lost]
         self._errands.settle(_ERRANDS_SECONDS, late)
 
     def _start(self, controller: Controller, uuid: str, rung: Rung) -> None:
@@ -394,7 +396,7 @@ class Coordinator(Surveyor):
                 self._ask_to_postpone(controller.source_of(uuid), uuid, 0.0)
 
     def _ask_to_postpone(self, host: str, uuid: str, seconds: float) -> None:
-        if host in self._cannot_postpone or self.hosts[host].error:
+        if host in self._cannot_postpone or self.hosts[host].lost:
             return
 
         def told(_vm: t.Any, error: ProxyError | None) -> None:

@@ -94,6 +94,8 @@ class Coordinator(Surveyor):
         # Asked to start: no answer yet; and those whose answer was lost.
         self._starting: set[str] = set()
         self._unanswered: set[str] = set()
+        # The newest job that was known of each when it was last asked to start, "" for none.
+        self._job_before: dict[str, str] = {}
         # Until when passes were asked to wait, and hosts whose proxy cannot do that.
         self._postponed: dict[str, float] = {}
         self._cannot_postpone: set[str] = set()
@@ -189,12 +191,17 @@ class Coordinator(Surveyor):
         for host in self.hosts.values():
             for job in host.jobs if not host.error else ():
                 uuid, identifier = str(job["vm"]), str(job["id"])
-                if uuid not in names or job.get("ended") or self._begun.get(uuid) == identifier:
+                if uuid not in names or self._begun.get(uuid) == identifier:
                     continue
+                if job.get("ended"):
+                    # Another than the one before a start whose answer was lost is what that start began.
+                    if uuid not in self._unanswered or self._job_before.get(uuid) == identifier:
+                        continue
+                    self.changed = True
                 self._begun[uuid] = identifier
                 self._unanswered.discard(uuid)
                 self._refusals.pop(uuid, None)
-                if self.wanted.bandwidth_bytes_per_second is not None:
+                if self.wanted.bandwidth_bytes_per_second is not None and not job.get("ended"):
                     body = {"bandwidth_bytes_per_second": self.wanted.bandwidth_bytes_per_second}
                     self._steer(host.name, identifier, "steer", body, key="bandwidth")
 
@@ -323,6 +330,9 @@ class Coordinator(Surveyor):
         host = controller.source_of(uuid)
         name = next(vm.name for vm in controller.site.vms if vm.uuid == uuid)
         self._starting.add(uuid)
+        if uuid not in self._unanswered:
+            jobs = self.hosts[host].jobs
+            self._job_before[uuid] = next((str(job["id"]) for job in jobs if job["vm"] == uuid), "")
 
         def told(job: t.Any, error: ProxyError | None) -> None:
             self._starting.discard(uuid)

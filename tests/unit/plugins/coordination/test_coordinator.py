@@ -229,6 +229,29 @@ def test_a_start_whose_answer_is_lost_is_found_under_way(world: World) -> None:
     assert world.parts["home1"].evacuation.begun == ["web1"]
 
 
+def test_a_start_whose_answer_is_lost_is_found_when_it_has_ended_meanwhile(world: World) -> None:
+    world.protect("home1", "web1")
+    evacuation, proxy = world.parts["home1"].evacuation, world.proxies["home1"]
+    # It stayed once: that job is not what this start began.
+    evacuation.verdict = "stayed"
+    old = proxy.request("POST", "/v1/evacuations", {"vm": "web1"})
+    while not evacuation.job(old["id"]).ended:
+        time.sleep(0.05)
+    evacuation.verdict = "evacuated"
+    proxy.loses_answers_to, proxy.dies_with_that = "/v1/evacuations", True
+    # By then its job is over, and no other try is due yet.
+    timer = threading.Timer(2.0, setattr, (proxy, "dead", False))
+    timer.start()
+    coordinator = world.coordinator(watch=Watch(Deadline("x", at=time.time() + 4), lambda _ups: 0.0))
+    try:
+        (told,) = coordinator.run(coordinator.survey()).outcomes
+    finally:
+        coordinator.close()
+    assert (told["verdict"], coordinator.changed) == ("evacuated", True)
+    assert told["id"] != old["id"]
+    assert evacuation.begun == ["web1", "web1"]
+
+
 def test_a_start_that_a_dying_host_may_have_obeyed_is_undecided(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,7 +259,8 @@ class Coordinator(Surveyor):
         }
 
     def _with_refusals(self, seen: Observation) -> Observation:
-        failed = dict(seen.failed)
+        # Of one that was asked to start again its job of before says nothing any more.
+        failed = {uuid: again for uuid, again in seen.failed.items() if uuid not in self._starting}
         for uuid in self._refusals:
             failed[uuid] = False
         now = self._clock()

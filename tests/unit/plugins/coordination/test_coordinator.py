@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyClient, ProxyError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Observation
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Deadline, Watch
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._bridge import Bridge, Unreachable
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator import (
@@ -250,6 +251,16 @@ def test_a_start_whose_answer_is_lost_is_found_when_it_has_ended_meanwhile(world
     assert (told["verdict"], coordinator.changed) == ("evacuated", True)
     assert told["id"] != old["id"]
     assert evacuation.begun == ["web1", "web1"]
+
+
+def test_a_try_on_its_way_has_not_failed_of_the_one_before(world: World) -> None:
+    coordinator = world.coordinator()
+    seen = Observation(0.0, failed={"u-web1": True, "u-other": True})
+    coordinator._starting.add("u-web1")
+    try:
+        assert coordinator._with_refusals(seen).failed == {"u-other": True}
+    finally:
+        coordinator.close()
 
 
 def test_a_start_that_a_dying_host_may_have_obeyed_is_undecided(

@@ -184,7 +184,11 @@ class Surveyor:
                 "peer": vm.destination,
                 "forecast_end_seconds": planned.end_seconds,
             }
-            if jobs and not jobs[-1].get("ended"):
+            if jobs and jobs[-1].get("step") == "undecided" and not jobs[-1].get("ended"):
+                # It waits for somebody who decides, and would at the end of a run.
+                outcome |= {key: jobs[-1].get(key) for key in ("id", "step", "sentence")}
+                outcome |= {"verdict": "would-fail", "cause": "undecided"}
+            elif jobs and not jobs[-1].get("ended"):
                 outcome |= {"verdict": "under-way", "id": jobs[-1]["id"], "step": jobs[-1]["step"]}
             elif vm.uuid in wrong:
                 outcome |= {"verdict": "would-fail", "cause": "preflight", "sentence": wrong[vm.uuid]}

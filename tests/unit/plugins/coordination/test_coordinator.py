@@ -296,6 +296,27 @@ def test_a_stayed_vm_says_why(world: World) -> None:
     assert not report["totals"]["all_out"]
 
 
+def test_check_mode_tells_of_one_that_waits_for_a_decision(world: World) -> None:
+    world.protect("home1", "web1")
+    world.parts["home1"].evacuation.step_seconds = 5.0
+    begun = world.proxies["home1"].request("POST", "/v1/evacuations", {"vm": "web1"})
+
+    def would() -> list[dict[str, Any]]:
+        coordinator = world.coordinator()
+        try:
+            report: dict[str, Any] = coordinator.would(coordinator.forecast(coordinator.survey())[0], {})
+        finally:
+            coordinator.close()
+        vms: list[dict[str, Any]] = report["vms"]
+        return vms
+
+    assert [vm["verdict"] for vm in would()] == ["under-way"]
+    world.parts["home1"].evacuation.undecide(begun["id"])
+    (told,) = would()
+    assert (told["verdict"], told["cause"], told["id"]) == ("would-fail", "undecided", begun["id"])
+    assert "no contact with backup1" in told["sentence"]
+
+
 def test_where_only_a_restart_is_allowed_that_is_asked_for(world: World) -> None:
     world.protect("home1", "web1")
     report = report_of(world, wishes={"home1": {"web1": {"name": "web1", "fallback": ["restart"]}}})

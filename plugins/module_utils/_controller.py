@@ -11,6 +11,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field, replace
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._destination_memory import DestinationMemory
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
     Fall,
     Move,
@@ -44,6 +45,8 @@ _ATTEMPTS = 3
 _CERTAIN_INTERVALS = 4
 _RETRY_SECONDS = 5.0
 _PLAN_EVERY_SECONDS = 30.0
+# A start that its host has not answered for so long holds nobody up: as a move of a host that is silent.
+_UNHEARD_SECONDS = 10.0
 
 Pair = tuple[str, str]
 
@@ -121,11 +124,14 @@ class Controller:
         self._retry_at: dict[str, float] = {}
         self._over: dict[str, str] = {}
         self._stream: dict[tuple[str, str], float] = {}
-        self._memory = {item.name: item.memory_free_bytes for item in site.destinations}
+        self._memory = DestinationMemory(site.destinations)
         self._gates: dict[str, Gate] = {}
         self._told: dict[str, str] = {}
         self._held_before: set[str] = set()
         self._started: set[str] = set()
+        # Those that were seen last while they were handed over: where they are may be open.
+        self._closing: set[str] = set()
+        self._unheard_since: dict[Pair, float] = {}
         self._sent_before: set[str] = set()
         # Per gate: the moves that are served fully, in the order in which they came to be.
         self._open: dict[int, dict[str, None]] = {}
@@ -180,6 +186,7 @@ class Controller:
     def not_started(self, uuid: str, now: float) -> None:
         """A start did not reach its proxy: it is tried again."""
         self._started.discard(uuid)
+        self._memory.give_back(self._vms[uuid])
         if self._attempts.get(uuid, 0) < _ATTEMPTS:
             self._waiting[uuid] = None
             self._retry_at[uuid] = now + _RETRY_SECONDS
@@ -214,13 +221,24 @@ class Controller:
         for uuid in seen.out:
             self._waiting.pop(uuid, None)
             self._over.pop(uuid, None)
-        for uuid in seen.moves:
+            self._holds_memory(uuid)
+        for uuid, move in seen.moves.items():
             self._waiting.pop(uuid, None)
+            self._holds_memory(uuid)
+            if move.phase is Phase.CLOSING:
+                self._closing.add(uuid)
+        for pair, view in seen.pairs.items():
+            if view.heard:
+                self._unheard_since.pop(pair, None)
+            else:
+                self._unheard_since.setdefault(pair, seen.now)
         for uuid, may_retry in seen.failed.items():
             if uuid in self._waiting and uuid not in self._started:
                 continue
             self._started.discard(uuid)
             may_retry = may_retry or uuid in self._to_restart
+            if may_retry or self._stands_here(uuid):
+                self._gives_memory_back(uuid)
             if may_retry and self._attempts.get(uuid, 0) < _ATTEMPTS and uuid not in self._over:
                 self._waiting[uuid] = None
                 self._retry_at.setdefault(uuid, seen.now + _RETRY_SECONDS)
@@ -265,6 +283,23 @@ class Controller:
             )
             gate.observe(goodput.get(key, 0.0), served.get(key, {}), most, more_wait=key in waiting)
 
+    def _holds_memory(self, uuid: str) -> None:
+        # Of those that moved before anybody planned, the destination's own answer speaks.
+        if uuid in self._attempts and uuid in self._vms:
+            self._memory.reserve(self._vms[uuid])
+
+    def _gives_memory_back(self, uuid: str) -> None:
+        if uuid in self._vms:
+            self._memory.give_back(self._vms[uuid])
+
+    def _stands_here(self, uuid: str) -> bool:
+        """Whether one that failed for good is surely not at its destination.
+
+        Its host may be gone while it goes on, or its handing over undecided: then its memory stays taken.
+        """
+        vm = self._vms.get(uuid)
+        return vm is not None and vm.pair not in self._unheard_since and uuid not in self._closing
+
     def _goes_through(self, uuid: str, key: int) -> bool:
         vm = self._vms.get(uuid)
         return vm is not None and id(self.gate_of(vm)) == key
@@ -300,10 +335,14 @@ class Controller:
         self._hopeless.clear()
         self._planned_at = seen.now
         self._planned_with = self._planning_inputs(seen, left)
+        # The plan is of those that wait, on a line that is theirs: it is, once those under way are through.
+        gates = self._gates.values() if self._adaptive else ()
+        free_in = {id(gate): self._free_in_seconds(gate, seen) for gate in gates}
         for planned in self.plan.vms:
             self._rank[planned.vm.uuid] = planned.position
             if planned.start_seconds is not None:
-                self._starts_at[planned.vm.uuid] = seen.now + planned.start_seconds
+                starts_in = planned.start_seconds + free_in.get(id(self.gate_of(planned.vm)), 0.0)
+                self._starts_at[planned.vm.uuid] = seen.now + starts_in
             else:
                 self._starts_at.pop(planned.vm.uuid, None)
 
@@ -321,7 +360,8 @@ class Controller:
         )
         vms = tuple(self._vms[uuid] for uuid in self._waiting)
         free = tuple(
-            replace(item, memory_free_bytes=self._memory.get(item.name)) for item in self.site.destinations
+            replace(item, memory_free_bytes=self._memory.free_bytes(item.name))
+            for item in self.site.destinations
         )
         return SiteSummary(self.site.site, vms, pairs, free, rates, processors=self.site.processors)
 
@@ -333,9 +373,10 @@ class Controller:
         if not any(count > 0 for count in room.values()):
             return
         at_work = set(seen.moves)
-        queued = self._pairs_ahead()
-        least = {key: min(active.get(pair, 0) for pair in pairs) for key, pairs in queued.items()}
-        for uuid in self.waiting:
+        in_order = self.waiting
+        ahead = self._pairs_ahead(in_order, seen, at_work, packing) if self._adaptive else {}
+        least = {key: min(active.get(pair, 0) for pair in pairs) for key, pairs in ahead.items()}
+        for uuid in in_order:
             vm = self._vms[uuid]
             gate = self.gate_of(vm)
             if room[id(gate)] <= 0:
@@ -353,9 +394,7 @@ class Controller:
             # Not a third one on a pair while another pair of the same uplink has none.
             if self._adaptive and active.get(vm.pair, 0) > least.get(id(gate), 0):
                 continue
-            # Packing a stream is one processor's work: with more they take from each other, and from guests.
-            # One gets ready meanwhile.
-            if self._adaptive and packing.get(vm.source, 0) > self.site.processors.get(vm.source, 10**9):
+            if self._adaptive and self._packs_enough(vm.source, packing):
                 continue
             if uuid in self._hopeless:
                 continue
@@ -367,20 +406,22 @@ class Controller:
                 continue
             if rung is not Rung.LIVE and gate.window - room[id(gate)] >= gate.open and self._adaptive:
                 continue  # a guest is stopped when its turn has come, not to stand in a queue
-            free = self._memory.get(vm.destination)
-            if free is not None and uuid not in self._attempts:
-                if vm.memory_bytes > free:
-                    self._tell(orders, uuid, "waits", "no-memory-at-destination")
-                    continue
-                self._memory[vm.destination] = free - vm.memory_bytes
+            if not self._memory.has_room(vm):
+                self._tell(orders, uuid, "waits", "no-memory-at-destination")
+                continue
+            self._memory.reserve(vm)
             room[id(gate)] -= 1
             active[vm.pair] = active.get(vm.pair, 0) + 1
             packing[vm.source] = packing.get(vm.source, 0) + 1
-            least[id(gate)] = min(active.get(pair, 0) for pair in queued.get(id(gate), set()) | {vm.pair})
+            pairs = ahead.get(id(gate), set())
+            if self._packs_enough(vm.source, packing):
+                pairs -= {pair for pair in pairs if pair[0] == vm.source}
+            least[id(gate)] = min(active.get(pair, 0) for pair in pairs or {vm.pair})
             at_work.add(uuid)
             self._attempts[uuid] = self._attempts.get(uuid, 0) + 1
             self._retry_at.pop(uuid, None)
             self._started.add(uuid)
+            self._closing.discard(uuid)
             self._told.pop(uuid, None)
             self._waiting.pop(uuid)
             orders.starts.append((uuid, rung))
@@ -399,19 +440,29 @@ class Controller:
             if vm is None:
                 continue
             # One that gets nowhere, or of a host that says nothing, may not keep all others from starting.
-            if self._adaptive and (move.hopeless or move.silent or self._nearly_over(vm, move)):
+            if move.silent or (self._adaptive and (move.hopeless or self._nearly_over(vm, move))):
                 continue
             room[id(self.gate_of(vm))] -= 1
             active[vm.pair] = active.get(vm.pair, 0) + 1
-        for uuid in self._started - set(seen.moves):
-            # Asked for and not seen yet: it counts, or the next step would start another in its place.
-            if uuid in self._vms and uuid not in seen.failed and uuid not in seen.out:
-                room[id(self.gate_of(self._vms[uuid]))] -= 1
-                active[self._vms[uuid].pair] = active.get(self._vms[uuid].pair, 0) + 1
+        for vm in self._asked_for(seen):
+            room[id(self.gate_of(vm))] -= 1
+            active[vm.pair] = active.get(vm.pair, 0) + 1
         for gate in self._gates.values():
             if self._adaptive and room[id(gate)] <= 0 and self._runs_dry(gate, seen):
                 room[id(gate)] = 1
         return room, active
+
+    def _asked_for(self, seen: Observation) -> list[VmSummary]:
+        """Asked for and not seen yet: they count, or the next step would start another in their place.
+
+        Not those of a host that owes its answer for long: nobody knows when it will give one.
+        """
+        return [
+            self._vms[uuid]
+            for uuid in self._started - set(seen.moves) - set(seen.failed) - set(seen.out)
+            if uuid in self._vms
+            and seen.now - self._unheard_since.get(self._vms[uuid].pair, seen.now) < _UNHEARD_SECONDS
+        ]
 
     def _runs_dry(self, gate: Gate, seen: Observation) -> bool:
         """Whether all that is under way is through before one that started only at the next look could send.
@@ -420,7 +471,15 @@ class Controller:
         """
         if not gate.capacity:
             return False
-        queued, longest = 0.0, 0.0
+        longest = 0.0
+        for pair in self._pairs.values():
+            if self._gate_of_pair(pair.key) is gate:
+                longest = max(longest, lead_in_seconds(pair.round_trip_seconds))
+        return self._queued_bytes(gate, seen) / gate.capacity < longest + INTERVAL_SECONDS
+
+    def _queued_bytes(self, gate: Gate, seen: Observation) -> float:
+        """What all that is under way has still to send through a gate."""
+        queued = 0.0
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
             if vm is None or self.gate_of(vm) is not gate or move.silent or move.hopeless:
@@ -429,24 +488,51 @@ class Controller:
                 queued += _wire_bytes(vm)
             elif move.phase is not Phase.CLOSING:
                 queued += move.remaining_bytes
-        for uuid in self._started - set(seen.moves) - set(seen.failed) - set(seen.out):
-            if uuid in self._vms and self.gate_of(self._vms[uuid]) is gate:
-                queued += _wire_bytes(self._vms[uuid])
-        for pair in self._pairs.values():
-            if self._gate_of_pair(pair.key) is gate:
-                longest = max(longest, lead_in_seconds(pair.round_trip_seconds))
-        return queued / gate.capacity < longest + INTERVAL_SECONDS
+        return queued + sum(_wire_bytes(vm) for vm in self._asked_for(seen) if self.gate_of(vm) is gate)
+
+    def _free_in_seconds(self, gate: Gate, seen: Observation) -> float:
+        """In how long the first of those under way is through and its place another's; 0 where nothing says.
+
+        At the latest when the uplink has carried all that is left of them.
+        """
+        rate = gate.capacity or gate.goodput
+        if not rate:
+            return 0.0
+        told = self._queued_bytes(gate, seen) / rate
+        for uuid, move in seen.moves.items():
+            if move.phase in {Phase.BULK, Phase.LAST} and move.bytes_per_second > 0 and not move.silent:
+                vm = self._vms.get(uuid)
+                if vm is not None and self.gate_of(vm) is gate:
+                    told = min(told, live_seconds(move, move.bytes_per_second))
+        return told
 
     def _packing(self, seen: Observation) -> dict[str, int]:
         """How many moves each source has, those that are over but for the last words not counted."""
         told: dict[str, int] = {}
         under_way = {uuid for uuid, move in seen.moves.items() if move.phase is not Phase.CLOSING}
-        asked_for = self._started - set(seen.moves) - set(seen.failed) - set(seen.out)
-        for uuid in under_way | asked_for:
-            vm = self._vms.get(uuid)
-            if vm is not None:
-                told[vm.source] = told.get(vm.source, 0) + 1
+        known = [self._vms[uuid] for uuid in under_way if uuid in self._vms]
+        for vm in known + self._asked_for(seen):
+            told[vm.source] = told.get(vm.source, 0) + 1
         return told
+
+    def _packs_enough(self, source: str, packing: t.Mapping[str, int]) -> bool:
+        # Packing a stream is one processor's work: with more they take from each other, and from guests.
+        # One gets ready meanwhile.
+        return packing.get(source, 0) > self.site.processors.get(source, 10**9)
+
+    def _could_start(
+        self, vm: VmSummary, seen: Observation, at_work: set[str], packing: t.Mapping[str, int]
+    ) -> bool:
+        """Whether nothing but its turn keeps it: what is quickly told of it, for it is asked of many."""
+        view = seen.pairs.get(vm.pair)
+        return (
+            vm.uuid not in self._hopeless
+            and (view is None or (view.up and view.heard))
+            and self._retry_at.get(vm.uuid, 0.0) <= seen.now
+            and not self._packs_enough(vm.source, packing)
+            and self._memory.has_room(vm)
+            and self._may_start(vm, at_work)
+        )
 
     def _nearly_over(self, vm: VmSummary, move: Move) -> bool:
         """It ends while the next one is still in its lead-in: that one may start now."""
@@ -469,24 +555,30 @@ class Controller:
         # A host that is late for a moment keeps its VMs' places in the order.
         return uuid in self._waiting and self._told.get(uuid) in {None, "not-heard"}
 
-    def _pairs_ahead(self) -> dict[int, set[Pair]]:
-        """Per gate: the pairs of those whose turn is next.
+    def _pairs_ahead(
+        self,
+        in_order: t.Iterable[str],
+        seen: Observation,
+        at_work: set[str],
+        packing: t.Mapping[str, int],
+    ) -> dict[int, set[Pair]]:
+        """Per gate: the pairs of those whose turn is next and that could start now.
 
         Only among them one on an idle pair is preferred: whose turn is far would come before all the others
-        just because nobody else leaves from its host.
+        just because nobody else leaves from its host; and for who cannot start the others would wait in vain.
         """
         told: dict[int, set[Pair]] = {}
         left = {id(gate): max(4, 2 * gate.window) for gate in self._gates.values()}
-        for uuid in self.waiting:
-            pair = self._vms[uuid].pair
-            key = id(self._gate_of_pair(pair))
+        for uuid in in_order:
+            vm = self._vms[uuid]
+            key = id(self.gate_of(vm))
             if left[key] <= 0:
                 if all(count <= 0 for count in left.values()):
                     break
                 continue
-            if uuid not in self._hopeless:
+            if self._could_start(vm, seen, at_work, packing):
                 left[key] -= 1
-                told.setdefault(key, set()).add(pair)
+                told.setdefault(key, set()).add(vm.pair)
         return told
 
     def _rung_at_start(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 
@@ -16,16 +17,27 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller im
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, judge
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate, Served
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lifeboat_simulator.model import Links, TruePair
+from lifeboat_simulator.model import Links, TruePair, TrueVm
 from lifeboat_simulator.run import Fault, Result, Simulation
 from lifeboat_simulator.sites import random_scene
 from unit.plugins.coordination.sites import MB, MBIT, site, vm
 
 _QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+class GivingBack(Simulation):
+    """A move that ended without its VM being out leaves the destination its memory."""
+
+    def _end(self, vm: TrueVm, *, may_retry: bool) -> None:
+        free = self._memory.get(vm.summary.destination)
+        if free is not None and vm.attempts:
+            self._memory[vm.summary.destination] = free + vm.summary.memory_bytes
+            vm.attempts = 0
+        super()._end(vm, may_retry=may_retry)
 
 
 def run(seed: int, strategy: str = "feedback", **how: object) -> Result:
@@ -34,7 +46,7 @@ def run(seed: int, strategy: str = "feedback", **how: object) -> Result:
         key: how.pop(key) for key in ("vms", "pairs", "full_destinations", "dependencies") if key in how
     }
     scene = random_scene(seed, **scene_how)  # type: ignore[arg-type]
-    result = Simulation(scene.site, scene.fresh(), strategy, **how).run()  # type: ignore[arg-type]
+    result = GivingBack(scene.site, scene.fresh(), strategy, **how).run()  # type: ignore[arg-type]
     assert result.faults == []
     return result
 
@@ -44,25 +56,65 @@ def test_the_interval_is_two_seconds_or_ten_round_trips() -> None:
     assert interval_seconds([0.04, 0.3]) == pytest.approx(3.0)
 
 
-def test_a_source_moves_no_more_at_a_time_than_it_has_processors_and_one_that_gets_ready() -> None:
-    vms = [vm(f"a{number}") for number in range(9)] + [vm(f"b{number}", host=2) for number in range(9)]
-    wide = replace(site(*vms, rate=10_000 * MBIT, stream=5 * MB), processors={"home1": 2})
-    controller = Controller(wide)
+def started_of(whole: SiteSummary, views: Mapping[str, PairView] | None = None) -> dict[str, int]:
+    """How many of each host are under way after 40 s on a wide line, when no move ends."""
+    controller = Controller(whole)
     started: dict[str, int] = {}
     moves: dict[str, Move] = {}
     for step in range(20):
-        carried = {
-            (f"home{host}", f"backup{host}"): PairView(
-                goodput_bytes_per_second=5 * MB * started.get(f"home{host}", 0)
+        seen = {
+            (f"home{host}", f"backup{host}"): replace(
+                (views or {}).get(f"home{host}", PairView()),
+                goodput_bytes_per_second=5 * MB * started.get(f"home{host}", 0),
             )
             for host in (1, 2)
         }
-        for uuid, _rung in controller.step(Observation(2.0 * step, dict(moves), carried)).starts:
+        for uuid, _rung in controller.step(Observation(2.0 * step, dict(moves), seen)).starts:
             source = controller.source_of(uuid)
             started[source] = started.get(source, 0) + 1
             moves[uuid] = Move(uuid, Phase.BULK, remaining_bytes=1e9, bytes_per_second=5 * MB)
+    return started
+
+
+def two_hosts(*, free: dict[str, float] | None = None, **second: object) -> SiteSummary:
+    """Two hosts of nine VMs on a line that carries them all; ``second`` is what those of home2 have."""
+    vms = [vm(f"a{number}") for number in range(9)]
+    vms += [vm(f"b{number}", host=2, **second) for number in range(9)]  # type: ignore[arg-type]
+    return site(*vms, rate=10_000 * MBIT, stream=5 * MB, free=free)
+
+
+def test_a_source_moves_no_more_at_a_time_than_it_has_processors_and_one_that_gets_ready() -> None:
+    started = started_of(replace(two_hosts(), processors={"home1": 2}))
     assert started["home1"] == 3
     assert started["home2"] > 3, "who does not say is not limited"
+
+
+def test_a_source_of_few_processors_does_not_keep_another_from_its_own() -> None:
+    started = started_of(replace(two_hosts(), processors={"home1": 1, "home2": 16}))
+    assert started == {"home1": 2, "home2": 9}
+
+
+_CANNOT_START = {
+    "its host says nothing": (two_hosts(), PairView(heard=False)),
+    "its link is down": (two_hosts(), PairView(up=False)),
+    "its destination has no memory": (two_hosts(free={"backup2": 0.0}), PairView()),
+    "it waits for another": (two_hosts(after=("a0",)), PairView()),
+}
+
+
+@pytest.mark.parametrize("why", _CANNOT_START)
+def test_a_pair_that_cannot_start_anything_throttles_no_other(why: str) -> None:
+    whole, view = _CANNOT_START[why]
+    assert started_of(whole, {"home2": view}) == {"home1": 9}
+
+
+def test_a_pair_that_waits_for_its_retry_throttles_no_other() -> None:
+    controller = Controller(site(vm("b", host=2), vm("a0"), vm("a1"), rate=10_000 * MBIT, stream=5 * MB))
+    begun = {uuid for uuid, _rung in controller.step(Observation(0.0)).starts}
+    assert begun == {"uuid-b", "uuid-a0"}
+    move = Move("uuid-a0", Phase.BULK, remaining_bytes=1e9, bytes_per_second=5e6)
+    orders = controller.step(Observation(2.0, {"uuid-a0": move}, failed={"uuid-b": True}))
+    assert [uuid for uuid, _rung in orders.starts] == ["uuid-a1"]
 
 
 @given(st.integers(0, 10**6), st.booleans(), st.booleans())
@@ -262,3 +314,99 @@ def test_those_whose_turn_is_near_are_held_and_the_far_ones_not() -> None:
     held = controller.step(Observation(2.0, moves)).held
     assert held
     assert len(held) < 10
+
+
+def one_at_a_time(whole: SiteSummary, strategy: str = "feedback") -> Controller:
+    """A controller that has found out that more at a time bring nothing."""
+    controller = Controller(whole, strategy)
+    for gate in controller.gates.values():
+        gate._starting = False
+    return controller
+
+
+def test_who_waits_behind_a_long_move_is_precached_until_its_turn_is_near() -> None:
+    """If the power fails meanwhile its replica would be as old as that move."""
+    controller = one_at_a_time(site(vm("a", memory=64_000 * MB), vm("b", memory=64_000 * MB)))
+    controller.step(Observation(0.0))
+    assert controller.waiting == ("uuid-b",)
+    for second in range(2, 120, 2):
+        long = Move("uuid-a", Phase.BULK, remaining_bytes=2e9, bytes_per_second=6e6)
+        assert not controller.step(Observation(float(second), {"uuid-a": long})).held
+    ending = replace(long, remaining_bytes=120e6)
+    assert controller.step(Observation(120.0, {"uuid-a": ending})).held == {"uuid-b"}
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "feedback"])
+def test_a_start_that_its_host_never_answers_holds_its_place_for_a_moment_only(strategy: str) -> None:
+    controller = one_at_a_time(site(vm("hangs"), vm("next", host=2, memory=200 * MB)), strategy)
+    first = controller.step(Observation(0.0, pairs={("home2", "backup2"): PairView(heard=False)}))
+    assert [uuid for uuid, _rung in first.starts] == ["uuid-hangs"]
+    pairs = {("home1", "backup1"): PairView(heard=False), ("home2", "backup2"): PairView()}
+    for second in range(2, 12, 2):
+        assert not controller.step(Observation(float(second), pairs=pairs)).starts, "it may answer yet"
+    later = controller.step(Observation(12.0, pairs=pairs))
+    assert [uuid for uuid, _rung in later.starts] == ["uuid-next"]
+
+
+def test_a_move_of_a_host_that_says_nothing_holds_no_place_whatever_the_strategy() -> None:
+    controller = Controller(site(vm("gone"), vm("next", host=2)), "sequential")
+    controller.step(Observation(0.0))
+    move = Move("uuid-gone", Phase.BULK, remaining_bytes=90e6)
+    assert not controller.step(Observation(2.0, {"uuid-gone": move})).starts
+    silent = controller.step(Observation(12.0, {"uuid-gone": replace(move, silent=True)}))
+    assert [uuid for uuid, _rung in silent.starts] == ["uuid-next"]
+
+
+def full_destination() -> Controller:
+    """Two are to go where only one of them has room, and the first has begun."""
+    controller = Controller(site(vm("a", memory=600 * MB, priority=90), vm("b", memory=400 * MB),
+                                 free={"backup1": 800 * MB}))  # fmt: skip
+    assert [uuid for uuid, _rung in controller.step(Observation(0.0)).starts] == ["uuid-a"]
+    going = Move("uuid-a", Phase.BULK, remaining_bytes=1e6, bytes_per_second=6e6)
+    assert not controller.step(Observation(2.0, {"uuid-a": going})).starts
+    assert controller.waits_because("uuid-b") == "no-memory-at-destination"
+    return controller
+
+
+def free_now(controller: Controller) -> float | None:
+    """What the next plan takes for free there."""
+    return controller.current_site().destinations[0].memory_free_bytes
+
+
+def test_the_memory_of_one_that_failed_is_the_next_ones() -> None:
+    orders = full_destination().step(Observation(4.0, failed={"uuid-a": False}))
+    assert [uuid for uuid, _rung in orders.starts] == ["uuid-b"]
+
+
+def test_one_that_waits_for_its_retry_is_counted_once() -> None:
+    controller = Controller(site(vm("a", memory=600 * MB), free={"backup1": 800 * MB}))
+    for attempt in range(3):
+        assert controller.step(Observation(10.0 * attempt, failed={"uuid-a": True} if attempt else {})).starts
+        assert free_now(controller) == 200 * MB
+        assert not controller.step(Observation(10.0 * attempt + 2, failed={"uuid-a": True})).starts
+        assert free_now(controller) == 800 * MB
+    assert controller.plan is not None
+    assert not controller.step(Observation(60.0, failed={"uuid-a": True})).starts
+    assert free_now(controller) == 800 * MB, "given back once, however often it is told"
+
+
+def test_a_start_that_did_not_reach_its_proxy_takes_no_memory_until_it_is_found_under_way() -> None:
+    controller = full_destination()
+    controller.not_started("uuid-a", 2.0)
+    assert free_now(controller) == 800 * MB
+    lead_in = Move("uuid-a", Phase.LEAD_IN)
+    controller.step(Observation(4.0, {"uuid-a": lead_in}))
+    assert free_now(controller) == 200 * MB
+    controller.step(Observation(6.0, out={"uuid-a"}))
+    assert free_now(controller) == 200 * MB
+
+
+@pytest.mark.parametrize("phase", [Phase.BULK, Phase.CLOSING])
+def test_one_that_may_have_arrived_keeps_its_memory(phase: Phase) -> None:
+    """Its host is given up while it goes on by itself, or its handing over is undecided."""
+    controller = full_destination()
+    heard = phase is Phase.CLOSING
+    pairs = {("home1", "backup1"): PairView(heard=heard)}
+    controller.step(Observation(4.0, {"uuid-a": Move("uuid-a", phase, silent=not heard)}, pairs))
+    assert not controller.step(Observation(6.0, {}, pairs, failed={"uuid-a": False})).starts
+    assert free_now(controller) == 200 * MB

@@ -282,8 +282,10 @@ class Bridge:
         self._connection = None
         self._channel = None
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait(5)
+            # What runs by sudo is not ours to end; it ends by itself, for we hung up on it.
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._process.terminate()
+                self._process.wait(5)
             self._process = None
 
     def _hang_up(self) -> None:

@@ -41,6 +41,7 @@ from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor impo
     Refused,
     Surveyor,
     Wanted,
+    ask,
     told_of,
 )
 
@@ -207,7 +208,7 @@ class Coordinator(Surveyor):
 
     def _ask_destinations_again(self) -> None:
         asked = {
-            name: self._pool.submit(proxy.request, "GET", "/v1/status", None, _ANSWER_SECONDS)
+            name: self._pool.submit(ask, proxy, "GET", "/v1/status", None, _ANSWER_SECONDS)
             for name, proxy in self._destinations.items()
         }
         wait(asked.values(), 2 * _ANSWER_SECONDS)
@@ -251,11 +252,11 @@ class Coordinator(Surveyor):
         """A host's state. Not all of it while VMs move: that asks QEMU for every lag, and takes long."""
         before = self.hosts[proxy.name].status
         if whole or not before:
-            return dict(proxy.request("GET", "/v1/status", None, _ANSWER_SECONDS))
+            return dict(ask(proxy, "GET", "/v1/status", None, _ANSWER_SECONDS))
         return {
             **before,
-            **proxy.request("GET", "/v1/evacuations", None, _ANSWER_SECONDS),
-            **proxy.request("GET", "/v1/links", None, _ANSWER_SECONDS),
+            **ask(proxy, "GET", "/v1/evacuations", None, _ANSWER_SECONDS),
+            **ask(proxy, "GET", "/v1/links", None, _ANSWER_SECONDS),
         }
 
     def _with_refusals(self, seen: Observation) -> Observation:

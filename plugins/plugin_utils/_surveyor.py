@@ -68,6 +68,22 @@ class Proxy(t.Protocol):
         """Hang up."""
 
 
+def ask(
+    proxy: Proxy,
+    method: str,
+    path: str,
+    body: t.Mapping[str, object] | None = None,
+    timeout_seconds: float = 30.0,
+) -> t.Any:
+    """The JSON answer. Raises ProxyError whatever went wrong: one host's trouble is not all others'."""
+    try:
+        return proxy.request(method, path, body, timeout_seconds)
+    except ProxyError:
+        raise
+    except Exception as error:
+        raise ProxyError("error", f"{proxy.name}: {error!r}") from error
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What the operator asked for."""
@@ -234,11 +250,11 @@ class Surveyor:
     def _measure(
         self, pairs: t.Sequence[PairSummary], seconds: float
     ) -> dict[tuple[str, str], t.Mapping[str, t.Any]]:
-        def ask(source: str, peer: str) -> t.Mapping[str, t.Any]:
+        def measure(source: str, peer: str) -> t.Mapping[str, t.Any]:
             path = f"/v1/links/{quote(peer, safe='')}/measure"
-            return dict(self._sources[source].request("POST", path, {"seconds": seconds}, 60.0))
+            return dict(ask(self._sources[source], "POST", path, {"seconds": seconds}, 60.0))
 
-        futures = {pair.key: self._pool.submit(ask, pair.source, pair.destination) for pair in pairs}
+        futures = {pair.key: self._pool.submit(measure, pair.source, pair.destination) for pair in pairs}
         told = {}
         for (source, peer), future in futures.items():
             try:
@@ -251,13 +267,13 @@ class Surveyor:
     def preflights(self, site: SiteSummary) -> dict[str, str]:
         """What stands in the way of each VM by its proxy's own preflight, by UUID."""
 
-        def ask(vm: VmSummary) -> str:
+        def judge(vm: VmSummary) -> str:
             live = {Rung.LIVE, Rung.PAUSED} & set(vm.rungs)
             body = {"vm": vm.uuid, "mode": "live" if live else "restart"}
-            told = self._sources[vm.source].request("POST", "/v1/evacuations/check", body, 60.0)
+            told = ask(self._sources[vm.source], "POST", "/v1/evacuations/check", body, 60.0)
             return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in told["findings"])
 
-        futures = {vm.uuid: self._pool.submit(ask, vm) for vm in site.vms}
+        futures = {vm.uuid: self._pool.submit(judge, vm) for vm in site.vms}
         wrong: dict[str, str] = {}
         for uuid, future in futures.items():
             try:
@@ -295,10 +311,10 @@ class Surveyor:
 
     def _ask_source(self, proxy: Proxy, state: HostState) -> None:
         try:
-            state.status = proxy.request("GET", "/v1/status")
+            state.status = ask(proxy, "GET", "/v1/status")
             if self.wanted.vms is None:
                 # All of a host means those as well that nobody thought of.
-                state.unprotected = proxy.request("GET", "/v1/vms").get("unprotected", [])
+                state.unprotected = ask(proxy, "GET", "/v1/vms").get("unprotected", [])
             state.error = ""
         except ProxyError as error:
             state.error, state.status = error.message, {}
@@ -313,14 +329,14 @@ class Surveyor:
         if not known.issuperset([*self.wanted.expected.get(proxy.name, ()), *(self.wanted.vms or ())]):
             # It may be shut off. A proxy of an older version cannot tell that.
             try:
-                state.domains = proxy.request("GET", "/v1/hypervisor").get("domains", [])
+                state.domains = ask(proxy, "GET", "/v1/hypervisor").get("domains", [])
             except ProxyError as error:
                 state.domains = [] if error.cause == "not-found" else None
         self._ask_workload(proxy, state)
 
     def _ask_destination(self, proxy: Proxy, state: HostState) -> None:
         try:
-            state.status = proxy.request("GET", "/v1/status")
+            state.status = ask(proxy, "GET", "/v1/status")
         except ProxyError as error:
             state.error = error.message
             return
@@ -330,7 +346,7 @@ class Surveyor:
     def _ask_workload(proxy: Proxy, state: HostState) -> None:
         # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
         with contextlib.suppress(ProxyError):
-            state.workload = proxy.request("POST", "/v1/workload", {"seconds": 1})
+            state.workload = ask(proxy, "POST", "/v1/workload", {"seconds": 1})
 
 
 def told_of(site: SiteSummary) -> list[Outcome]:

@@ -422,6 +422,39 @@ def test_the_bridge_speaks_http_through_a_process(world: World, tmp_path: Path) 
         bridge.close()
 
 
+def test_a_bridge_that_cannot_be_ended_is_hung_up_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "precache-proxy"
+    command.write_text("#!/bin/sh\nexec cat >/dev/null\n")
+    command.chmod(0o755)
+    bridge = Bridge(Reach("home1", local=True), "none", str(command))
+    bridge._open()
+    process = bridge._process
+    assert process is not None
+    monkeypatch.setattr(process, "terminate", lambda: (_ for _ in ()).throw(PermissionError(1, "sudo's")))
+    bridge.close()
+    assert process.wait(5) == 0, "it ended by itself"
+
+
+@pytest.mark.parametrize("surveyed", [False, True], ids=["at-the-survey", "at-a-look"])
+def test_what_nobody_thought_of_is_one_hosts_trouble(world: World, surveyed: bool) -> None:
+    def broken(*_request: Any) -> Any:
+        raise PermissionError(1, "not yours")
+
+    world.protect("home1", "web1")
+    coordinator = world.coordinator(expected={"home2": ["archive"]} if not surveyed else {})
+    try:
+        site = coordinator.survey() if surveyed else None
+        world.proxies["home2"].request = broken  # type: ignore[method-assign]
+        recorder = coordinator.run(site or coordinator.survey())
+    finally:
+        coordinator.close()
+    told = {vm["name"]: vm["verdict"] for vm in recorder.outcomes}
+    assert told == {"web1": "evacuated", **({} if surveyed else {"archive": "failed"})}
+    assert "PermissionError" in coordinator.hosts["home2"].error
+
+
 def test_no_proxy_is_one_sentence(tmp_path: Path) -> None:
     bridge = Bridge(
         Reach("home1", local=True), str(tmp_path / "none.sock"), "precache-proxy-that-is-not-there"

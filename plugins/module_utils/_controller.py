@@ -27,6 +27,12 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import FixedGate, Gate, Served
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import TOO_LATE, Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import (
+    INTERVAL_SECONDS,
+    Member,
+    Shares,
+    wire_bytes,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     PairSummary,
     Rung,
@@ -34,11 +40,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
     VmSummary,
 )
 
-INTERVAL_SECONDS = 2.0
 INTERVAL_ROUND_TRIPS = 10.0
-# What those that are not open get at least, together: a relay that stands still for 10 s is closed.
-_TRICKLE_SHARE = 0.05
-_TRICKLE_BYTES_PER_SECOND = 65_536.0
 _HOLD_AHEAD_SECONDS = 45.0
 _ATTEMPTS = 3
 # After so many intervals in which a move could take what it can get, what it got says what it can get.
@@ -133,11 +135,7 @@ class Controller:
         self._closing: set[str] = set()
         self._unheard_since: dict[Pair, float] = {}
         self._sent_before: set[str] = set()
-        # Per gate: the moves that are served fully, in the order in which they came to be.
-        self._open: dict[int, dict[str, None]] = {}
-        self._opened_before: set[str] = set()
-        self._shares: dict[str, float | None] = {}
-        self._intervals_open: dict[str, int] = {}
+        self._shares = Shares()
         self._make_gates()
 
     def _make_gates(self) -> None:
@@ -253,8 +251,8 @@ class Controller:
             self._sent_before.add(uuid)
             # One that began to send within the interval, or was opened in it, would look slow.
             if uuid in sent_before and move.phase is Phase.BULK:
-                share = self._shares.get(uuid)
-                fully = uuid in self._opened_before
+                share = self._shares.given.get(uuid)
+                fully = uuid in self._shares.open_throughout
                 told = Served(move.bytes_per_second, fully, share)
                 if fully or share is not None:
                     served.setdefault(id(self.gate_of(vm)), {})[uuid] = told
@@ -485,10 +483,10 @@ class Controller:
             if vm is None or self.gate_of(vm) is not gate or move.silent or move.hopeless:
                 continue
             if move.phase is Phase.LEAD_IN:
-                queued += _wire_bytes(vm)
+                queued += wire_bytes(vm)
             elif move.phase is not Phase.CLOSING:
                 queued += move.remaining_bytes
-        return queued + sum(_wire_bytes(vm) for vm in self._asked_for(seen) if self.gate_of(vm) is gate)
+        return queued + sum(wire_bytes(vm) for vm in self._asked_for(seen) if self.gate_of(vm) is gate)
 
     def _free_in_seconds(self, gate: Gate, seen: Observation) -> float:
         """In how long the first of those under way is through and its place another's; 0 where nothing says.
@@ -625,7 +623,7 @@ class Controller:
                 possible,
                 pair.round_trip_seconds,
                 left,
-                certain=self._intervals_open.get(uuid, 0) >= _CERTAIN_INTERVALS,
+                certain=self._shares.intervals_open(uuid) >= _CERTAIN_INTERVALS,
             )
             if fall is None:
                 continue
@@ -642,7 +640,7 @@ class Controller:
             orders.decisions.append(Decision(uuid, f"falls-to-{fall.rung.value}", fall.reason, fall.sentence))
 
     def _share(self, seen: Observation, orders: Orders) -> None:
-        by_gate: dict[int, list[tuple[VmSummary, Move]]] = {}
+        by_gate: dict[int, list[Member]] = {}
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
             if vm is not None and move.phase is not Phase.CLOSING and not move.silent:
@@ -651,89 +649,8 @@ class Controller:
         for uuid, rung in orders.starts:
             vm = self._vms[uuid]
             by_gate.setdefault(id(self.gate_of(vm)), []).append((vm, Move(uuid, Phase.LEAD_IN, rung)))
-        before = {uuid for opened in self._open.values() for uuid in opened}
-        for gate in self._gates.values():
-            self._share_gate(gate, by_gate.get(id(gate), []), orders)
-        opened = {uuid for names in self._open.values() for uuid in names}
-        # Served fully over the whole of the coming interval's predecessor: what it gets may be believed.
-        self._opened_before = opened & before
-        self._shares = dict(orders.shares)
-        for uuid in opened:
-            if uuid in seen.moves and seen.moves[uuid].phase is Phase.BULK:
-                self._intervals_open[uuid] = self._intervals_open.get(uuid, 0) + 1
-        for uuid in before - opened:
-            self._intervals_open.pop(uuid, None)
-
-    def _share_gate(self, gate: Gate, members: list[tuple[VmSummary, Move]], orders: Orders) -> None:
-        opened = self._opened(gate, members, self._open.get(id(gate), {}))
-        self._open[id(gate)] = opened
-        rest = []
-        for vm, move in members:
-            if vm.uuid in opened or move.phase is Phase.LAST or move.rung is not Rung.LIVE:
-                orders.shares[vm.uuid] = None
-            else:
-                rest.append((vm, move))
-        if not rest:
-            return
-        stream = gate.stream or 0.0
-        spare = max(0.0, gate.spare - (gate.open - 1) * stream)
-        trickle = max(_TRICKLE_BYTES_PER_SECOND, _TRICKLE_SHARE * (gate.capacity or 0.0) / len(rest))
-        rest.sort(key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry)))
-        for vm, _move in rest:
-            share = max(trickle, min(spare, stream))
-            spare = max(0.0, spare - share)
-            orders.shares[vm.uuid] = share
-
-    def _opened(
-        self, gate: Gate, members: list[tuple[VmSummary, Move]], before: t.Mapping[str, None]
-    ) -> dict[str, None]:
-        """Who may take what it can get: whoever does already, then the most urgent, on idle pairs first.
-
-        A live move that is throttled half way sends again what is dirtied meanwhile; so none is pushed out
-        but by the gate's own narrowing, and then the last that came.
-        """
-        free = gate.open
-        opened: dict[str, None] = {}
-        candidates = {
-            vm.uuid: (vm, move)
-            for vm, move in members
-            if move.phase is not Phase.LAST and move.rung is Rung.LIVE
-        }
-        # A guest that stands still has its place, whatever else is said.
-        free -= sum(1 for _vm, move in members if move.rung is not Rung.LIVE)
-        busy: dict[tuple[str, str], int] = {}
-        for uuid in before:
-            entry = candidates.pop(uuid, None)
-            if entry is None:
-                continue
-            vm, move = entry
-            if free <= 0 and opened:
-                candidates[uuid] = entry
-                continue
-            opened[uuid] = None
-            busy[vm.pair] = busy.get(vm.pair, 0) + 1
-            # Over before the next look: the one after it opens now, or the link would idle meanwhile.
-            if not self._over_soon(move):
-                free -= 1
-        waiting = sorted(
-            candidates.values(),
-            # Who is still in the lead-in has nothing to send yet: an open place would be idle.
-            key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry)),
-        )
-        turns: list[tuple[int, int, str]] = []
-        for number, (vm, _move) in enumerate(waiting):
-            turns.append((busy.get(vm.pair, 0), number, vm.uuid))
-            busy[vm.pair] = busy.get(vm.pair, 0) + 1
-        for _turn, _number, uuid in sorted(turns):
-            if free <= 0 and opened:
-                break
-            opened[uuid] = None
-            free -= 1
-        return opened
-
-    def _over_soon(self, move: Move) -> bool:
-        rate = move.bytes_per_second
-        return move.phase is Phase.BULK and rate > 0 and live_seconds(move, rate) <= INTERVAL_SECONDS
+        served = [(gate, by_gate.get(id(gate), [])) for gate in self._gates.values()]
+        orders.shares.update(self._shares.share(served, seen.moves))
 
     def _hold(self, seen: Observation, orders: Orders) -> None:
         """No periodic passes for those whose turn is near: their catch-up sends the same, once."""
@@ -746,19 +663,6 @@ class Controller:
                 if uuid not in self._held_before:
                     orders.decisions.append(Decision(uuid, "precaching-waits", "turn-is-near"))
         self._held_before |= orders.held
-
-
-def _urgency(vm: VmSummary, move: Move) -> float:
-    """Weight per byte that is left: by bytes, for a trickled rate would make the last the last for ever."""
-    left = move.remaining_bytes
-    if move.phase is Phase.LEAD_IN:
-        left = _wire_bytes(vm)
-    return vm.weight / max(left, 1e4)
-
-
-def _wire_bytes(vm: VmSummary) -> float:
-    """What a move that has not begun to send will send at least."""
-    return vm.lag_bytes + vm.memory_used_bytes * vm.packed_ratio
 
 
 def remaining_seconds(move: Move, round_trip_seconds: float) -> float | None:

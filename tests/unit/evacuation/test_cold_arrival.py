@@ -50,6 +50,20 @@ def test_variables_and_tpm_state_are_put_in_place_and_nothing_older_is_left(tmp_
         assert state.stat().st_mode & 0o777 == 0o700
 
 
+def test_what_an_evacuation_left_in_place_is_not_wiped(tmp_path: Path) -> None:
+    arrival, _blobs = an_arrival(tmp_path, {})
+    arrival.state_is_in_place = True
+    kept = [tmp_path / "nvram" / "web1.fd", tmp_path / "swtpm" / VM / "tpm2" / "tpm2-00.permall"]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"of its stay")
+    cold_arrival._place(arrival, {})
+    assert [path.read_bytes() for path in kept] == [b"of its stay"] * 2
+    arrival.state_is_in_place = False
+    cold_arrival._place(arrival, {})
+    assert [path.exists() for path in kept] == [False, False]
+
+
 def test_a_tpm_whose_state_is_one_file(tmp_path: Path) -> None:
     arrival, blobs = an_arrival(tmp_path, {"tpm/tpm2": b"state"}, kind="file")
     cold_arrival._place(arrival, blobs)

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from precache_proxy.errors import Conflict, PeerUnreachable
-from precache_proxy.evacuation import departures, rollback
+from precache_proxy.errors import Conflict, NotFound, PeerUnreachable
+from precache_proxy.evacuation import departures, giving_up, rollback
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.departures import Departures
-from precache_proxy.evacuation.fence import FENCE_SHARE, Fence
+from precache_proxy.evacuation.fence import FENCE_SHARE, Fence, this_boot
 from precache_proxy.evacuation.guard import FENCED, TOMBSTONE, Forbidden, Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Journal, Step, Verdict, new_job
 from precache_proxy.evacuation.reconcile import Presence
@@ -220,6 +220,56 @@ async def test_a_tombstone_is_not_replaced(host: Host) -> None:
     await host.fence.stand_still(host.departure)
     assert host.cause == TOMBSTONE
     assert host.machines.is_there is Presence.PAUSED
+
+
+async def test_a_tombstone_of_another_is_not_replaced_either(host: Host) -> None:
+    host.guard.forbid(Forbidden(VM, TOMBSTONE, "it was started at backup1 from a generation", "f0", 1))
+    host.clock.seconds += LIMIT_SECONDS
+    await host.fence.stand_still(host.departure)
+    found = host.guard.forbidden(VM)
+    assert found is not None
+    assert (found.cause, found.job) == (TOMBSTONE, "f0")
+    assert host.machines.is_there is Presence.PAUSED
+
+
+async def test_a_paused_vm_that_runs_from_a_generation_by_now_is_not_resumed(tmp_path: Path) -> None:
+    host = Host(tmp_path, Step.ROLLBACK)
+    host.machines.is_there = Presence.PAUSED
+    host.link.answer = {"state": "aborted", "runs_here": True}
+    with pytest.raises(Conflict, match="it runs at backup1 by now"):
+        await rollback.roll_back(host.departure, host.fence, cold=False)
+    assert (host.machines.is_there, host.machines.resumed) == (Presence.PAUSED, 0)
+    assert host.link.asked == ["evacuation.abort", "evacuation.home"]
+    # One that was paused here, and never taken for dead, goes on with contact or without.
+    host.link.answer = PeerUnreachable("peer backup1: down")
+    host.departure.job.boot = this_boot()
+    await rollback.roll_back(host.departure, host.fence, cold=False)
+    assert host.machines.is_there is Presence.RUNNING
+
+
+async def test_a_fenced_vm_that_runs_from_a_generation_by_now_stays_fenced(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departures, "Fence", lambda: Fence(host.clock, "boot-1"))
+    host.clock.seconds += LIMIT_SECONDS
+    again = Departures(host.around, cast(Any, None))
+    again.load()
+    item = again.get(host.departure.job.id)
+    await again._fence.stand_still(item)
+    host.link.answer = {"state": "aborted", "runs_here": True}
+    await again._settle_debt(item)
+    assert (host.cause, host.machines.is_there) == (FENCED, Presence.PAUSED)
+    assert host.journal.load()[0].owes_abort, "asked again"
+    host.link.answer = {"state": "aborted", "runs_here": False}
+    await again._settle_debt(item)
+    assert (host.cause, host.machines.is_there) == ("", Presence.RUNNING)
+    assert not host.journal.load()[0].owes_abort
+
+
+async def test_a_peer_that_knows_no_fail_over_has_taken_nothing(host: Host) -> None:
+    host.departure.job.boot = "an earlier one"
+    host.link.answer = NotFound("call 'evacuation.home': not known to this proxy")
+    await giving_up.refuse_when_moved(host.departure)
 
 
 async def test_the_operator_lets_a_fenced_vm_go_on(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,40 @@ async def test_only_a_vm_that_runs_there_ends_the_copy_here(
         assert job.owes_abort, "asked again"
 
 
+@pytest.mark.parametrize(("sealed_at", "in_place"), [(0.0, True), (1000.0, False)])
+async def test_what_an_evacuation_left_as_a_base_is_sealed_without_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed_at: float, in_place: bool
+) -> None:
+    class Chains(dict[str, Any]):
+        definition = f"<domain type='kvm'><name>web1</name><uuid>{VM}</uuid><devices/></domain>"
+        attachments: dict[str, Path] = {}  # noqa: RUF012
+
+    class Sealed(Replicas):
+        media = SimpleNamespace(claim=lambda _vm, _epoch: None)
+
+        async def sealed_chain(self, _vm: str, _generation: int) -> Chains:
+            return Chains()
+
+        async def freeze_for_arrival(self, _vm: str, _generation: int, _epoch: int) -> Chains:
+            return Chains()
+
+    async def nothing(*_arguments: object) -> list[Any]:
+        return []
+
+    monkeypatch.setattr("precache_proxy.evacuation.preflight.destination_findings", nothing)
+    monkeypatch.setattr("precache_proxy.evacuation.cold_arrival.stand_ready", nothing)
+    monkeypatch.setattr(
+        "precache_proxy.evacuation.arrivals.find_places", lambda *_arguments: SimpleNamespace(paths={})
+    )
+    there = arrivals(tmp_path, Sealed())
+    monkeypatch.setattr(there.footprint, "make", nothing)
+    made = await there.prepare_from_generation("home1", "f0", VM, 7, 3, sealed_at)
+    await there.stop()
+    assert (made.fails_over, made.state_is_in_place) == (True, in_place)
+    # It is on record: a restart of the proxy must not wipe what is in place either.
+    assert [item.state_is_in_place for item in arrivals(tmp_path, Sealed()).records.all()] == [in_place]
+
+
 async def test_a_way_back_that_nobody_counted_is_compared(tmp_path: Path) -> None:
     record = ProtectionRecord(
         VM, "web1", "home1", 15.0, epoch=1, return_generation=7, return_checkpoint="",

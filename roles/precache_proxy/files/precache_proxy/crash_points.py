@@ -55,6 +55,11 @@ CRASH_POINTS: Final[dict[str, str]] = {
     "arrival-aborting": "aborting is durable, nothing was removed",
     "landing-begun": "the way back is protected, no layer was collapsed",
     "landing-collapsed": "layers are collapsed, the landing is not recorded",
+    # a VM from a generation, its home taken for dead: at the destination, then at the home
+    "fail-over-prepared": "it stands there and the operator's word is durable, the home was not asked",
+    "fail-over-home-told": "the home has given it up or does not answer, released is not recorded",
+    "home-forbidden": "the home's tombstone is durable, nothing was ended",
+    "home-jobs-ended": "the home's jobs are ended, the domain is still defined",
     # free for the rooms below
     "pass-begun": "the watchdog's record of a backup is there, the backup is not",
     "pass-open": "a pull backup is open in QEMU",

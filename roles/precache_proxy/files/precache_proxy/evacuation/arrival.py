@@ -89,6 +89,8 @@ class Arrival:
     boots: bool = True
     # of one that comes without its memory: UEFI variables and TPM state by name -> SHA-256
     attachments: dict[str, str] = field(default_factory=dict)
+    # they are in their places here since an earlier stay, and not among the attachments
+    state_is_in_place: bool = False
     # drive -> where its medium is here
     media: dict[str, str] = field(default_factory=dict)
     # the checkpoint that tracks the way back from the first instant, "" until it exists

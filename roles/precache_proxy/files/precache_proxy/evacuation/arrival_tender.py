@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 STATUS_TIMEOUT_SECONDS = 30.0
 
 
+def _is_the_operators(arrival: Arrival) -> bool:
+    """Released on the operator's word: it holds when this host has gone down before the VM ran."""
+    return arrival.state is ArrivalState.RELEASED and arrival.activated_by == "operator"
+
+
 class ArrivalTender:
     """Looks at each arrival now and then. ``land`` is told of those that run here."""
 
@@ -42,6 +47,9 @@ class ArrivalTender:
                 await self._arrivals.activation.install_owed_network(arrival)
             if arrival.state is ArrivalState.ACTIVATED:
                 await self._tend_activated(arrival)
+            elif arrival.fails_over and arrival.state is ArrivalState.PREPARED:
+                # Its home knows no such job: fail_over.py asks it what can be asked.
+                return
             elif not arrival.ended:
                 await self._decide(arrival)
         except LifeboatError as error:
@@ -66,6 +74,7 @@ class ArrivalTender:
 
     async def _decide(self, arrival: Arrival) -> None:
         reachable, step = await self._ask_source(arrival)
+        presumed = not reachable and self._arrivals.contact.presumed_dead(arrival.id)
         async with self._records.lock(arrival.vm):
             presence = await self._domains.presence(arrival.vm)
             decision = decide_at_destination(
@@ -73,7 +82,7 @@ class ArrivalTender:
                 presence,
                 step,
                 source_reachable=reachable,
-                source_presumed_dead=not reachable and self._arrivals.contact.presumed_dead(arrival.id),
+                source_presumed_dead=presumed or _is_the_operators(arrival),
             )
             if decision is not ArrivalDecision.WAIT:
                 logger.info(

@@ -243,6 +243,8 @@ class Arrivals:
             stray_bitmaps=[str(name) for name in parameters.get("bitmaps", [])],
             fails_over="sealed_at" in parameters,
             sealed_at=parameters.get("sealed_at"),
+            # What an evacuation left here is sealed without them (0.0): they stayed in their places.
+            state_is_in_place=parameters.get("sealed_at") == 0.0,
             tombstone=asdict(earlier) if earlier is not None and earlier.cause == TOMBSTONE else None,
         )
         chains = await self._store.freeze_for_arrival(vm, arrival.generation, arrival.epoch)

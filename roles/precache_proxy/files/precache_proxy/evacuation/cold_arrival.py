@@ -54,6 +54,8 @@ async def stand_ready(domains: Domains, guard: Guard, arrival: Arrival, blobs: M
 
 def _place(arrival: Arrival, blobs: Mapping[str, Path]) -> None:
     """Write what the source said it has, and nothing that an earlier stay left (blocking)."""
+    if arrival.state_is_in_place:
+        return
     definition = parse_definition(arrival.definition)
     places = attachment_places(definition, arrival.attachments)
     contents: dict[str, bytes] = {}

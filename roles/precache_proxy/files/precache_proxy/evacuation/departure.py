@@ -101,10 +101,10 @@ class Departure:
             raise NotFound(f"peer {self.job.peer}: not configured here; add it to precache_proxy.toml")
         return link
 
-    async def enter(self, step: Step) -> None:
-        """Make the step durable; only then it is begun."""
-        await asyncio.to_thread(self.around.journal.enter, self.job, step)
-        logger.info("evacuation %s of VM %s: %s", self.job.id, self.job.vm, step.value)
+    async def enter(self, *steps: Step) -> None:
+        """Make the step durable; only then it is begun. Of several only the last is ever on disk."""
+        await asyncio.to_thread(self.around.journal.enter, self.job, *steps)
+        logger.info("evacuation %s of VM %s: %s", self.job.id, self.job.vm, steps[-1].value)
 
     async def save(self) -> None:
         """Make what the record says now durable."""

@@ -57,6 +57,8 @@ class Departures:
         self._fence = Fence()
         self._departures: dict[str, Departure] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # VMs that are being given up: nobody else goes on with their jobs
+        self._superseded: set[str] = set()
         self._beginning: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def load(self) -> None:
@@ -339,6 +341,8 @@ class Departures:
         """The operator keeps an undecided VM here. Raises Conflict when there is nothing to settle."""
         item = self.get(job_id)
         job = item.job
+        if job.vm in self._superseded:
+            raise Conflict(f"VM {job.name}: it is being given up to {job.peer}, which runs it by now")
         fenced = job.step is Step.STAYED and self._fence.is_due(item)
         if job.step not in {Step.UNDECIDED, Step.RELEASED, Step.CONFIRM, Step.ROLLBACK} and not fenced:
             raise Conflict(
@@ -383,25 +387,30 @@ class Departures:
         """The peer runs a VM of ours from a generation, on its operator's word that we are dead."""
         vm = str(parameters["vm"])
         async with self._beginning[vm]:
-            await giving_up.refuse_what_is_not_so(self._around, peer, parameters)
             concerned = [
                 item
                 for item in self._departures.values()
                 if item.job.vm == vm and item.job.peer == peer and (not item.job.ended or _owes(item.job))
             ]
-            for item in concerned:
-                task = self._tasks.get(item.job.id)
-                if task is not None and not task.done():
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
-            await giving_up.give_up(self._around, concerned, peer, parameters)
-        return {}
+            await giving_up.refuse_what_is_not_so(self._around, concerned, peer, parameters)
+            if parameters.get("only_asked"):
+                return {}
+            self._superseded.add(vm)
+            try:
+                for item in concerned:
+                    task = self._tasks.get(item.job.id)
+                    if task is not None and not task.done():
+                        task.cancel()
+                        await asyncio.gather(task, return_exceptions=True)
+                return await giving_up.give_up(self._around, concerned, peer, parameters)
+            finally:
+                self._superseded.discard(vm)
 
     async def tend(self, item: Departure) -> None:
         """Go on with a job that nobody works on."""
         job = item.job
         task = self._tasks.get(job.id)
-        if task is not None and not task.done():
+        if (task is not None and not task.done()) or job.vm in self._superseded:
             return
         if not job.ended:
             self._run(job.id, self._decide_quietly(item))

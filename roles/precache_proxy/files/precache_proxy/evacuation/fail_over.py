@@ -9,12 +9,14 @@ then, and ends a copy that somebody has started meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, NotFound, PeerUnreachable
 from precache_proxy.evacuation.arrival import RUNS_HERE, Arrival, ArrivalState
 from precache_proxy.evacuation.arrivals import Arrivals
@@ -27,6 +29,30 @@ logger = logging.getLogger(__name__)
 
 TELL_TIMEOUT_SECONDS = 30.0
 _NOT_WHOLE = frozenset({Presence.ABSENT, Presence.SHUT_OFF, Presence.ENDED})
+
+
+def _what(generation: int, sealed_at: float) -> str:
+    """Which generation, and how old; what an evacuation has left here is of no known age (0)."""
+    if not sealed_at:
+        return f"generation {generation}, of unknown age"
+    return f"generation {generation}, sealed {format_seconds(max(0.0, time.time() - sealed_at))} ago"
+
+
+def _is_begun(arrival: Arrival) -> bool:
+    """Whether its home may have been asked already, and may have given the VM up."""
+    return (
+        arrival.fails_over and arrival.state is ArrivalState.PREPARED and arrival.activated_by == "operator"
+    )
+
+
+def _told(arrival: Arrival) -> dict[str, Any]:
+    return {
+        "vm": arrival.vm,
+        "name": arrival.name,
+        "epoch": arrival.epoch,
+        "job": arrival.id,
+        "generation": arrival.generation,
+    }
 
 
 class FailOver:
@@ -45,114 +71,209 @@ class FailOver:
     async def begin(self, vm: str, *, source_is_dead: bool) -> Arrival:
         """Run the VM (name or UUID) from its last sealed generation. Raises NotFound, InvalidInput, Conflict
         while nothing was changed here; a home that answered may have been told by then."""
+        if source_is_dead and (running := await self._running_here(vm)) is not None:
+            return running
         status = await self._replica(vm)
         uuid_of_vm, name, peer = str(status["vm"]), str(status["name"]), str(status["peer"])
         sealed = status.get("sealed")
         if not sealed:
             raise Conflict(f"VM {name}: its replica has no sealed generation; there is nothing to start")
-        age = max(0.0, time.time() - float(sealed["sealed_at"]))
-        what = f"generation {sealed['generation']}, sealed {format_seconds(age)} ago"
+        generation, sealed_at = int(sealed["generation"]), float(sealed["sealed_at"])
         if not source_is_dead:
             raise InvalidInput(
-                f"VM {name}: it would run here from {what}, and what {peer} wrote since would be lost; "
-                f"say source_is_dead only when {peer} has lost power, or surely does not run it"
+                f"VM {name}: it would run here from {_what(generation, sealed_at)}, and what {peer} wrote "
+                f"since would be lost; say source_is_dead only when {peer} has lost power, or surely does "
+                "not run it"
             )
         epoch = int(status["epoch"]) + 1
         job_id = uuid.uuid4().hex[:12]
         async with self._arrivals.records.lock(uuid_of_vm):
-            await self._make_room(uuid_of_vm, name)
-            prepared = await self._arrivals.prepare_from_generation(
-                peer, job_id, uuid_of_vm, int(sealed["generation"]), epoch, float(sealed["sealed_at"])
-            )
-            try:
-                prepared.home_told = await self._ask_home(prepared)
-            except LifeboatError:
-                await self._arrivals.clear(prepared)
-                raise
-            prepared.sentence = f"It runs here from {what}: what {peer} wrote since is not in it."
-            logger.critical(
-                "VM %s: runs here from %s on the operator's word that %s is dead", name, what, peer
-            )
-            await self._arrivals.act(prepared, ArrivalDecision.ACTIVATE, on_whose_word="operator")
+            # Another operator may have come first.
+            if (running := await self._running_here(uuid_of_vm)) is not None:
+                return running
+            in_the_way = await self._in_the_way(uuid_of_vm, name)
+            prepared = next((other for other in in_the_way if _is_begun(other)), None)
+            if prepared is None:
+                told = {"vm": uuid_of_vm, "name": name, "epoch": epoch, "job": job_id}
+                await self._refuse_what_home_refuses(peer, {**told, "generation": generation})
+                for other in in_the_way:
+                    await self._arrivals.clear(other)
+                prepared = await self._arrivals.prepare_from_generation(
+                    peer, job_id, uuid_of_vm, generation, epoch, sealed_at
+                )
+                # Durable before the home is asked: it may give the VM up and never reach us with that.
+                prepared.activated_by = "operator"
+                await self._arrivals.records.save(prepared)
+                crash_point("fail-over-prepared")
+            await self._go_on(prepared, says_so_now=True)
         return prepared
 
-    async def _replica(self, vm: str) -> dict[str, Any]:
-        for status in await self._store.statuses():
-            if vm in {status.get("vm"), status.get("name")} and status.get("state") != "detached":
-                if status.get("state") == "damaged":
-                    raise Conflict(f"VM {vm}: the record of its replica is damaged: {status.get('sentence')}")
-                return dict(status)
-        raise NotFound(f"{vm}: no replica of that VM here; see `precache-proxy status`")
+    async def _running_here(self, vm: str) -> Arrival | None:
+        """The arrival by which a VM (name or UUID) runs here from a generation already."""
+        for arrival in self._arrivals.records.all():
+            if (
+                arrival.fails_over
+                and vm in {arrival.vm, arrival.name}
+                and arrival.state in RUNS_HERE
+                and self._arrivals.records.latest_of(arrival.vm) is arrival
+                and await self._domains.presence(arrival.vm) in {Presence.RUNNING, Presence.PAUSED}
+            ):
+                return arrival
+        return None
 
-    async def _make_room(self, vm: str, name: str) -> None:
-        """End what is left of an evacuation that did not come to its end."""
+    async def _replica(self, vm: str) -> dict[str, Any]:
+        statuses = [
+            dict(status)
+            for status in await self._store.statuses()
+            if vm in {status.get("vm"), status.get("name")} and status.get("state") != "detached"
+        ]
+        if not statuses:
+            raise NotFound(f"{vm}: no replica of that VM here; see `precache-proxy status`")
+        if len(statuses) > 1:
+            numbers = " or ".join(str(status.get("vm")) for status in statuses)
+            raise Conflict(f"VM {vm}: replicas of {len(statuses)} VMs of that name are here; say {numbers}")
+        [status] = statuses
+        if status.get("state") == "damaged":
+            raise Conflict(f"VM {vm}: the record of its replica is damaged: {status.get('sentence')}")
+        return status
+
+    async def _in_the_way(self, vm: str, name: str) -> list[Arrival]:
+        """What is left of an evacuation that did not come to its end. Raises Conflict for one that is whole;
+        changes nothing."""
+        found: list[Arrival] = []
         for other in self._arrivals.records.of(vm):
             if other.ended:
                 continue
             presence = await self._domains.presence(vm)
             begun_before = other.fails_over and other.state is ArrivalState.PREPARED
             half = other.state is ArrivalState.PREPARED and presence in _NOT_WHOLE
-            if other.state is ArrivalState.ABORTING or begun_before or half:
-                await self._arrivals.clear(other)
-            else:
+            if not (other.state is ArrivalState.ABORTING or begun_before or half):
                 raise Conflict(
                     f"VM {name}: its arrival {other.id} is {other.state.value} here, and more than the "
                     f"replica; `precache-proxy settle {other.id} source-dead` runs that"
                 )
+            found.append(other)
+        return found
 
-    async def _ask_home(self, arrival: Arrival) -> bool:
-        """Whether the home has answered, and will not start it any more. Raises what it refuses with."""
+    async def _refuse_what_home_refuses(self, peer: str, told: Mapping[str, Any]) -> None:
+        """Before anything is changed, here or there: raise what the home has against it, where it answers."""
+        with contextlib.suppress(PeerUnreachable):
+            await self._tell(peer, {**told, "only_if_off": True, "only_asked": True})
+
+    async def _go_on(self, arrival: Arrival, *, says_so_now: bool) -> None:
+        """From PREPARED on: the home's consent where it answers, then the release. Its lock is held.
+
+        Raises Conflict when the home refuses; then it is cleared away. A home that does not answer is taken
+        for dead while the operator ``says_so_now``, and waited for otherwise: it may have refused.
+        """
+        answer: dict[str, Any] | None = {}
+        if not arrival.home_told:
+            answer = await self._ask_home(arrival)
+            if answer is None and says_so_now:
+                await self._arrivals.tracking.begin(arrival)
+                # What came before took its time: the home may be back by now.
+                answer = await self._ask_home(arrival)
+            if answer is None and not says_so_now:
+                await self._wait_for_home(arrival)
+                return
+            if answer is not None:
+                arrival.home_told = not answer.get("owes")
+                await self._arrivals.records.save(arrival)
+        crash_point("fail-over-home-told")
+        what = _what(arrival.generation, arrival.sealed_at or 0.0)
+        arrival.cause = ""
+        arrival.sentence = f"It runs here from {what}: what {arrival.peer} wrote since is not in it."
+        logger.critical(
+            "VM %s: runs here from %s on the operator's word that %s is dead",
+            arrival.name, what, arrival.peer,
+        )  # fmt: skip
+        await self._arrivals.act(arrival, ArrivalDecision.ACTIVATE, on_whose_word="operator")
+
+    async def _wait_for_home(self, arrival: Arrival) -> None:
+        if arrival.cause == "no-contact":
+            return
+        arrival.cause = "no-contact"
+        arrival.sentence = (
+            f"VM {arrival.name}: its fail-over was interrupted, and {arrival.peer} cannot be asked again "
+            f"whether it runs there; wait, or repeat `precache-proxy fail-over {arrival.name} "
+            f"--source-is-dead`"
+        )
+        logger.critical("%s", arrival.sentence)
+        await self._arrivals.records.save(arrival)
+
+    async def _ask_home(self, arrival: Arrival) -> dict[str, Any] | None:
+        """The word of the home that it will not start it any more, None where it does not answer. A refusal
+        clears the arrival away and is raised; what else it raises says neither yes nor no."""
         try:
-            await self._tell(arrival, only_if_off=True)
+            return await self._tell(arrival.peer, {**_told(arrival), "only_if_off": True})
         except PeerUnreachable as error:
             logger.warning("VM %s: %s cannot be asked: %s", arrival.vm, arrival.peer, error)
-            return False
-        return True
+            return None
+        except Conflict:
+            await self._arrivals.clear(arrival)
+            raise
 
-    async def _tell(self, arrival: Arrival, *, only_if_off: bool) -> None:
-        link = self._links.get(arrival.peer)
+    async def _tell(self, peer: str, told: dict[str, Any]) -> dict[str, Any]:
+        link = self._links.get(peer)
         if link is None or link.state != "up":
-            raise PeerUnreachable(f"peer {arrival.peer}: no contact")
-        await link.call(
-            "evacuation.supersede",
-            {
-                "vm": arrival.vm,
-                "name": arrival.name,
-                "epoch": arrival.epoch,
-                "job": arrival.id,
-                "generation": arrival.generation,
-                "only_if_off": only_if_off,
-            },
-            timeout_seconds=TELL_TIMEOUT_SECONDS,
+            raise PeerUnreachable(f"peer {peer}: no contact")
+        answer: dict[str, Any] = await link.call(
+            "evacuation.supersede", told, timeout_seconds=TELL_TIMEOUT_SECONDS
         )
+        return answer
 
     async def tend(self, arrival: Arrival) -> None:
-        """Tell the old home of one that runs here, until it has heard."""
-        if not arrival.fails_over or arrival.home_told or arrival.state not in RUNS_HERE:
+        """Take up one that was interrupted; tell the old home of one that runs here, until it has heard."""
+        if not arrival.fails_over:
             return
         try:
-            await self._tell(arrival, only_if_off=False)
+            if arrival.state is ArrivalState.PREPARED:
+                await self._take_up(arrival)
+            elif arrival.state in RUNS_HERE and not arrival.home_told:
+                await self._tell_late(arrival)
         except PeerUnreachable:
             return
-        except LifeboatError as error:
-            # Told every few seconds: said once.
-            level = logging.DEBUG if self._complaints.get(arrival.id) == error.message else logging.ERROR
-            self._complaints[arrival.id] = error.message
-            logger.log(
-                level, "VM %s: %s does not take it that it runs here: %s", arrival.vm, arrival.peer, error
-            )
+        except (LifeboatError, OSError) as error:
+            self._complain(arrival, str(error))
+
+    async def _take_up(self, arrival: Arrival) -> None:
+        lock = self._arrivals.records.lock(arrival.vm)
+        if lock.locked():
+            # Somebody works on it.
+            return
+        async with lock:
+            if arrival.state is not ArrivalState.PREPARED:
+                return
+            if not _is_begun(arrival):
+                # Its home was asked for nothing yet, and the operator has no answer: as if it was never said.
+                await self._arrivals.clear(arrival)
+            elif await self._domains.presence(arrival.vm) is not Presence.UNKNOWN:
+                await self._go_on(arrival, says_so_now=False)
+
+    async def _tell_late(self, arrival: Arrival) -> None:
+        answer = await self._tell(arrival.peer, {**_told(arrival), "only_if_off": False})
+        if answer.get("owes"):
+            self._complain(arrival, str(answer["owes"]))
             return
         arrival.home_told = True
         await self._arrivals.records.save(arrival)
         logger.info("VM %s: %s knows now that it runs here", arrival.vm, arrival.peer)
 
+    def _complain(self, arrival: Arrival, message: str) -> None:
+        # Tried every few seconds: said once.
+        level = logging.DEBUG if self._complaints.get(arrival.id) == message else logging.ERROR
+        self._complaints[arrival.id] = message
+        logger.log(level, "VM %s: %s has not given it up to this host: %s", arrival.vm, arrival.peer, message)
+
     def home(self, vm: str, job: str, epoch: int) -> dict[str, Any]:
         """What a home that is about to start a VM again asks: whether another arrival of it runs here."""
         latest = self._arrivals.records.latest_of(vm)
+        # It may be released at any moment, by one who could not reach the home that asks now.
+        is_coming = latest is not None and latest.fails_over and latest.state is ArrivalState.PREPARED
         runs_here = (
             latest is not None
             and latest.id != job
             and latest.epoch >= epoch
-            and latest.state in {ArrivalState.RELEASED, *RUNS_HERE}
+            and (latest.state in {ArrivalState.RELEASED, *RUNS_HERE} or is_coming)
         )
         return {"runs_here": runs_here}

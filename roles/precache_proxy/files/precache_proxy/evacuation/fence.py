@@ -19,7 +19,7 @@ from typing import Final
 
 from precache_proxy.errors import LifeboatError, NotFound
 from precache_proxy.evacuation.departure import Departure
-from precache_proxy.evacuation.guard import FENCED, Forbidden
+from precache_proxy.evacuation.guard import FENCED, TOMBSTONE, Forbidden
 from precache_proxy.source.scratch import boottime_seconds
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class Fence:
             if not self.is_due(departure):
                 return
             found = await asyncio.to_thread(around.guard.forbidden, job.vm)
-            if found is None or found.job != job.id:
+            # A tombstone says more: it runs elsewhere.
+            if found is None or (found.job != job.id and found.cause != TOMBSTONE):
                 limit = job.presumed_dead_after_seconds or 0.0
                 sentence = (
                     f"VM {job.name}: {job.peer} cannot be reached and may run it by now, as it was set to "

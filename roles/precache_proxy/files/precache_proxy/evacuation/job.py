@@ -314,13 +314,14 @@ class Journal:
         durable.make_directory(self.directory, 0o750)
         durable.write_json(self.path(job.id), job.record())
 
-    def enter(self, job: Job, step: Step) -> None:
+    def enter(self, job: Job, *steps: Step) -> None:
         """Advance and make that durable; only then may the step be begun (blocking).
 
         Where it cannot be made durable (a full disk) the job stays at its step: nobody may act upon the next.
         """
         before = copy.deepcopy((job.step, job.steps, job.undecided_from, job.ended_at))
-        job.advance(step, self.clock())
+        for step in steps:
+            job.advance(step, self.clock())
         try:
             self.save(job)
         except OSError:

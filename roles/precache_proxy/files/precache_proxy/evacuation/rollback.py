@@ -52,7 +52,7 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
         raise HypervisorError(f"VM {job.name}: libvirt here does not say whether it runs; it is asked again")
     await _clean_peer(departure, must=cold and job.settled != KEEP_AT_SOURCE)
     crash_point("rollback-peer-cleaned")
-    if presence is Presence.SHUT_OFF:
+    if presence in {Presence.SHUT_OFF, Presence.PAUSED}:
         await giving_up.refuse_when_moved(departure)
     async with departure.deciding:
         if not fence.is_due(departure):
@@ -99,8 +99,12 @@ async def _run_here(departure: Departure, presence: Presence) -> Presence:
     return presence
 
 
-async def _clean_peer(departure: Departure, *, must: bool) -> None:
-    """Have the destination clear its arrival away, durably. Not reached: owed, unless it ``must`` be."""
+async def _clean_peer(departure: Departure, *, must: bool, goes_on: bool = False) -> None:
+    """Have the destination clear its arrival away, durably. Not reached: owed, unless it ``must`` be.
+
+    ``goes_on``: with the debt paid a VM that stands still here goes on, so that it is paid only where the
+    peer does not run it from a generation. Raises Conflict where it does.
+    """
     job = departure.job
     if not job.owes_abort:
         return
@@ -119,6 +123,8 @@ async def _clean_peer(departure: Departure, *, must: bool) -> None:
         logger.log(level, "evacuation %s: %s has not cleared its arrival away: %s", job.id, job.peer, error)
         await departure.save()
         return
+    if goes_on:
+        await giving_up.refuse_when_moved(departure)
     job.owes_abort = False
     await departure.save()
 
@@ -133,5 +139,5 @@ async def _runs_there(departure: Departure) -> bool:
 
 
 async def settle_debt(departure: Departure) -> None:
-    """A job that is over owes the peer an abort: try again. Raises ActivatedThere."""
-    await _clean_peer(departure, must=False)
+    """A job that is over owes the peer an abort: try again. Raises ActivatedThere, Conflict."""
+    await _clean_peer(departure, must=False, goes_on=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy.errors import Finding, InvalidInput, LifeboatError, NotFound, PeerUnreachable
-from precache_proxy.evacuation.arrival import Arrival
+from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork, NothingToDo
 from precache_proxy.evacuation.arrival_relays import ArrivalRelays
 from precache_proxy.evacuation.arrival_tender import ArrivalTender
@@ -219,7 +219,8 @@ class Evacuation:
     async def fail_over(self, vm: str, *, source_is_dead: bool) -> Arrival:
         """See :meth:`FailOver.begin`."""
         arrival = await self._fail_over.begin(vm, source_is_dead=source_is_dead)
-        self._land(arrival)
+        if arrival.state is ArrivalState.ACTIVATED:
+            self._land(arrival)
         return arrival
 
     # -- helpers

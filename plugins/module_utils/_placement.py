@@ -100,8 +100,11 @@ def place(wishes: t.Mapping[str, Json], rooms: t.Mapping[str, Json]) -> Placemen
     waiting: list[_Wanted] = []
     for host in sorted(wishes):
         waiting += _judge(host, wishes[host], rooms, known, groups, told)
-    # The largest first: what is left over suits the small ones (first-fit decreasing).
-    for wanted in sorted(waiting, key=lambda one: (-one.memory, -one.disks, one.host, one.name)):
+    # Those without a choice before all others, who would be promised the same room. Then the largest first:
+    # what is left over suits the small ones (first-fit decreasing).
+    for wanted in sorted(
+        waiting, key=lambda one: (not one.obeyed, -one.memory, -one.disks, one.host, one.name)
+    ):
         _choose(wanted, known, groups, told)
     return told
 
@@ -166,6 +169,8 @@ def _judge(
             waiting.append(_Wanted(host, name, group, *needs, (only,), obeyed=True))
         elif domain is None:
             told.findings.append(f"VM {name} of {host}: {_unknown(said)}")
+        elif missing := [what for what in ("memory", "disk") if domain.get(f"{what}_bytes") is None]:
+            told.findings.append(f"VM {name} of {host}: {_not_measured(name, missing)}")
         else:
             candidates, passed_over = _candidates(host, said, named, rooms)
             waiting.append(_Wanted(host, name, group, *needs, candidates, passed_over))
@@ -177,6 +182,14 @@ def _only_peer(said: Json, named: t.Sequence[str]) -> str:
     configured = [str(peer["name"]) for peer in said.get("peers") or []]
     peers = named or configured
     return peers[0] if len(peers) == 1 and (said.get("error") or peers[0] in configured) else ""
+
+
+def _not_measured(name: str, missing: t.Sequence[str]) -> str:
+    sizes = {"memory": "how much memory it has", "disk": "how large its images are"}
+    return (
+        f"its host does not know {' and '.join(sizes[what] for what in missing)}; see `virsh dumpxml {name}` "
+        "and that its images are there, or name its peer, which is obeyed as it is"
+    )
 
 
 def _unknown(said: Json) -> str:

@@ -156,6 +156,31 @@ def test_a_host_that_says_nothing_is_a_finding_where_there_is_a_choice() -> None
     assert place({"home1": asked("a", peers=("backup1",))}, rooms).findings == []
 
 
+def test_one_without_a_choice_comes_before_those_that_have_one() -> None:
+    rooms = {"home1": room("home1", vm("a", memory=8), vm("b", memory=6)),
+             "home2": room("home2", vm("c", memory=6)),
+             "backup1": room("backup1", memory=10), "backup2": room("backup2", memory=9)}  # fmt: skip
+    told = place({"home1": asked("a"), "home2": asked("c", peers=("backup1",))}, rooms)
+    assert chosen(told) == {"c": ("backup1", "only-peer"), "a": ("backup2", "only-one-with-room")}
+
+
+@pytest.mark.parametrize(
+    ("unknown", "part"),
+    [
+        ({"disk_bytes": None}, "its host does not know how large its images are; see `virsh dumpxml a`"),
+        ({"memory_bytes": None}, "its host does not know how much memory it has;"),
+        ({"memory_bytes": None, "disk_bytes": None}, "how much memory it has and how large its images are;"),
+    ],
+)
+def test_what_is_not_known_does_not_fit_anywhere(unknown: dict[str, Any], part: str) -> None:
+    rooms = {"home1": room("home1", vm("a", **unknown)), "backup1": room("backup1"),
+             "backup2": room("backup2")}  # fmt: skip
+    told = place({"home1": asked("a")}, rooms)
+    assert (told.peers, part in " | ".join(told.findings)) == ({}, True)
+    for way_out in (asked({"name": "a", "peer": "backup1"}), asked("a", peers=("backup1",))):
+        assert place({"home1": way_out}, rooms).findings == []
+
+
 _SIZES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 80)), max_size=8)
 
 
@@ -165,9 +190,14 @@ _SIZES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 80)), max_size=8)
     home2=_SIZES,
     memory=st.lists(st.integers(0, 30), min_size=3, max_size=3),
     turned=st.booleans(),
+    only=st.booleans(),
 )
 def test_nobody_is_promised_what_is_not_there_and_the_order_of_answers_is_nothing(
-    home1: list[tuple[int, int]], home2: list[tuple[int, int]], memory: list[int], turned: bool
+    home1: list[tuple[int, int]],
+    home2: list[tuple[int, int]],
+    memory: list[int],
+    turned: bool,
+    only: bool,
 ) -> None:
     peers = [f"backup{number}" for number in range(3)]
     rooms = {
@@ -180,6 +210,9 @@ def test_nobody_is_promised_what_is_not_there_and_the_order_of_answers_is_nothin
     }
     rooms |= {peer: room(peer, memory=free) for peer, free in zip(peers, memory, strict=True)}
     wishes = {name: asked(*(one["name"] for one in rooms[name]["domains"])) for name in ("home1", "home2")}
+    if only:
+        # Those of one host are obeyed wherever they are told to go, however little room there is.
+        wishes["home2"]["candidates"] = ["backup0"]
     told = place(wishes, rooms)
     if turned:
         again = place(dict(reversed(wishes.items())), dict(reversed(rooms.items())))
@@ -190,8 +223,11 @@ def test_nobody_is_promised_what_is_not_there_and_the_order_of_answers_is_nothin
     assert len(placed) + len(told.findings) == len(needs)
     for number, peer in enumerate(peers):
         here = [needs[name] for name, where in placed if where == peer]
-        assert sum(one[0] for one in here) <= memory[number] * GIB
-        assert sum(one[1] for one in here) <= 100 * GIB
+        free = memory[number] * GIB, 100 * GIB
+        obeyed = [needs[name] for name in told.peers.get("home2", {}) if only and number == 0]
+        for index, room_there in enumerate(free):
+            # Nobody who may choose comes on top of what is there, or of what had to go there.
+            assert sum(one[index] for one in here) <= max(room_there, sum(one[index] for one in obeyed))
 
 
 def test_the_filter_takes_results_as_ansible_registers_them() -> None:

@@ -28,6 +28,7 @@ from precache_proxy.evacuation.reconcile import (
 OFF = {Presence.SHUT_OFF, Presence.ENDED}
 ENDED = {Step.DONE, Step.STAYED}
 GONE = {None, ArrivalState.LANDED, ArrivalState.ABORTED}
+SAID, KILLED = "said", "killed"
 # Later a cancel is refused.
 CANCELLABLE = {Step.CATCH_UP, Step.STOP, Step.RESIDUAL, Step.PREPARE}
 SILENT_DECISIONS = {SourceDecision.WAIT, SourceDecision.FINISH, SourceDecision.NOTHING}
@@ -39,13 +40,15 @@ class World:
     ended since; ``watched``: that was given up, and it may yet obey. ``fenced``: without contact for so long
     that the destination may presume the source dead soon (only where ``presumes``). ``down``: the source's
     host is off, ``rebooted``: it was; ``taken``: it runs at the destination from a generation, on the word
-    that the source is dead (only where ``fails_over``)."""
+    that the source is dead (only where ``fails_over``); ``taking``: it stands there for that and is not
+    released, its command under way (SAID) or interrupted by a kill (KILLED)."""
 
     presumes: bool = False
     fails_over: bool = False
     down: bool = False
     rebooted: bool = False
     taken: bool = False
+    taking: str = ""
     contact: bool = True
     step: Step = Step.CATCH_UP
     source: Presence = Presence.RUNNING
@@ -75,7 +78,7 @@ def what_the_world_does(now: World) -> Iterator[World]:
         yield replace(now, source=Presence.SHUT_OFF, asked=False, watched=False)
     if now.destination is not Presence.ABSENT:
         yield replace(now, destination=Presence.SHUT_OFF)
-    if now.source in OFF and not now.guarded and not now.taken:
+    if now.source in OFF and not now.guarded and not (now.taken or now.taking):
         yield replace(now, source=Presence.RUNNING, asked=False, watched=False)
     if now.destination in OFF and now.arrival in RUNS_HERE:
         yield replace(now, destination=Presence.RUNNING)
@@ -91,9 +94,35 @@ def what_the_world_does(now: World) -> Iterator[World]:
 def the_operator_there(now: World) -> Iterator[World]:
     """The home is dead, and that is said where its replica is. What stands there whole is not thrown away."""
     whole = now.destination in {Presence.ARRIVED, Presence.RUNNING}
-    if not now.taken and now.arrival in {None, ArrivalState.PREPARED, ArrivalState.ABORTED} and not whole:
+    if (
+        not (now.taken or now.taking)
+        and now.arrival in {None, ArrivalState.PREPARED, ArrivalState.ABORTED}
+        and not whole
+    ):
         aborted = None if now.arrival is None else ArrivalState.ABORTED
-        yield replace(now, taken=True, arrival=aborted, destination=Presence.RUNNING)
+        yield replace(now, taking=SAID, arrival=aborted, destination=Presence.ARRIVED)
+
+
+def the_fail_over(now: World, *, faults: bool) -> Iterator[World]:
+    """From its PREPARED on (fail_over.py): the home's word, and without contact the operator's, while it is
+    just said: one that was killed may have been refused."""
+    if not now.taking:
+        return
+    if faults:
+        yield replace(now, taking=KILLED)
+    if now.contact:
+        if now.source in {Presence.RUNNING, Presence.PAUSED} or now.step not in ENDED:
+            if faults:
+                # Killed before the refusal is acted upon.
+                yield replace(now, taking=KILLED)
+            yield replace(now, taking="", destination=Presence.ABSENT)
+            return
+        now = replace(now, guarded=True, source=Presence.ABSENT, owes_abort=False, watched=False)
+        if faults:
+            yield replace(now, taking=KILLED)
+    elif now.taking == KILLED and now.source is not Presence.ABSENT:
+        return
+    yield replace(now, taking="", taken=True, destination=Presence.RUNNING)
 
 
 def the_home_hears(now: World) -> Iterator[World]:
@@ -241,7 +270,8 @@ def rolled_back(now: World, *, faults: bool) -> Iterator[World]:
     elif now.owes_abort and (now.was_released or now.fenced):
         yield now
         return
-    if now.source in OFF and ((now.contact and now.taken) or (not now.contact and now.rebooted)):
+    is_theirs = now.taken or bool(now.taking)
+    if now.source in OFF and ((now.contact and is_theirs) or (not now.contact and now.rebooted)):
         # Asked, its peer runs it; or it cannot be asked, and this host was down.
         yield now
         return
@@ -252,12 +282,16 @@ def rolled_back(now: World, *, faults: bool) -> Iterator[World]:
 def cleared(now: World) -> World:
     if now.arrival is None:
         return replace(now, owes_abort=False, called_off=True)
+    if now.taken or now.taking:
+        # What stands there now is not that job's.
+        return replace(now, owes_abort=False, called_off=True)
     return replace(
         now, owes_abort=False, called_off=True, arrival=ArrivalState.ABORTED, destination=Presence.ABSENT
     )
 
 
 def the_destination(now: World, *, faults: bool) -> Iterator[World]:
+    yield from the_fail_over(now, faults=faults)
     if now.arrival is None or now.arrival in GONE:
         return
     step = now.step if now.contact else None
@@ -289,7 +323,7 @@ def the_destination(now: World, *, faults: bool) -> Iterator[World]:
 
 def check(now: World) -> None:
     assert not (now.source is Presence.RUNNING and now.destination is Presence.RUNNING), ("twice", now)
-    is_there = now.arrival in RUNS_HERE or now.taken
+    is_there = now.arrival in RUNS_HERE or now.taken or bool(now.taking)
     assert not (now.source is Presence.ABSENT and not is_there), ("nowhere", now)
     if now.step in {Step.RELEASED, Step.FINISH, Step.DONE}:
         assert now.guarded
@@ -333,10 +367,13 @@ def test_in_every_state_it_runs_once_at_most_and_comes_to_an_end_in_one_place(
     assert any(state.cancelled and state.step is Step.PREPARE for state in found)
     assert any(state.watched for state in found)
     assert any(state.taken and state.step is Step.ROLLBACK for state in found) == fails_over
+    given_up = any(state.taking == KILLED and state.source is Presence.ABSENT for state in found)
+    assert given_up == fails_over
     assert any(state.fenced and state.arrival in RUNS_HERE for state in found) == presumes
     for state in found:
         end = settle(state)
         assert end.step in ENDED, (state, end)
+        assert not end.taking, (state, end)
         is_there = end.arrival in RUNS_HERE or end.taken
         assert is_there == (end.step is Step.DONE or end.source is Presence.ABSENT), (state, end)
         if end.step is Step.STAYED and not is_there:
@@ -353,6 +390,8 @@ def must_run(state: World) -> bool:
     """Whoever ends it after its hand-off is over, or its user before it was touched, has it off."""
     if state.taken:
         return state.destination is Presence.RUNNING
+    if state.taking and state.source is Presence.ABSENT:
+        return True
     if state.step is Step.CATCH_UP and state.source is Presence.ENDED:
         return False
     if state.arrival in RUNS_HERE:

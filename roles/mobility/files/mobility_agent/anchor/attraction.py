@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address, IPv6Network
 
+from mobility_agent.background import Background
 from mobility_agent.config import Attraction
 
 logger = logging.getLogger(__name__)
@@ -39,18 +40,15 @@ class Watch:
         self._settings = settings
         self._changed = changed
         self.silent = False
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background()
 
     def start(self) -> None:
         """Begin to ask."""
-        self._task = asyncio.create_task(self._run())
+        self._background.start(self._run())
 
     async def stop(self) -> None:
         """Ask no more."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     async def _run(self) -> None:
         kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC

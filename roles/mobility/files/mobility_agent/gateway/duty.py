@@ -12,6 +12,7 @@ from dataclasses import replace
 from ipaddress import IPv6Address, IPv6Network
 from typing import Any
 
+from mobility_agent.background import Background
 from mobility_agent.config import Config, Peer
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.path import DataPath
@@ -51,7 +52,7 @@ class GatewayDuty:
         self._wake = asyncio.Event()
         self._answered = asyncio.Event()
         self._commits: set[asyncio.Task[None]] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background()
         self._watch = AnchorWatch(
             self._anchors, config.heartbeat_seconds, path, self.registrar, send, self._wake
         )
@@ -89,14 +90,11 @@ class GatewayDuty:
         for attachment in self.attachments.all():
             if attachment.state == HERE:
                 self._claim(attachment, now)
-        self._task = asyncio.create_task(self._drive())
+        self._background.start(self._drive())
 
     async def stop(self) -> None:
         """Serve no more; routes and records stay."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
         self._journal.close()
 
     def _claim(self, attachment: Attachment, now: float) -> None:

@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
+from mobility_agent.background import Background
 from mobility_agent.errors import Unsupported
 from mobility_agent.gateway.attachments import HERE
 from mobility_agent.gateway.definition import METADATA_URI, VmNetwork, read_definition
@@ -52,7 +53,7 @@ class Hypervisor:
         self._tell = tell
         self._connected = connected
         self._connection: Any = None
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background()
 
     @property
     def library(self) -> Any:
@@ -71,14 +72,11 @@ class Hypervisor:
             self._libvirt.virEventRegisterDefaultImpl()
             threading.Thread(target=self._run_events, name="libvirt-events", daemon=True).start()
             Hypervisor._events_started = True
-        self._task = asyncio.create_task(self._keep())
+        self._background.start(self._keep())
 
     async def stop(self) -> None:
         """Connect no more."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     def _run_events(self) -> None:
         while True:
@@ -172,20 +170,17 @@ class Moves:
         self.hypervisor = Hypervisor(uri, self._on_event, self._on_connected)
         self._queue: asyncio.Queue[tuple[str, int, int]] = asyncio.Queue()
         self._incoming: set[str] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background()
 
     def start(self) -> None:
         """Listen."""
         self.hypervisor.start()
-        self._task = asyncio.create_task(self._run())
+        self._background.start(self._run())
 
     async def stop(self) -> None:
         """Listen no more."""
         await self.hypervisor.stop()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     def _on_event(self, vm: str, event: int, detail: int) -> None:
         self._queue.put_nowait((vm, event, detail))

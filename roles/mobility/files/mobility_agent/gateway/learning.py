@@ -10,7 +10,6 @@ says, and be it "none", is never touched.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network
 from typing import Protocol
 
+from mobility_agent.background import Background
 from mobility_agent.errors import Finding, MobilityError
 
 logger = logging.getLogger(__name__)
@@ -125,18 +125,15 @@ class Learner:
     prefixes: tuple[IPv6Network, ...]
     clock: Callable[[], float] = time.monotonic
     _watched: dict[str, _Watched] = field(default_factory=dict)
-    _task: asyncio.Task[None] | None = None
+    _background: Background = field(default_factory=Background)
 
     def start(self) -> None:
         """Begin."""
-        self._task = asyncio.create_task(self._run())
+        self._background.start(self._run())
 
     async def stop(self) -> None:
         """Learn no more."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     async def _run(self) -> None:
         while True:

@@ -370,7 +370,8 @@ class Controller:
         packing = self._packing(seen)
         if not any(count > 0 for count in room.values()):
             return
-        at_work = set(seen.moves)
+        # Who was asked to start and is not seen yet is awaited as those that move.
+        at_work = {*seen.moves, *(vm.uuid for vm in self._asked_for(seen))}
         in_order = self.waiting
         ahead = self._pairs_ahead(in_order, seen, at_work, packing) if self._adaptive else {}
         least = {key: min(active.get(pair, 0) for pair in pairs) for key, pairs in ahead.items()}

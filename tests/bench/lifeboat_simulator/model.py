@@ -63,7 +63,6 @@ class TrueVm:
     failed: bool = False
     may_retry: bool = True
     share: float | None = None
-    attempts: int = 0
 
     @property
     def memory(self) -> float:
@@ -99,7 +98,6 @@ class TrueVm:
         self.rounds = self.without_progress = 0
         self.hopeless = self.failed = False
         self.share = None
-        self.attempts += 1
 
     def stop(self, *, may_retry: bool) -> None:
         """Its move failed: it runs on at its source."""

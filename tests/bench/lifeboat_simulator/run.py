@@ -100,6 +100,8 @@ class Simulation:
         self._dead: set[str] = set()
         self._held: set[str] = set()
         self._memory = {item.name: item.memory_free_bytes for item in site.destinations}
+        # Those that have their memory at their destination: they are there, or on their way.
+        self._has_memory: set[str] = set()
         self._active: dict[str, TrueVm] = {}
         self._carried: dict[tuple[str, str], float] = {}
         self._background: dict[str, float] = {}
@@ -170,7 +172,8 @@ class Simulation:
                 continue
             pair = self.links.pairs[vm.summary.pair]
             free = self._memory.get(vm.summary.destination)
-            if free is not None and not vm.attempts:
+            if free is not None and uuid not in self._has_memory:
+                self._has_memory.add(uuid)
                 self._memory[vm.summary.destination] = free - vm.summary.memory_bytes
                 if free < vm.summary.memory_bytes - 1:
                     self.broken.append(
@@ -208,6 +211,11 @@ class Simulation:
     def _end(self, vm: TrueVm, *, may_retry: bool) -> None:
         vm.stop(may_retry=may_retry)
         self._active.pop(vm.summary.uuid, None)
+        # It runs on at home: what was kept for it at its destination is free again.
+        free = self._memory.get(vm.summary.destination)
+        if free is not None and vm.summary.uuid in self._has_memory:
+            self._has_memory.discard(vm.summary.uuid)
+            self._memory[vm.summary.destination] = free + vm.summary.memory_bytes
 
     def _advance(self, seconds: float, now: float) -> None:
         rates = self.links.rates(self._active.values(), self._background)

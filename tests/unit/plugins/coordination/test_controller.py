@@ -21,23 +21,12 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lifeboat_simulator.model import Links, TruePair, TrueVm
+from lifeboat_simulator.model import Links, TruePair
 from lifeboat_simulator.run import Fault, Result, Simulation
 from lifeboat_simulator.sites import random_scene
 from unit.plugins.coordination.sites import MB, MBIT, site, vm
 
 _QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-class GivingBack(Simulation):
-    """A move that ended without its VM being out leaves the destination its memory."""
-
-    def _end(self, vm: TrueVm, *, may_retry: bool) -> None:
-        free = self._memory.get(vm.summary.destination)
-        if free is not None and vm.attempts:
-            self._memory[vm.summary.destination] = free + vm.summary.memory_bytes
-            vm.attempts = 0
-        super()._end(vm, may_retry=may_retry)
 
 
 def run(seed: int, strategy: str = "feedback", **how: object) -> Result:
@@ -46,7 +35,7 @@ def run(seed: int, strategy: str = "feedback", **how: object) -> Result:
         key: how.pop(key) for key in ("vms", "pairs", "full_destinations", "dependencies") if key in how
     }
     scene = random_scene(seed, **scene_how)  # type: ignore[arg-type]
-    result = GivingBack(scene.site, scene.fresh(), strategy, **how).run()  # type: ignore[arg-type]
+    result = Simulation(scene.site, scene.fresh(), strategy, **how).run()  # type: ignore[arg-type]
     assert result.faults == []
     return result
 
@@ -334,6 +323,17 @@ def test_who_waits_behind_a_long_move_is_precached_until_its_turn_is_near() -> N
         assert not controller.step(Observation(float(second), {"uuid-a": long})).held
     ending = replace(long, remaining_bytes=120e6)
     assert controller.step(Observation(120.0, {"uuid-a": ending})).held == {"uuid-b"}
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "feedback"])
+def test_one_waits_for_another_that_was_asked_for_and_is_not_seen_yet(strategy: str) -> None:
+    controller = Controller(site(vm("first"), vm("then", host=2, after=("first",))), strategy)
+    assert [uuid for uuid, _rung in controller.step(Observation(0.0)).starts] == ["uuid-first"]
+    assert not controller.step(Observation(2.0)).starts, "its host has not said yet that it moves"
+    moving = {"uuid-first": Move("uuid-first", Phase.BULK, remaining_bytes=1e6, bytes_per_second=6e6)}
+    assert not controller.step(Observation(4.0, moving)).starts
+    over = controller.step(Observation(6.0, out={"uuid-first"}))
+    assert [uuid for uuid, _rung in over.starts] == ["uuid-then"]
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "feedback"])

@@ -31,7 +31,7 @@ export ANSIBLE_HOME := $(BUILD)/ansible-home
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help install-dependencies venv build lint lint-python lint-yaml lint-ansible sanity introspect \
-	test-quick test soak clean
+	test-quick routing-daemons test soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,10 +77,13 @@ sanity: build ## ansible-test sanity on the installed collection
 test-quick: venv build lint-python lint-yaml ## under 5 minutes: linters and unit tests, no lab
 	$(PYTEST) tests/unit -m "not lab and not soak" $(PYTEST_ARGS)
 
-test: venv build ## everything but soak; builds the lab and takes it down again
+routing-daemons: venv ## FRR and radvd for tests in namespaces: unpacked under build, nothing is installed
+	@tests/frame/unpack-routing-daemons "$(BUILD)/routing-daemons"
+
+test: venv build routing-daemons ## everything but soak; builds the lab and takes it down again
 	@tests/frame/run-tests "not soak"
 
-soak: venv build ## what takes too long for every run: full crash tables, many rounds there and back
+soak: venv build routing-daemons ## what takes too long for every run: full crash tables, many rounds there and back
 	@tests/frame/run-tests "soak"
 
 clean: ## remove what was built (not .venv, not the lab)

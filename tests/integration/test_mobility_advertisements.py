@@ -1,42 +1,31 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Guests that make their own addresses: the role's radvd.conf, a real radvd, a guest's kernel.
-
-Needs radvd: the package, or LIFEBOAT_RADVD naming a directory that it was unpacked into.
-"""
+"""Guests that make their own addresses: the role's radvd.conf, a real radvd, a guest's kernel."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv6Address
 from pathlib import Path
 
-import jinja2
 import pytest
 
-from integration.mobility_agents import ROOT, Agents, agents_running
+from integration.mobility_agents import Agents, agents_running
 from integration.mobility_net import BRIDGE, FIRST_HOP, HOME_PREFIX, Guest, eventually, pings
+from integration.routing_daemons import RADVD, from_template, needs_radvd
 
-RADVD = Path(os.environ.get("LIFEBOAT_RADVD", "/")) / "usr/sbin/radvd"
-
-pytestmark = [
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(not RADVD.exists(), reason="no radvd here, nor where LIFEBOAT_RADVD says"),
-]
+pytestmark = [pytest.mark.timeout(120), needs_radvd]
 
 
 @contextmanager
 def advertising(agents: Agents, gateway: str, directory: Path) -> Iterator[None]:
     """The gateway's radvd, as the role configures it."""
-    template = (ROOT / "roles/mobility/templates/radvd.conf.j2").read_text()
-    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
-    text = environment.from_string(template).render(
-        ansible_managed="# test",
-        mobility_bridges=[{"name": BRIDGE}],
-        mobility_prefixes=[{"prefix": str(HOME_PREFIX), "advertise": True}],
-    )
+    variables = {
+        "mobility_bridges": [{"name": BRIDGE}],
+        "mobility_prefixes": [{"prefix": str(HOME_PREFIX), "advertise": True}],
+    }
+    text = from_template("radvd.conf.j2", variables)
     path = directory / f"{gateway}-radvd.conf"
     path.write_text(text)
     words = [str(RADVD), "--nodaemon", "--logmethod=stderr", f"--config={path}"]

@@ -12,6 +12,7 @@ import pytest
 from precache_proxy.crash_points import CRASH_POINTS
 from precache_proxy.errors import (
     Conflict,
+    Finding,
     HypervisorError,
     InvalidInput,
     NotFound,
@@ -31,6 +32,7 @@ from precache_proxy.evacuation.job import EvacuationOptions, Job, Journal, Step,
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.reconcile import ArrivalDecision, Presence
 from precache_proxy.evacuation.surroundings import Surroundings
+from precache_proxy.units import MIB
 
 VM = "11111111-2222-4333-8444-555555555501"
 
@@ -91,21 +93,33 @@ class Arrivals:
         self.records = ArrivalRecords(tmp_path)
         self.link = link
         self.done: list[str] = []
+        self.findings: list[Finding] = []
         self.tracking = SimpleNamespace(begin=self.track)
 
     async def track(self, _arrival: Arrival) -> None:
         """Meanwhile the home may come back."""
 
     async def prepare_from_generation(
-        self, peer: str, job_id: str, vm: str, generation: int, epoch: int, sealed_at: float
+        self,
+        peer: str,
+        job_id: str,
+        vm: str,
+        generation: int,
+        epoch: int,
+        sealed_at: float,
+        protection: dict[str, Any],
     ) -> Arrival:
         self.done.append(f"prepared with the home told {len(self.link.told)} times")
         arrival = Arrival(
-            job_id, vm, "web1", peer, epoch, generation, mode="restart", fails_over=True, sealed_at=sealed_at
-        )
+            job_id, vm, "web1", peer, epoch, generation, mode="restart", fails_over=True, sealed_at=sealed_at,
+            protection=protection,
+        )  # fmt: skip
         await self.records.save(arrival)
         self.records.add(arrival)
         return arrival
+
+    async def look_at_generation(self, _peer: str, _vm: str, _generation: int) -> tuple[Any, list[Finding]]:
+        return SimpleNamespace(memory_bytes=512 * MIB), self.findings
 
     async def clear(self, arrival: Arrival) -> None:
         self.done.append("cleared")
@@ -142,6 +156,59 @@ async def test_without_the_operators_word_it_is_only_told_what_would_run(tmp_pat
     with pytest.raises(Conflict, match=f"replicas of 2 VMs of that name are here; say {VM[:-2]}11 or"):
         await fail_over.begin("twin", source_is_dead=True)
     assert arrivals.done == []
+
+
+async def test_a_look_tells_what_would_run_and_all_that_is_in_the_way(tmp_path: Path) -> None:
+    link = Link()
+    link.state = "down"
+    fail_over, arrivals, there = destination(tmp_path, link)
+    told = await fail_over.look("web1")
+    assert (told["vm"], told["peer"], told["generation"], told["is_here"]) == (VM, "home1", 12, False)
+    assert (told["memory_bytes"], told["home_answers"], told["findings"]) == (640 * MIB, False, [])
+    assert told["age_seconds"] > 1e9
+    arrivals.findings = [Finding("VM web1", "no room", "make some", "no-space")]
+    assert (await fail_over.look(VM))["findings"] == arrivals.findings
+    link.state = "up"
+    link.refuses = Conflict("VM web1: its home is not dead, it is running there; evacuate it from there")
+    told = await fail_over.look("web1")
+    assert (told["home_answers"], link.told) == (True, [])
+    [finding] = told["findings"]
+    assert (finding.subject, finding.fact) == ("VM web1", "its home is not dead, it is running there")
+    assert (await fail_over.look("twin"))["findings"][0].cause == "conflict"
+    with pytest.raises(NotFound, match="no replica"):
+        await fail_over.look("other")
+    whole = Arrival("j1", VM, "web1", "home1", 3, 12)
+    await arrivals.records.save(whole)
+    arrivals.records.add(whole)
+    there.presence_is = Presence.PAUSED
+    told = await fail_over.look("web1")
+    assert "its arrival j1 is prepared here" in told["findings"][0].fact
+    assert arrivals.done == []
+
+
+async def test_a_look_finds_what_is_here_already(tmp_path: Path) -> None:
+    fail_over, _arrivals, there = destination(tmp_path, Link())
+    there.presence_is = Presence.ABSENT
+    arrival = await fail_over.begin("web1", source_is_dead=True)
+    there.presence_is = Presence.SHUT_OFF
+    told = await fail_over.look("web1")
+    assert (told["is_here"], told["job"], told["generation"]) == (True, arrival.id, 12)
+    assert told["findings"] == []
+    there.presence_is = Presence.UNKNOWN
+    with pytest.raises(HypervisorError, match="libvirt here does not say"):
+        await fail_over.look("web1")
+    there.presence_is = Presence.ABSENT
+    assert (await fail_over.look("web1"))["is_here"] is False
+
+
+async def test_a_replica_without_a_generation_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "sealed", None)
+    fail_over, _arrivals, _there = destination(tmp_path, Link())
+    told = await fail_over.look("web1")
+    assert (told["generation"], told["age_seconds"]) == (None, None)
+    assert "no sealed generation" in told["findings"][0].fact
 
 
 async def test_a_dead_home_is_told_when_it_answers_again(tmp_path: Path) -> None:

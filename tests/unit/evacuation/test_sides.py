@@ -175,9 +175,11 @@ async def test_what_an_evacuation_left_as_a_base_is_sealed_without_its_state(
     )
     there = arrivals(tmp_path, Sealed())
     monkeypatch.setattr(there.footprint, "make", nothing)
-    made = await there.prepare_from_generation("home1", "f0", VM, 7, 3, sealed_at)
+    asked_for = {"autostart": True, "rpo_seconds": 30.0, "priority": 70}
+    made = await there.prepare_from_generation("home1", "f0", VM, 7, 3, sealed_at, asked_for)
     await there.stop()
     assert (made.fails_over, made.state_is_in_place) == (True, in_place)
+    assert (made.autostart, made.protection) == (True, {"rpo_seconds": 30.0, "priority": 70})
     # It is on record: a restart of the proxy must not wipe what is in place either.
     assert [item.state_is_in_place for item in arrivals(tmp_path, Sealed()).records.all()] == [in_place]
 

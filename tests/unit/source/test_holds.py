@@ -167,3 +167,36 @@ async def test_what_a_vm_needs_to_leave_at_all_is_not_postponed(tmp_path: Path) 
     resync, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0), resync_cause="lost")
     resync.postpone(60.0)
     assert resync.postponed_seconds == 0.0
+
+
+@pytest.mark.parametrize("knows", [None, {}], ids=["older-peer", "peer-was-told-nothing"])
+async def test_the_peer_is_told_what_was_asked_for(tmp_path: Path, knows: dict[str, Any] | None) -> None:
+    """Should this host die, the peer goes on with that; one of an older release is not bothered."""
+    protection, link = a_protection(
+        tmp_path,
+        sealed=Sealed(7, "c", 1.0, 1.0, disks=["vda"]),
+        autostart=True,
+        passed_off={"vda": "as it is"},
+    )
+    replication = protection.replication
+    replication.standing.replica_protection = knows
+    told: list[dict[str, Any]] = []
+
+    async def call(method: str, parameters: dict[str, Any], **_unused: object) -> dict[str, Any]:
+        assert method == "store.prepare"
+        told.append(parameters["protection"])
+        return {"protection": parameters["protection"]}
+
+    async def look() -> tuple[Any, Any, bool]:
+        return SimpleNamespace(autostart=False, xml="<domain/>"), SimpleNamespace(tracked={}, absent=[]), True
+
+    async def sizes(*_unused: object, **_more: object) -> dict[str, int]:
+        return {"vda": 4096}
+
+    link.call = call  # type: ignore[method-assign]
+    replication.disks = cast(Any, SimpleNamespace(look=look, sizes=sizes, check_images=lambda _layout: None))
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("precache_proxy.source.replication.read_attachments", lambda _definition: {})
+            assert (await replication.run_pass(reason="periodic")).skipped
+    assert told == ([] if knows is None else [{"rpo_seconds": 15.0, "priority": 0, "autostart": True}])

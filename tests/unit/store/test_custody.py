@@ -183,6 +183,21 @@ async def test_prepare_names_need_and_room_and_all_findings(
     assert (await source.prepare(name="renamed Würfel"))["name"] == "renamed Würfel"
 
 
+async def test_what_the_home_was_asked_for_is_kept_with_the_replica(
+    tmp_path: Path, source: Source, store: Store
+) -> None:
+    wish = {"rpo_seconds": 30.0, "priority": 70, "autostart": True}
+    assert (await source.prepare())["protection"] == {}
+    assert (await source.prepare(protection={**wish, "from_tomorrow": 1}))["protection"] == wish
+    assert (await source.prepare())["protection"] == wish, "one that does not say changes nothing"
+    for wrong in ([], {"autostart": 1}, {"priority": True}, {"rpo_seconds": "30s"}):
+        with pytest.raises(InvalidInput, match="protection"):
+            await source.prepare(protection=wrong)
+    again = Store(store.directory, tmp_path / "run3", store.settings)
+    await again.start()
+    assert (await again.status(VM))["protection"] == wish
+
+
 async def test_full_disk_keeps_the_last_generation_and_heals(tmp_path: Path, small_disk: Path) -> None:
     store = Store(small_disk / "store", tmp_path / "run", StoreSettings(2, 0))
     await store.start()

@@ -93,6 +93,7 @@ class Api:
                 web.post("/v1/vms/{vm}/resync", self._resync),
                 web.get("/v1/replicas", self._replicas),
                 web.get("/v1/replicas/{vm}", self._replica),
+                web.get("/v1/replicas/{vm}/fail-over", self._look_at_fail_over),
                 web.post("/v1/replicas/{vm}/fail-over", self._fail_over),
                 web.get("/v1/evacuations", self._evacuations),
                 web.post("/v1/evacuations", self._begin),
@@ -183,6 +184,10 @@ class Api:
             if vm in {replica.get("vm"), replica.get("uuid"), replica.get("name")}:
                 return web.json_response(replica)
         raise NotFound(f"replica of {vm!r}: none on {self._parts.config.name}; see `precache-proxy status`")
+
+    async def _look_at_fail_over(self, request: web.Request) -> web.Response:
+        told = await self._parts.evacuation.look_at_fail_over(request.match_info["vm"])
+        return web.json_response(answers.as_json(told))
 
     async def _fail_over(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []

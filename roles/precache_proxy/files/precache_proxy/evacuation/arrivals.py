@@ -35,7 +35,7 @@ from precache_proxy.evacuation.reconcile import ArrivalDecision, Presence, decid
 from precache_proxy.evacuation.rooms import StoreRoom
 from precache_proxy.evacuation.source_contact import SourceContact
 from precache_proxy.evacuation.tracking import Tracking
-from precache_proxy.hypervisor.domain_xml import parse_definition
+from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from precache_proxy.hypervisor.qemu_user import QemuUser
 
 logger = logging.getLogger(__name__)
@@ -193,11 +193,26 @@ class Arrivals:
                     f"VM {other.name}: arrival {other.id} is {other.state.value} here; settle it first"
                 )
 
+    async def look_at_generation(
+        self, peer: str, vm: str, generation: int
+    ) -> tuple[Definition, list[Finding]]:
+        """What :meth:`prepare_from_generation` would make stand here, and all that is in the way of it."""
+        chains = await self._store.sealed_chain(vm, generation)
+        definition = parse_definition(chains.definition)
+        return definition, await self._findings(peer, vm, definition.name, chains.definition)
+
     async def prepare_from_generation(
-        self, peer: str, job_id: str, vm: str, generation: int, epoch: int, sealed_at: float
+        self,
+        peer: str,
+        job_id: str,
+        vm: str,
+        generation: int,
+        epoch: int,
+        sealed_at: float,
+        protection: Mapping[str, Any],
     ) -> Arrival:
-        """Make it stand here, booted and paused, from what is sealed; its lock is held by the caller. Raises
-        InvalidInput with everything in the way."""
+        """Make it stand here, booted and paused, from what is sealed; its lock is held by the caller.
+        ``protection``: what its home had been asked for. Raises InvalidInput with everything in the way."""
         chains = await self._store.sealed_chain(vm, generation)
         definition = parse_definition(chains.definition)
         parameters = {
@@ -212,18 +227,23 @@ class Arrivals:
             # A blob's file has its digest's name.
             "attachments": {name: path.name for name, path in chains.attachments.items()},
             "sealed_at": sealed_at,
+            "autostart": protection.get("autostart", False),
+            "protection": {key: protection[key] for key in ("rpo_seconds", "priority") if key in protection},
         }
         return await self._prepare(peer, parameters)
 
-    async def _prepare(self, peer: str, parameters: Mapping[str, Any]) -> Arrival:
-        job_id, vm, name = (str(parameters[key]) for key in ("job", "vm", "name"))
+    async def _findings(self, peer: str, vm: str, name: str, definition: str) -> list[Finding]:
         findings = await preflight.destination_findings(
-            self._domains, self._guard, str(parameters["definition"]), self.disks_directory, self._store.media
+            self._domains, self._guard, definition, self.disks_directory, self._store.media
         )
         findings += _foreign_replica(peer, await self._store.status(vm))
-        findings += depth.destination_findings(
+        return findings + depth.destination_findings(
             name, await self._store.depths(vm), further=depth.ARRIVAL_LAYERS
         )
+
+    async def _prepare(self, peer: str, parameters: Mapping[str, Any]) -> Arrival:
+        job_id, vm, name = (str(parameters[key]) for key in ("job", "vm", "name"))
+        findings = await self._findings(peer, vm, name, str(parameters["definition"]))
         if findings:
             raise InvalidInput(f"VM {name} cannot arrive here: {preflight.sentence(findings)}", findings)
         earlier = await asyncio.to_thread(self._guard.forbidden, vm)

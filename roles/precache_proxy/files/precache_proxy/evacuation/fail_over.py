@@ -13,14 +13,23 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, NotFound, PeerUnreachable
+from precache_proxy.errors import (
+    Conflict,
+    Finding,
+    HypervisorError,
+    InvalidInput,
+    LifeboatError,
+    NotFound,
+    PeerUnreachable,
+)
 from precache_proxy.evacuation.arrival import RUNS_HERE, Arrival, ArrivalState
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.preflight import QEMU_OVERHEAD_BYTES
 from precache_proxy.evacuation.reconcile import ArrivalDecision, Presence
 from precache_proxy.evacuation.rooms import StoreRoom
 from precache_proxy.units import format_seconds
@@ -55,6 +64,48 @@ def _told(arrival: Arrival) -> dict[str, Any]:
     }
 
 
+def _nothing_to_start(name: str) -> Finding:
+    fact = "its replica has no sealed generation"
+    return Finding(f"VM {name}", fact, "there is nothing to start; leave it out", "conflict")
+
+
+def _as_findings(error: LifeboatError) -> list[Finding]:
+    """What an error says: thing, fact and way out of its sentence where it brings no findings."""
+    subject, _unused, rest = error.message.partition(": ")
+    fact, _unused, way_out = rest.partition("; ")
+    return list(error.findings) or [Finding(subject, fact, way_out, error.cause)]
+
+
+def _outlook(
+    vm: str,
+    name: str,
+    peer: str | None,
+    *,
+    status: Mapping[str, Any] | None = None,
+    arrival: Arrival | None = None,
+    findings: Sequence[Finding] = (),
+) -> dict[str, Any]:
+    """An answer of :meth:`FailOver.look`; what is not known is None."""
+    sealed: Mapping[str, Any] = (status or {}).get("sealed") or {}
+    sealed_at = sealed.get("sealed_at") or None
+    if arrival is not None and arrival.fails_over:
+        sealed, sealed_at = {"generation": arrival.generation}, arrival.sealed_at or None
+    return {
+        "vm": vm,
+        "name": name,
+        "peer": peer,
+        "is_here": arrival is not None,
+        "job": None if arrival is None else arrival.id,
+        "generation": sealed.get("generation"),
+        "sealed_at": sealed_at,
+        "age_seconds": None if sealed_at is None else max(0.0, time.time() - sealed_at),
+        "memory_bytes": None,
+        "priority": ((status or {}).get("protection") or {}).get("priority"),
+        "home_answers": None,
+        "findings": list(findings),
+    }
+
+
 class FailOver:
     """Starts VMs from their replicas here, and tells their homes."""
 
@@ -77,7 +128,7 @@ class FailOver:
         uuid_of_vm, name, peer = str(status["vm"]), str(status["name"]), str(status["peer"])
         sealed = status.get("sealed")
         if not sealed:
-            raise Conflict(f"VM {name}: its replica has no sealed generation; there is nothing to start")
+            raise Conflict(str(_nothing_to_start(name)))
         generation, sealed_at = int(sealed["generation"]), float(sealed["sealed_at"])
         if not source_is_dead:
             raise InvalidInput(
@@ -99,7 +150,7 @@ class FailOver:
                 for other in in_the_way:
                     await self._arrivals.clear(other)
                 prepared = await self._arrivals.prepare_from_generation(
-                    peer, job_id, uuid_of_vm, generation, epoch, sealed_at
+                    peer, job_id, uuid_of_vm, generation, epoch, sealed_at, status.get("protection") or {}
                 )
                 # Durable before the home is asked: it may give the VM up and never reach us with that.
                 prepared.activated_by = "operator"
@@ -107,6 +158,61 @@ class FailOver:
                 crash_point("fail-over-prepared")
             await self._go_on(prepared, says_so_now=True)
         return prepared
+
+    async def look(self, vm: str) -> dict[str, Any]:
+        """What :meth:`begin` would run from which generation, and everything that stands in the way of it.
+        Changes nothing, here or at the home, which is asked where it answers. Raises NotFound."""
+        try:
+            status = await self._replica(vm)
+        except NotFound:
+            if (here := await self._lives_here(vm)) is None:
+                raise
+            return _outlook(here.vm, here.name, here.peer, arrival=here)
+        except Conflict as error:
+            return _outlook(vm, vm, None, findings=_as_findings(error))
+        uuid_of_vm, name, peer = str(status["vm"]), str(status["name"]), str(status["peer"])
+        if (here := await self._lives_here(uuid_of_vm)) is not None:
+            return _outlook(uuid_of_vm, name, peer, arrival=here)
+        link = self._links.get(peer)
+        told = _outlook(uuid_of_vm, name, peer, status=status)
+        told["home_answers"] = link is not None and link.state == "up"
+        findings: list[Finding] = []
+        in_the_way: list[Arrival] = []
+        try:
+            in_the_way = await self._in_the_way(uuid_of_vm, name)
+        except Conflict as error:
+            findings += _as_findings(error)
+        sealed = status.get("sealed")
+        if sealed:
+            asked = {"vm": uuid_of_vm, "name": name, "epoch": int(status["epoch"]) + 1, "job": ""}
+            try:
+                await self._refuse_what_home_refuses(peer, {**asked, "generation": sealed["generation"]})
+            except LifeboatError as error:
+                findings += _as_findings(error)
+            definition, others = await self._arrivals.look_at_generation(
+                peer, uuid_of_vm, int(sealed["generation"])
+            )
+            told["memory_bytes"] = definition.memory_bytes + QEMU_OVERHEAD_BYTES
+            # What a half arrival left here is cleared away first.
+            findings += [] if in_the_way or findings else others
+        else:
+            findings.append(_nothing_to_start(name))
+        told["findings"] = findings
+        return told
+
+    async def _lives_here(self, vm: str) -> Arrival | None:
+        """The arrival by which a VM (name or UUID) came to be here and still is, off or not. Raises
+        HypervisorError."""
+        for arrival in self._arrivals.records.all():
+            came = vm in {arrival.vm, arrival.name} and arrival.state in RUNS_HERE
+            if not came or self._arrivals.records.latest_of(arrival.vm) is not arrival:
+                continue
+            presence = await self._domains.presence(arrival.vm)
+            if presence is Presence.UNKNOWN:
+                raise HypervisorError(f"VM {arrival.name}: libvirt here does not say whether it is here")
+            if presence is not Presence.ABSENT:
+                return arrival
+        return None
 
     async def _running_here(self, vm: str) -> Arrival | None:
         """The arrival by which a VM (name or UUID) runs here from a generation already."""

@@ -223,6 +223,10 @@ class Evacuation:
             self._land(arrival)
         return arrival
 
+    async def look_at_fail_over(self, vm: str) -> dict[str, Any]:
+        """See :meth:`FailOver.look`."""
+        return await self._fail_over.look(vm)
+
     # -- helpers
 
     def _open_arrival(self, vm: str) -> Arrival:

@@ -192,6 +192,10 @@ class Replication:
         gone = sealed is not None and set(record.disks) != set(layout.tracked)
         self.dirty_bytes = sum(dirty.values())
         nothing = not (self.dirty_bytes or attachments or new or gone or compare_all or sealed is None)
+        if self.standing.replica_protection not in (None, self.standing.protection):
+            # Should this host die, that is what the VM is to be there.
+            known_sizes = await self.disks.sizes(definition, layout.tracked, active=active)
+            await self.standing.prepare_replica(known_sizes, definition, 0)
         if nothing and not scrub_bytes and (active or self._unchanged_off(layout)):
             self.clean_at = looked_at
             self.totals.empty += 1
@@ -200,7 +204,6 @@ class Replication:
         held = self.standing.replica_sizes
         if self.standing.replica_name not in {"", record.name}:
             await self.standing.prepare_replica(sizes, definition, 0)  # the name that people see there
-            self.standing.replica_name = record.name
         plan = GenerationPlan(
             vm_uuid=record.uuid,
             vm_name=record.name,

@@ -34,6 +34,8 @@ class PeerStanding:
         self.needs_reconcile = True
         self.replica_name = ""
         self.replica_sizes: dict[str, int] = {}
+        # what the peer knows of :attr:`protection`; None: nothing is there, or its release keeps none
+        self.replica_protection: dict[str, Any] | None = None
         self._record = record
         self._environment = environment
         self._disks = disks
@@ -41,6 +43,16 @@ class PeerStanding:
     @property
     def _vm(self) -> VmReference:
         return self._disks.vm
+
+    @property
+    def protection(self) -> dict[str, Any]:
+        """What was asked for, as the peer keeps it for the case that this host dies."""
+        record = self._record
+        return {
+            "rpo_seconds": record.rpo_seconds,
+            "priority": record.priority,
+            "autostart": record.autostart,
+        }
 
     async def save(self) -> None:
         """Make the record durable. Raises NoSpace."""
@@ -74,6 +86,7 @@ class PeerStanding:
             return
         self.replica_sizes = {key: int(disk["size_bytes"]) for key, disk in status.get("disks", {}).items()}
         self.replica_name = str(status.get("name", ""))
+        self.replica_protection = status.get("protection")
         if record.return_overlays:
             await self._reconcile_return(status.get("sealed"))
             return
@@ -162,6 +175,9 @@ class PeerStanding:
             "disks": dict(sizes),
             "definition": definition.xml,
             "needed_bytes": needed_bytes,
+            "protection": self.protection,
         }
         link = self._environment.link(record.peer)
-        await link.call("store.prepare", parameters, timeout_seconds=PREPARE_TIMEOUT_SECONDS)
+        answer = await link.call("store.prepare", parameters, timeout_seconds=PREPARE_TIMEOUT_SECONDS)
+        self.replica_name = record.name
+        self.replica_protection = answer.get("protection")

@@ -38,6 +38,24 @@ def check_disks(disks: object) -> dict[str, int]:
     return dict(disks)
 
 
+_PROTECTION: dict[str, tuple[type, ...]] = {
+    "rpo_seconds": (int, float),
+    "priority": (int,),
+    "autostart": (bool,),
+}
+
+
+def check_protection(protection: object) -> dict[str, Any]:
+    """What a home says that it was asked for; keys of newer releases are dropped. Raises InvalidInput."""
+    if not isinstance(protection, Mapping):
+        raise InvalidInput("protection: a map of rpo_seconds, priority and autostart was expected")
+    told = {key: protection[key] for key in _PROTECTION if key in protection}
+    for key, value in told.items():
+        if not isinstance(value, _PROTECTION[key]) or isinstance(value, bool) is not (key == "autostart"):
+            raise InvalidInput(f"protection: {key} {value!r} is not what it should be")
+    return told
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One image of a disk's chain. ``file`` is relative to the replica's directory, or absolute where the
@@ -102,6 +120,8 @@ class ReplicaRecord:
     commit_allowed: bool = True
     detached: bool = False
     removing: bool = False
+    # what its home asked for, should it never ask again: rpo_seconds, priority, autostart; {}: not said
+    protection: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sealed(self) -> SealedGeneration | None:

@@ -368,6 +368,7 @@ class Replica:
             "attachments": sorted(sealed.attachments) if sealed else [],
             "free_bytes": free_bytes(self.directory),
             "generations": [entry.generation for entry in record.generations],
+            "protection": record.protection,
         }
 
     def space_text(self) -> str:

@@ -27,7 +27,14 @@ from precache_proxy.store.digests import serve_digests
 from precache_proxy.store.generations import receive_generation
 from precache_proxy.store.media import MediaIndex, MediaShelf
 from precache_proxy.store.merging import Merging
-from precache_proxy.store.record import Layer, ReplicaRecord, SealedGeneration, check_disks, check_vm
+from precache_proxy.store.record import (
+    Layer,
+    ReplicaRecord,
+    SealedGeneration,
+    check_disks,
+    check_protection,
+    check_vm,
+)
 from precache_proxy.store.replica import RECORD_NAME, Replica
 from precache_proxy.store.seeding import receive_seed
 from precache_proxy.store.settings import StoreSettings, free_bytes
@@ -157,6 +164,8 @@ class Store:
             epoch, needed = int(parameters["epoch"]), int(parameters.get("needed_bytes", 0))
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"VM {name}: store.prepare without a whole number for {error}") from error
+        # None: a home of a release that does not say.
+        protection = check_protection(parameters["protection"]) if "protection" in parameters else None
         async with self._lock(vm):
             errors = [self._damaged[vm]] if vm in self._damaged else []
             if not errors:
@@ -177,6 +186,8 @@ class Store:
             async with replica.changing:
                 definition = await replica.keep_blob(str(parameters.get("definition", "")).encode())
                 record = replace(replica.record, name=name, epoch=epoch, peer=peer, definition=definition)
+                if protection is not None:
+                    record = replace(record, protection=protection)
                 if record != replica.record:
                     await replica.save(record)
             return await self.status(vm)

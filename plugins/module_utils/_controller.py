@@ -20,13 +20,15 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
     live_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
+    Forecasts,
     alternatives,
     choose,
     closing_seconds,
     lead_in_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import FixedGate, Gate, Served
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import TOO_LATE, Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import TOO_LATE
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import (
     INTERVAL_SECONDS,
     Member,
@@ -118,6 +120,7 @@ class Controller:
         self._waiting: dict[str, None] = {}
         self._rank: dict[str, int] = {}
         self._starts_at: dict[str, float] = {}
+        self._forecasts = Forecasts()
         self._planned_at = float("-inf")
         self._planned_with: tuple[float | None, ...] = ()
         self._hopeless: set[str] = set()
@@ -329,7 +332,8 @@ class Controller:
         return self._planned_at if self._planned_at != float("-inf") else seen.now
 
     def _replan(self, seen: Observation, left: float | None) -> None:
-        self.plan = make_plan(self.current_site(), left, overlap=self.strategy != "sequential")
+        overlap = self.strategy != "sequential"
+        self.plan = make_plan(self.current_site(), left, overlap=overlap, known=self._forecasts)
         self._hopeless.clear()
         self._planned_at = seen.now
         self._planned_with = self._planning_inputs(seen, left)

@@ -129,3 +129,37 @@ def alternatives(
             told = forecast(vm, rung, bytes_per_second, round_trip_seconds)
             if told.feasible:
                 yield told
+
+
+class Forecasts:
+    """Forecasts that are asked for again and again, each made once while rate and way are the same."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[VmSummary, float, float, Forecast]] = {}
+        self._others: dict[str, tuple[Forecast, tuple[Forecast, ...]]] = {}
+
+    def first(self, vm: VmSummary, bytes_per_second: float, round_trip_seconds: float) -> Forecast:
+        """As :func:`choose`."""
+        known = self._first.get(vm.uuid)
+        if (
+            known is not None
+            and known[0] is vm
+            and known[1] == bytes_per_second
+            and known[2] == round_trip_seconds
+        ):
+            return known[3]
+        told = choose(vm, bytes_per_second, round_trip_seconds)
+        self._first[vm.uuid] = (vm, bytes_per_second, round_trip_seconds, told)
+        return told
+
+    def all_rungs(
+        self, vm: VmSummary, bytes_per_second: float, round_trip_seconds: float
+    ) -> tuple[Forecast, ...]:
+        """As :func:`alternatives`: every rung that leads out."""
+        first = self.first(vm, bytes_per_second, round_trip_seconds)
+        known = self._others.get(vm.uuid)
+        if known is None or known[0] is not first:
+            # The first that leads out is the first choice.
+            below = alternatives(vm, bytes_per_second, round_trip_seconds, other_than=first.rung)
+            known = self._others[vm.uuid] = (first, (first, *below) if first.rung is not Rung.STAY else ())
+        return known[1]

@@ -41,14 +41,29 @@ def order(vms: t.Sequence[VmSummary], seconds: t.Mapping[str, float]) -> list[Vm
     Names in ``after`` that are none of the VMs bind nobody: they are out already or not to leave. What is
     left of a cycle comes last, by its index (:func:`cycles` tells of it beforehand).
     """
-    units = _units(vms, seconds)
+    bound = {name for vm in vms for name in vm.after}
+    # Those by themselves, whom nothing binds, are nearly all of many: they need no more than to be sorted.
+    free: list[tuple[float, str, VmSummary]] = []
+    others: list[VmSummary] = []
+    for vm in vms:
+        if vm.group or vm.after or vm.name in bound or vm.uuid in bound:
+            others.append(vm)
+        else:
+            free.append((-vm.weight / max(seconds[vm.uuid], 1e-6), f"vm {vm.uuid}", vm))
+    free.sort(key=lambda entry: entry[:2])
+    units = _units(others, seconds)
     _index(units)
     waiting = {name: len(unit.waits_for) for name, unit in units.items()}
     ready = [(-unit.index, name) for name, unit in units.items() if not waiting[name]]
     heapq.heapify(ready)
     told: list[VmSummary] = []
     done: set[str] = set()
-    while ready:
+    place = 0
+    while ready or place < len(free):
+        if not ready or (place < len(free) and free[place][:2] < ready[0]):
+            told.append(free[place][2])
+            place += 1
+            continue
         _unused, name = heapq.heappop(ready)
         done.add(name)
         told += _inside(units[name].members, seconds)

@@ -13,12 +13,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
     turn_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._order import cycles, order, unit_of
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import (
-    NO_MEMORY,
-    QUICKER_FOR_OTHERS,
-    TOO_LATE,
-    make_plan,
-)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import QUICKER_FOR_OTHERS, make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
     deadline_findings,
     placement_findings,
@@ -27,6 +22,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings
     wish_findings,
     wished,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import NO_MEMORY, TOO_LATE
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, VmSummary
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +39,17 @@ def test_the_small_and_the_important_go_first() -> None:
     plan = make_plan(site(*vms), None)
     assert names(plan.vms) == ["dear", "small", "big"]
     assert [item.reason for item in plan.vms] == ["converges"] * 3
+
+
+def test_a_pair_that_is_full_keeps_its_others_for_later() -> None:
+    """On a wide line: whoever stands behind a full pair has its turn when that has a place again."""
+    vms = [vm(f"v{number}", host=1 + (number > 4), memory=(100 + number) * MB) for number in range(8)]
+    for rate in (None, 10_000 * MBIT):
+        whole = replace(site(*vms, rate=rate), processors={"home1": 1, "home2": 1})
+        plan = make_plan(whole, None)
+        assert len(plan.leaving) == len(vms)
+        starts = sorted(item.start_seconds or 0.0 for item in plan.vms if item.vm.source == "home1")
+        assert len(set(starts)) == 5, "one after the other"
 
 
 def test_forecast_of_a_quiet_vm_is_its_bytes_over_the_rate() -> None:

@@ -41,8 +41,9 @@ FULL_PACKAGES = (
     "rsync", "sudo", "nftables", "e2fsprogs", "strace", "socat", "attr", "tcpdump", "iperf3", "openssl",
     "ca-certificates", "libnbd-bin", "zstd", "jq", "psmisc", "less", "util-linux-extra", "busybox-static",
 )  # fmt: skip
-# Not installed on hosts: kernel and modules of the guests, taken from the packages.
-DOWNLOADED_PACKAGES = ("linux-image-cloud-amd64",)
+# Not installed on hosts: kernel and modules of the guests, taken from the packages; and what roles install
+# where they are asked to.
+DOWNLOADED_PACKAGES = ("linux-image-cloud-amd64", "frr", "frr-pythontools", "radvd")
 
 # A guest is ended by the tests, or dies with its host; timers would only take our two cores.
 MASKED_UNITS = (

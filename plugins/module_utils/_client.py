@@ -107,6 +107,11 @@ def vm_path(vm: str) -> str:
     return "/v1/vms/{}".format(quote(vm, safe=""))
 
 
+def fail_over_path(vm: str) -> str:
+    """Where a VM is run from its replica, or is told what that would run."""
+    return "/v1/replicas/{}/fail-over".format(quote(vm, safe=""))
+
+
 def job_path(job: str, action: str = "") -> str:
     """The path of an evacuation job, or of one of its actions."""
     path = "/v1/evacuations/{}".format(quote(job, safe=""))

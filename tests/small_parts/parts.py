@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,24 @@ class Job:
         return self.verdict not in {None, "undecided"}
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """A VM that runs here from a replica."""
+
+    id: str
+    vm: str
+    name: str
+    peer: str
+    generation: int
+    state: str = "landed"
+    sentence: str = "It runs here."
+    epoch: int = 1
+    ended: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
 class Evacuation:
     """Jobs that take one step each time they are looked at for ``step_seconds``."""
 
@@ -277,6 +295,9 @@ class Evacuation:
         self.shares: list[tuple[str, float | None, float]] = []
         self.paused: list[str] = []
         self.checked: list[tuple[str, bool]] = []
+        # replicas here, by UUID: what a look at a fail-over tells
+        self.outlooks: dict[str, dict[str, Any]] = {}
+        self.arrived: list[Arrived] = []
 
     async def begin(self, vm: str, *, options: Any) -> Job:
         uuid, name = self.source.identify(vm)
@@ -310,8 +331,35 @@ class Evacuation:
     def jobs(self) -> list[Job]:
         return list(self.remembered.values())
 
-    def arrivals(self) -> list[Job]:
-        return []
+    def arrivals(self) -> list[Arrived]:
+        return self.arrived
+
+    def keep(self, store: Store, vm: str, peer: str, **told: Any) -> None:
+        """A replica of a VM is here."""
+        name = KNOWN.get(vm, vm)
+        store.replicas.append({"vm": vm, "name": name, "peer": peer, "state": "sealed"})
+        self.outlooks[vm] = {
+            "vm": vm, "name": name, "peer": peer, "is_here": False, "job": None, "epoch": 0,
+            "generation": 7, "sealed_at": time.time() - 14, "age_seconds": 14.0, "memory_bytes": 1 << 30,
+            "priority": 50, "home_answers": False, "findings": [], **told,
+        }  # fmt: skip
+
+    async def look_at_fail_over(self, vm: str) -> dict[str, Any]:
+        for told in self.outlooks.values():
+            if vm in {told["vm"], told["name"]}:
+                return told
+        raise NotFound(f"{vm}: no replica of that VM here; see `precache-proxy status`")
+
+    async def fail_over(self, vm: str, *, source_is_dead: bool) -> Arrived:
+        told = await self.look_at_fail_over(vm)
+        if not source_is_dead:
+            raise InvalidInput(f"VM {told['name']}: it would run here from generation 7; say source_is_dead")
+        if told["findings"]:
+            raise InvalidInput(f"VM {told['name']} cannot arrive here", told["findings"])
+        arrived = Arrived(f"f{len(self.arrived)}", told["vm"], told["name"], told["peer"], told["generation"])
+        self.arrived.append(arrived)
+        told.update(is_here=True, job=arrived.id)
+        return arrived
 
     def job(self, identifier: str) -> Job:
         for job in self.remembered.values():

@@ -497,3 +497,113 @@ def test_ctrl_c_ends_at_once_and_the_jobs_go_on(site: Site) -> None:
     assert "Traceback" not in out + errors, out + errors
     assert "2 of 2 VMs are out" in good(site.play("evacuate", evacuate_site="home")).stdout
     assert site.first.evacuation.begun == ["web1"]
+
+
+@dataclass
+class DeadSite:
+    """The hosts of ``site`` are at another site and have replicas; the dead ones answer as ``ssh`` says."""
+
+    site: Site
+
+    def answer(self, sentence: str) -> None:
+        """What ssh says of the dead hosts."""
+        ssh = self.site.directory / "bin" / "ssh"
+        ssh.write_text(f'#!/bin/sh\n[ "$1" = -V ] && exit 0\necho "ssh: {sentence}" >&2\nexit 255\n')
+        ssh.chmod(0o755)
+
+    def play(self, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+        return self.site.play("fail_over", *arguments, fail_over_site="away", **variables)
+
+
+@pytest.fixture
+def dead(site: Site) -> DeadSite:
+    inventory = yaml.safe_load((site.directory / "inventory.yml").read_text())
+    gone = {
+        host: {
+            "ansible_connection": "ssh",
+            "ansible_ssh_executable": str(site.directory / "bin" / "ssh"),
+            "ansible_ssh_retries": 0,
+            "lifeboat_peer": "home1",
+        }
+        for host in ("away1", "away2")
+    }
+    gone["away1"]["lifeboat_vms"] = [{"name": "web1", "after": [KNOWN[DATABASE]]}]
+    inventory["hypervisors"]["children"]["away"] = {"hosts": gone}
+    (site.directory / "inventory.yml").write_text(yaml.safe_dump(inventory))
+    site.first.evacuation.keep(site.first.store, WEB, "away1")
+    site.second.evacuation.keep(site.second.store, DATABASE, "away2")
+    told = DeadSite(site)
+    told.answer("connect to host away1 port 22: Connection timed out")
+    return told
+
+
+def test_fail_over_wants_the_site_and_the_word(dead: DeadSite) -> None:
+    told = dead.site.play("fail_over")
+    assert told.returncode != 0
+    said = " ".join(told.stdout.split())
+    assert "fail_over_site: is not set; name the site that is dead" in said
+    assert "fail_over_site_is_dead: is not true; say" in said
+    unsaid = dead.play(fail_over_vms=[])
+    assert unsaid.returncode != 0
+    said = " ".join(unsaid.stdout.split())
+    assert "fail_over_site_is_dead: is not true" in said
+    assert "fail_over_vms: is an empty list" in said
+    assert dead.site.first.evacuation.arrived == []
+
+
+def test_fail_over_check_real_repeat(dead: DeadSite) -> None:
+    would = good(dead.play("--check"))
+    assert re.search(r"web1 +away1 +home1 +would-start +7 +14 s", would.stdout)
+    assert recap(would)["away1"]["changed"] == 1
+    assert dead.site.first.evacuation.arrived == []
+    told = good(dead.play(fail_over_site_is_dead=True))
+    assert "2 of 2 VMs run" in told.stdout
+    assert re.search(r"web1 +away1 +home1 +restarted-from-replica +7 +14 s", told.stdout)
+    # It waits for one that has another home.
+    lines = [line for line in told.stdout.splitlines() if line.startswith("changed:")]
+    assert [line.split("item=")[1].split(" at ")[0] for line in lines] == [KNOWN[DATABASE], "web1"]
+    assert [one.name for one in dead.site.first.evacuation.arrived] == ["web1"]
+    again = good(dead.play(fail_over_site_is_dead=True))
+    assert {count["changed"] for count in recap(again).values()} == {0}
+    assert "already-there" in again.stdout
+    assert len(dead.site.first.evacuation.arrived + dead.site.second.evacuation.arrived) == 2
+
+
+def test_fail_over_refuses_with_every_finding_and_changes_nothing(dead: DeadSite) -> None:
+    dead.answer("root@away1: Permission denied (publickey).")
+    undecided = Finding("VM web1", "its arrival j1 is prepared here", "settle it", "conflict")
+    dead.site.first.evacuation.outlooks[WEB]["findings"] = [undecided]
+    dead.site.second.evacuation.outlooks[DATABASE]["home_answers"] = True
+    told = dead.play(fail_over_site_is_dead=True)
+    assert told.returncode != 0
+    said = " ".join(told.stdout.split())
+    assert "home1: VM web1: its arrival j1 is prepared here; settle it" in said
+    assert "away1: it is not dead: its SSH answers (Permission denied); evacuate it" in said
+    assert "away2: it is not dead: its SSH answers (Permission denied) and its proxy answers home2" in said
+    assert "Nothing was started." in said
+    assert dead.site.first.evacuation.arrived + dead.site.second.evacuation.arrived == []
+
+
+def test_fail_over_of_some_and_of_none(dead: DeadSite) -> None:
+    word = {"fail_over_site_is_dead": True}
+    told = good(dead.play("--limit", "away2", **word))
+    assert "1 of 1 VMs run" in told.stdout
+    assert dead.site.first.evacuation.arrived == []
+    unknown = dead.play(fail_over_vms="web1, nosuch", **word)
+    assert unknown.returncode != 0
+    assert "VM nosuch: no hypervisor of another site has a replica" in " ".join(unknown.stdout.split())
+    assert dead.site.first.evacuation.arrived == []
+    none = dead.play("--limit", "away1", fail_over_leave_behind="web1", **word)
+    assert none.returncode != 0
+    assert "0 of 0 VMs run" in " ".join(none.stdout.split())
+
+
+def test_fail_over_goes_on_where_one_fails_or_a_place_is_silent(dead: DeadSite) -> None:
+    inventory = yaml.safe_load((dead.site.directory / "inventory.yml").read_text())
+    inventory["hypervisors"]["children"]["home"]["hosts"]["home2"]["evacuation_socket"] = "/none.sock"
+    (dead.site.directory / "inventory.yml").write_text(yaml.safe_dump(inventory))
+    told = dead.play(fail_over_site_is_dead=True)
+    assert told.returncode != 0
+    said = " ".join(told.stdout.split())
+    assert "1 of 1 VMs run; not reached: home2: control socket /none.sock" in said
+    assert [one.name for one in dead.site.first.evacuation.arrived] == ["web1"]

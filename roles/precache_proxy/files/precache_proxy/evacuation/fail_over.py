@@ -96,6 +96,7 @@ def _outlook(
         "peer": peer,
         "is_here": arrival is not None,
         "job": None if arrival is None else arrival.id,
+        "epoch": (status or {}).get("epoch") if arrival is None else arrival.epoch,
         "generation": sealed.get("generation"),
         "sealed_at": sealed_at,
         "age_seconds": None if sealed_at is None else max(0.0, time.time() - sealed_at),

@@ -16,6 +16,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import 
     left_behind,
     verdict_line,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import libvirt_silent
 
 display = Display()
 
@@ -75,11 +76,10 @@ class ActionModule(ActionBase):
         names = candidates(vms, jobs, arguments["vms"])
         batch = Batch(names, vms, jobs, arguments["parallel"])
         # All of a host means those as well that nobody thought of.
-        staying = left_behind(
-            (here.get("unprotected") or []) if arguments["vms"] is None else [],
-            arguments["leave_behind"],
-            check_mode=self._task.check_mode,
-        )
+        unprotected = here.get("unprotected") if arguments["vms"] is None else []
+        staying = left_behind(unprotected or [], arguments["leave_behind"], check_mode=self._task.check_mode)
+        if unprotected is None:
+            staying.append(libvirt_silent(f"unknown VMs of {self._host}", self._host))
         if self._task.check_mode:
             return self._would(batch, names) + staying, bool(batch.starts())
         for outcome in staying:

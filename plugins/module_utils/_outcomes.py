@@ -107,9 +107,9 @@ def others(
     for host in hosts.values():
         for vm in expected.get(host.name, ()) if host.domains is None else ():
             if vm not in known and vm not in may_stay and asked_for(vm):
-                add(_libvirt_silent(vm, host.name))
+                add(libvirt_silent(vm, host.name))
         if host.unprotected is None:
-            add(_libvirt_silent(f"unknown VMs of {host.name}", host.name))
+            add(libvirt_silent(f"unknown VMs of {host.name}", host.name))
     for name in only or ():
         if name not in known:
             add(_nowhere(name, hosts))
@@ -132,7 +132,8 @@ def _left_shut_off(host: HostState, listed: t.Sequence[str], *, check_mode: bool
     ]  # fmt: skip
 
 
-def _libvirt_silent(name: str, host: str) -> Outcome:
+def libvirt_silent(name: str, host: str) -> Outcome:
+    """Of VMs, or of one that the inventory knows, that only libvirt could tell of, and it does not."""
     sentence = (
         f"libvirt of {host} did not say which VMs are there beside the protected ones; see `virsh list "
         "--all` there, and run the same command again"

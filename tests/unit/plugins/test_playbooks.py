@@ -22,7 +22,7 @@ import yaml
 
 from precache_proxy.control.client import Client
 from precache_proxy.control.parts import Parts
-from precache_proxy.errors import Finding
+from precache_proxy.errors import Finding, HypervisorError
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from small_parts.parts import DATABASE, KNOWN, WEB, serving, small_parts
 
@@ -371,6 +371,21 @@ def test_a_vm_that_nobody_protects_is_told_and_is_not_out(site: Site) -> None:
     assert "2 of 2 VMs are out" in good(site.play("evacuate", **known)).stdout
     assert "VM stray" not in site.play("validate", **known).stdout
     good(site.play("evacuate", evacuate_site="home", evacuate_vms="web1"))
+
+
+def test_one_hosts_evacuation_tells_that_libvirt_is_silent(site: Site) -> None:
+    async def silence() -> list[tuple[str, str, bool]]:
+        raise HypervisorError("libvirt does not answer")
+
+    protect(site)
+    site.first.hypervisor.list_domains = silence
+    evacuate = {"lifeboat.evacuation.host_evacuation": {"socket": "{{ evacuation_socket }}"}}
+    show = {"ansible.builtin.debug": {"msg": "{{ told.vms | lifeboat.evacuation.verdict_table }}"}}
+    play = {"hosts": "home1", "gather_facts": False, "tasks": [{**evacuate, "register": "told"}, show]}
+    (site.directory / "one.yml").write_text(yaml.safe_dump([play]))
+    told = good(site.play(str(site.directory / "one")))
+    assert re.search(r"unknown VMs of home1 +home1 +- +failed", told.stdout)
+    assert "libvirt of home1 did not say which VMs are there" in told.stdout
 
 
 def test_a_number_at_a_time_and_a_deadline_are_in_the_report(site: Site) -> None:

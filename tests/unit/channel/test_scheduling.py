@@ -243,6 +243,48 @@ def test_governor_begins_a_long_copy_at_full_speed_after_many_small_ones() -> No
     assert (line.acknowledged - begin) / 3 > 0.5 * line.rate
 
 
+def busy(line: Line, governor: Governor, seconds: float) -> None:
+    """As much as is allowed."""
+    for _ in range(int(seconds / 0.025)):
+        governor.sample(line.step(0.025, (governor.rate_bytes_per_second or 2e6) * 0.025))
+
+
+def idle(line: Line, governor: Governor, seconds: float) -> None:
+    """Nothing to send."""
+    for _ in range(int(seconds / 0.025)):
+        governor.sample(replace(line.step(0.025, 0), backlog=False))
+
+
+def test_governor_begins_with_no_queue_of_seconds_once_a_path_has_become_slower() -> None:
+    """What it carried before must not be tried again at the beginning of each copy."""
+    line, governor = Line(50e6, 0.18), Governor()
+    busy(line, governor, 20)
+    line.rate = 6.25e6
+    busy(line, governor, 20)
+    for _ in range(3):
+        idle(line, governor, 30)
+        begin, worst = line.acknowledged, 0.0
+        for _ in range(120):
+            busy(line, governor, 0.025)
+            worst = max(worst, line.queue / line.rate)
+        assert worst < 0.25
+        assert (line.acknowledged - begin) / 3 > 0.85 * line.rate
+
+
+def test_governor_begins_anew_on_another_path() -> None:
+    """A failover while nothing was sent: the round trip tells of it, and the old rate would flood it."""
+    line, governor = Line(50e6, 0.04), Governor()
+    busy(line, governor, 20)
+    line.rate, line.trip = 6.25e6, 0.18
+    idle(line, governor, 20)
+    begin, worst = line.acknowledged, 0.0
+    for _ in range(160):
+        busy(line, governor, 0.025)
+        worst = max(worst, line.queue / line.rate)
+    assert worst < 0.5
+    assert (line.acknowledged - begin) / 4 > 0.8 * line.rate
+
+
 def test_governor_leaves_local_paths_alone() -> None:
     governor = Governor()
     for beat in range(100):

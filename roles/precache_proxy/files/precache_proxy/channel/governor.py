@@ -30,6 +30,12 @@ _FOREIGN_SECONDS = 10.0
 _PAUSE_SECONDS = 15.0
 # Headers and uneven looks take something: who delivers so much of the rate was pressed by it.
 _PRESSED = 0.8
+# A cut leaves at least so much of what the path was seen to carry.
+_FORGET = 0.25
+# Round trips that differ by this factor are those of different paths.
+_OTHER_PATH = 1.5
+# A rate that is so much of what was carried needs no swift beginning.
+_NEARLY = 0.8
 # Looks in a row without a queue before the rate grows by steps, each twice the last.
 _CALM_LOOKS = 3
 
@@ -101,6 +107,9 @@ class Governor:
         self._foreign_since: float | None = None
         self._paused_until = 0.0
         self._peak = 0.0
+        # What the path carried when it was last pressed: like the peak, but a cut takes it down.
+        self._carried = 0.0
+        self._pressed_base: float | None = None
         self._cut: _Cut | None = None
         # Since when there is a backlog without a longer pause, and since when there is none.
         self._spell_at: float | None = None
@@ -149,10 +158,21 @@ class Governor:
             self._spell_at = now.at
             self._long = self._calm = 0
             self._cut = self._foreign_since = None
-            # Small things sent now and then press nothing and find out nothing: begin from what the path once
-            # carried, and as swiftly as the first time.
-            self._rate = max(self._rate, self._peak / 2)
-            self._starting = True
+            # Small things sent now and then press nothing and find out nothing: begin from what the path last
+            # carried, and as swiftly as the first time where it is less. What it carried before it became
+            # slower would be a queue of seconds by the time that one can be seen.
+            if self._leads_elsewhere():
+                self._rate, self._carried = _FIRST_RATE, 0.0
+                self._delivered.clear()
+            self._rate = max(min(self._rate, self._carried), self._carried / 2, _FIRST_RATE)
+            self._starting = self._rate < _NEARLY * self._carried or not self._carried
+
+    def _leads_elsewhere(self) -> bool:
+        """Whether the round trip is that of another path than the one that was pressed last."""
+        if self._pressed_base is None or not self._base:
+            return False
+        shorter, longer = sorted((self._pressed_base, self._base[0][1]))
+        return longer > _OTHER_PATH * shorter and longer - shorter > _TARGET_SECONDS
 
     def _base_seconds(self, now: Sample) -> float:
         # Least round trip of the last half minute, in a monotonic queue: a path that became longer
@@ -186,6 +206,8 @@ class Governor:
         self._delivered.append(delivered)
         capacity = max(self._delivered)
         self._peak = max(self._peak * 0.999, capacity)
+        self._carried = max(self._carried * 0.999, capacity)
+        self._pressed_base = base
         if self._starting:
             if queue < max(2 * _TARGET_SECONDS, base / 8):
                 # As slow start does, but each step only when the step before is seen to arrive.
@@ -211,6 +233,8 @@ class Governor:
             self._delivered.clear()
             self._delivered.append(delivered)
             capacity = delivered
+            # By steps, for it may have been a busy processor; a path that became slower is cut again.
+            self._carried = max(delivered, self._carried * _FORGET)
         # First order: the queue approaches its target within about two round trips.
         gain = max(-0.5, min((_TARGET_SECONDS - queue) / settle, 0.1))
         self._calm = self._calm + 1 if queue < _TARGET_SECONDS / 3 else 0

@@ -81,7 +81,7 @@ def run(ground: Ground) -> Table:
 
 def _plans() -> list[GuestPlan]:
     # The big ones first, as the inventory may have them: an order by size is worth something.
-    sizes = [(160, 40), (160, 40), (128, 24), (128, 24), (96, 8), (96, 8), (64, 4), (64, 4)]
+    sizes = [(160, 40), (160, 40), (144, 32), (144, 32), (112, 16), (112, 16), (96, 8), (96, 8)]
     return [
         GuestPlan(
             f"vm{number}", ram_mib=ram, disk_mib=64, content_mib=content,

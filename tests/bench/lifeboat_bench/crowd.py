@@ -113,13 +113,16 @@ class Crowd:
         wait_until(self._protected, "all VMs are protected where they run")
 
     def _protected(self) -> bool:
-        hosts = tuple(PEERS) if self.at_home else tuple(PEERS.values())
         try:
-            told = [vm for host in hosts for vm in self.proxy(host).get("/vms")["vms"]]
+            return {guest.plan.uuid for guest in self.guests.values()} <= self.protected()
         except LabError:
             return False
-        whole = {vm["uuid"] for vm in told if vm["generation"] and vm["state"] == "protected"}
-        return {guest.plan.uuid for guest in self.guests.values()} <= whole
+
+    def protected(self) -> set[str]:
+        """UUIDs of those that have a whole replica at the other site. Raises LabError."""
+        hosts = tuple(PEERS) if self.at_home else tuple(PEERS.values())
+        told = [vm for host in hosts for vm in self.proxy(host).get("/vms")["vms"]]
+        return {vm["uuid"] for vm in told if vm["generation"] and vm["state"] == "protected"}
 
     def check(self) -> None:
         """Each runs once, where it is to, with the memory that it had. Raises LabError."""

@@ -257,19 +257,12 @@ def _bring_home(crowd: Crowd) -> None:
             for name, guest in crowd.guests.items()
             if guest.running_on() == [PEERS[crowd.homes[name]]]
         }
-        wait_until(
-            lambda: names <= _protected_at_backup(crowd), "those that left are protected at their home"
-        )
+        wait_until(lambda: names <= crowd.protected(), "those that left are protected at their home")
         crowd.begin({}).end().require_success()
     crowd.at_home = True
     crowd.check()
     crowd.wait_protected()
     lab.wan.set(WAN)
-
-
-def _protected_at_backup(crowd: Crowd) -> set[str]:
-    told = [vm for host in PEERS.values() for vm in crowd.proxy(host).get("/vms")["vms"]]
-    return {vm["uuid"] for vm in told if vm["generation"] and vm["state"] == "protected"}
 
 
 def _report(table: Table, runs: list[Run]) -> None:

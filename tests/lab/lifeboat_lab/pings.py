@@ -6,16 +6,13 @@ prints what it saw. Lighter than :mod:`lifeboat_lab.probes`, which keeps a conne
 """
 
 import json
-import os
 import selectors
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifeboat_lab.errors import LabError
+from lifeboat_lab.client_process import ClientProcess
 from lifeboat_lab.probes import INTERVAL_SECONDS, Pings, Seen
 
 if TYPE_CHECKING:
@@ -26,7 +23,7 @@ _FIRST_ANSWER_SECONDS = 30.0
 _LAST_ANSWERS_SECONDS = 2.0
 
 
-class PingWatch:
+class PingWatch(ClientProcess):
     """Pings under way: `watch = PingWatch(lab, {name: address}); ...; watch.end()[name]`.
 
     Raises LabError naming the addresses that do not answer to begin with.
@@ -34,32 +31,15 @@ class PingWatch:
 
     def __init__(self, lab: "Lab", addresses: Mapping[str, str]) -> None:
         self._addresses = dict(addresses)
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        words = [sys.executable, "-m", "lifeboat_lab.pings", *self._addresses.values()]
-        self._process = subprocess.Popen(
-            lab.command("client", words),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != "ready\n":
-            _, said = self._process.communicate(timeout=30)
-            raise LabError(f"pings: {said.strip()[-300:]}")
+        super().__init__(lab, "pings", *self._addresses.values())
 
     def end(self) -> dict[str, Seen]:
         """Stop, and tell what was seen of each guest."""
-        text, said = self._process.communicate("\n", timeout=60)
-        if self._process.returncode != 0:
-            raise LabError(f"pings: {said.strip()[-300:]}")
-        told = json.loads(text)
+        told = self.told()
         return {
             name: Seen(tuple((sent, answered) for sent, answered in told[address]), (), "")
             for name, address in self._addresses.items()
         }
-
-    def give_up(self) -> None:
-        """Stop, whatever it saw."""
-        self._process.kill()
-        self._process.communicate()
 
 
 def _run(addresses: list[str]) -> dict[str, list[list[float | None]]]:

@@ -11,14 +11,12 @@ import os
 import selectors
 import socket
 import struct
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lifeboat_lab.errors import LabError
+from lifeboat_lab.client_process import ClientProcess
 
 if TYPE_CHECKING:
     from lifeboat_lab.lab import Lab
@@ -100,35 +98,17 @@ class Seen:
         return sum(sent >= instant and at is None for sent, at in self.probes)
 
 
-class Probe:
+class Probe(ClientProcess):
     """Probes under way: `probe = Probe(lab, address); ...; probe.end()`."""
 
     def __init__(self, lab: "Lab", address: str, port: int = ECHO_PORT) -> None:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        words = [sys.executable, "-m", "lifeboat_lab.probes", address, str(port)]
-        self._process = subprocess.Popen(
-            lab.command("client", words),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        # It has connected, and answers come: else there is nothing to interrupt.
-        if self._process.stdout.readline() != "ready\n":
-            _, said = self._process.communicate(timeout=30)
-            raise LabError(f"probe of {address}: {said.strip()[-300:]}")
+        super().__init__(lab, "probes", address, str(port))
 
     def end(self) -> Seen:
         """Stop, and tell."""
-        text, said = self._process.communicate("\n", timeout=60)
-        if self._process.returncode != 0:
-            raise LabError(f"probe: {said.strip()[-300:]}")
-        told = json.loads(text)
+        told = self.told()
         probes = tuple((sent, answered) for sent, answered in told["probes"])
         return Seen(probes, tuple(told["arrivals"]), told["failure"])
-
-    def give_up(self) -> None:
-        """Stop, whatever it saw."""
-        self._process.kill()
-        self._process.communicate()
 
 
 class Pings:

@@ -79,7 +79,7 @@ def make_plan(
         else:
             answers[place] = result
     wishes = {home: _wishes(told["variables"]) for home, told in homes.items()}
-    told = [
+    told: list[Json] = [
         {**vm, "place": place, "home": vm.get("peer")}
         for place, answer in answers.items()
         for vm in answer.get("vms", [])

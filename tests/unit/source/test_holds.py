@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import pytest
 
+from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.errors import Conflict
 from precache_proxy.source import protection as protection_module
 from precache_proxy.source.environment import PriorityGate
-from precache_proxy.source.passes import PassResult
+from precache_proxy.source.passes import Generation, GenerationPlan, PassResult
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord, Sealed
 from precache_proxy.source.service import Source
@@ -200,3 +201,85 @@ async def test_the_peer_is_told_what_was_asked_for(tmp_path: Path, knows: dict[s
             patch.setattr("precache_proxy.source.replication.read_attachments", lambda _definition: {})
             assert (await replication.run_pass(reason="periodic")).skipped
     assert told == ([] if knows is None else [{"rpo_seconds": 15.0, "priority": 0, "autostart": True}])
+
+
+async def test_an_evacuation_does_not_queue_behind_the_passes_of_other_vms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are starved by the memory that crosses before them: they would keep it for their whole length."""
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    protection.replication.standing.needs_reconcile = False
+    reasons: list[str] = []
+
+    async def note(*, reason: str, **_unused: object) -> PassResult:
+        reasons.append(reason)
+        return PassResult(8, skipped=True, reason=reason)
+
+    monkeypatch.setattr(protection.replication, "run_pass", note)
+    async with protection._environment.passes.turn(0):
+        protection.start()
+        await asyncio.sleep(0.05)
+        assert reasons == [], "its periodic pass waits for the other's"
+        await asyncio.wait_for(protection.hold("evacuation-1"), 5)
+        await asyncio.wait_for(protection.run_pass(reason="evacuation"), 5)
+        assert reasons == ["evacuation"]
+    protection.release("evacuation-1")
+    protection.wake()
+    await asyncio.sleep(0.05)
+    assert reasons == ["evacuation", "periodic"]
+    await protection.stop()
+
+
+async def test_passes_of_a_held_vm_are_not_starved_by_memory(tmp_path: Path) -> None:
+    """Neither the one that the hold waits for, nor those of the evacuation itself."""
+    protection, _link = a_protection(
+        tmp_path, sealed=Sealed(7, "c", 1.0, 1.0, disks=["vda"]), passed_off={"vda": "otherwise"}
+    )
+    replication = protection.replication
+    replication.standing.needs_reconcile = False
+    classes: list[TrafficClass] = []
+
+    async def look() -> tuple[Any, Any, bool]:
+        return SimpleNamespace(autostart=False, xml="<domain/>"), SimpleNamespace(tracked={}, absent=[]), True
+
+    async def answer(value: Any) -> Any:
+        return value
+
+    async def make(plan: GenerationPlan, *_unused: object, **_more: object) -> PassResult:
+        classes.append(plan.traffic_class)
+        return PassResult(8)
+
+    replication.disks = cast(
+        Any,
+        SimpleNamespace(
+            look=look, sizes=lambda *_unused, **_more: answer({"vda": 4096}), source=lambda *_a, **_b: None,
+            check_images=lambda _layout: None, refused={}, transferable_xml=lambda: answer("<domain/>"),
+        ),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("precache_proxy.source.replication.read_attachments", lambda _definition: {})
+        patch.setattr(replication, "_make", make)
+        patch.setattr(replication.standing, "save", lambda: answer(None))
+        await replication.run_pass(reason="periodic", compare_all=True)
+        await protection.hold("evacuation-1")
+        await replication.run_pass(reason="evacuation", compare_all=True)
+        protection.release("evacuation-1")
+        await replication.run_pass(reason="periodic", compare_all=True)
+    assert classes == [TrafficClass.PRECACHE, TrafficClass.MIGRATION, TrafficClass.PRECACHE]
+
+
+@pytest.mark.parametrize(
+    ("sent_as", "then"),
+    [
+        (TrafficClass.PRECACHE, TrafficClass.MIGRATION),
+        # a residual goes before memory already
+        (TrafficClass.HANDOFF, TrafficClass.HANDOFF),
+    ],
+)
+def test_a_pass_under_way_is_hastened(sent_as: TrafficClass, then: TrafficClass) -> None:
+    plan = GenerationPlan(VM, "web1", 0, 8, 7, "<domain/>", {"vda": 4096}, {}, traffic_class=sent_as)
+    generation = Generation(cast(Any, None), plan)
+    generation.hasten()  # before it has a stream
+    generation._stream = cast(Any, SimpleNamespace(traffic_class=sent_as))
+    generation.hasten()
+    assert cast(Any, generation._stream).traffic_class is then

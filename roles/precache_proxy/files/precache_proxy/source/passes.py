@@ -102,8 +102,16 @@ class Generation:
         self.seal_sent = False
         self.result = PassResult(plan.generation)
         self._link = link
+        self._stream: Stream | None = None
+        self._urgent = False
         self._progress = _Progress(send={disk: extents.copy() for disk, extents in plan.send.items()})
         self._comparison = Comparison(link, plan.vm_uuid, plan.leads_from)
+
+    def hasten(self) -> None:
+        """An evacuation waits for this pass: it goes with the memory of VMs that leave, not behind it."""
+        self._urgent = True
+        if self._stream is not None and self._stream.traffic_class is TrafficClass.PRECACHE:
+            self._stream.traffic_class = TrafficClass.MIGRATION
 
     async def run(self, source: ViewSource) -> dict[str, Any]:
         """Send and have it sealed; returns the peer's answer.
@@ -125,6 +133,9 @@ class Generation:
             "residual": plan.residual,
         }
         stream = await self._link.open_stream("generation", plan.traffic_class, header, label=plan.vm_uuid)
+        self._stream = stream
+        if self._urgent:
+            self.hasten()
         feeder = Feeder(stream, list(plan.disks), pace=self._pace)
         try:
             refusal = asyncio.create_task(stream.receive())

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from precache_proxy.errors import (
@@ -57,6 +57,8 @@ class Protection:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._work: asyncio.Task[Any] | None = None
+        # a pass that waits for its turn among those of other VMs
+        self._in_queue = False
         # a comparison of everything that somebody waits for (verify): an evacuation does not wait for it
         self._comparison: asyncio.Task[PassResult] | None = None
         self._failures = 0
@@ -104,7 +106,8 @@ class Protection:
     async def hold(self, holder: str) -> None:
         """No work of our own from now on; returns when none is under way."""
         self._holders.add(holder)
-        if self.replication.record.sealed is None or self.replication.record.resync_cause:
+        self.replication.hasten()
+        if self._in_queue or self.record.sealed is None or self.record.resync_cause:
             # a first copy or a resync takes long, and goes on where it stood
             await self._cut_work()
         if self._comparison is not None:
@@ -118,6 +121,7 @@ class Protection:
         self._holders.discard(holder)
         if not self._holders:
             self.replication.pace = None
+            self.replication.urgent = False
             self._set_at_rest()
             self.wake()
 
@@ -186,8 +190,7 @@ class Protection:
 
     async def _pass(self, *, reason: str, compare_all: bool = False, scrub_bytes: int = 0) -> PassResult:
         record = self.record
-        gate = self._environment.long_work if compare_all else self._environment.passes
-        async with gate.turn(record.priority):
+        async with self._passes_turn(long=compare_all):
             try:
                 with self.replication.totals.counted():
                     result = await self.replication.run_pass(
@@ -208,6 +211,21 @@ class Protection:
         if not result.skipped:
             self._duration_seconds = 0.6 * self._duration_seconds + 0.4 * result.total_seconds
         return result
+
+    @contextlib.asynccontextmanager
+    async def _passes_turn(self, *, long: bool) -> AsyncIterator[None]:
+        """A turn among the passes of all VMs. Whoever holds this one does not queue behind the others."""
+        if self._holders and not long:
+            yield
+            return
+        gate = self._environment.long_work if long else self._environment.passes
+        self._in_queue = True
+        try:
+            async with gate.turn(self.record.priority):
+                self._in_queue = False
+                yield
+        finally:
+            self._in_queue = False
 
     async def _run(self) -> None:
         while True:

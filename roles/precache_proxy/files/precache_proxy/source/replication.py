@@ -47,11 +47,19 @@ class Replication:
         self.generation: Generation | None = None
         # what generations may put on the wire, where whoever holds the VM wants less than the link's rate
         self.pace: Pace | None = None
+        # an evacuation waits for what is sent now: it goes before other VMs' passes
+        self.urgent = False
         self.last_pass: PassResult | None = None
         self.last_pass_at: float | None = None
         self.dirty_bytes = 0
         # until when the peer is known to hold everything; monotonic
         self.clean_at: float | None = None
+
+    def hasten(self) -> None:
+        """From now on, the pass under way as well, nothing waits behind the memory of VMs that leave."""
+        self.urgent = True
+        if self.generation is not None:
+            self.generation.hasten()
 
     @property
     def vm(self) -> VmReference:
@@ -222,6 +230,7 @@ class Replication:
                 else scrub.next_slice(record, layout, sizes, held, scrub_bytes)
             ),
             send={} if sealed is None else scrub.beyond_replica(layout, sizes, held),
+            traffic_class=TrafficClass.MIGRATION if self.urgent else TrafficClass.PRECACHE,
         )
         before_off = {target: stamp(disk.path) for target, disk in layout.tracked.items()}
         result = await self._make(plan, self.disks.source(layout, active=active), layout, reason=reason)

@@ -28,6 +28,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import FixedGate, Gate, Served
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import TOO_LATE
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import (
     INTERVAL_SECONDS,
@@ -49,6 +50,10 @@ _ATTEMPTS = 3
 _CERTAIN_INTERVALS = 4
 _RETRY_SECONDS = 5.0
 _PLAN_EVERY_SECONDS = 30.0
+# Of what the next one is worth a second: who is worth less is not preferred for coming from an idle pair.
+_WORTH_AN_IDLE_PAIR = 0.5
+# So much of what is left now is counted as what will cross, at most, of a guest whose rounds do not shrink.
+_MOST_ROUNDS = 5.0
 # A start that its host has not answered for so long holds nobody up: as a move of a host that is silent.
 _UNHEARD_SECONDS = 10.0
 
@@ -119,6 +124,8 @@ class Controller:
             self._pairs.setdefault(vm.pair, PairSummary(vm.source, vm.destination, site.site))
         self._waiting: dict[str, None] = {}
         self._rank: dict[str, int] = {}
+        # Weight per second, as planned.
+        self._worth: dict[str, float] = {}
         self._starts_at: dict[str, float] = {}
         self._forecasts = Forecasts()
         self._planned_at = float("-inf")
@@ -139,6 +146,7 @@ class Controller:
         self._unheard_since: dict[Pair, float] = {}
         self._sent_before: set[str] = set()
         self._shares = Shares()
+        self._rounds = Rounds()
         self._make_gates()
 
     def _make_gates(self) -> None:
@@ -203,6 +211,7 @@ class Controller:
     def step(self, seen: Observation) -> Orders:
         """Decide. To be called once an interval."""
         orders = Orders()
+        seen = replace(seen, moves=self._rounds.told(seen.moves, self._vms, seen.now))
         self._take_in(seen)
         left = None if seen.deadline_at is None else seen.deadline_at - seen.now
         if self._plan_is_old(seen, left):
@@ -282,7 +291,10 @@ class Controller:
                 ),
                 default=0.0,
             )
-            gate.observe(goodput.get(key, 0.0), served.get(key, {}), most, more_wait=key in waiting)
+            if self._shares.crowded(gate):
+                gate.observe_crowded(goodput.get(key, 0.0))
+            else:
+                gate.observe(goodput.get(key, 0.0), served.get(key, {}), most, more_wait=key in waiting)
 
     def _holds_memory(self, uuid: str) -> None:
         # Of those that moved before anybody planned, the destination's own answer speaks.
@@ -342,6 +354,7 @@ class Controller:
         free_in = {id(gate): self._free_in_seconds(gate, seen) for gate in gates}
         for planned in self.plan.vms:
             self._rank[planned.vm.uuid] = planned.position
+            self._worth[planned.vm.uuid] = planned.vm.weight / max(planned.forecast.seconds, 1e-3)
             if planned.start_seconds is not None:
                 starts_in = planned.start_seconds + free_in.get(id(self.gate_of(planned.vm)), 0.0)
                 self._starts_at[planned.vm.uuid] = seen.now + starts_in
@@ -394,8 +407,9 @@ class Controller:
                 self._told.pop(uuid)
             if self._retry_at.get(uuid, 0.0) > seen.now or not self._may_start(vm, at_work):
                 continue
-            # Not a third one on a pair while another pair of the same uplink has none.
-            if self._adaptive and active.get(vm.pair, 0) > least.get(id(gate), 0):
+            # Not a third one on a pair while another pair of the same uplink has none; where one at a time
+            # fills the uplink it does not matter from where that one comes.
+            if self._adaptive and gate.window > 1 and active.get(vm.pair, 0) > least.get(id(gate), 0):
                 continue
             if self._adaptive and self._packs_enough(vm.source, packing):
                 continue
@@ -490,7 +504,11 @@ class Controller:
             if move.phase is Phase.LEAD_IN:
                 queued += wire_bytes(vm)
             elif move.phase is not Phase.CLOSING:
-                queued += move.remaining_bytes
+                # With the rounds to come: who starts too early has its memory dirtied while it waits.
+                seconds = live_seconds(move, gate.capacity or move.bytes_per_second)
+                queued += min(
+                    seconds * (gate.capacity or move.bytes_per_second), _MOST_ROUNDS * move.left_bytes
+                )
         return queued + sum(wire_bytes(vm) for vm in self._asked_for(seen) if self.gate_of(vm) is gate)
 
     def _free_in_seconds(self, gate: Gate, seen: Observation) -> float:
@@ -567,10 +585,12 @@ class Controller:
     ) -> dict[int, set[Pair]]:
         """Per gate: the pairs of those whose turn is next and that could start now.
 
-        Only among them one on an idle pair is preferred: whose turn is far would come before all the others
-        just because nobody else leaves from its host; and for who cannot start the others would wait in vain.
+        Only among them one on an idle pair is preferred: whose turn is far, or who takes much longer than the
+        next one, would come before all the others just because nobody else leaves from its host; and for who
+        cannot start the others would wait in vain.
         """
         told: dict[int, set[Pair]] = {}
+        first: dict[int, float] = {}
         left = {id(gate): max(4, 2 * gate.window) for gate in self._gates.values()}
         for uuid in in_order:
             vm = self._vms[uuid]
@@ -581,7 +601,9 @@ class Controller:
                 continue
             if self._could_start(vm, seen, at_work, packing):
                 left[key] -= 1
-                told.setdefault(key, set()).add(vm.pair)
+                worth = self._worth.get(uuid, 0.0)
+                if worth >= _WORTH_AN_IDLE_PAIR * first.setdefault(key, worth):
+                    told.setdefault(key, set()).add(vm.pair)
         return told
 
     def _rung_at_start(

@@ -39,10 +39,10 @@ class Phase(StrEnum):
 class Move:
     """A move under way, as it was seen last.
 
-    ``remaining_bytes`` is what this round has left, on the wire; ``bytes_per_second`` what it got on the wire
-    over the last interval; ``dirty_bytes_per_second`` what the guest dirties, on the wire. ``hopeless``: the
-    proxy says that the longest stop that is allowed would not do. ``silent``: its host says nothing now, and
-    nothing can be told to it.
+    ``remaining_bytes`` is what this round has left, ``dirtied_bytes`` what was dirtied since it began, as far
+    as is known, ``bytes_per_second`` what it got over the last interval, ``dirty_bytes_per_second`` what the
+    guest dirties; all on the wire. ``hopeless``: the proxy says that the longest stop that is allowed would
+    not do. ``silent``: its host says nothing now, and nothing can be told to it.
     """
 
     vm: str
@@ -53,6 +53,12 @@ class Move:
     dirty_bytes_per_second: float = 0.0
     hopeless: bool = False
     silent: bool = False
+    dirtied_bytes: float = 0.0
+
+    @property
+    def left_bytes(self) -> float:
+        """What would cross if the guest stood still from now on."""
+        return self.remaining_bytes + self.dirtied_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +80,12 @@ def live_seconds(move: Move, rate: float) -> float:
     if shrink >= 0.95 and move.phase is not Phase.LAST:
         return float("inf")
     factor = 1.0 if move.phase is Phase.LAST else 1.0 / (1.0 - shrink)
-    return move.remaining_bytes / rate * factor
+    return move.left_bytes / rate * factor
 
 
 def paused_seconds(move: Move, rate: float) -> float:
     """What it takes once the guest stands still."""
-    return move.remaining_bytes / rate if rate > 0 else float("inf")
+    return move.left_bytes / rate if rate > 0 else float("inf")
 
 
 def judge(

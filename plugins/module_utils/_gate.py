@@ -14,8 +14,13 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    DEFAULT_STREAM_BYTES_PER_SECOND,
+)
+
 _HURT = 0.9
 _FULL = 0.92
+_FILLED = 0.85
 _USED = 0.6
 _FIRST_PROBE = 0.25
 _STEP = 0.1
@@ -38,10 +43,14 @@ class Served:
 
 
 class Gate:
-    """One uplink. ``rate`` is what it is known to carry (bytes per second), None: nobody knows."""
+    """One uplink. ``rate`` is what it is known to carry (bytes per second), None: nobody knows.
 
-    def __init__(self, rate: float | None) -> None:
+    ``usual_stream`` is what one move is thought to carry before one was seen.
+    """
+
+    def __init__(self, rate: float | None, usual_stream: float = DEFAULT_STREAM_BYTES_PER_SECOND) -> None:
         self.rate = rate
+        self._usual = usual_stream
         self.goodput = 0.0
         self.spare = 0.0
         self.stream: float | None = None
@@ -53,6 +62,8 @@ class Gate:
         self._rest_length = _FIRST_REST
         self._blind = 0
         self._tried = False
+        # What spare was before it was raised last.
+        self._before = 0.0
         # While less spare is tried: what it was, and what those that are served fully got with it.
         self._narrowing: tuple[float, float] | None = None
 
@@ -67,6 +78,11 @@ class Gate:
         return self.rate is not None and self.goodput >= _FULL * self.rate
 
     @property
+    def _filled(self) -> bool:
+        """Whether it did so of late: between two moves it carries less, and has no more room for that."""
+        return self.rate is not None and self._best >= _FILLED * self.rate
+
+    @property
     def open(self) -> int:
         """How many moves are served fully."""
         if not self.stream:
@@ -76,8 +92,11 @@ class Gate:
     @property
     def window(self) -> int:
         """How many moves may be under way; at first the next ones are got ready before there is room."""
-        if self._starting and not self.full:
-            return 2 * self.open
+        if self._starting and not self._filled:
+            # Where one is thought to fill it, another would only be kept waiting with its memory begun.
+            return (
+                1 if self.stream is None and (self.rate or 2 * self._usual) <= self._usual else 2 * self.open
+            )
         partly = self.stream is not None and self.spare % self.stream > _FIRST_PROBE * self.stream
         return self.open + partly
 
@@ -90,7 +109,7 @@ class Gate:
         full = {name: move.bytes_per_second for name, move in served.items() if move.fully}
         if not full or goodput <= 0:
             self._got = {name: got for name, got in self._got.items() if name in served}
-            self._narrowing = None
+            self._judge_narrower(None)
             self._blind += goodput > 0 and most > 0
             if self._starting and self._blind >= _BLIND_INTERVALS and most > 0:
                 # Moves so short that none fills an interval: whether they hurt each other shows later.
@@ -128,6 +147,12 @@ class Gate:
         self._tried = False
         self._grow(served, most, more_wait)
 
+    def observe_crowded(self, goodput: float) -> None:
+        """An interval in which one took the place of another that was not over: nothing else is learned."""
+        self.goodput = goodput
+        self._best = max(goodput, 0.95 * self._best)
+        self._judge_narrower(None)
+
     def _judge_narrower(self, now: float | None) -> None:
         if self._narrowing is None:
             return
@@ -140,9 +165,13 @@ class Gate:
             self.reason = "fewer-do"
             self._tried = False
             self._starting = False
+            if self.spare <= _NOTHING * (self.stream or 0.0):
+                # Nothing is left to take: one at a time fills it, and for a while that is not asked again.
+                self._rest = self._rest_length
         else:
             self.spare = spare
-            self._rest = self._rest_length if self.full else 0
+            hurt_before = self.reason == "no-more-carried"
+            self._rest = self._rest_length if self.full or hurt_before else 0
 
     def _hurt(self, most: float) -> None:
         self._narrowing = None
@@ -155,30 +184,38 @@ class Gate:
             self._rest, self._rest_length = 1, _FIRST_REST
             return
         self.reason = "no-more-carried"
-        self.spare = self.spare / 2 if self.spare > most * _NOTHING * 2 else 0.0
+        if self.spare <= 2 * _NOTHING * most:
+            self.spare = 0.0
+        elif self.spare <= 1.5 * _FIRST_PROBE * most:
+            # The first try already: half of it would be missing to the one that fills the uplink.
+            self.spare = min(self.spare / 2, self._before)
+        else:
+            self.spare /= 2
         self._starting = False
-        self._rest = self._rest_length
+        # What is left of it is asked about at once, and only then left alone.
+        self._tried = False
+        self._rest = self._rest_length if self.spare <= _NOTHING * most else 0
         self._rest_length = min(2 * self._rest_length, _LONGEST_REST)
 
     def _grow(self, served: t.Mapping[str, Served], most: float, more_wait: bool) -> None:
         offered = [move for move in served.values() if not move.fully and move.share]
         used = sum(move.bytes_per_second for move in offered)
-        if self.full or (not more_wait and not offered):
+        known = self.rate is not None and self._starting
+        if self.full or (known and self._filled) or (not more_wait and not offered):
             return
         if offered and used < _USED * sum(move.share or 0.0 for move in offered):
             return  # they are not held back by us: more for them would bring nothing
-        known = self.rate is not None and self._starting
         if self.spare < _FIRST_PROBE * most and not known:
             grown = _FIRST_PROBE * most
         elif known and self.rate is not None:
-            grown = max(self.rate - sum(self._got.values()), self.spare)
+            grown = max(self.rate - self._best, self.spare)
         elif self._starting:
             grown = max(most, 2 * self.spare)
         else:
             grown = self.spare + max(_STEP * (sum(self._got.values()) + used), _FIRST_PROBE * most)
         if grown > self.spare:
             self.reason = "more-carried"
-            self.spare = grown
+            self._before, self.spare = self.spare, grown
 
 
 class FixedGate(Gate):

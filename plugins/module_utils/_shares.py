@@ -7,13 +7,24 @@ from __future__ import annotations
 import typing as t
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
+    CONVERGES_BELOW,
+    ROUNDS_WITHOUT_PROGRESS,
+    forecast,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, VmSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    DEFAULT_STREAM_BYTES_PER_SECOND,
+    Rung,
+    VmSummary,
+)
 
 INTERVAL_SECONDS = 2.0
 # What those that are not open get at least, together: a relay that stands still for 10 s is closed.
 _TRICKLE_SHARE = 0.05
 _TRICKLE_BYTES_PER_SECOND = 65_536.0
+# So many times as urgent is who takes the place of one that is served fully.
+_PUSHES_OUT = 4.0
 
 Member = tuple[VmSummary, Move]
 
@@ -31,6 +42,12 @@ class Shares:
         # Per gate: the moves that are served fully, in the order in which they came to be.
         self._open: dict[int, dict[str, None]] = {}
         self._intervals_open: dict[str, int] = {}
+        # Gates at which more were served fully than the gate allows: for one that is nearly over.
+        self._crowded: set[int] = set()
+
+    def crowded(self, gate: Gate) -> bool:
+        """Whether one took the place of another that was not over: what they got says nothing of the gate."""
+        return id(gate) in self._crowded
 
     def intervals_open(self, uuid: str) -> int:
         """For how many intervals on end a move could take what it can get."""
@@ -58,6 +75,7 @@ class Shares:
     def _share_gate(self, gate: Gate, members: list[Member], shares: dict[str, float | None]) -> None:
         opened = self._opened(gate, members, self._open.get(id(gate), {}))
         self._open[id(gate)] = opened
+        (self._crowded.add if len(opened) > gate.open else self._crowded.discard)(id(gate))
         rest = []
         for vm, move in members:
             if vm.uuid in opened or move.phase is Phase.LAST or move.rung is not Rung.LIVE:
@@ -69,7 +87,8 @@ class Shares:
         stream = gate.stream or 0.0
         spare = max(0.0, gate.spare - (gate.open - 1) * stream)
         trickle = max(_TRICKLE_BYTES_PER_SECOND, _TRICKLE_SHARE * (gate.capacity or 0.0) / len(rest))
-        rest.sort(key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry)))
+        rate = _full_rate(gate)
+        rest.sort(key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry, rate)))
         for vm, _move in rest:
             share = max(trickle, min(spare, stream))
             spare = max(0.0, spare - share)
@@ -79,7 +98,8 @@ class Shares:
         """Who may take what it can get: whoever does already, then the most urgent, on idle pairs first.
 
         A live move that is throttled half way sends again what is dirtied meanwhile; so none is pushed out
-        but by the gate's own narrowing, and then the last that came.
+        but by the gate's own narrowing, and then the last that came, or by one that is so much sooner through
+        that the rest of it is little beside.
         """
         free = gate.open
         opened: dict[str, None] = {}
@@ -90,12 +110,12 @@ class Shares:
         }
         # A guest that stands still has its place, whatever else is said.
         free -= sum(1 for _vm, move in members if move.rung is not Rung.LIVE)
+        rate = _full_rate(gate)
+        kept = _kept([candidates[uuid] for uuid in before if uuid in candidates],
+                     [entry for uuid, entry in candidates.items() if uuid not in before], rate)  # fmt: skip
         busy: dict[tuple[str, str], int] = {}
-        for uuid in before:
-            entry = candidates.pop(uuid, None)
-            if entry is None:
-                continue
-            vm, move = entry
+        for uuid in kept:
+            entry = vm, move = candidates.pop(uuid)
             if free <= 0 and opened:
                 candidates[uuid] = entry
                 continue
@@ -107,7 +127,7 @@ class Shares:
         waiting = sorted(
             candidates.values(),
             # Who is still in the lead-in has nothing to send yet: an open place would be idle.
-            key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry)),
+            key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry, rate)),
         )
         turns: list[tuple[int, int, str]] = []
         for number, (vm, _move) in enumerate(waiting):
@@ -121,16 +141,44 @@ class Shares:
         return opened
 
 
+def _kept(opened: list[Member], waiting: list[Member], rate: float) -> list[str]:
+    """Who of those that were served fully stays so: all but those that a far more urgent one pushes out."""
+    pushing = sorted(
+        (_urgency(vm, move, rate) for vm, move in waiting if move.phase is Phase.BULK), reverse=True
+    )
+    out: set[str] = set()
+    for urgency, uuid in sorted((_urgency(vm, move, rate), vm.uuid) for vm, move in opened):
+        if not pushing or pushing[0] < _PUSHES_OUT * urgency:
+            break
+        pushing.pop(0)
+        out.add(uuid)
+    return [vm.uuid for vm, _move in opened if vm.uuid not in out]
+
+
 def _over_soon(move: Move) -> bool:
     rate = move.bytes_per_second
     return move.phase is Phase.BULK and rate > 0 and live_seconds(move, rate) <= INTERVAL_SECONDS
 
 
-def _urgency(vm: VmSummary, move: Move) -> float:
-    """Weight per byte that is left: by bytes, for a trickled rate would make the last the last for ever."""
-    left = move.remaining_bytes
+def _full_rate(gate: Gate) -> float:
+    """What a move gets that is served fully, as far as is known."""
+    return min([rate for rate in (gate.stream, gate.capacity) if rate] or [DEFAULT_STREAM_BYTES_PER_SECOND])
+
+
+def _urgency(vm: VmSummary, move: Move, rate: float) -> float:
+    """Weight per byte that will still cross if it is served fully, at that rate.
+
+    By bytes, for a trickled rate would make the last the last for ever; with the rounds to come, for a guest
+    that dirties as fast as can be sent has several times its memory before it, and others would wait for it.
+    """
     if move.phase is Phase.LEAD_IN:
-        left = wire_bytes(vm)
+        left = forecast(vm, Rung.LIVE, rate, 0.0).wire_bytes
+        return vm.weight / max(left, 1e4)
+    left, shrink = move.left_bytes, move.dirty_bytes_per_second / rate
+    if shrink < CONVERGES_BELOW:
+        left /= 1.0 - shrink
+    else:
+        left += (ROUNDS_WITHOUT_PROGRESS + 1) * min(1.0, shrink) * vm.memory_used_bytes * vm.packed_ratio
     return vm.weight / max(left, 1e4)
 
 

@@ -15,8 +15,14 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller im
     PairView,
     interval_seconds,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, judge
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
+    Move,
+    Phase,
+    judge,
+    live_seconds,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate, Served
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -184,6 +190,71 @@ def test_the_next_ones_lead_in_is_over_when_the_line_is_free() -> None:
         for strategy in ("parallel", "feedback")
     }
     assert took["feedback"] <= 1.1 * took["parallel"]
+
+
+def test_a_first_try_that_hurts_is_taken_back_whole() -> None:
+    """Half of it would be missing to the one that fills the uplink, for a minute and more."""
+    gate = Gate(None)
+    while gate.spare == 0:
+        gate.observe(6e6, {"a": Served(6e6, True)}, more_wait=True)
+    tried = gate.spare
+    gate.observe(6e6, {"a": Served(6e6 - tried, True), "b": Served(tried, False, tried)}, more_wait=True)
+    assert (gate.spare, gate.window, gate.reason) == (0.0, 1, "no-more-carried")
+
+
+def test_one_that_takes_anothers_place_before_that_is_over_makes_no_link_slower() -> None:
+    gate = Gate(None)
+    gate.observe(6e6, {"a": Served(6e6, True)}, more_wait=False)
+    gate.observe_crowded(6e6)
+    assert gate.reason != "link-slower"
+    assert gate.stream == 6e6
+    assert gate.capacity == 6e6
+
+
+def test_where_one_is_thought_to_fill_the_uplink_the_second_is_not_begun_with_it() -> None:
+    begun = Controller(site(vm("a"), vm("b", host=2), rate=50 * MBIT)).step(Observation(0.0)).starts
+    assert len(begun) == 1
+    begun = Controller(site(vm("a"), vm("b", host=2), rate=None)).step(Observation(0.0)).starts
+    assert len(begun) == 2, "nobody knows: one is served, one is there to try more with"
+
+
+def served_fully(controller: Controller, moves: dict[str, Move], seconds: float = 2.0) -> set[str]:
+    shares = controller.step(Observation(seconds, moves)).shares
+    return {uuid for uuid, share in shares.items() if share is None}
+
+
+def test_a_guest_that_dirties_as_fast_as_is_sent_goes_after_a_larger_one_that_does_not() -> None:
+    """Its memory crosses several times, and the other would wait for all of them."""
+    controller = Controller(site(vm("busy", dirty_bytes_per_second=9 * MB), vm("large", memory=300 * MB)))
+    busy = Move("uuid-busy", Phase.BULK, remaining_bytes=100e6, dirty_bytes_per_second=9e6)
+    large = Move("uuid-large", Phase.BULK, remaining_bytes=300e6)
+    assert served_fully(controller, {"uuid-busy": busy, "uuid-large": large}) == {"uuid-large"}
+
+
+def test_a_far_smaller_one_takes_the_place_of_one_that_is_served_and_a_little_smaller_one_does_not() -> None:
+    controller = Controller(site(vm("long", memory=900 * MB), vm("short"), vm("half", memory=450 * MB)))
+    long = Move("uuid-long", Phase.BULK, remaining_bytes=900e6, bytes_per_second=6e6)
+    assert served_fully(controller, {"uuid-long": long}) == {"uuid-long"}
+    half = Move("uuid-half", Phase.BULK, remaining_bytes=450e6)
+    assert served_fully(controller, {"uuid-long": long, "uuid-half": half}, 4.0) == {"uuid-long"}
+    short = Move("uuid-short", Phase.BULK, remaining_bytes=100e6)
+    assert served_fully(controller, {"uuid-long": long, "uuid-short": short}, 6.0) == {"uuid-short"}
+
+
+def test_what_is_dirtied_in_a_round_is_counted_until_the_next_begins() -> None:
+    rounds, vms = Rounds(), {"uuid-a": vm("a", memory=100 * MB)}
+
+    def dirtied(now: float, left: float) -> float:
+        move = Move("uuid-a", Phase.BULK, remaining_bytes=left, dirty_bytes_per_second=4e6)
+        return rounds.told({"uuid-a": move}, vms, now)["uuid-a"].dirtied_bytes
+
+    assert [dirtied(0, 90e6), dirtied(2, 80e6), dirtied(10, 50e6)] == [0, 8e6, 40e6]
+    assert dirtied(60, 10e6) == 100e6, "no more than it has"
+    assert dirtied(62, 95e6) == 0, "a new round"
+    move = Move("uuid-a", Phase.BULK, remaining_bytes=10e6, dirty_bytes_per_second=4e6, dirtied_bytes=30e6)
+    assert live_seconds(move, 8e6) == pytest.approx(10.0), (
+        "what is left, what was dirtied, and so on by halves"
+    )
 
 
 def test_a_wide_uplink_is_filled_by_many() -> None:

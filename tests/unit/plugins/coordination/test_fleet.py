@@ -15,7 +15,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import 
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung
 
-from unit.plugins.coordination.sites import MB, site, vm
+from unit.plugins.coordination.sites import site, vm
 
 
 def host(progress: dict[str, Any]) -> dict[str, HostState]:
@@ -27,7 +27,7 @@ def host(progress: dict[str, Any]) -> dict[str, HostState]:
 def test_a_guest_that_outruns_the_mirror_of_its_disk_is_stopped_and_holds_up_nobody() -> None:
     """Seen at 180 ms: 20 synced writes a second, 0.2 MB left for minutes, the memory not begun."""
     eyes = Eyes()
-    controller = Controller(site(vm("a"), vm("b"), vm("c", memory=900 * MB)))
+    controller = Controller(site(vm("a"), vm("b")))
     chasing = host({"disk_total_bytes": 138e6, "disk_remaining_bytes": 196608, "memory_total_bytes": 0})
     first = eyes.look(chasing, 100.0, {"j1"}, None)
     assert first.moves["uuid-a"].phase is Phase.LEAD_IN
@@ -35,7 +35,7 @@ def test_a_guest_that_outruns_the_mirror_of_its_disk_is_stopped_and_holds_up_nob
     later = eyes.look(chasing, 121.0, {"j1"}, None)
     assert later.moves["uuid-a"].hopeless
     orders = [controller.step(eyes.look(chasing, 121.0 + 2 * n, {"j1"}, None)) for n in range(3)]
-    assert any("uuid-c" in dict(told.starts) for told in orders)
+    assert any(told.starts for told in orders), "its place is another's"
     fall = orders[0].falls["uuid-a"]
     assert (fall.rung, fall.sentence) == (Rung.PAUSED, "writes to its disk as fast as the mirror follows")
 

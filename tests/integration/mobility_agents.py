@@ -132,7 +132,8 @@ class Agent:
 
     def arrive(self, guest: Guest, epoch: int, /, **more: Any) -> dict[str, Any]:
         """The guest is about to run here."""
-        body = {"addresses": [str(guest.home)], "mac": guest.mac, "bridge": BRIDGE, "epoch": epoch} | more
+        addresses = [str(guest.home), *guest.more_homes]
+        body = {"addresses": addresses, "mac": guest.mac, "bridge": BRIDGE, "epoch": epoch} | more
         return self.ask("POST", f"/v1/vms/{guest.vm}/arrive", body)
 
     def depart(self, guest: Guest, **body: Any) -> dict[str, Any]:
@@ -286,12 +287,12 @@ class Conversation:
 
     RECORD_OCTETS = 4096
 
-    def __init__(self, client: Namespace, guest: Guest) -> None:
-        listener = guest.space.inside(socket.create_server, ("::", 0), family=socket.AF_INET6)
+    def __init__(self, client: Namespace, guest: Guest, address: str | None = None) -> None:
+        address = address or str(guest.home)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = guest.space.inside(socket.create_server, (address, 0), family=family)
         port = listener.getsockname()[1]
-        self._near: socket.socket = client.inside(
-            socket.create_connection, (str(guest.home), port), timeout=20
-        )
+        self._near: socket.socket = client.inside(socket.create_connection, (address, port), timeout=20)
         self._far, _ = listener.accept()
         listener.close()
         self._ending = threading.Event()

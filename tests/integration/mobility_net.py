@@ -125,6 +125,8 @@ class Guest:
         self.space = net.space(name)
         self.cable = net.space(f"{name}c")
         self.at: str | None = None
+        #: Home addresses beside ``home``, as they are written.
+        self.more_homes: list[str] = []
         net.wire(self.space, "eth0", self.cable, "guest")
         self.space.ip(f"link set eth0 address {self.mac}")
         self.cable.ip("link add cable type bridge", "link set cable up", "link set guest master cable")

@@ -128,8 +128,11 @@ def test_a_wrong_key_is_told_on_both_sides(tmp_path: Path) -> None:
     ("body", "words"),
     [
         ({"addresses": ["2001:db8:200::1"]}, "2001:db8:200::1/128 is in no home prefix"),
-        ({"addresses": ["10.0.0.1"]}, "write a list of IPv6 addresses"),
-        ({"addresses": []}, "write a list of IPv6 addresses"),
+        (
+            {"addresses": ["192.0.2.5"]},
+            "192.0.2.5/32 is IPv4, which tunnels do not carry",
+        ),
+        ({"addresses": []}, "write a list of addresses"),
         ({"bridge": "nowhere"}, "no gateway on bridge nowhere; use one of vmbr0"),
         ({"mac": "52:54:00:zz:00:01"}, "write a MAC address like"),
         ({"epoch": -1}, "write a whole number"),
@@ -145,6 +148,23 @@ def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(
     assert told.value.status == 400
     assert words in str(told.value)
     assert agents["gateway1"].ask("GET", "/v1/vms")["vms"] == []
+
+
+def test_an_ipv4_address_in_a_definition_is_left_out_and_told(agents: Agents) -> None:
+    guest = agents.net.guest("guest1", "gateway1")
+    homes = "".join(f"<address>{home}</address>" for home in (guest.home, "198.51.100.5"))
+    definition = (
+        f"<domain><uuid>{guest.vm}</uuid><name>web1</name>"
+        f'<metadata><addresses xmlns="urn:lifeboat:mobility:1">{homes}</addresses></metadata>'
+        f"<devices><interface><source bridge='vmbr0'/><mac address='{guest.mac}'/></interface></devices>"
+        "</domain>"
+    )
+    body = {"epoch": 1, "definition": definition, "wait_seconds": 5}
+    answer = agents["gateway1"].ask("POST", f"/v1/vms/{guest.vm}/arrive", body)
+    assert answer["addresses"] == [f"{guest.home}/128"]
+    assert answer["acknowledged"] == ["anchor1", "anchor2"]
+    told = "198.51.100.5/32 is IPv4, which tunnels do not carry, and is left out; give it IPv6 addresses"
+    assert told in agents["gateway1"].log
 
 
 def test_the_same_address_for_two_vms_is_refused(agents: Agents) -> None:

@@ -56,6 +56,28 @@ def test_tunnels_are_made_by_seg6_unless_told_otherwise() -> None:
         parse(GATEWAY.format('encapsulation = "gre"', "anchor = true"), KEYS)
 
 
+IPV4 = """
+[[ipv4_prefixes]]
+prefix = "198.51.100.0/24"
+router = "{}"
+"""
+
+
+def test_ipv4_prefixes_are_for_a_routing_daemon() -> None:
+    text = GATEWAY.format("announce = true", "gateway = true") + IPV4.format("198.51.100.1")
+    config = parse(text, KEYS)
+    assert [str(network) for network in config.networks] == ["2001:db8:100::/64", "198.51.100.0/24"]
+    assert [str(router) for router in config.path_settings().ipv4_routers] == ["198.51.100.1"]
+    with pytest.raises(ConfigurationError, match="is IPv4, which the tunnels of anchors do not carry"):
+        parse(GATEWAY.format("", "anchor = true") + IPV4.format("198.51.100.1"), KEYS)
+    for router, words in (("192.0.2.1", "does not contain its router"), ("2001:db8::1", "like 192.0.2.1")):
+        with pytest.raises(ConfigurationError, match=words):
+            parse(GATEWAY.format("announce = true", "gateway = true") + IPV4.format(router), KEYS)
+    twice = text + IPV4.format("198.51.100.1")
+    with pytest.raises(ConfigurationError, match=r"overlaps 198\.51\.100\.0/24"):
+        parse(twice, KEYS)
+
+
 def test_all_faults_are_told_at_once_and_no_secret() -> None:
     text = GATEWAY.replace("2001:db8:100::/64", "2001:db8:1::/48").format(
         "lifetime_seconds = 1", "rubbish = 1"

@@ -12,6 +12,7 @@ import pytest
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment
 from mobility_agent.gateway.definition import METADATA_URI, VmNetwork, read_definition
 from mobility_agent.gateway.hypervisor import Event, Moves
+from mobility_agent.homes import Home, only_ipv6
 from mobility_agent.messages.options import HandoffIndicator
 
 VM = "11111111-2222-4333-8444-555555555501"
@@ -34,6 +35,9 @@ class Duty:
     async def depart(self, vm: str, to: Any, *, withdraw: bool = False) -> None:
         self.told.append(("depart", vm, withdraw))
 
+    def follows(self, _vm: str, homes: Any) -> Any:
+        return only_ipv6(homes)
+
     async def reconcile(self, running: set[str]) -> None:
         self.told.append(("reconcile", running))
 
@@ -41,7 +45,7 @@ class Duty:
 class Hypervisor:
     """A libvirt with one VM."""
 
-    def __init__(self, homes: tuple[IPv6Network, ...] = (HOME,)) -> None:
+    def __init__(self, homes: tuple[Home, ...] = (HOME,)) -> None:
         self.homes = homes
         self.active = True
 
@@ -49,7 +53,7 @@ class Hypervisor:
         return VmNetwork(vm, "web1", (("br9", "52:54:00:00:00:09"), PLACE), self.homes, active=self.active)
 
 
-def moves(state: str | None = None, homes: tuple[IPv6Network, ...] = (HOME,)) -> tuple[Moves, Duty]:
+def moves(state: str | None = None, homes: tuple[Home, ...] = (HOME,)) -> tuple[Moves, Duty]:
     duty = Duty()
     if state is not None:
         duty.attachments[VM] = Attachment(VM, (HOME,), PLACE[1], PLACE[0], 4, 0.0, state=state)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 from mobility_agent.datapath.settings import IP6TNL, SEG6, HomePrefix, PathSettings
 from mobility_agent.errors import ConfigurationError, Finding
+from mobility_agent.homes import Home
 from mobility_agent.messages.codec import ALGORITHMS, Key
 from mobility_agent.typed_reader import Reader
 
@@ -53,6 +55,14 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
+class Ipv4Prefix:
+    """A home prefix of IPv4; ``router``: its VMs' default router, the same at every site."""
+
+    network: IPv4Network
+    router: IPv4Address
+
+
+@dataclass(frozen=True, slots=True)
 class Attraction:
     """How an anchor gets the packets for the home prefixes.
 
@@ -93,6 +103,13 @@ class Config:
     own_key: Key
     learn_addresses: bool = False
     encapsulation: str = SEG6
+    ipv4_prefixes: tuple[Ipv4Prefix, ...] = ()
+
+    @property
+    def networks(self) -> tuple[Home, ...]:
+        """All home prefixes, of both kinds."""
+        ipv6 = tuple(prefix.network for prefix in self.prefixes)
+        return ipv6 + tuple(prefix.network for prefix in self.ipv4_prefixes)
 
     @property
     def control_socket(self) -> Path:
@@ -133,6 +150,7 @@ class Config:
             announce=self.announce,
             path_mtu_octets=self.path_mtu_octets,
             encapsulation=self.encapsulation,
+            ipv4_routers=tuple(prefix.router for prefix in self.ipv4_prefixes),
         )
 
 
@@ -272,6 +290,10 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
         own_key=own_key,
         learn_addresses=top.boolean("learn_addresses", default=False),
         encapsulation=top.choice("encapsulation", SEG6, (SEG6, IP6TNL)),
+        ipv4_prefixes=tuple(
+            Ipv4Prefix(reader.ipv4_network("prefix"), reader.ipv4_address("router"))
+            for reader in top.tables("ipv4_prefixes")
+        ),
     )
 
 
@@ -293,8 +315,9 @@ def _judge(config: Config, path: Path, findings: list[Finding]) -> None:
         fault("learn_addresses", "needs a gateway with anchors and libvirt", way_out)
     if config.gateway and not config.bridges:
         fault("bridges", "a gateway without a bridge of VMs", "add [[bridges]]")
-    if not config.prefixes:
+    if not config.prefixes and not config.ipv4_prefixes:
         fault("prefixes", "no home prefix", "add [[prefixes]]")
+    _judge_ipv4(config, fault)
     names: dict[str, str] = {}
     addresses: dict[IPv6Address, str] = {config.address: "address", config.tunnel_address: "tunnel_address"}
     if config.address == config.tunnel_address:
@@ -322,3 +345,16 @@ def _judge(config: Config, path: Path, findings: list[Finding]) -> None:
                     f"contains {address} ({whose}): tunnels would lead into themselves",
                     "take addresses that are no home addresses",
                 )
+
+
+def _judge_ipv4(config: Config, fault: Callable[[str, str, str], None]) -> None:
+    for index, prefix in enumerate(config.ipv4_prefixes):
+        subject = f"prefix {prefix.network}"
+        if not config.announce:
+            way_out = "give VMs IPv6 addresses, or let routing follow them: announce = true (mobility_bgp_as)"
+            fault(subject, "is IPv4, which the tunnels of anchors do not carry", way_out)
+        if prefix.router not in prefix.network:
+            fault(subject, f"does not contain its router {prefix.router}", "name an address of the prefix")
+        for other in config.ipv4_prefixes[:index]:
+            if prefix.network.overlaps(other.network):
+                fault(subject, f"overlaps {other.network}", "a prefix is on one link only")

@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mobility_agent.errors import Finding, InvalidInput
+from mobility_agent.homes import Home, is_single
 
 T = TypeVar("T")
 _MAC = re.compile(r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")
@@ -151,20 +152,46 @@ class Reader:
 
     def network(self, key: str) -> IPv6Network:
         """A required IPv6 prefix."""
-        taken = self._take(key, None, parse_network, "write a prefix like 2001:db8:100::/64, host bits zero")
+
+        def fits(value: Any) -> IPv6Network | None:
+            network = parse_home(value)
+            return network if isinstance(network, IPv6Network) else None
+
+        taken = self._take(key, None, fits, "write a prefix like 2001:db8:100::/64, host bits zero")
         return taken or IPv6Network((0, 128))
 
-    def networks(self, key: str) -> tuple[IPv6Network, ...]:
-        """A required list of addresses or prefixes, each once."""
+    def ipv4_network(self, key: str) -> IPv4Network:
+        """A required IPv4 prefix."""
 
-        def fits(value: Any) -> tuple[IPv6Network, ...] | None:
+        def fits(value: Any) -> IPv4Network | None:
+            network = parse_home(value)
+            return network if isinstance(network, IPv4Network) else None
+
+        taken = self._take(key, None, fits, "write a prefix like 192.0.2.0/24, host bits zero")
+        return taken or IPv4Network((0, 32))
+
+    def ipv4_address(self, key: str) -> IPv4Address:
+        """A required IPv4 address."""
+
+        def fits(value: Any) -> IPv4Address | None:
+            home = parse_home(value)
+            return home.network_address if isinstance(home, IPv4Network) and is_single(home) else None
+
+        return self._take(key, None, fits, "write an address like 192.0.2.1") or IPv4Address(0)
+
+    def homes(self, key: str) -> tuple[Home, ...]:
+        """A required list of home addresses or prefixes, each once."""
+
+        def fits(value: Any) -> tuple[Home, ...] | None:
             if not isinstance(value, list) or not value:
                 return None
-            parsed = [parse_network(item) for item in value]
+            parsed = [parse_home(item) for item in value]
             good = [item for item in parsed if item is not None]
             return tuple(dict.fromkeys(good)) if len(good) == len(parsed) else None
 
-        return self._take(key, None, fits, "write a list of IPv6 addresses or prefixes") or ()
+        return (
+            self._take(key, None, fits, "write a list of addresses like 2001:db8:100::5, or prefixes") or ()
+        )
 
     def table(self, key: str) -> Reader:
         """The sub-table ``key``; an empty one where it is missing."""
@@ -200,12 +227,12 @@ class Reader:
             child.finish()
 
 
-def parse_network(value: Any) -> IPv6Network | None:
-    """A prefix or an address as /128; None for anything else."""
+def parse_home(value: Any) -> Home | None:
+    """A prefix, or an address as the network of it alone; None for anything else."""
     if not isinstance(value, str):
         return None
     try:
-        network = IPv6Network(value)
+        network = ip_network(value)
     except ValueError:
         return None
     return None if network.is_multicast or network.is_link_local else network

@@ -151,7 +151,7 @@ class Api:
                 return web.json_response({"vm": vm, "state": "no-home-address"})
         told = reader_of(values, findings)
         vm = told.uuid("vm")
-        homes, mac, bridge = told.networks("addresses"), told.mac("mac"), told.text("bridge")
+        homes, mac, bridge = told.homes("addresses"), told.mac("mac"), told.text("bridge")
         epoch = told.whole("epoch", None, 0, _MAX_EPOCH)
         wait_seconds = told.seconds("wait_seconds", 0, 0, 60)
         evident = told.boolean("evident", default=False)
@@ -183,7 +183,7 @@ class Api:
             found, place = found or live, self._place(live)
         if "addresses" not in whole:
             known = gateway.attachments.get(vm)
-            homes = found.homes if found is not None else ()
+            homes = gateway.follows(vm, found.homes) if found is not None else ()
             if not homes and definition is None and known is not None:
                 homes = known.homes
             if homes:

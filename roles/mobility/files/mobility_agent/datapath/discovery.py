@@ -14,7 +14,10 @@ import logging
 import socket
 import struct
 from collections.abc import Callable
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address
+
+from mobility_agent.datapath import ipv4
+from mobility_agent.homes import Address
 
 logger = logging.getLogger(__name__)
 
@@ -201,9 +204,12 @@ class Responder:
         )
         self.answered += 1
 
-    def announce(self, target: IPv6Address, mac: str | None = None) -> None:
+    def announce(self, target: Address, mac: str | None = None) -> None:
         """Tell everybody on the link that ``target`` is at ``mac``; without one, that we answer for it."""
-        self._send(advertisement(self._mac, self._link_local, target, mac or self._mac))
+        if isinstance(target, IPv4Address):
+            self._send(ipv4.announcement(self._mac, target, mac or self._mac))
+        else:
+            self._send(advertisement(self._mac, self._link_local, target, mac or self._mac))
 
     def _send(self, frame: bytes) -> None:
         if self._socket is None:

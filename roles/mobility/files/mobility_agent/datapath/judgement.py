@@ -21,6 +21,9 @@ def findings(settings: PathSettings, ground: Ground) -> list[Finding]:
     if _sysctl("net/ipv6/conf/all/forwarding") != "1":
         way_out = "set net.ipv6.conf.all.forwarding=1"
         found.append(Finding("this host", "does not forward IPv6", way_out, "configuration"))
+    if settings.ipv4_routers and _sysctl("net/ipv4/ip_forward") != "1":
+        way_out = "set net.ipv4.ip_forward=1"
+        found.append(Finding("this host", "does not forward IPv4", way_out, "configuration"))
     uplink = ground.on_link_device(tunnel)
     if uplink is not None and _sysctl(f"net/ipv6/conf/{uplink}/proxy_ndp") != "1":
         way_out = f"set net.ipv6.conf.{uplink}.proxy_ndp=1, or route {tunnel} to this host"

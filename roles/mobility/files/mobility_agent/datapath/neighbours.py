@@ -6,9 +6,10 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from mobility_agent.datapath.netlink import CREATE, REPLACE, Request, RouteSocket, attribute, attributes
+from mobility_agent.homes import Address
 
 _NEW, _DELETE, _GET = 28, 29, 30
 _MESSAGE = struct.Struct("=BxxxIHBB")
@@ -25,7 +26,7 @@ PROTOCOL = 76
 class Neighbour:
     """Who has ``address`` on ``device``: the VM with ``mac``; without one, we answer for it (proxy)."""
 
-    address: IPv6Address
+    address: Address
     device: str
     mac: str | None = None
 
@@ -37,7 +38,8 @@ class Neighbour:
 def _body(neighbour: Neighbour) -> bytes:
     index = socket.if_nametoindex(neighbour.device)
     state, flags = (_PERMANENT, 0) if neighbour.mac else (0, _PROXY)
-    body = _MESSAGE.pack(socket.AF_INET6, index, state, flags, 0)
+    family = socket.AF_INET if isinstance(neighbour.address, IPv4Address) else socket.AF_INET6
+    body = _MESSAGE.pack(family, index, state, flags, 0)
     body += attribute(_ADDRESS, neighbour.address.packed)
     if neighbour.mac:
         body += attribute(_MAC, bytes.fromhex(neighbour.mac.replace(":", "")))
@@ -54,21 +56,21 @@ def drop(neighbour: Neighbour) -> Request:
     return Request(_DELETE, 0, _body(neighbour), str(neighbour), removal=True)
 
 
-def _read(kernel: RouteSocket, flags: int) -> list[Neighbour]:
+def _read(kernel: RouteSocket, family: int, flags: int) -> list[Neighbour]:
     found: list[Neighbour] = []
-    for content in kernel.dump(_GET, _MESSAGE.pack(socket.AF_INET6, 0, 0, flags, 0)):
+    for content in kernel.dump(_GET, _MESSAGE.pack(family, 0, 0, flags, 0)):
         _unused, index, _unused, entry_flags, _unused = _MESSAGE.unpack_from(content)
         told = attributes(content[_MESSAGE.size :])
         if told.get(_PROTOCOL, b"\0")[0] != PROTOCOL or _ADDRESS not in told:
             continue
         proxied = bool(entry_flags & _PROXY)
         mac = None if proxied else told.get(_MAC, b"").hex(":")
-        found.append(Neighbour(IPv6Address(told[_ADDRESS]), socket.if_indextoname(index), mac))
+        found.append(Neighbour(ip_address(told[_ADDRESS]), socket.if_indextoname(index), mac))
     return found
 
 
 def seen(kernel: RouteSocket, device: str) -> list[Neighbour]:
-    """Whom the kernel itself has found on ``device``; none of ours, none that does not answer.
+    """Whom the kernel itself has found on ``device`` (IPv6); none of ours, none that does not answer.
 
     Raises OSError when there is no such device.
     """
@@ -85,4 +87,5 @@ def seen(kernel: RouteSocket, device: str) -> list[Neighbour]:
 
 def read(kernel: RouteSocket) -> list[Neighbour]:
     """Our own neighbours, permanent and proxied."""
-    return _read(kernel, 0) + _read(kernel, _PROXY)
+    kinds = ((socket.AF_INET6, 0), (socket.AF_INET6, _PROXY), (socket.AF_INET, 0))
+    return [entry for family, flags in kinds for entry in _read(kernel, family, flags)]

@@ -18,15 +18,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from mobility_agent.datapath import filters, judgement, neighbours, routes
 from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, TUNNEL, Ground, OuterSource, Rule
+from mobility_agent.datapath.ipv4 import Ipv4FirstHop
 from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
 from mobility_agent.datapath.routes import DEFAULT, Kind, Route
 from mobility_agent.datapath.settings import SEG6, PathSettings
 from mobility_agent.errors import Finding, KernelRefused, MobilityError
+from mobility_agent.homes import Home, is_single
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +41,15 @@ _MINIMUM_MTU = 1280
 class _Wanted:
     """The state that the kernel shall have."""
 
-    local: dict[IPv6Network, tuple[str, str | None]] = field(default_factory=dict)
-    remote: dict[IPv6Network, IPv6Address] = field(default_factory=dict)
-    away: set[IPv6Network] = field(default_factory=set)
-    lost: set[IPv6Network] = field(default_factory=set)
+    local: dict[Home, tuple[str, str | None]] = field(default_factory=dict)
+    remote: dict[Home, IPv6Address] = field(default_factory=dict)
+    away: set[Home] = field(default_factory=set)
+    lost: set[Home] = field(default_factory=set)
     attracted: tuple[IPv6Network, ...] = ()
     anchor_tunnel: IPv6Address | None = None
     mtu_octets: dict[IPv6Address, int] = field(default_factory=dict)
 
-    def homes(self) -> set[IPv6Network]:
+    def homes(self) -> set[Home]:
         """Every home address of which anything is wanted."""
         return self.local.keys() | self.remote.keys() | self.away | self.lost
 
@@ -60,6 +62,7 @@ class DataPath:
         self._wanted = _Wanted()
         self._kernel = RouteSocket()
         self._ground = Ground()
+        self._first_hop = Ipv4FirstHop(self._kernel)
         self._started = False
 
     # --- what each piece of state means in routes ---
@@ -81,10 +84,13 @@ class DataPath:
     def _into_loop(self, destination: IPv6Network, table: int, care_of: IPv6Address | None) -> Route:
         return Route(destination, table, LOOP_IN, LOOP_NEXT_HOP, mtu=self._inner_mtu(care_of))
 
-    def _home_routes(self, home: IPv6Network) -> list[Route]:
+    def _home_routes(self, home: Home) -> list[Route]:
         """A home address's routes, tunnels first."""
         settings, wanted = self.settings, self._wanted
         local = wanted.local.get(home)
+        if isinstance(home, IPv4Network):
+            # Routing alone carries it: no table before the main one, no tunnel to where it went.
+            return [Route(home, _MAIN_TABLE, local[0])] if local is not None else []
         if local is not None:
             found = [Route(home, settings.hosts_table, local[0])]
             if settings.announce:
@@ -147,7 +153,7 @@ class DataPath:
         found = [
             Neighbour(home.network_address, bridge, mac)
             for home, (bridge, mac) in self._wanted.local.items()
-            if mac is not None and home.prefixlen == 128
+            if mac is not None and is_single(home)
         ]
         uplink = self._ground.on_link_device(self.settings.tunnel_address)
         if uplink is not None:
@@ -233,7 +239,7 @@ class DataPath:
 
     # --- changes while serving ---
 
-    def _change(self, homes: Iterable[IPv6Network], before: list[Route], more: list[Request]) -> None:
+    def _change(self, homes: Iterable[Home], before: list[Route], more: list[Request]) -> None:
         if not self._started:
             return
         after = [route for home in homes for route in self._home_routes(home)]
@@ -248,10 +254,10 @@ class DataPath:
             names = ", ".join(str(home) for home in homes)
             raise KernelRefused(f"{names}: {error}; is the bridge there? see `ip link`") from error
 
-    def _now(self, homes: Iterable[IPv6Network]) -> list[Route]:
+    def _now(self, homes: Iterable[Home]) -> list[Route]:
         return [route for home in homes for route in self._home_routes(home)]
 
-    def set_local(self, homes: Iterable[IPv6Network], bridge: str, mac: str | None) -> None:
+    def set_local(self, homes: Iterable[Home], bridge: str, mac: str | None) -> None:
         """The VM with these home addresses is on ``bridge`` here. Raises KernelRefused."""
         homes = tuple(homes)
         before = self._now(homes)
@@ -260,7 +266,7 @@ class DataPath:
             self._wanted.remote.pop(home, None)
             self._wanted.away.discard(home)
             self._wanted.lost.discard(home)
-        entries = [Neighbour(h.network_address, bridge, mac) for h in homes if mac and h.prefixlen == 128]
+        entries = [Neighbour(h.network_address, bridge, mac) for h in homes if mac and is_single(h)]
         if self._started:
             try:
                 self._kernel.apply([neighbours.put(entry) for entry in entries])
@@ -268,7 +274,7 @@ class DataPath:
                 raise KernelRefused(f"bridge {bridge}: {error}; is it there? see `ip link`") from error
         self._change(homes, before, [])
 
-    def set_remote(self, homes: Iterable[IPv6Network], care_of: IPv6Address) -> None:
+    def set_remote(self, homes: Iterable[Home], care_of: IPv6Address) -> None:
         """An anchor's binding, or on a gateway a VM that went there: tunnelled to ``care_of``."""
         homes = tuple(homes)
         before = self._now(homes)
@@ -279,18 +285,18 @@ class DataPath:
                 self._wanted.lost.discard(home)
         self._change(homes, before, [])
 
-    def set_away(self, homes: Iterable[IPv6Network], care_of: IPv6Address | None) -> None:
+    def set_away(self, homes: Iterable[Home], care_of: IPv6Address | None) -> None:
         """The VM left this gateway: what still comes goes to ``care_of``, or by way of the anchor."""
         self._leave(homes, care_of, lost=False)
 
-    def set_lost(self, homes: Iterable[IPv6Network]) -> None:
+    def set_lost(self, homes: Iterable[Home]) -> None:
         """The VM left, nobody knows yet where to: what comes is dropped.
 
         Sent to the anchor it would come back, as long as the anchor believes the VM to be here.
         """
         self._leave(homes, None, lost=True)
 
-    def _leave(self, homes: Iterable[IPv6Network], care_of: IPv6Address | None, *, lost: bool) -> None:
+    def _leave(self, homes: Iterable[Home], care_of: IPv6Address | None, *, lost: bool) -> None:
         homes = tuple(homes)
         before = self._now(homes)
         for home in homes:
@@ -304,7 +310,7 @@ class DataPath:
                 self._wanted.remote[home] = care_of
         self._change(homes, before, self._forget_local(homes))
 
-    def clear(self, homes: Iterable[IPv6Network]) -> None:
+    def clear(self, homes: Iterable[Home]) -> None:
         """Nothing of ours for these addresses any more."""
         homes = tuple(homes)
         before = self._now(homes)
@@ -315,7 +321,7 @@ class DataPath:
         forgotten = self._forget_local(homes)
         self._change(homes, before, forgotten)
 
-    def clear_remote(self, homes: Iterable[IPv6Network]) -> None:
+    def clear_remote(self, homes: Iterable[Home]) -> None:
         """An anchor's binding ended; what a gateway on this host has of them stays."""
         homes = tuple(homes)
         before = self._now(homes)
@@ -323,11 +329,11 @@ class DataPath:
             self._wanted.remote.pop(home, None)
         self._change(homes, before, [])
 
-    def _forget_local(self, homes: Iterable[IPv6Network]) -> list[Request]:
+    def _forget_local(self, homes: Iterable[Home]) -> list[Request]:
         requests: list[Request] = []
         for home in homes:
             local = self._wanted.local.pop(home, None)
-            if local is not None and local[1] is not None and home.prefixlen == 128 and self._started:
+            if local is not None and local[1] is not None and is_single(home) and self._started:
                 entry = Neighbour(home.network_address, *local)
                 # With its bridge the neighbour is gone too.
                 if self._ground.index(entry.device) is not None:
@@ -373,7 +379,10 @@ class DataPath:
 
     def make_first_hop(self, bridge: str, mac: str, addresses: Iterable[IPv6Address]) -> bool:
         """Make this host the first hop on ``bridge``; False while there is no such bridge."""
-        return self._ground.make_first_hop(bridge, mac, addresses)
+        there = self._ground.make_first_hop(bridge, mac, addresses)
+        if there and self.settings.ipv4_routers:
+            self._first_hop.make(bridge, self.settings.ipv4_routers)
+        return there
 
     def link_identity(self, device: str) -> tuple[str, IPv6Address]:
         """The device's MAC and link-local address. Raises ConfigurationError without either."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""IPv6 routes as values, written to and read from the kernel.
+"""Routes as values, written to and read from the kernel.
 
 Only routes of our own routing protocol number are ever read back, and so only they are ever removed.
 """
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from mobility_agent.datapath.netlink import (
     CREATE,
@@ -22,6 +22,7 @@ from mobility_agent.datapath.netlink import (
     attributes,
     number,
 )
+from mobility_agent.homes import Home
 
 DEFAULT = IPv6Network("::/0")
 #: The agent's routing protocol number (RTPROT): what carries it is ours.
@@ -36,6 +37,7 @@ _HOP_LIMIT = 64
 _ENCAP_REDUCED = 3
 _LOCAL_ACTION, _LOCAL_NEXT_HOP, _END_DX6 = 1, 5, 5
 _ONLINK = 4
+_SCOPE_LINK, _SCOPE_NOWHERE = 253, 255
 _PRIORITY_VALUE = 1024
 
 
@@ -59,7 +61,7 @@ class Route:
     are answered with packet-too-big, whatever the device could carry.
     """
 
-    destination: IPv6Network
+    destination: Home
     table: int
     device: str | None = None
     via: IPv6Address | None = None
@@ -100,7 +102,11 @@ def _body(route: Route, *, whole: bool) -> bytes:
     length = route.destination.prefixlen
     # A removal names no kind (0 fits any) and no protocol but ours.
     kind = route.kind if whole else 0
-    body = _MESSAGE.pack(socket.AF_INET6, length, 0, 0, table, PROTOCOL, 0, kind, flags)
+    family, scope = socket.AF_INET6, 0
+    if isinstance(route.destination, IPv4Network):
+        # As iproute2 has it: what needs no router is of the link's scope; a removal fits any.
+        family, scope = socket.AF_INET, _SCOPE_LINK if whole else _SCOPE_NOWHERE
+    body = _MESSAGE.pack(family, length, 0, 0, table, PROTOCOL, scope, kind, flags)
     body += attribute(_DESTINATION, route.destination.network_address.packed) if length else b""
     body += number(_TABLE, route.table) + number(_PRIORITY, _PRIORITY_VALUE)
     if not whole:
@@ -130,13 +136,17 @@ def drop(route: Route) -> Request:
 
 
 def _parse(content: bytes, name: Callable[[int], str]) -> Route | None:
-    _unused, length, _unused, _unused, table, protocol, _unused, kind, _unused = _MESSAGE.unpack_from(content)
+    family, length, _unused, _unused, table, protocol, _unused, kind, _unused = _MESSAGE.unpack_from(content)
     if protocol != PROTOCOL or kind not in set(Kind):
         return None
     found = attributes(content[_MESSAGE.size :])
     if _TABLE in found:
         (table,) = struct.unpack("=I", found[_TABLE])
-    destination = IPv6Network((found.get(_DESTINATION, bytes(16)), length))
+    destination: Home
+    if family == socket.AF_INET:
+        destination = IPv4Network((found.get(_DESTINATION, bytes(4)), length))
+    else:
+        destination = IPv6Network((found.get(_DESTINATION, bytes(16)), length))
     if kind != Kind.FORWARD:
         return Route(destination, table, kind=Kind(kind))
     metrics = attributes(found.get(_METRICS, b""))
@@ -174,9 +184,12 @@ def read(kernel: RouteSocket) -> list[Route]:
                 names[index] = f"#{index}"
         return names[index]
 
-    asked = _MESSAGE.pack(socket.AF_INET6, 0, 0, 0, 0, 0, 0, 0, 0)
-    parsed = (_parse(content, name) for content in kernel.dump(_GET, asked))
-    return [route for route in parsed if route is not None]
+    found: list[Route] = []
+    for family in (socket.AF_INET6, socket.AF_INET):
+        asked = _MESSAGE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
+        parsed = (_parse(content, name) for content in kernel.dump(_GET, asked))
+        found += [route for route in parsed if route is not None]
+    return found
 
 
 def reconcile(kernel: RouteSocket, wanted: Iterable[Route]) -> tuple[int, int]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 #: How packets are put into packets, as RFC 2473 has it: by the kernel's seg6, or by a device of ip6_tunnel.
 SEG6, IP6TNL = "seg6", "ip6tnl"
@@ -23,6 +23,7 @@ class PathSettings:
     """What the data path is built from.
 
     ``announce``: a routing daemon takes the VMs' routes out of the main table, and leads what they send.
+    ``ipv4_routers``: addresses of this gateway on every bridge, the first hop of IPv4 home prefixes.
     """
 
     address: IPv6Address
@@ -34,6 +35,7 @@ class PathSettings:
     announce: bool = False
     path_mtu_octets: int = 1500
     encapsulation: str = SEG6
+    ipv4_routers: tuple[IPv4Address, ...] = ()
     first_table: int = 7600
     first_priority: int = 890
 

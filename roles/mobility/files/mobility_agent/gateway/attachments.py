@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv6Address, ip_network
 from typing import Any
 
+from mobility_agent.homes import Home
 from mobility_agent.messages.options import HandoffIndicator
 
 HERE, AWAY = "here", "away"
@@ -23,7 +24,7 @@ class Attachment:
     """
 
     vm: str
-    homes: tuple[IPv6Network, ...]
+    homes: tuple[Home, ...]
     mac: str
     bridge: str
     epoch: int
@@ -52,7 +53,7 @@ class Attachment:
         """What was kept. Raises KeyError, ValueError when it is damaged."""
         return cls(
             vm=vm,
-            homes=tuple(IPv6Network(home) for home in record["homes"]),
+            homes=tuple(ip_network(home) for home in record["homes"]),
             mac=str(record["mac"]),
             bridge=str(record["bridge"]),
             epoch=int(record["epoch"]),
@@ -69,7 +70,7 @@ class Attachments:
 
     def __init__(self) -> None:
         self._by_vm: dict[str, Attachment] = {}
-        self._owners: dict[IPv6Network, str] = {}
+        self._owners: dict[Home, str] = {}
 
     def __len__(self) -> int:
         return len(self._by_vm)
@@ -95,7 +96,7 @@ class Attachments:
             if self._owners.get(home) == vm:
                 del self._owners[home]
 
-    def owner(self, home: IPv6Network) -> Attachment | None:
+    def owner(self, home: Home) -> Attachment | None:
         """The VM that has ``home``."""
         vm = self._owners.get(home)
         return None if vm is None else self._by_vm[vm]

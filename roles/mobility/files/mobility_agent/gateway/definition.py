@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from ipaddress import IPv6Network
 
-from mobility_agent.typed_reader import parse_network
+from mobility_agent.homes import Home
+from mobility_agent.typed_reader import parse_home
 
 #: The namespace of our element in a VM's metadata: <addresses xmlns=...><address>2001:db8::5</address>...
 METADATA_URI = "urn:lifeboat:mobility:1"
@@ -24,7 +24,7 @@ class VmNetwork:
     vm: str
     name: str
     interfaces: tuple[tuple[str, str], ...]  # (bridge, MAC)
-    homes: tuple[IPv6Network, ...]
+    homes: tuple[Home, ...]
     # Somebody has said which, and be it none: nothing is to be learnt.
     declared: bool = False
     # A domain that is off has a definition, too.
@@ -41,7 +41,7 @@ def read_definition(text: str) -> VmNetwork:
         if bridge and mac is not None:
             interfaces.append((bridge, str(mac.get("address")).lower()))
     texts = [(item.text or "").strip() for item in root.iterfind(f"metadata//{{{METADATA_URI}}}address")]
-    parsed = [parse_network(item) for item in texts]
+    parsed = [parse_home(item) for item in texts]
     homes = tuple(dict.fromkeys(home for home in parsed if home is not None))
     declared = root.find(f"metadata//{{{METADATA_URI}}}addresses") is not None
     uuid, name = root.findtext("uuid") or "", root.findtext("name") or ""

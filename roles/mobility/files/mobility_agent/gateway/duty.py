@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 from mobility_agent.background import Background
@@ -21,11 +21,15 @@ from mobility_agent.errors import Conflict, Finding, InvalidInput, NotFound
 from mobility_agent.gateway.anchors import AnchorWatch
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
 from mobility_agent.gateway.registrar import Outcome, Registrar
+from mobility_agent.homes import Home, is_single, only_ipv6, within
 from mobility_agent.messages.headers import BindingAcknowledgement, Heartbeat, Message, Revocation
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.messages.registration import acknowledge_loss, read_acknowledgement, read_loss
 
 logger = logging.getLogger(__name__)
+
+_IS_IPV4 = "is IPv4, which tunnels do not carry"
+_INSTEAD_OF_IPV4 = "give it IPv6 addresses, or let routing follow it (mobility_bgp_as)"
 
 
 class GatewayDuty:
@@ -100,7 +104,7 @@ class GatewayDuty:
     def _claim(self, attachment: Attachment, now: float) -> None:
         self.registrar.attach(
             attachment.vm,
-            attachment.homes,
+            only_ipv6(attachment.homes),
             attachment.epoch,
             attachment.handoff,
             now,
@@ -217,15 +221,18 @@ class GatewayDuty:
         with contextlib.suppress(OSError):
             await self._journal.commit()
 
-    def _judge(
-        self, vm: str, homes: tuple[IPv6Network, ...], bridge: str, epoch: int, *, evident: bool
-    ) -> None:
+    def _judge(self, vm: str, homes: tuple[Home, ...], bridge: str, epoch: int, *, evident: bool) -> None:
         findings: list[Finding] = []
         subject = f"VM {vm}"
         for home in homes:
-            if not any(home.subnet_of(prefix.network) for prefix in self._config.prefixes):
+            if isinstance(home, IPv4Network) and not self._config.announce:
+                findings.append(Finding(subject, f"{home} {_IS_IPV4}", _INSTEAD_OF_IPV4))
+            elif not any(within(home, prefix) for prefix in self._config.networks):
                 way_out = "correct its home addresses, or add the prefix to mobility_prefixes"
                 findings.append(Finding(subject, f"{home} is in no home prefix", way_out))
+            elif any(prefix.router in home for prefix in self._config.ipv4_prefixes):
+                way_out = "give the VM another, or the router (mobility_prefixes)"
+                findings.append(Finding(subject, f"{home} is the router's address", way_out))
             owner = self.attachments.owner(home)
             if owner is not None and owner.vm != vm and owner.state == HERE:
                 fact = f"{home} is the address of VM {owner.vm}, which is here"
@@ -245,10 +252,20 @@ class GatewayDuty:
                 "hand it off with a newer one"
             )
 
+    def follows(self, vm: str, homes: tuple[Home, ...]) -> tuple[Home, ...]:
+        """Of what a VM's definition says, the addresses that can follow it here."""
+        if self._config.announce:
+            return homes
+        found = only_ipv6(homes)
+        if len(found) < len(homes):
+            left = ", ".join(str(home) for home in homes if home not in found)
+            logger.warning("VM %s: %s %s, and is left out; %s", vm, left, _IS_IPV4, _INSTEAD_OF_IPV4)
+        return found
+
     async def arrive(
         self,
         vm: str,
-        homes: tuple[IPv6Network, ...],
+        homes: tuple[Home, ...],
         mac: str,
         bridge: str,
         epoch: int,
@@ -286,7 +303,7 @@ class GatewayDuty:
         logger.info("VM %s: here on %s, epoch %d", vm, bridge, epoch, extra={"VM": vm})
         return self.describe(self.attachments.get(vm) or attachment)
 
-    def _forget_former_owners(self, vm: str, homes: tuple[IPv6Network, ...]) -> None:
+    def _forget_former_owners(self, vm: str, homes: tuple[Home, ...]) -> None:
         """An address that somebody had who has left: what is still due for that one must not touch it."""
         owners = {owner.vm: owner for home in homes if (owner := self.attachments.owner(home)) is not None}
         for former in owners.values():
@@ -354,7 +371,7 @@ class GatewayDuty:
     def _announce(self, attachment: Attachment, mac: str | None) -> None:
         responder = self._responders.get(attachment.bridge)
         for home in attachment.homes if responder is not None else ():
-            if home.prefixlen == 128 and responder is not None:
+            if is_single(home) and responder is not None:
                 responder.announce(home.network_address, mac)
 
     def elsewhere(self, address: IPv6Address, duplicate_detection: bool) -> bool:

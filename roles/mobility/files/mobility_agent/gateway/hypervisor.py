@@ -13,6 +13,7 @@ import logging
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from mobility_agent.background import Background
@@ -225,7 +226,7 @@ class Moves:
     async def _follow_metadata(self, vm: str) -> None:
         """Somebody gave a VM home addresses, or took them from it."""
         known = self._duty.attachments.get(vm)
-        told = await self.hypervisor.read(vm)
+        told = await self._read(vm)
         # One that is off is claimed when it starts: until then its addresses are nobody's.
         if told is None or not told.active or vm in self._incoming:
             return
@@ -234,8 +235,13 @@ class Moves:
         elif known is not None and known.state == HERE and not told.homes:
             await self._duty.depart(vm, None, withdraw=True)
 
-    async def _arrive(self, vm: str, handoff: HandoffIndicator, *, evident: bool) -> None:
+    async def _read(self, vm: str) -> VmNetwork | None:
+        """What its definition says, of its addresses those that can follow it."""
         told = await self.hypervisor.read(vm)
+        return None if told is None else replace(told, homes=self._duty.follows(vm, told.homes))
+
+    async def _arrive(self, vm: str, handoff: HandoffIndicator, *, evident: bool) -> None:
+        told = await self._read(vm)
         known = self._duty.attachments.get(vm)
         homes = told.homes if told is not None and told.homes else known.homes if known is not None else ()
         place = next((pair for pair in told.interfaces if pair[0] in self._bridges), None) if told else None
@@ -250,7 +256,7 @@ class Moves:
         for vm, runs in active.items():
             known = self._duty.attachments.get(vm)
             if runs and (known is None or known.state != HERE):
-                told = await self.hypervisor.read(vm)
+                told = await self._read(vm)
                 if told is not None and told.homes:
                     # Found running, not seen coming: it claims, but does not make an epoch up.
                     await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)

@@ -16,6 +16,7 @@ from mobility_agent.datapath.netlink import RouteSocket
 from mobility_agent.errors import Unreachable
 from mobility_agent.gateway.definition import METADATA_URI, VmNetwork, read_definition
 from mobility_agent.gateway.learning import Heard, Sighting, Unnamed
+from mobility_agent.homes import only_ipv6
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class LibvirtHost:
         for domain in self._domains(0):
             read = self._defined(domain)
             if read is not None:
-                found.update(dict.fromkeys(read[0].homes, read[0].vm))
+                found.update(dict.fromkeys(only_ipv6(read[0].homes), read[0].vm))
         return found
 
     async def sightings(self, vm: Unnamed) -> list[Sighting]:
@@ -97,7 +98,7 @@ class LibvirtHost:
         seen = [
             Sighting(entry.mac, entry.address)
             for entry in neighbours.seen(self._kernel, vm.bridge)
-            if entry.mac
+            if entry.mac and isinstance(entry.address, IPv6Address)
         ]
         return told + seen + self._heard.of(vm.mac)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import IS_IPV4
+
 try:
     import netaddr
 except ImportError as _error:
@@ -18,6 +20,7 @@ else:
     MISSING = None
 
 _BITS = 128
+_IPV4 = 4
 # Who wants addresses: (whom to name, the addresses as they were written)
 Wanted = t.Sequence[tuple[str, t.Sequence[str]]]
 
@@ -42,8 +45,6 @@ def _home(text: str) -> t.Any:
         network = _network(text)
     except ValueError as error:
         raise ValueError(f"{text}: {error}; write it like 2001:db8:100::5") from error
-    if network.version != 6:
-        raise ValueError(f"{text}: is IPv4, which does not follow VMs; give IPv6 addresses only")
     address = network.network
     if address.is_multicast() or address.is_link_local() or address.is_loopback() or int(address) == 0:
         raise ValueError(f"{text}: is no address that others could reach the VM by; give a global one")
@@ -51,7 +52,12 @@ def _home(text: str) -> t.Any:
 
 
 def _shown(network: t.Any) -> str:
-    return str(network.network) if network.prefixlen == _BITS else str(network.cidr)
+    return str(network.network) if network.size == 1 else str(network.cidr)
+
+
+def _mapped(network: t.Any) -> t.Any:
+    """IPv4 as IPv6 writes it (RFC 4291 section 2.5.5.2), so that both kinds have places of one length."""
+    return network.ipv6() if network.version == _IPV4 else network
 
 
 class _Taken:
@@ -67,6 +73,7 @@ class _Taken:
 
     def holders(self, network: t.Any) -> list[str]:
         """Who has anything of ``network`` already."""
+        network = _mapped(network)
         own = network.prefixlen
         found = []
         for length in sorted(self._lengths):
@@ -84,6 +91,7 @@ class _Taken:
 
     def put(self, network: t.Any, who: str) -> None:
         """Remember that ``who`` has it."""
+        network = _mapped(network)
         self._lengths.add(network.prefixlen)
         self._holders.setdefault(self._place(network, network.prefixlen), []).append(who)
 
@@ -110,7 +118,9 @@ def findings(wanted: Wanted, prefixes: t.Sequence[str]) -> list[str]:
             except ValueError as error:
                 told.append(f"{who}: {error}")
                 continue
-            if homes and not any(network in home for home in homes):
+            if network.version == _IPV4 and all(home.version != _IPV4 for home in homes):
+                told.append(f"{who}: {_shown(network)} {IS_IPV4}")
+            elif homes and not any(network in home for home in homes):
                 known = ", ".join(str(home) for home in homes)
                 told.append(
                     f"{who}: {_shown(network)} is in no home prefix ({known}); "
@@ -132,9 +142,7 @@ def _prefixes(texts: t.Sequence[str], told: list[str]) -> list[t.Any]:
         except ValueError as error:
             told.append(f"home prefix {text}: {error}; correct mobility_prefixes")
             continue
-        if home.version != 6:
-            told.append(f"home prefix {text}: is IPv4, which does not follow VMs; correct mobility_prefixes")
-        elif home not in homes:
+        if home not in homes:
             # Two hosts may have the same one; two that overlap would be one address on two links.
             told += [
                 f"home prefix {home}: overlaps {other}; a prefix is on one link; correct mobility_prefixes"

@@ -14,7 +14,8 @@ import xml.etree.ElementTree as ET
 METADATA_URI = "urn:lifeboat:mobility:1"
 METADATA_KEY = "mobility"
 
-Network = ipaddress.IPv6Network
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+IS_IPV4 = "is IPv4, which only BGP leads to a VM; give IPv6 addresses, or add its prefix to mobility_prefixes"
 # Who wants addresses: (whom to name, the addresses as they were written)
 Wanted = t.Sequence[tuple[str, t.Sequence[str]]]
 
@@ -25,8 +26,6 @@ def parse(text: str) -> Network:
         network = ipaddress.ip_network(text.strip(), strict=True)
     except ValueError as error:
         raise ValueError(f"{text}: {error}; write it like 2001:db8:100::5") from error
-    if not isinstance(network, Network):
-        raise ValueError(f"{text}: is IPv4, which does not follow VMs; give IPv6 addresses only")
     address = network.network_address
     if address.is_multicast or address.is_link_local or address.is_loopback or address.is_unspecified:
         raise ValueError(f"{text}: is no address that others could reach the VM by; give a global one")
@@ -35,16 +34,18 @@ def parse(text: str) -> Network:
 
 def shown(network: Network) -> str:
     """An address without its length where that says nothing."""
-    return str(network.network_address) if network.prefixlen == 128 else str(network)
+    return str(network.network_address) if network.prefixlen == network.max_prefixlen else str(network)
 
 
-def findings(wanted: Wanted, prefixes: t.Sequence[str]) -> list[str]:
+def findings(wanted: Wanted, prefixes: t.Sequence[str], *, ipv4: bool = False) -> list[str]:
     """Everything that is wrong: addresses, and over all of them those in no prefix and those wanted twice.
 
-    ``prefixes`` empty: they are not known here, and not asked about.
+    ``prefixes`` empty: they are not known here, and not asked about. IPv4 addresses may be where one of the
+    prefixes is, or ``ipv4`` says so.
     """
     told: list[str] = []
     homes = [network for network in (_prefix(text, told) for text in prefixes) if network is not None]
+    ipv4 = ipv4 or any(home.version == 4 for home in homes)
     taken: list[tuple[Network, str]] = []
     for who, texts in wanted:
         for text in texts:
@@ -53,7 +54,9 @@ def findings(wanted: Wanted, prefixes: t.Sequence[str]) -> list[str]:
             except ValueError as error:
                 told.append(f"{who}: {error}")
                 continue
-            if homes and not any(network.subnet_of(home) for home in homes):
+            if network.version == 4 and not ipv4:
+                told.append(f"{who}: {shown(network)} {IS_IPV4}")
+            elif homes and not any(_within(network, home) for home in homes):
                 known = ", ".join(str(home) for home in homes)
                 told.append(
                     f"{who}: {shown(network)} is in no home prefix ({known}); "
@@ -68,9 +71,16 @@ def findings(wanted: Wanted, prefixes: t.Sequence[str]) -> list[str]:
     return told
 
 
+def _within(network: Network, home: Network) -> bool:
+    if isinstance(network, ipaddress.IPv4Network) and isinstance(home, ipaddress.IPv4Network):
+        return network.subnet_of(home)
+    v6 = ipaddress.IPv6Network
+    return isinstance(network, v6) and isinstance(home, v6) and network.subnet_of(home)
+
+
 def _prefix(text: str, told: list[str]) -> Network | None:
     try:
-        return ipaddress.IPv6Network(text)
+        return ipaddress.ip_network(text)
     except ValueError as error:
         told.append(f"home prefix {text}: {error}; correct mobility_prefixes")
         return None

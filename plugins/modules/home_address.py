@@ -1,13 +1,13 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: GPL-3.0-or-later
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Give a VM the IPv6 addresses that it keeps wherever it runs, or take them from it."""
+"""Give a VM the addresses that it keeps wherever it runs, or take them from it."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: home_address
-short_description: Give a VM the IPv6 addresses that it keeps wherever it runs
+short_description: Give a VM the addresses that it keeps wherever it runs
 version_added: 0.1.0
 description:
   - Writes a VM's home addresses into the metadata of its definition, where they travel with it.
@@ -31,6 +31,7 @@ options:
   addresses:
     description:
       - All home addresses that the VM shall have, and no others. A prefix is one that is all the VM's.
+      - Those of IPv4, which only BGP leads to a VM, must be in one of O(prefixes).
       - An empty list takes them away, and keeps the agent from learning any.
     type: list
     elements: str
@@ -117,7 +118,8 @@ class HomeAddress:
                 addresses = read(self._hypervisor.definition(domain))
                 # Only whose addresses clash matters, not what else may be wrong with somebody else's.
                 others += [(f"VM {domain.name()}", [text]) for text in addresses]
-        return [finding for other in others for finding in findings([other, own], ()) if own[0] in finding]
+        pairs = [findings([other, own], (), ipv4=True) for other in others]
+        return [finding for told in pairs for finding in told if own[0] in finding]
 
     def result(self, check_mode: bool) -> dict[str, t.Any]:
         """Bring the addresses about, or in check mode only tell."""

@@ -99,6 +99,10 @@ def test_a_second_run_changes_nothing(mobility: RunPlaybook) -> None:
             {"mobility_prefixes": [{"prefix": "2001:db8:7::/48"}, {"prefix": "2001:db8:7:1::/64"}]},
             ["a prefix is on one link only"],
         ),
+        (
+            {"mobility_prefixes": [{"prefix": "198.51.100.0/24", "router": "198.51.100.1"}]},
+            ["is IPv4, which the tunnels of anchors do not carry"],
+        ),
         ({"mobility_keys": []}, ["holds no key"]),
         ({"mobility_keys": [{"index": 256, "secret": "abcd"}]}, ["is shorter than 16 octets"]),
         ({"mobility_address": "2001:db8:9::9"}, ["has no address 2001:db8:9::9"]),

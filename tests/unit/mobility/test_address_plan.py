@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from small_parts.collection import importable
 
-PREFIX = "2001:db8:100::/64"
+PREFIX, IPV4_PREFIX = "2001:db8:100::/64", "198.51.100.0/24"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]
 
 WRONG = [
     ("2001:db8:101::5", "is in no home prefix (2001:db8:100::/64)"),
-    ("192.0.2.1", "is IPv4, which does not follow VMs"),
+    ("192.0.2.1", "is IPv4, which only BGP leads to a VM"),
     ("fe80::5", "give a global one"),
     ("ff02::1", "give a global one"),
     ("::", "give a global one"),
@@ -66,6 +66,11 @@ def test_everything_that_is_wrong_is_told_at_once(judges: tuple[Any, Any]) -> No
 
 
 lengths = st.sampled_from([128, 128, 124, 120, 112])
+ipv4_networks = st.builds(
+    lambda host, length: f"198.51.100.{host >> (32 - length) << (32 - length)}/{length}",
+    st.integers(0, 0xFF),
+    st.sampled_from([32, 32, 30, 28]),
+)
 networks = st.builds(
     lambda host, length: f"2001:db8:100::{host >> (128 - length) << (128 - length):x}/{length}",
     st.integers(0, 0x3FF),
@@ -73,12 +78,30 @@ networks = st.builds(
 )
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.lists(networks, max_size=4)), max_size=6))
+@pytest.mark.parametrize("prefixes", [[PREFIX], [PREFIX, IPV4_PREFIX]])
+@given(
+    wanted=st.lists(
+        st.tuples(st.sampled_from("abc"), st.lists(networks | ipv4_networks, max_size=4)), max_size=6
+    )
+)
 def test_controller_and_hosts_judge_alike(
-    judges: tuple[Any, Any], wanted: list[tuple[str, list[str]]]
+    judges: tuple[Any, Any], prefixes: list[str], wanted: list[tuple[str, list[str]]]
 ) -> None:
     plan, host = judges
-    assert sorted(plan.findings(wanted, [PREFIX])) == sorted(host.findings(wanted, [PREFIX]))
+    assert sorted(plan.findings(wanted, prefixes)) == sorted(host.findings(wanted, prefixes))
+
+
+def test_ipv4_is_judged_like_ipv6_where_a_prefix_of_it_is_known(judges: tuple[Any, Any]) -> None:
+    wanted = [
+        ("VM a", ["198.51.100.5", "2001:db8:100::5"]),
+        ("VM b", ["198.51.100.4/30"]),
+        ("VM c", ["203.0.113.9"]),
+    ]
+    for judge in judges:
+        assert judge.findings(wanted[:1], [PREFIX, IPV4_PREFIX]) == []
+        shared, stray = judge.findings(wanted, [PREFIX, IPV4_PREFIX])
+        assert shared == "VM b: 198.51.100.4/30 is VM a's too; give each VM addresses of its own"
+        assert stray.startswith(f"VM c: 203.0.113.9 is in no home prefix ({PREFIX}, {IPV4_PREFIX})")
 
 
 def test_a_controller_without_netaddr_is_told_what_to_install(

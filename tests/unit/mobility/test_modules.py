@@ -96,7 +96,7 @@ def test_the_inventory_wins_over_what_was_learnt(run: Run, hypervisor: str) -> N
     ("addresses", "told"),
     [
         (["2001:db8:101::5"], "2001:db8:101::5 is in no home prefix (2001:db8:100::/64)"),
-        (["192.0.2.1"], "is IPv4, which does not follow VMs"),
+        (["192.0.2.1"], "is IPv4, which only BGP leads to a VM"),
         (["fe80::5"], "give a global one"),
         (["2001:db8:100::g"], "write it like 2001:db8:100::5"),
         (["2001:db8:100::5/64"], "has host bits set"),

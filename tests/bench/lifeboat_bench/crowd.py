@@ -71,9 +71,11 @@ class Crowd:
             self.guests[name].start()
         for guest in self.guests.values():
             guest.wait_ready(BOOT_SECONDS)
+        self.ground.say(f"{len(self.guests)} VMs are up")
         self.canaries = {name: guest.canary() for name, guest in self.guests.items()}
         self.wish({})
         self.ground.controller.playbook("protect", {"lifeboat_vms_wait": True}).require_success()
+        self.ground.say("all of them are protected")
 
     def wish(self, after: Mapping[str, str]) -> None:
         """What the inventory says of the VMs; ``after``: who is not to go before whom."""

@@ -70,7 +70,8 @@ def run(ground: Ground) -> Table:
             found = _cut(crowd, strategy, share, share * full_seconds)
             ground.say(
                 f"{strategy}, power lost after {found.deadline_seconds:.1f} s: {found.out} out, {found.held} "
-                f"held, {found.restartable} restartable, lost: {', '.join(found.lost) or 'none'}"
+                f"held, {found.restartable} restartable, lost: {', '.join(found.lost) or 'none'}; "
+                f"E {found.expected_share:.3f}"
             )
             runs.append(found)
     _report(table, runs)
@@ -105,6 +106,7 @@ def _full_seconds(crowd: Crowd) -> float:
 def _cut(crowd: Crowd, strategy: str, share: float, seconds: float) -> Run:
     """Evacuate, cut the power of the site after ``seconds``, look, and put everything back as it was."""
     crowd.wait_protected()
+    crowd.ground.say(f"{strategy}: the power fails {seconds:.0f} s after the playbook begins")
     names = list(crowd.guests)
     fifo = strategy == FIFO
     crowd.wish(dict(zip(names[1:], names, strict=False)) if fifo else {})
@@ -215,6 +217,7 @@ def _not_restartable(crowd: Crowd, name: str, host: str) -> str:
 def _recover(crowd: Crowd) -> None:
     """The power is back: those that stayed are started at home, those that left come home."""
     lab = crowd.ground.lab
+    crowd.ground.say("the power is back: everything goes home")
     for host in PEERS:
         lab.start_host(host)
     wait_until(lambda: all(_settled(crowd, host) for host in HOSTS_NEEDED), "all jobs have an end")

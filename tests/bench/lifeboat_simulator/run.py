@@ -19,6 +19,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 
 from lifeboat_simulator.model import Links, TruePair, TrueVm
 
+_STANDS_STILL_SECONDS = 10.0
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -103,6 +105,7 @@ class Simulation:
         # Those that have their memory at their destination: they are there, or on their way.
         self._has_memory: set[str] = set()
         self._active: dict[str, TrueVm] = {}
+        self._still: dict[str, float] = {}
         self._carried: dict[tuple[str, str], float] = {}
         self._background: dict[str, float] = {}
 
@@ -133,6 +136,7 @@ class Simulation:
                 if now >= end:
                     break
             most = max(most, len(self._active))
+            self._check_progress(now, interval)
             # Guests that outrun the link go on for ever where nothing stops them: there is no more to see.
             if not orders.starts and all(vm.hopeless for vm in self._active.values()):
                 idle += 1
@@ -240,6 +244,16 @@ class Simulation:
         for uplink, carried in uplinks.items():
             if carried > self.links.uplinks[uplink] * 1.000001:
                 self.broken.append(f"{now:.0f} s: uplink {uplink} carries {carried:.0f} bytes per second")
+
+    def _check_progress(self, now: float, interval: float) -> None:
+        """A relay without a byte for 10 s is closed: nobody with something to send may be kept so long."""
+        for uuid, vm in self._active.items():
+            moved = vm.sent > vm.sent_before or not vm.sends or not self.links.pairs[vm.summary.pair].up
+            self._still[uuid] = 0.0 if moved else self._still.get(uuid, 0.0) + interval
+            if self._still[uuid] >= _STANDS_STILL_SECONDS:
+                self.broken.append(
+                    f"{now:.0f} s: {vm.summary.name} sends nothing for {self._still[uuid]:.0f} s"
+                )
 
     def _happen(self, now: float) -> None:
         while self._faults and self._faults[0].at <= now:

@@ -31,6 +31,7 @@ NO_MEMORY = "no-memory-at-destination"
 NO_SPACE = "no-space-at-destination"
 TOO_LATE = "does-not-fit-before-deadline"
 _IN_A_CYCLE = "waits-for-itself"
+_ROUNDING_SECONDS = 1e-6
 
 
 @dataclass(slots=True)
@@ -43,10 +44,38 @@ class Times:
     reasons: list[str]
 
 
+class _Room:
+    """What a destination has left; None: not known, and then not judged."""
+
+    __slots__ = ("memory_bytes", "store_bytes")
+
+    def __init__(self, memory_bytes: float | None, store_bytes: float | None) -> None:
+        self.memory_bytes = memory_bytes
+        self.store_bytes = store_bytes
+
+    def lacks(self, vm: VmSummary) -> str | None:
+        """Why a VM does not fit, a word."""
+        if self.memory_bytes is not None and vm.memory_bytes > self.memory_bytes:
+            return NO_MEMORY
+        if self.store_bytes is not None and vm.lag_bytes > max(0.0, self.store_bytes):
+            return NO_SPACE
+        return None
+
+    def take(self, vm: VmSummary) -> None:
+        """It comes there."""
+        if self.memory_bytes is not None:
+            self.memory_bytes -= vm.memory_bytes
+        if self.store_bytes is not None:
+            self.store_bytes -= vm.lag_bytes
+
+
+_UNLIMITED = _Room(None, None)
+
+
 class Line:
     """A pair of proxies as a schedule needs it: what it is, and who waits for a place on it."""
 
-    __slots__ = ("closing", "free", "lead", "pair", "queue", "rate", "trip", "uplink", "width")
+    __slots__ = ("closing", "free", "lead", "pair", "queue", "rate", "room", "trip", "uplink", "width")
 
     def __init__(self, site: SiteSummary, pair: PairSummary) -> None:
         self.pair = pair
@@ -67,6 +96,7 @@ class Line:
         self.free = self.width
         self.queue: list[int] = []
         self.uplink: _Uplink | None = None
+        self.room = _UNLIMITED
 
 
 class _Uplink:
@@ -117,9 +147,13 @@ class Schedule:
             self._depend()
 
     def _depend(self) -> None:
-        known: dict[str, int] = {}
-        for position, vm in enumerate(self._vms):
-            known[vm.name] = known[vm.uuid] = position
+        named = {name for vm in self._vms for name in vm.after}
+        known = {
+            name: position
+            for position, vm in enumerate(self._vms)
+            for name in (vm.name, vm.uuid)
+            if name in named
+        }
         for position, vm in enumerate(self._vms):
             if vm.after:
                 before = {known[name] for name in vm.after if name in known} - {position}
@@ -136,9 +170,11 @@ class Schedule:
         """Who starts when if each goes by its forecast's rung, or by another where only that is in time."""
         count = len(self._vms)
         self._uplinks = {}
+        rooms = {item.name: _Room(item.memory_free_bytes, item.store_free_bytes)
+                 for item in self._site.destinations}  # fmt: skip
         for line in self._by_pair.values():
             line.empty()
-        room = _Room(self._site)
+            line.room = rooms.get(line.pair.destination, _UNLIMITED)
         waits = list(self._waits)
         told = Times(list(forecasts), [None] * count, [None] * count, [_IN_A_CYCLE] * count)
         ready_at: dict[int, float] = {}
@@ -162,7 +198,7 @@ class Schedule:
                     taken = self._pop(uplink)
                     if taken is None:
                         break
-                    self._place(taken, now, ready_at.get(taken, 0.0), room, told)
+                    self._place(taken, now, ready_at.get(taken, 0.0), told)
                     end = told.ends[taken]
                     if end is None:
                         over(taken)
@@ -217,10 +253,10 @@ class Schedule:
         if line.free == 1 and line.queue:
             heapq.heappush(uplink.first, line.queue[0])
 
-    def _place(self, position: int, now: float, ready: float, room: _Room, told: Times) -> None:
+    def _place(self, position: int, now: float, ready: float, told: Times) -> None:
         first = told.forecasts[position]
         vm, line, deadline = self._vms[position], self._lines[position], self._deadline
-        reason = first.reason if first.rung is Rung.STAY else room.lacks(vm)
+        reason = first.reason if first.rung is Rung.STAY else line.room.lacks(vm)
         if reason is not None:
             told.reasons[position] = reason
             return
@@ -234,40 +270,18 @@ class Schedule:
         fixed = line.lead + line.closing
         choice, end = first, bulk_from + (first.seconds - fixed) + line.closing
         if deadline is not None and end > deadline:
+            if at_best + _least_seconds(vm, line.rate) > deadline + _ROUNDING_SECONDS:
+                return
             for choice in self.all_rungs(position):
                 end = bulk_from + (choice.seconds - fixed) + line.closing
                 if end <= deadline:
                     break
             else:
                 return
-        room.take(vm)
+        line.room.take(vm)
         told.forecasts[position] = choice
         told.starts[position], told.ends[position] = max(0.0, bulk_from - line.lead), end
         told.reasons[position] = choice.reason
-
-
-class _Room:
-    """What destinations have left."""
-
-    def __init__(self, site: SiteSummary) -> None:
-        self._memory = {item.name: item.memory_free_bytes for item in site.destinations}
-        self._space = {item.name: item.store_free_bytes for item in site.destinations}
-
-    def lacks(self, vm: VmSummary) -> str | None:
-        """Why it does not fit, a word."""
-        memory, space = self._memory.get(vm.destination), self._space.get(vm.destination)
-        if memory is not None and vm.memory_bytes > memory:
-            return NO_MEMORY
-        if space is not None and vm.lag_bytes > max(0.0, space):
-            return NO_SPACE
-        return None
-
-    def take(self, vm: VmSummary) -> None:
-        memory, space = self._memory.get(vm.destination), self._space.get(vm.destination)
-        if memory is not None:
-            self._memory[vm.destination] = memory - vm.memory_bytes
-        if space is not None:
-            self._space[vm.destination] = space - vm.lag_bytes
 
 
 def _places(site: SiteSummary, pair: PairSummary) -> int:
@@ -282,3 +296,11 @@ def _wanted(rate: float | None, stream: float) -> int:
     if not rate or stream <= 0:
         return 1
     return max(1, int(rate / stream + 0.95))
+
+
+def _least_seconds(vm: VmSummary, rate: float) -> float:
+    """What its bytes take at least, by whichever rung: quickly told, for it is asked of many."""
+    if rate <= 0 or Rung.RESTART in vm.rungs:
+        return 0.0
+    memory = vm.memory_used_bytes * vm.packed_ratio if vm.running else 0.0
+    return (vm.lag_bytes + memory) / rate

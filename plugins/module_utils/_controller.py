@@ -9,11 +9,10 @@ the middle, would not find out again.
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._destination_memory import DestinationMemory
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
-    Fall,
     Move,
     Phase,
     judge,
@@ -24,26 +23,29 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
     alternatives,
     choose,
     closing_seconds,
-    lead_in_seconds,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import FixedGate, Gate, Served
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
+    Decision,
+    Observation,
+    Orders,
+    Pair,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import TOO_LATE
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import (
-    INTERVAL_SECONDS,
     Member,
     Shares,
-    wire_bytes,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
-    PairSummary,
     Rung,
     SiteSummary,
     VmSummary,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._under_way import UnderWay
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
 
-INTERVAL_ROUND_TRIPS = 10.0
 _HOLD_AHEAD_SECONDS = 45.0
 _ATTEMPTS = 3
 # After so many intervals in which a move could take what it can get, what it got says what it can get.
@@ -52,61 +54,8 @@ _RETRY_SECONDS = 5.0
 _PLAN_EVERY_SECONDS = 30.0
 # Of what the next one is worth a second: who is worth less is not preferred for coming from an idle pair.
 _WORTH_AN_IDLE_PAIR = 0.5
-# So much of what is left now is counted as what will cross, at most, of a guest whose rounds do not shrink.
-_MOST_ROUNDS = 5.0
 # A start that its host has not answered for so long holds nobody up: as a move of a host that is silent.
 _UNHEARD_SECONDS = 10.0
-
-Pair = tuple[str, str]
-
-
-def interval_seconds(round_trip_seconds: t.Iterable[float]) -> float:
-    """How often to look and decide."""
-    longest = max(round_trip_seconds, default=0.0)
-    return max(INTERVAL_SECONDS, INTERVAL_ROUND_TRIPS * longest)
-
-
-@dataclass(frozen=True, slots=True)
-class PairView:
-    """A pair over the last interval; not ``heard``: as it was seen before, for its host owes an answer."""
-
-    up: bool = True
-    goodput_bytes_per_second: float = 0.0
-    round_trip_seconds: float = 0.0
-    heard: bool = True
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What was seen: moves under way by UUID, VMs that are over with whether they may be tried again."""
-
-    now: float
-    moves: t.Mapping[str, Move] = field(default_factory=dict)
-    pairs: t.Mapping[tuple[str, str], PairView] = field(default_factory=dict)
-    out: t.Collection[str] = ()
-    failed: t.Mapping[str, bool] = field(default_factory=dict)
-    deadline_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What was decided about a VM: a word for the report, a sentence for people."""
-
-    vm: str
-    what: str
-    reason: str
-    sentence: str = ""
-
-
-@dataclass
-class Orders:
-    """What to ask of the proxies now. A share of None: no limit of ours."""
-
-    starts: list[tuple[str, Rung]] = field(default_factory=list)
-    shares: dict[str, float | None] = field(default_factory=dict)
-    falls: dict[str, Fall] = field(default_factory=dict)
-    held: set[str] = field(default_factory=set)
-    decisions: list[Decision] = field(default_factory=list)
 
 
 class Controller:
@@ -119,9 +68,7 @@ class Controller:
         self._adaptive = strategy == "feedback"
         self._vms = {vm.uuid: vm for vm in site.vms}
         self._uuid = {name: vm.uuid for vm in site.vms for name in (vm.name, vm.uuid)}
-        self._pairs = {pair.key: pair for pair in site.pairs}
-        for vm in site.vms:
-            self._pairs.setdefault(vm.pair, PairSummary(vm.source, vm.destination, site.site))
+        self._uplinks = Uplinks(site, strategy, self._vms)
         self._waiting: dict[str, None] = {}
         self._rank: dict[str, int] = {}
         # Weight per second, as planned.
@@ -135,45 +82,20 @@ class Controller:
         self._attempts: dict[str, int] = {}
         self._retry_at: dict[str, float] = {}
         self._over: dict[str, str] = {}
-        self._stream: dict[tuple[str, str], float] = {}
         self._memory = DestinationMemory(site.destinations)
-        self._gates: dict[str, Gate] = {}
         self._told: dict[str, str] = {}
         self._held_before: set[str] = set()
         self._started: set[str] = set()
         # Those that were seen last while they were handed over: where they are may be open.
         self._closing: set[str] = set()
         self._unheard_since: dict[Pair, float] = {}
-        self._sent_before: set[str] = set()
         self._shares = Shares()
         self._rounds = Rounds()
-        self._make_gates()
-
-    def _make_gates(self) -> None:
-        if self._adaptive:
-            for pair in {vm.pair for vm in self.site.vms}:
-                uplink = self._pairs[pair].uplink
-                if uplink not in self._gates:
-                    self._gates[uplink] = Gate(self.site.uplinks.get(uplink))
-            return
-        number = {"sequential": 1, "parallel": 10**9}.get(self.strategy)
-        if number is not None:
-            self._gates[""] = FixedGate(number)
-            return
-        each = int(self.strategy.partition(":")[2])
-        for pair in self._pairs:
-            self._gates["|".join(pair)] = FixedGate(each)
-
-    def gate_of(self, vm: VmSummary) -> Gate:
-        """The gate that a VM goes through."""
-        if self._adaptive:
-            return self._gates[self._pairs[vm.pair].uplink]
-        return self._gates.get("") or self._gates["|".join(vm.pair)]
 
     @property
     def gates(self) -> t.Mapping[str, Gate]:
         """The gates by name, for progress lines and the report."""
-        return self._gates
+        return self._uplinks.gates
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -213,12 +135,14 @@ class Controller:
         orders = Orders()
         seen = replace(seen, moves=self._rounds.told(seen.moves, self._vms, seen.now))
         self._take_in(seen)
+        asked_for = self._asked_for(seen)
+        under_way = UnderWay(seen, asked_for, self._vms, self._uplinks, self.site.processors)
         left = None if seen.deadline_at is None else seen.deadline_at - seen.now
         if self._plan_is_old(seen, left):
-            self._replan(seen, left)
+            self._replan(seen, left, under_way)
         if self._adaptive:
             self._fall(seen, left, orders)
-        self._start(seen, left, orders)
+        self._start(seen, left, asked_for, under_way, orders)
         if self._adaptive:
             self._share(seen, orders)
             self._hold(seen, orders)
@@ -254,47 +178,7 @@ class Controller:
                 self._retry_at.setdefault(uuid, seen.now + _RETRY_SECONDS)
             else:
                 self._waiting.pop(uuid, None)
-        served: dict[int, dict[str, Served]] = {}
-        sent_before, self._sent_before = self._sent_before, set()
-        for uuid, move in seen.moves.items():
-            vm = self._vms.get(uuid)
-            if vm is None or move.silent or move.phase not in {Phase.BULK, Phase.LAST}:
-                continue
-            self._sent_before.add(uuid)
-            # One that began to send within the interval, or was opened in it, would look slow.
-            if uuid in sent_before and move.phase is Phase.BULK:
-                share = self._shares.given.get(uuid)
-                fully = uuid in self._shares.open_throughout
-                told = Served(move.bytes_per_second, fully, share)
-                if fully or share is not None:
-                    served.setdefault(id(self.gate_of(vm)), {})[uuid] = told
-            if move.bytes_per_second > 0:
-                known = self._stream.get(vm.pair, 0.0)
-                self._stream[vm.pair] = max(move.bytes_per_second, known * 0.95)
-        goodput: dict[int, float] = {}
-        for pair, view in seen.pairs.items():
-            if pair in self._pairs:
-                gate = self._gate_of_pair(pair)
-                goodput[id(gate)] = goodput.get(id(gate), 0.0) + view.goodput_bytes_per_second
-        gates = {id(gate): gate for gate in self._gates.values()}
-        waiting: set[int] = set()
-        for uuid in self._waiting:
-            waiting.add(id(self.gate_of(self._vms[uuid])))
-            if len(waiting) == len(gates):
-                break
-        for key, gate in gates.items():
-            most = max(
-                (
-                    move.bytes_per_second
-                    for uuid, move in seen.moves.items()
-                    if move.phase in {Phase.BULK, Phase.LAST} and self._goes_through(uuid, key)
-                ),
-                default=0.0,
-            )
-            if self._shares.crowded(gate):
-                gate.observe_crowded(goodput.get(key, 0.0))
-            else:
-                gate.observe(goodput.get(key, 0.0), served.get(key, {}), most, more_wait=key in waiting)
+        self._uplinks.observe(seen, self._shares, self._waiting)
 
     def _holds_memory(self, uuid: str) -> None:
         # Of those that moved before anybody planned, the destination's own answer speaks.
@@ -313,15 +197,6 @@ class Controller:
         vm = self._vms.get(uuid)
         return vm is not None and vm.pair not in self._unheard_since and uuid not in self._closing
 
-    def _goes_through(self, uuid: str, key: int) -> bool:
-        vm = self._vms.get(uuid)
-        return vm is not None and id(self.gate_of(vm)) == key
-
-    def _gate_of_pair(self, pair: tuple[str, str]) -> Gate:
-        if self._adaptive:
-            return self._gates[self._pairs[pair].uplink]
-        return self._gates.get("") or self._gates["|".join(pair)]
-
     # -- the plan for those that wait
 
     def _plan_is_old(self, seen: Observation, left: float | None) -> bool:
@@ -338,25 +213,25 @@ class Controller:
     def _planning_inputs(self, seen: Observation, left: float | None) -> tuple[float | None, ...]:
         # The deadline as an instant: time that simply passes is no news.
         deadline = None if left is None or seen.deadline_at is None else seen.deadline_at - self._epoch(seen)
-        return (deadline, *(self._gates[name].capacity for name in sorted(self._gates)))
+        return (deadline, *(self._uplinks.gates[name].capacity for name in sorted(self._uplinks.gates)))
 
     def _epoch(self, seen: Observation) -> float:
         return self._planned_at if self._planned_at != float("-inf") else seen.now
 
-    def _replan(self, seen: Observation, left: float | None) -> None:
+    def _replan(self, seen: Observation, left: float | None, under_way: UnderWay) -> None:
         overlap = self.strategy != "sequential"
         self.plan = make_plan(self.current_site(), left, overlap=overlap, known=self._forecasts)
         self._hopeless.clear()
         self._planned_at = seen.now
         self._planned_with = self._planning_inputs(seen, left)
         # The plan is of those that wait, on a line that is theirs: it is, once those under way are through.
-        gates = self._gates.values() if self._adaptive else ()
-        free_in = {id(gate): self._free_in_seconds(gate, seen) for gate in gates}
+        gates = self._uplinks.gates.values() if self._adaptive else ()
+        free_in = {id(gate): under_way.free_in_seconds(gate) for gate in gates}
         for planned in self.plan.vms:
             self._rank[planned.vm.uuid] = planned.position
             self._worth[planned.vm.uuid] = planned.vm.weight / max(planned.forecast.seconds, 1e-3)
             if planned.start_seconds is not None:
-                starts_in = planned.start_seconds + free_in.get(id(self.gate_of(planned.vm)), 0.0)
+                starts_in = planned.start_seconds + free_in.get(id(self._uplinks.gate_of(planned.vm)), 0.0)
                 self._starts_at[planned.vm.uuid] = seen.now + starts_in
             else:
                 self._starts_at.pop(planned.vm.uuid, None)
@@ -365,13 +240,15 @@ class Controller:
         """The site as it is known by now: those that wait, what the uplinks carry, what a stream carries."""
         rates = {
             name: (gate.capacity if self._adaptive else None) or self.site.uplinks.get(name)
-            for name, gate in self._gates.items()
+            for name, gate in self._uplinks.gates.items()
         }
         if not self._adaptive:
             rates = dict(self.site.uplinks)
         pairs = tuple(
-            replace(pair, stream_bytes_per_second=self._stream.get(pair.key, pair.stream_bytes_per_second))
-            for pair in self._pairs.values()
+            replace(
+                pair, stream_bytes_per_second=self._uplinks.stream.get(pair.key, pair.stream_bytes_per_second)
+            )
+            for pair in self._uplinks.pairs.values()
         )
         vms = tuple(self._vms[uuid] for uuid in self._waiting)
         free = tuple(
@@ -382,19 +259,25 @@ class Controller:
 
     # -- who starts
 
-    def _start(self, seen: Observation, left: float | None, orders: Orders) -> None:
-        room, active = self._room(seen)
-        packing = self._packing(seen)
+    def _start(
+        self,
+        seen: Observation,
+        left: float | None,
+        asked_for: t.Sequence[VmSummary],
+        under_way: UnderWay,
+        orders: Orders,
+    ) -> None:
+        room, active = under_way.room, under_way.active
         if not any(count > 0 for count in room.values()):
             return
         # Who was asked to start and is not seen yet is awaited as those that move.
-        at_work = {*seen.moves, *(vm.uuid for vm in self._asked_for(seen))}
+        at_work = {*seen.moves, *(vm.uuid for vm in asked_for)}
         in_order = self.waiting
-        ahead = self._pairs_ahead(in_order, seen, at_work, packing) if self._adaptive else {}
+        ahead = self._pairs_ahead(in_order, seen, at_work, under_way) if self._adaptive else {}
         least = {key: min(active.get(pair, 0) for pair in pairs) for key, pairs in ahead.items()}
         for uuid in in_order:
             vm = self._vms[uuid]
-            gate = self.gate_of(vm)
+            gate = self._uplinks.gate_of(vm)
             if room[id(gate)] <= 0:
                 if all(count <= 0 for count in room.values()):
                     break
@@ -411,7 +294,7 @@ class Controller:
             # fills the uplink it does not matter from where that one comes.
             if self._adaptive and gate.window > 1 and active.get(vm.pair, 0) > least.get(id(gate), 0):
                 continue
-            if self._adaptive and self._packs_enough(vm.source, packing):
+            if self._adaptive and under_way.packs_enough(vm.source):
                 continue
             if uuid in self._hopeless:
                 continue
@@ -427,11 +310,9 @@ class Controller:
                 self._tell(orders, uuid, "waits", "no-memory-at-destination")
                 continue
             self._memory.reserve(vm)
-            room[id(gate)] -= 1
-            active[vm.pair] = active.get(vm.pair, 0) + 1
-            packing[vm.source] = packing.get(vm.source, 0) + 1
+            under_way.begins(vm)
             pairs = ahead.get(id(gate), set())
-            if self._packs_enough(vm.source, packing):
+            if under_way.packs_enough(vm.source):
                 pairs -= {pair for pair in pairs if pair[0] == vm.source}
             least[id(gate)] = min(active.get(pair, 0) for pair in pairs or {vm.pair})
             at_work.add(uuid)
@@ -449,26 +330,6 @@ class Controller:
             self._told[uuid] = reason
             orders.decisions.append(Decision(uuid, what, reason))
 
-    def _room(self, seen: Observation) -> tuple[dict[int, int], dict[tuple[str, str], int]]:
-        room = {id(gate): gate.window for gate in self._gates.values()}
-        active: dict[tuple[str, str], int] = {}
-        for uuid, move in seen.moves.items():
-            vm = self._vms.get(uuid)
-            if vm is None:
-                continue
-            # One that gets nowhere, or of a host that says nothing, may not keep all others from starting.
-            if move.silent or (self._adaptive and (move.hopeless or self._nearly_over(vm, move))):
-                continue
-            room[id(self.gate_of(vm))] -= 1
-            active[vm.pair] = active.get(vm.pair, 0) + 1
-        for vm in self._asked_for(seen):
-            room[id(self.gate_of(vm))] -= 1
-            active[vm.pair] = active.get(vm.pair, 0) + 1
-        for gate in self._gates.values():
-            if self._adaptive and room[id(gate)] <= 0 and self._runs_dry(gate, seen):
-                room[id(gate)] = 1
-        return room, active
-
     def _asked_for(self, seen: Observation) -> list[VmSummary]:
         """Asked for and not seen yet: they count, or the next step would start another in their place.
 
@@ -481,88 +342,17 @@ class Controller:
             and seen.now - self._unheard_since.get(self._vms[uuid].pair, seen.now) < _UNHEARD_SECONDS
         ]
 
-    def _runs_dry(self, gate: Gate, seen: Observation) -> bool:
-        """Whether all that is under way is through before one that started only at the next look could send.
-
-        A lead-in costs an uplink nothing: whoever stands behind it in time keeps the line from idling.
-        """
-        if not gate.capacity:
-            return False
-        longest = 0.0
-        for pair in self._pairs.values():
-            if self._gate_of_pair(pair.key) is gate:
-                longest = max(longest, lead_in_seconds(pair.round_trip_seconds))
-        return self._queued_bytes(gate, seen) / gate.capacity < longest + INTERVAL_SECONDS
-
-    def _queued_bytes(self, gate: Gate, seen: Observation) -> float:
-        """What all that is under way has still to send through a gate."""
-        queued = 0.0
-        for uuid, move in seen.moves.items():
-            vm = self._vms.get(uuid)
-            if vm is None or self.gate_of(vm) is not gate or move.silent or move.hopeless:
-                continue
-            if move.phase is Phase.LEAD_IN:
-                queued += wire_bytes(vm)
-            elif move.phase is not Phase.CLOSING:
-                # With the rounds to come: who starts too early has its memory dirtied while it waits.
-                seconds = live_seconds(move, gate.capacity or move.bytes_per_second)
-                queued += min(
-                    seconds * (gate.capacity or move.bytes_per_second), _MOST_ROUNDS * move.left_bytes
-                )
-        return queued + sum(wire_bytes(vm) for vm in self._asked_for(seen) if self.gate_of(vm) is gate)
-
-    def _free_in_seconds(self, gate: Gate, seen: Observation) -> float:
-        """In how long the first of those under way is through and its place another's; 0 where nothing says.
-
-        At the latest when the uplink has carried all that is left of them.
-        """
-        rate = gate.capacity or gate.goodput
-        if not rate:
-            return 0.0
-        told = self._queued_bytes(gate, seen) / rate
-        for uuid, move in seen.moves.items():
-            if move.phase in {Phase.BULK, Phase.LAST} and move.bytes_per_second > 0 and not move.silent:
-                vm = self._vms.get(uuid)
-                if vm is not None and self.gate_of(vm) is gate:
-                    told = min(told, live_seconds(move, move.bytes_per_second))
-        return told
-
-    def _packing(self, seen: Observation) -> dict[str, int]:
-        """How many moves each source has, those that are over but for the last words not counted."""
-        told: dict[str, int] = {}
-        under_way = {uuid for uuid, move in seen.moves.items() if move.phase is not Phase.CLOSING}
-        known = [self._vms[uuid] for uuid in under_way if uuid in self._vms]
-        for vm in known + self._asked_for(seen):
-            told[vm.source] = told.get(vm.source, 0) + 1
-        return told
-
-    def _packs_enough(self, source: str, packing: t.Mapping[str, int]) -> bool:
-        # Packing a stream is one processor's work: with more they take from each other, and from guests.
-        # One gets ready meanwhile.
-        return packing.get(source, 0) > self.site.processors.get(source, 10**9)
-
-    def _could_start(
-        self, vm: VmSummary, seen: Observation, at_work: set[str], packing: t.Mapping[str, int]
-    ) -> bool:
+    def _could_start(self, vm: VmSummary, seen: Observation, at_work: set[str], under_way: UnderWay) -> bool:
         """Whether nothing but its turn keeps it: what is quickly told of it, for it is asked of many."""
         view = seen.pairs.get(vm.pair)
         return (
             vm.uuid not in self._hopeless
             and (view is None or (view.up and view.heard))
             and self._retry_at.get(vm.uuid, 0.0) <= seen.now
-            and not self._packs_enough(vm.source, packing)
+            and not under_way.packs_enough(vm.source)
             and self._memory.has_room(vm)
             and self._may_start(vm, at_work)
         )
-
-    def _nearly_over(self, vm: VmSummary, move: Move) -> bool:
-        """It ends while the next one is still in its lead-in: that one may start now."""
-        if move.phase is Phase.CLOSING:
-            return True
-        if move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0:
-            return False
-        trip = self._pairs[vm.pair].round_trip_seconds
-        return live_seconds(move, move.bytes_per_second) <= lead_in_seconds(trip)
 
     def _may_start(self, vm: VmSummary, at_work: set[str]) -> bool:
         for name in vm.after:
@@ -581,7 +371,7 @@ class Controller:
         in_order: t.Iterable[str],
         seen: Observation,
         at_work: set[str],
-        packing: t.Mapping[str, int],
+        under_way: UnderWay,
     ) -> dict[int, set[Pair]]:
         """Per gate: the pairs of those whose turn is next and that could start now.
 
@@ -591,15 +381,15 @@ class Controller:
         """
         told: dict[int, set[Pair]] = {}
         first: dict[int, float] = {}
-        left = {id(gate): max(4, 2 * gate.window) for gate in self._gates.values()}
+        left = {id(gate): max(4, 2 * gate.window) for gate in self._uplinks.gates.values()}
         for uuid in in_order:
             vm = self._vms[uuid]
-            key = id(self.gate_of(vm))
+            key = id(self._uplinks.gate_of(vm))
             if left[key] <= 0:
                 if all(count <= 0 for count in left.values()):
                     break
                 continue
-            if self._could_start(vm, seen, at_work, packing):
+            if self._could_start(vm, seen, at_work, under_way):
                 left[key] -= 1
                 worth = self._worth.get(uuid, 0.0)
                 if worth >= _WORTH_AN_IDLE_PAIR * first.setdefault(key, worth):
@@ -609,10 +399,10 @@ class Controller:
     def _rung_at_start(
         self, vm: VmSummary, gate: Gate, left: float | None, seen: Observation
     ) -> tuple[Rung | None, str]:
-        pair = self._pairs[vm.pair]
+        pair = self._uplinks.pairs[vm.pair]
         view = seen.pairs.get(vm.pair)
         trip = view.round_trip_seconds if view and view.round_trip_seconds else pair.round_trip_seconds
-        stream = self._stream.get(vm.pair, pair.stream_bytes_per_second)
+        stream = self._uplinks.stream.get(vm.pair, pair.stream_bytes_per_second)
         known = [rate for rate in (pair.bytes_per_second, gate.capacity) if rate]
         rate = min([stream, *known])
         told = choose(vm, rate, trip)
@@ -639,9 +429,11 @@ class Controller:
             vm = self._vms.get(uuid)
             if vm is None or uuid in self._to_restart or move.silent:
                 continue
-            gate, pair = self.gate_of(vm), self._pairs[vm.pair]
+            gate, pair = self._uplinks.gate_of(vm), self._uplinks.pairs[vm.pair]
             # What it could have if it were served first: a trickle says nothing about it.
-            possible = max(move.bytes_per_second, min(self._stream.get(vm.pair, 0.0), gate.capacity or 0.0))
+            possible = max(
+                move.bytes_per_second, min(self._uplinks.stream.get(vm.pair, 0.0), gate.capacity or 0.0)
+            )
             if possible <= 0 and not move.hopeless:
                 continue
             fall = judge(
@@ -671,12 +463,14 @@ class Controller:
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
             if vm is not None and move.phase is not Phase.CLOSING and not move.silent:
-                by_gate.setdefault(id(self.gate_of(vm)), []).append((vm, move))
+                by_gate.setdefault(id(self._uplinks.gate_of(vm)), []).append((vm, move))
         # Those that start now have their share from the first byte on, not from the next look.
         for uuid, rung in orders.starts:
             vm = self._vms[uuid]
-            by_gate.setdefault(id(self.gate_of(vm)), []).append((vm, Move(uuid, Phase.LEAD_IN, rung)))
-        served = [(gate, by_gate.get(id(gate), [])) for gate in self._gates.values()]
+            by_gate.setdefault(id(self._uplinks.gate_of(vm)), []).append(
+                (vm, Move(uuid, Phase.LEAD_IN, rung))
+            )
+        served = [(gate, by_gate.get(id(gate), [])) for gate in self._uplinks.gates.values()]
         orders.shares.update(self._shares.share(served, seen.moves))
 
     def _hold(self, seen: Observation, orders: Orders) -> None:

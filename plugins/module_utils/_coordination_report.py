@@ -9,12 +9,11 @@ import typing as t
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT, verdict_line, wire_bytes
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
     Controller,
-    Observation,
-    Orders,
     remaining_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Orders
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import (
     KEPT,
     iso,

@@ -7,13 +7,13 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field, replace
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Observation, PairView
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
     OUTRUNS_BYTES_PER_SECOND,
     Move,
     Phase,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import DOWNTIME_LIMIT_SECONDS
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import wished
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     DEFAULT_PACKED_RATIO,

@@ -88,7 +88,7 @@ class Shares:
         spare = max(0.0, gate.spare - (gate.open - 1) * stream)
         trickle = max(_TRICKLE_BYTES_PER_SECOND, _TRICKLE_SHARE * (gate.capacity or 0.0) / len(rest))
         rate = _full_rate(gate)
-        rest.sort(key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry, rate)))
+        rest.sort(key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(entry[0], entry[1], rate)))
         for vm, _move in rest:
             share = max(trickle, min(spare, stream))
             spare = max(0.0, spare - share)
@@ -127,7 +127,7 @@ class Shares:
         waiting = sorted(
             candidates.values(),
             # Who is still in the lead-in has nothing to send yet: an open place would be idle.
-            key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(*entry, rate)),
+            key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(entry[0], entry[1], rate)),
         )
         turns: list[tuple[int, int, str]] = []
         for number, (vm, _move) in enumerate(waiting):

@@ -19,12 +19,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
     job_path,
     vm_path,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
-    Controller,
-    Observation,
-    Orders,
-    interval_seconds,
-)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
     Recorder,
     progress_line,
@@ -33,6 +28,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
+    Observation,
+    Orders,
+    interval_seconds,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import silent
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._errands import Done, Errands

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import interval_seconds
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import interval_seconds
 
 from lifeboat_simulator.run import Simulation
 from lifeboat_simulator.sites import random_scene

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
-    Controller,
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
     Orders,
     PairView,
     interval_seconds,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 
 from lifeboat_simulator.model import Links, TruePair, TrueVm

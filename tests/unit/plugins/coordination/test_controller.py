@@ -9,12 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
-    Controller,
-    Observation,
-    PairView,
-    interval_seconds,
-)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
     Move,
     Phase,
@@ -22,6 +17,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
     live_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate, Served
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
+    Observation,
+    PairView,
+    interval_seconds,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 from hypothesis import HealthCheck, given, settings

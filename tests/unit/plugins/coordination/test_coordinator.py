@@ -14,8 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyClient, ProxyError
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Observation
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Deadline, Watch
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._bridge import Bridge, Unreachable
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator import (
     Coordinator,

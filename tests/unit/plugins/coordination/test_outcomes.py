@@ -6,17 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import (
-    Controller,
-    Observation,
-    PairView,
-)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
     count_others,
     progress_line,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes, HostState
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import missing, others, silent
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import read_rate
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What is seen and what is asked for in one interval of control: values, without any logic."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, field
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Fall, Move
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import INTERVAL_SECONDS
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung
+
+INTERVAL_ROUND_TRIPS = 10.0
+
+Pair = tuple[str, str]
+
+
+def interval_seconds(round_trip_seconds: t.Iterable[float]) -> float:
+    """How often to look and decide."""
+    longest = max(round_trip_seconds, default=0.0)
+    return max(INTERVAL_SECONDS, INTERVAL_ROUND_TRIPS * longest)
+
+
+@dataclass(frozen=True, slots=True)
+class PairView:
+    """A pair over the last interval; not ``heard``: as it was seen before, for its host owes an answer."""
+
+    up: bool = True
+    goodput_bytes_per_second: float = 0.0
+    round_trip_seconds: float = 0.0
+    heard: bool = True
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen: moves under way by UUID, VMs that are over with whether they may be tried again."""
+
+    now: float
+    moves: t.Mapping[str, Move] = field(default_factory=dict)
+    pairs: t.Mapping[tuple[str, str], PairView] = field(default_factory=dict)
+    out: t.Collection[str] = ()
+    failed: t.Mapping[str, bool] = field(default_factory=dict)
+    deadline_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided about a VM: a word for the report, a sentence for people."""
+
+    vm: str
+    what: str
+    reason: str
+    sentence: str = ""
+
+
+@dataclass
+class Orders:
+    """What to ask of the proxies now. A share of None: no limit of ours."""
+
+    starts: list[tuple[str, Rung]] = field(default_factory=list)
+    shares: dict[str, float | None] = field(default_factory=dict)
+    falls: dict[str, Fall] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    decisions: list[Decision] = field(default_factory=list)

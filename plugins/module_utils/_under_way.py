@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Those under way at one look: what places they leave for others, and what they have still to send."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import lead_in_seconds
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Pair
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import INTERVAL_SECONDS, wire_bytes
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import VmSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
+
+# So much of what is left now is counted as what will cross, at most, of a guest whose rounds do not shrink.
+_MOST_ROUNDS = 5.0
+
+
+class UnderWay:
+    """Made for one look. ``asked_for``: those that were asked to start and are not seen yet.
+
+    ``room``: how many more a gate lets through (by its id), ``active``: how many each pair has, ``packing``:
+    how many each source packs; they follow those that begin now. ``processors``: how many a source has, where
+    it says so.
+    """
+
+    def __init__(
+        self,
+        seen: Observation,
+        asked_for: t.Sequence[VmSummary],
+        vms: t.Mapping[str, VmSummary],
+        uplinks: Uplinks,
+        processors: t.Mapping[str, int],
+    ) -> None:
+        self._moves = [(vms[uuid], move) for uuid, move in seen.moves.items() if uuid in vms]
+        self._asked_for = asked_for
+        self._uplinks = uplinks
+        self._processors = processors
+        self.room = {id(gate): gate.window for gate in uplinks.gates.values()}
+        self.active: dict[Pair, int] = {}
+        self.packing: dict[str, int] = {}
+        for vm, move in self._moves:
+            if move.phase is not Phase.CLOSING:
+                self._packs(vm)
+            # One that gets nowhere, or of a host that says nothing, may not keep all others from starting.
+            if not move.silent and not (uplinks.adaptive and (move.hopeless or self._nearly_over(vm, move))):
+                self._takes_a_place(vm)
+        for vm in asked_for:
+            self.begins(vm)
+        for gate in uplinks.gates.values():
+            if uplinks.adaptive and self.room[id(gate)] <= 0 and self._runs_dry(gate):
+                self.room[id(gate)] = 1
+
+    def begins(self, vm: VmSummary) -> None:
+        """It is one of them from now on."""
+        self._packs(vm)
+        self._takes_a_place(vm)
+
+    def packs_enough(self, source: str) -> bool:
+        """Whether a source has no processor for another, which one getting ready does not need yet.
+
+        Packing a stream is one processor's work: with more they take from each other, and from guests.
+        """
+        return self.packing.get(source, 0) > self._processors.get(source, 10**9)
+
+    def free_in_seconds(self, gate: Gate) -> float:
+        """In how long the first of them is through and its place another's; 0 where nothing says.
+
+        At the latest when the uplink has carried all that is left of them.
+        """
+        rate = gate.capacity or gate.goodput
+        if not rate:
+            return 0.0
+        told = self._queued_bytes(gate, rate) / rate
+        for vm, move in self._moves:
+            if move.phase in {Phase.BULK, Phase.LAST} and move.bytes_per_second > 0 and not move.silent:
+                if self._uplinks.gate_of(vm) is gate:
+                    told = min(told, live_seconds(move, move.bytes_per_second))
+        return told
+
+    def _packs(self, vm: VmSummary) -> None:
+        self.packing[vm.source] = self.packing.get(vm.source, 0) + 1
+
+    def _takes_a_place(self, vm: VmSummary) -> None:
+        self.room[id(self._uplinks.gate_of(vm))] -= 1
+        self.active[vm.pair] = self.active.get(vm.pair, 0) + 1
+
+    def _nearly_over(self, vm: VmSummary, move: Move) -> bool:
+        """It ends while the next one is still in its lead-in: that one may start now."""
+        if move.phase is Phase.CLOSING:
+            return True
+        if move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0:
+            return False
+        trip = self._uplinks.pairs[vm.pair].round_trip_seconds
+        return live_seconds(move, move.bytes_per_second) <= lead_in_seconds(trip)
+
+    def _runs_dry(self, gate: Gate) -> bool:
+        """Whether all that is under way is through before one that started only at the next look could send.
+
+        A lead-in costs an uplink nothing: whoever stands behind it in time keeps the line from idling.
+        """
+        if not gate.capacity:
+            return False
+        longest = 0.0
+        for pair in self._uplinks.pairs.values():
+            if self._uplinks.gate_of_pair(pair.key) is gate:
+                longest = max(longest, lead_in_seconds(pair.round_trip_seconds))
+        return self._queued_bytes(gate, gate.capacity) / gate.capacity < longest + INTERVAL_SECONDS
+
+    def _queued_bytes(self, gate: Gate, rate: float) -> float:
+        """What all of them have still to send through a gate that carries so much."""
+        queued = 0.0
+        for vm, move in self._moves:
+            if move.silent or move.hopeless or self._uplinks.gate_of(vm) is not gate:
+                continue
+            if move.phase is Phase.LEAD_IN:
+                queued += wire_bytes(vm)
+            elif move.phase is not Phase.CLOSING:
+                # With the rounds to come: who starts too early has its memory dirtied while it waits.
+                queued += min(live_seconds(move, rate) * rate, _MOST_ROUNDS * move.left_bytes)
+        return queued + sum(wire_bytes(vm) for vm in self._asked_for if self._uplinks.gate_of(vm) is gate)

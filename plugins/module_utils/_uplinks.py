@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The uplinks of a site: which gate a VM goes through, and what an interval teaches about each."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import FixedGate, Gate, Served
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Pair
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import Shares
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    PairSummary,
+    SiteSummary,
+    VmSummary,
+)
+
+
+class Uplinks:
+    """The gates by name, and the most that a stream of each pair carried of late (bytes per second).
+
+    ``adaptive``: a gate for each uplink, that finds out how many fill it; else as many as the strategy says.
+    ``vms`` are the controller's, by UUID.
+    """
+
+    def __init__(self, site: SiteSummary, strategy: str, vms: t.Mapping[str, VmSummary]) -> None:
+        self.adaptive = strategy == "feedback"
+        self.pairs = {pair.key: pair for pair in site.pairs}
+        for vm in site.vms:
+            self.pairs.setdefault(vm.pair, PairSummary(vm.source, vm.destination, site.site))
+        self.gates: dict[str, Gate] = {}
+        self.stream: dict[Pair, float] = {}
+        self._vms = vms
+        self._sent_before: set[str] = set()
+        self._make_gates(site, strategy)
+
+    def _make_gates(self, site: SiteSummary, strategy: str) -> None:
+        if self.adaptive:
+            for pair in {vm.pair for vm in site.vms}:
+                uplink = self.pairs[pair].uplink
+                if uplink not in self.gates:
+                    self.gates[uplink] = Gate(site.uplinks.get(uplink))
+            return
+        number = {"sequential": 1, "parallel": 10**9}.get(strategy)
+        if number is not None:
+            self.gates[""] = FixedGate(number)
+            return
+        each = int(strategy.partition(":")[2])
+        for pair in self.pairs:
+            self.gates["|".join(pair)] = FixedGate(each)
+
+    def gate_of(self, vm: VmSummary) -> Gate:
+        """The gate that a VM goes through."""
+        return self.gate_of_pair(vm.pair)
+
+    def gate_of_pair(self, pair: Pair) -> Gate:
+        """The gate that all of a pair go through."""
+        if self.adaptive:
+            return self.gates[self.pairs[pair].uplink]
+        return self.gates.get("") or self.gates["|".join(pair)]
+
+    def observe(self, seen: Observation, shares: Shares, waiting_uuids: t.Iterable[str]) -> None:
+        """What was carried since the last look; ``shares`` are those that held meanwhile."""
+        served: dict[int, dict[str, Served]] = {}
+        most: dict[int, float] = {}
+        sent_before, self._sent_before = self._sent_before, set()
+        for uuid, move in seen.moves.items():
+            vm = self._vms.get(uuid)
+            if vm is None or move.phase not in {Phase.BULK, Phase.LAST}:
+                continue
+            key = id(self.gate_of(vm))
+            most[key] = max(most.get(key, 0.0), move.bytes_per_second)
+            if move.silent:
+                continue
+            self._sent_before.add(uuid)
+            # One that began to send within the interval, or was opened in it, would look slow.
+            if uuid in sent_before and move.phase is Phase.BULK:
+                share = shares.given.get(uuid)
+                fully = uuid in shares.open_throughout
+                told = Served(move.bytes_per_second, fully, share)
+                if fully or share is not None:
+                    served.setdefault(key, {})[uuid] = told
+            if move.bytes_per_second > 0:
+                known = self.stream.get(vm.pair, 0.0)
+                self.stream[vm.pair] = max(move.bytes_per_second, known * 0.95)
+        goodput: dict[int, float] = {}
+        for pair, view in seen.pairs.items():
+            if pair in self.pairs:
+                gate = self.gate_of_pair(pair)
+                goodput[id(gate)] = goodput.get(id(gate), 0.0) + view.goodput_bytes_per_second
+        gates = {id(gate): gate for gate in self.gates.values()}
+        waiting: set[int] = set()
+        for uuid in waiting_uuids:
+            waiting.add(id(self.gate_of(self._vms[uuid])))
+            if len(waiting) == len(gates):
+                break
+        for key, gate in gates.items():
+            if shares.crowded(gate):
+                gate.observe_crowded(goodput.get(key, 0.0))
+            else:
+                gate.observe(
+                    goodput.get(key, 0.0), served.get(key, {}), most.get(key, 0.0), more_wait=key in waiting
+                )

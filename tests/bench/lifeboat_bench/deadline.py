@@ -227,6 +227,8 @@ def _recover(crowd: Crowd) -> None:
             raise LabError(f"{name}: runs on {' and '.join(runners)}")
         if not runners:
             guest.start(crowd.homes[name])
+        if runners in ([], [crowd.homes[name]]):
+            # Booted anew, by us or by the proxy that took its move back: what it had in memory is gone.
             guest.wait_ready()
             crowd.canaries[name] = guest.canary()
     _bring_home(crowd)

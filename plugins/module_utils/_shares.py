@@ -162,7 +162,8 @@ def _over_soon(move: Move) -> bool:
 
 def _full_rate(gate: Gate) -> float:
     """What a move gets that is served fully, as far as is known."""
-    return min([rate for rate in (gate.stream, gate.capacity) if rate] or [DEFAULT_STREAM_BYTES_PER_SECOND])
+    stream = gate.stream or DEFAULT_STREAM_BYTES_PER_SECOND
+    return min(stream, gate.capacity or stream)
 
 
 def _urgency(vm: VmSummary, move: Move, rate: float) -> float:

@@ -231,6 +231,14 @@ def test_a_guest_that_dirties_as_fast_as_is_sent_goes_after_a_larger_one_that_do
     assert served_fully(controller, {"uuid-busy": busy, "uuid-large": large}) == {"uuid-large"}
 
 
+def test_what_one_stream_carries_is_not_taken_for_what_the_line_does() -> None:
+    """Seen at 1 Gbit/s, before anything was: against that it dirties little, against its stream much."""
+    busy = vm("busy", memory=100 * MB, dirty_bytes_per_second=37 * MB)
+    controller = Controller(site(busy, vm("calm", memory=120 * MB), rate=1000 * MBIT))
+    shares = controller.step(Observation(0.0)).shares
+    assert [uuid for uuid, share in shares.items() if share is None] == ["uuid-calm"]
+
+
 def test_a_far_smaller_one_takes_the_place_of_one_that_is_served_and_a_little_smaller_one_does_not() -> None:
     controller = Controller(site(vm("long", memory=900 * MB), vm("short"), vm("half", memory=450 * MB)))
     long = Move("uuid-long", Phase.BULK, remaining_bytes=900e6, bytes_per_second=6e6)

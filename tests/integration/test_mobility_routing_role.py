@@ -32,6 +32,9 @@ HOME_PREFIX = IPv6Network("2001:db8:100::/64")
 VM, MAC = "00000001-1111-2222-3333-444444444444", "52:54:00:10:00:05"
 # What a kernel makes of the prefix and that MAC (RFC 4291 appendix A).
 HOME = IPv6Address("2001:db8:100::5054:ff:fe10:5")
+# Beside it, an address of IPv4, configured in the guest as ever; and what the router pings it from.
+IPV4_PREFIX, IPV4_ROUTER, IPV4_HOME = "198.51.100.0/24", "198.51.100.1", "198.51.100.5"
+ASKING = "203.0.113.1/32"
 ROUTER_NUMBER, NUMBERS = 65000, {"home1": 65001, "backup1": 65002}
 PACKAGES = ("frr", "frr-pythontools", "radvd")
 
@@ -44,23 +47,32 @@ class Sites:
     run: RunPlaybook
     dry: PlaybookResult
 
-    def way(self) -> str | None:
-        """The site's link on which the router sends the VM's packets; None where it knows no way."""
-        shown = self.lab.exec("router", "ip", "-json", "-6", "route", "show", str(HOME)).stdout
-        found: list[dict[str, Any]] = json.loads(shown or "[]")
-        return str(found[0]["dev"]) if found else None
+    def ways(self) -> set[str | None]:
+        """The sites' links on which the router sends the VM's packets; None where it knows no way."""
+        found: set[str | None] = set()
+        for home in (str(HOME), IPV4_HOME):
+            kind = "-6" if ":" in home else "-4"
+            shown = json.loads(
+                self.lab.exec("router", "ip", "-json", kind, "route", "show", home).stdout or "[]"
+            )
+            found.add(str(shown[0]["dev"]) if shown else None)
+        return found
 
     def answers(self) -> bool:
-        """Whether the VM answers a client at a third place."""
-        words = ("ping", "-6", "-c", "1", "-W", "1", str(HOME))
-        return self.lab.exec("client", *words, check=False).returncode == 0
+        """Whether the VM answers a client at a third place; by IPv4 the router, for want of such a client."""
+        words = ("ping", "-c", "1", "-W", "1")
+        return all(
+            self.lab.exec(member, *words, home, check=False).returncode == 0
+            for member, home in (("client", str(HOME)), ("router", IPV4_HOME))
+        )
 
     def plug(self, host: str) -> None:
         """The VM's card on this host's bridge: a namespace, whose kernel asks for its addresses itself."""
         shell = (
             "ip netns add vm && ip link add vmport type veth peer name eth0 netns vm "
             f"&& ip -n vm link set eth0 address {MAC} && ip link set vmport master vmbr0 up "
-            "&& ip -n vm link set lo up && ip -n vm link set eth0 up"
+            "&& ip -n vm link set lo up && ip -n vm link set eth0 up "
+            f"&& ip -n vm address add {IPV4_HOME}/24 dev eth0 && ip -n vm route add default via {IPV4_ROUTER}"
         )
         self.lab.exec(host, "sh", "-c", shell)
 
@@ -77,13 +89,24 @@ class Sites:
         return f"{HOME}/64" in shown and "via fe80::1 " in routes
 
 
+def _lead_ipv4(lab: Lab, verb: str) -> None:
+    """The hosts' own way out for IPv4, over links that have no IPv4 address; and one at the other end."""
+    lab.exec("router", "ip", "address", verb, ASKING, "dev", "lo", check=False)
+    for name in GATEWAYS:
+        way = ("via", "inet6", site_router(HOSTS[name].site), "dev", "site0")
+        lab.exec(name, "ip", "-4", "route", verb, "default", *way, check=False)
+
+
 @pytest.fixture(scope="module")
 def sites(lab: Lab, lab_playbook: RunPlaybook, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
     """Two gateways that speak BGP with the router between the sites, set up by the role."""
     work = tmp_path_factory.mktemp("routing")
     inventory = lab_mobility.inventory(GATEWAYS, (), [])
     inventory["mobility"]["vars"] |= {
-        "mobility_prefixes": [{"prefix": str(HOME_PREFIX), "advertise": True}],
+        "mobility_prefixes": [
+            {"prefix": str(HOME_PREFIX), "advertise": True},
+            {"prefix": IPV4_PREFIX, "router": IPV4_ROUTER},
+        ],
         "mobility_router_advertisements": True,
     }
     for name, number in NUMBERS.items():
@@ -99,8 +122,9 @@ def sites(lab: Lab, lab_playbook: RunPlaybook, tmp_path_factory: pytest.TempPath
         return lab_playbook(PLAY, options=("-i", str(path)), **arguments)
 
     neighbours = [(HOSTS[name].address, number) for name, number in NUMBERS.items()]
-    text = frr_configuration("router", ROUTER_NUMBER, neighbours, [str(HOME_PREFIX)])
+    text = frr_configuration("router", ROUTER_NUMBER, neighbours, [str(HOME_PREFIX), IPV4_PREFIX])
     open_settings(lab, GATEWAYS)
+    _lead_ipv4(lab, "add")
     router = Routing(lambda *words: lab.command("router", words), work / "router", text)
     try:
         dry = run(check=True).require_success()
@@ -108,6 +132,7 @@ def sites(lab: Lab, lab_playbook: RunPlaybook, tmp_path_factory: pytest.TempPath
         yield Sites(lab, run, dry)
     finally:
         router.end()
+        _lead_ipv4(lab, "del")
         for name in GATEWAYS:
             lab.exec(name, "systemctl", "disable", "--now", "mobility-agent", "lifeboat-radvd", check=False)
             lab.exec(name, "apt-get", "purge", "--quiet", "--yes", *PACKAGES, check=False)
@@ -159,27 +184,35 @@ def test_the_role_leaves_an_advertiser_of_its_own_and_no_failed_unit(host: Host)
     ]
 
 
+def test_the_gateway_forwards_ipv4_and_answers_arp_for_who_is_elsewhere(host: Host) -> None:
+    assert host.sysctl("net.ipv4.ip_forward") == 1
+    # By the sandboxed agent itself: bridges come and go.
+    assert host.sysctl("net.ipv4.conf.vmbr0.proxy_arp") == 1
+    assert host.sysctl("net.ipv4.neigh.vmbr0.proxy_delay") == 0
+    assert f"{IPV4_ROUTER}/32" in host.check_output("ip -4 address show dev vmbr0")
+
+
 def test_a_vm_makes_its_address_and_the_router_follows_it_to_the_other_site(sites: Sites) -> None:
-    words = ("--mac", MAC, "--bridge", "vmbr0")
+    words = ("--mac", MAC, "--bridge", "vmbr0", "--address", str(HOME), "--address", IPV4_HOME)
     home, backup = GATEWAYS
-    assert sites.way() is None
+    assert sites.ways() == {None}
     try:
         sites.plug(home)
         wait(lambda: sites.has_made_its_address(home))
-        ask(sites.lab, home, "arrive", VM, "--epoch", "1", "--address", str(HOME), *words)
-        wait(lambda: sites.way() == "br-home", 60)
+        ask(sites.lab, home, "arrive", VM, "--epoch", "1", *words)
+        wait(lambda: sites.ways() == {"br-home"}, 60)
         wait(sites.answers)
 
         sites.unplug(home)
-        ask(sites.lab, backup, "arrive", VM, "--epoch", "2", "--address", str(HOME), *words)
+        ask(sites.lab, backup, "arrive", VM, "--epoch", "2", *words)
         ask(sites.lab, home, "depart", VM, "--to", backup)
         sites.plug(backup)
-        wait(lambda: sites.way() == "br-backup")
+        wait(lambda: sites.ways() == {"br-backup"})
         wait(lambda: sites.has_made_its_address(backup))
         wait(sites.answers)
 
         ask(sites.lab, backup, "depart", VM, "--withdraw")
-        wait(lambda: sites.way() is None)
+        wait(lambda: sites.ways() == {None})
     finally:
         for name in GATEWAYS:
             sites.unplug(name)

@@ -234,7 +234,7 @@ def test_a_guest_that_dirties_as_fast_as_is_sent_goes_after_a_larger_one_that_do
 def test_what_one_stream_carries_is_not_taken_for_what_the_line_does() -> None:
     """Seen at 1 Gbit/s, before anything was: against that it dirties little, against its stream much."""
     busy = vm("busy", memory=100 * MB, dirty_bytes_per_second=37 * MB)
-    controller = Controller(site(busy, vm("calm", memory=120 * MB), rate=1000 * MBIT))
+    controller = Controller(site(busy, vm("calm", memory=150 * MB), rate=1000 * MBIT))
     shares = controller.step(Observation(0.0)).shares
     assert [uuid for uuid, share in shares.items() if share is None] == ["uuid-calm"]
 

@@ -133,18 +133,19 @@ def _newest(vms: t.Sequence[Json]) -> list[Json]:
 def _of_a_newer_one(
     vm: Json, homes: t.Mapping[str, Json], wishes: t.Mapping[str, t.Mapping[str, Json]], silent: set[str]
 ) -> list[str]:
-    """A replica that is not where the VM is protected is old; it may even run there."""
+    """A replica may be an old one where another may be newer; the VM may even run from that by now."""
     home = vm["home"]
     if home not in homes:
         return []
     wish = wishes[home].get(str(vm["name"])) or wishes[home].get(str(vm["vm"])) or {}
     peers = {str(wish["peer"])} if wish.get("peer") else set(peers_of(homes[home]["variables"]))
-    if vm["place"] in peers or not peers & silent:
+    newer = ", ".join(sorted((peers - {vm["place"]}) & silent))
+    if not newer:
         return []
-    newer = ", ".join(sorted(peers & silent))
     return [
-        f"VM {vm['name']}: its replica at {vm['place']} may be an old one: {newer}, where it is protected, "
-        "does not answer; wait for that, or leave the VM out (fail_over_leave_behind)"
+        f"VM {vm['name']}: its replica at {vm['place']} may be an old one: {newer}, where it is or may be "
+        "protected, does not answer; wait for that, or leave the VM out (fail_over_leave_behind) and, where "
+        f"you know better, run it at {vm['place']} (`precache-proxy fail-over`)"
     ]
 
 

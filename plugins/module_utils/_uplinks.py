@@ -12,6 +12,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import Shares
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     PairSummary,
+    Rung,
     SiteSummary,
     VmSummary,
 )
@@ -81,7 +82,9 @@ class Uplinks:
                 told = Served(move.bytes_per_second, fully, share)
                 if fully or share is not None:
                     served.setdefault(key, {})[uuid] = told
-            if move.bytes_per_second > 0:
+            # What one got that was held back says nothing of its pair: guests were given up for it.
+            free = not self.adaptive or move.phase is Phase.LAST or move.rung is not Rung.LIVE
+            if move.bytes_per_second > 0 and (free or uuid in shares.open_throughout):
                 known = self.stream.get(vm.pair, 0.0)
                 self.stream[vm.pair] = max(move.bytes_per_second, known * 0.95)
         goodput: dict[int, float] = {}

@@ -346,6 +346,23 @@ def test_falls_come_in_time_and_only_where_they_help() -> None:
     assert hopeless.reason == "does-not-converge"
 
 
+def test_one_that_was_held_back_is_not_given_up_for_what_it_got_meanwhile() -> None:
+    """Alone on its pair: nothing but its trickle was ever seen there."""
+    controller = Controller(site(vm("a"), vm("b", host=2, memory=200 * MB), rate=None))
+    controller.step(Observation(0.0, deadline_at=90.0))
+    for second in range(2, 12, 2):
+        moves = {
+            "uuid-a": Move("uuid-a", Phase.BULK, remaining_bytes=90e6 - 6e6 * second, bytes_per_second=6e6),
+            "uuid-b": Move("uuid-b", Phase.BULK, remaining_bytes=199e6, bytes_per_second=65e3),
+        }
+        seen = {
+            ("home1", "backup1"): PairView(goodput_bytes_per_second=6e6),
+            ("home2", "backup2"): PairView(),
+        }
+        assert not controller.step(Observation(float(second), moves, seen, deadline_at=90.0)).falls
+    assert {pair.stream_bytes_per_second for pair in controller.current_site().pairs} == {6e6, 60e6}
+
+
 def test_a_move_that_falls_to_restart_begins_anew_that_way() -> None:
     """Its cancelled job is one that failed, and would not be tried again for any other reason."""
     far = replace(vm("far", memory=900 * MB, dirty_bytes_per_second=20 * MB), rungs=(Rung.LIVE, Rung.RESTART))

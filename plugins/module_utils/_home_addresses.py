@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 METADATA_URI = "urn:lifeboat:mobility:1"
 METADATA_KEY = "mobility"
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Network: t.TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
 IS_IPV4 = "is IPv4, which only BGP leads to a VM; give IPv6 addresses, or add its prefix to mobility_prefixes"
 # Who wants addresses: (whom to name, the addresses as they were written)
 Wanted = t.Sequence[tuple[str, t.Sequence[str]]]

@@ -432,7 +432,7 @@ class Controller:
             gate, pair = self._uplinks.gate_of(vm), self._uplinks.pairs[vm.pair]
             # What it could have if it were served first: a trickle says nothing about it.
             stream = self._uplinks.stream.get(vm.pair) or gate.stream or 0.0
-            possible = max(move.bytes_per_second, min(stream, gate.capacity or 0.0))
+            possible = max(move.bytes_per_second, min(stream, gate.capacity or stream))
             told = possible > 0 and (stream or uuid in self._shares.open_throughout)
             if not told and not move.hopeless:
                 continue

@@ -131,7 +131,8 @@ def judge(
         return Fall(
             Rung.RESTART, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(paused)}"
         )
-    if paused > seconds_left * (1 + MARGIN_SHARE) + MARGIN_SECONDS:
+    # Nobody is given up for a rate of which little is known: a while later it is, soon enough for others.
+    if certain and paused > seconds_left * (1 + MARGIN_SHARE) + MARGIN_SECONDS:
         return Fall(Rung.STAY, "too-late", f"{seconds_left:.0f} s are left, it takes {_long(paused)}")
     return None
 

@@ -24,6 +24,7 @@ _FILLED = 0.85
 _USED = 0.6
 _FIRST_PROBE = 0.25
 _STEP = 0.1
+_LEAP = 4.0
 _FIRST_REST = 4
 _LONGEST_REST = 32
 # Below this share of what one move gets, spare is as good as none.
@@ -61,6 +62,7 @@ class Gate:
         self._rest = 0
         self._rest_length = _FIRST_REST
         self._blind = 0
+        self._most_blind = 0.0
         self._tried = False
         # What spare was before it was raised last.
         self._before = 0.0
@@ -111,10 +113,12 @@ class Gate:
             self._got = {name: got for name, got in self._got.items() if name in served}
             self._judge_narrower(None)
             self._blind += goodput > 0 and most > 0
+            self._most_blind = max(self._most_blind, most)
             if self._starting and self._blind >= _BLIND_INTERVALS and most > 0:
                 # Moves so short that none fills an interval: whether they hurt each other shows later.
                 self._blind = 0
-                self.stream = max(self.stream or 0.0, most)
+                self._best = max(self._best, goodput)
+                self.stream = max(self.stream or 0.0, self._most_blind)
                 self._grow(served, self.stream, more_wait)
             return
         most = max(full.values())
@@ -208,7 +212,8 @@ class Gate:
         if self.spare < _FIRST_PROBE * most and not known:
             grown = _FIRST_PROBE * most
         elif known and self.rate is not None:
-            grown = max(self.rate - self._best, self.spare)
+            # Not all at once: what one carries is known from one look, and may have been a part of it.
+            grown = max(min(self.rate - self._best, _LEAP * (self.spare + most)), self.spare)
         elif self._starting:
             grown = max(most, 2 * self.spare)
         else:

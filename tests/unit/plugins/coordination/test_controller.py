@@ -190,6 +190,23 @@ def test_a_first_try_that_hurts_is_taken_back_whole() -> None:
     assert (gate.spare, gate.window, gate.reason) == (0.0, 1, "no-more-carried")
 
 
+def test_one_small_first_move_opens_no_flood() -> None:
+    """Seen in the simulator: a trickle at the end of it was taken for what one carries, and 81 were begun."""
+    gate = Gate(50e6)
+    gate.observe(12.3e6, {}, 12.3e6, more_wait=True)
+    gate.observe(12.8e6, {}, 0.6e6, more_wait=True)
+    assert gate.stream == 12.3e6
+    assert 2 <= gate.open <= 4
+    wide = Gate(5e9)
+    opened = []
+    for _unused in range(8):
+        moves = {f"m{number}": Served(5e6, True) for number in range(min(wide.open, 1000))}
+        wide.observe(5e6 * len(moves), moves, more_wait=True)
+        opened.append(wide.open)
+    assert opened[0] <= 6, "known to be wide, but what one carries was seen once"
+    assert opened[-1] >= 200
+
+
 def test_one_that_takes_anothers_place_before_that_is_over_makes_no_link_slower() -> None:
     gate = Gate(None)
     gate.observe(6e6, {"a": Served(6e6, True)}, more_wait=False)
@@ -336,6 +353,7 @@ def test_falls_come_in_time_and_only_where_they_help() -> None:
     too_late = judge(busy, bulk, rate, 0.18, 4.0)
     assert too_late is not None
     assert too_late.rung is Rung.STAY
+    assert judge(busy, bulk, rate, 0.18, 4.0, certain=False) is None, "the rate is hardly known"
     restart = judge(replace(busy, rungs=(Rung.LIVE, Rung.RESTART)), replace(bulk, remaining_bytes=600e6),
                     rate, 0.18, 60.0)  # fmt: skip
     assert restart is not None

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from lifeboat_simulator.comparison import NOISE_SHARE, Comparison, compare, percentile
+from lifeboat_simulator.comparison import NOISE_SHARE, STRATEGIES, Comparison, compare, percentile
 from lifeboat_simulator.run import Fault, Result, Simulation
 from lifeboat_simulator.sites import Scene, random_scene
 
@@ -55,6 +55,37 @@ def test_a_sample_of_sites_is_saved_no_later_than_by_one_at_a_time_or_all_at_onc
 @pytest.mark.parametrize("seeds", _PARTS, ids=lambda seeds: f"from-{seeds.start}")
 def test_no_site_is_saved_later_than_by_one_at_a_time_or_all_at_once(seeds: range) -> None:
     assert percentile(judge([compare(seed) for seed in seeds]), 0.05) >= 0.9
+
+
+def before_the_deadline(seeds: Iterable[int]) -> None:
+    """How many are out in time: in no site fewer than by the others, but for a few, and more over all."""
+    out = dict.fromkeys(STRATEGIES, 0)
+    fewer = []
+    for seed in seeds:
+        for deadline in (60.0, 300.0):
+            told = {}
+            for strategy in STRATEGIES:
+                scene = random_scene(seed)
+                run = Simulation(scene.site, scene.fresh(), strategy, deadline_seconds=deadline).run()
+                assert run.faults == []
+                told[strategy] = len(run.out_at)
+                out[strategy] += told[strategy]
+            if told["feedback"] < max(told.values()) - max(1, 0.1 * len(scene.site.vms)):
+                fewer.append(f"seed {seed}, {deadline:.0f} s: {told}")
+    print(f"\nout in time: {out}; fewer by more than one and a tenth: {fewer}")
+    assert len(fewer) <= 0.02 * 2 * len(list(seeds)), fewer
+    assert out["feedback"] > 1.1 * max(out["sequential"], out["parallel"])
+
+
+def test_in_a_sample_of_sites_more_are_out_before_the_deadline_than_by_the_others() -> None:
+    before_the_deadline(range(1000, 1025))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seeds", _PARTS, ids=lambda seeds: f"from-{seeds.start}")
+def test_more_are_out_before_the_deadline_than_by_the_others(seeds: range) -> None:
+    before_the_deadline(seeds)
 
 
 def simulate(scene: Scene, **how: object) -> Result:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import replace
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._agenda import Agenda
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._destination_memory import DestinationMemory
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import (
     Move,
@@ -19,7 +20,6 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
     live_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
-    Forecasts,
     alternatives,
     choose,
     closing_seconds,
@@ -31,7 +31,6 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval impo
     Orders,
     Pair,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import TOO_LATE
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import (
@@ -51,7 +50,6 @@ _ATTEMPTS = 3
 # After so many intervals in which a move could take what it can get, what it got says what it can get.
 _CERTAIN_INTERVALS = 4
 _RETRY_SECONDS = 5.0
-_PLAN_EVERY_SECONDS = 30.0
 # Of what the next one is worth a second: who is worth less is not preferred for coming from an idle pair.
 _WORTH_AN_IDLE_PAIR = 0.5
 # A start that its host has not answered for so long holds nobody up: as a move of a host that is silent.
@@ -64,19 +62,12 @@ class Controller:
     def __init__(self, site: SiteSummary, strategy: str = "feedback") -> None:
         self.strategy = strategy
         self.site = site
-        self.plan: Plan | None = None
         self._adaptive = strategy == "feedback"
         self._vms = {vm.uuid: vm for vm in site.vms}
         self._uuid = {name: vm.uuid for vm in site.vms for name in (vm.name, vm.uuid)}
         self._uplinks = Uplinks(site, strategy, self._vms)
         self._waiting: dict[str, None] = {}
-        self._rank: dict[str, int] = {}
-        # Weight per second, as planned.
-        self._worth: dict[str, float] = {}
-        self._starts_at: dict[str, float] = {}
-        self._forecasts = Forecasts()
-        self._planned_at = float("-inf")
-        self._planned_with: tuple[float | None, ...] = ()
+        self._agenda = Agenda(self._uplinks, overlap=strategy != "sequential")
         self._hopeless: set[str] = set()
         self._to_restart: set[str] = set()
         self._attempts: dict[str, int] = {}
@@ -100,7 +91,7 @@ class Controller:
     @property
     def waiting(self) -> tuple[str, ...]:
         """UUIDs of the VMs that wait for their turn, in their order."""
-        return tuple(sorted(self._waiting, key=lambda uuid: self._rank.get(uuid, 0)))
+        return self._agenda.in_order(self._waiting)
 
     def given_up(self) -> dict[str, str]:
         """UUIDs of the VMs that will not leave, with the reason's word."""
@@ -138,8 +129,9 @@ class Controller:
         asked_for = self._asked_for(seen)
         under_way = UnderWay(seen, asked_for, self._vms, self._uplinks, self.site.processors)
         left = None if seen.deadline_at is None else seen.deadline_at - seen.now
-        if self._plan_is_old(seen, left):
-            self._replan(seen, left, under_way)
+        if self._agenda.is_old(seen, left):
+            self._agenda.renew(self.current_site(), seen, left, under_way)
+            self._hopeless.clear()
         if self._adaptive:
             self._fall(seen, left, orders)
         self._start(seen, left, asked_for, under_way, orders)
@@ -149,7 +141,7 @@ class Controller:
         return orders
 
     def _take_in(self, seen: Observation) -> None:
-        if not self._rank:
+        if self._agenda.plan is None:
             for uuid in self._vms:
                 self._waiting[uuid] = None
         for uuid in seen.out:
@@ -196,45 +188,6 @@ class Controller:
         """
         vm = self._vms.get(uuid)
         return vm is not None and vm.pair not in self._unheard_since and uuid not in self._closing
-
-    # -- the plan for those that wait
-
-    def _plan_is_old(self, seen: Observation, left: float | None) -> bool:
-        if seen.now - self._planned_at >= _PLAN_EVERY_SECONDS or self.plan is None:
-            return True
-        before = self._planned_with
-        now = self._planning_inputs(seen, left)
-        return len(before) != len(now) or any(
-            (old is None) != (new is None)
-            or (old is not None and new is not None and abs(new - old) > 0.2 * max(abs(old), 1.0))
-            for old, new in zip(before, now, strict=True)
-        )
-
-    def _planning_inputs(self, seen: Observation, left: float | None) -> tuple[float | None, ...]:
-        # The deadline as an instant: time that simply passes is no news.
-        deadline = None if left is None or seen.deadline_at is None else seen.deadline_at - self._epoch(seen)
-        return (deadline, *(self._uplinks.gates[name].capacity for name in sorted(self._uplinks.gates)))
-
-    def _epoch(self, seen: Observation) -> float:
-        return self._planned_at if self._planned_at != float("-inf") else seen.now
-
-    def _replan(self, seen: Observation, left: float | None, under_way: UnderWay) -> None:
-        overlap = self.strategy != "sequential"
-        self.plan = make_plan(self.current_site(), left, overlap=overlap, known=self._forecasts)
-        self._hopeless.clear()
-        self._planned_at = seen.now
-        self._planned_with = self._planning_inputs(seen, left)
-        # The plan is of those that wait, on a line that is theirs: it is, once those under way are through.
-        gates = self._uplinks.gates.values() if self._adaptive else ()
-        free_in = {id(gate): under_way.free_in_seconds(gate) for gate in gates}
-        for planned in self.plan.vms:
-            self._rank[planned.vm.uuid] = planned.position
-            self._worth[planned.vm.uuid] = planned.vm.weight / max(planned.forecast.seconds, 1e-3)
-            if planned.start_seconds is not None:
-                starts_in = planned.start_seconds + free_in.get(id(self._uplinks.gate_of(planned.vm)), 0.0)
-                self._starts_at[planned.vm.uuid] = seen.now + starts_in
-            else:
-                self._starts_at.pop(planned.vm.uuid, None)
 
     def current_site(self) -> SiteSummary:
         """The site as it is known by now: those that wait, what the uplinks carry, what a stream carries."""
@@ -391,7 +344,7 @@ class Controller:
                 continue
             if self._could_start(vm, seen, at_work, under_way):
                 left[key] -= 1
-                worth = self._worth.get(uuid, 0.0)
+                worth = self._agenda.worth.get(uuid, 0.0)
                 if worth >= _WORTH_AN_IDLE_PAIR * first.setdefault(key, worth):
                     told.setdefault(key, set()).add(vm.pair)
         return told
@@ -478,7 +431,7 @@ class Controller:
         if not seen.moves and not orders.starts:
             return
         for uuid in self._waiting:
-            starts_at = self._starts_at.get(uuid)
+            starts_at = self._agenda.starts_at.get(uuid)
             if starts_at is not None and starts_at - seen.now <= _HOLD_AHEAD_SECONDS:
                 orders.held.add(uuid)
                 if uuid not in self._held_before:

@@ -487,7 +487,6 @@ def test_one_that_waits_for_its_retry_is_counted_once() -> None:
         assert free_now(controller) == 200 * MB
         assert not controller.step(Observation(10.0 * attempt + 2, failed={"uuid-a": True})).starts
         assert free_now(controller) == 800 * MB
-    assert controller.plan is not None
     assert not controller.step(Observation(60.0, failed={"uuid-a": True})).starts
     assert free_now(controller) == 800 * MB, "given back once, however often it is told"
 
@@ -501,6 +500,14 @@ def test_a_start_that_did_not_reach_its_proxy_takes_no_memory_until_it_is_found_
     assert free_now(controller) == 200 * MB
     controller.step(Observation(6.0, out={"uuid-a"}))
     assert free_now(controller) == 200 * MB
+
+
+def test_one_that_failed_for_good_is_not_begun_again_where_all_were_under_way_at_first() -> None:
+    """Begun anew, a controller finds them moving and has nobody to plan for."""
+    controller = Controller(site(vm("a")))
+    controller.step(Observation(0.0, {"uuid-a": Move("uuid-a", Phase.BULK, remaining_bytes=1e6)}))
+    assert not controller.step(Observation(2.0, failed={"uuid-a": False})).starts
+    assert not controller.waiting
 
 
 @pytest.mark.parametrize("phase", [Phase.BULK, Phase.CLOSING])

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The plan for those that wait, as it is kept while they do: who is next, and when his turn comes."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import Forecasts
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._under_way import UnderWay
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
+
+_PLAN_EVERY_SECONDS = 30.0
+# By so much of it an uplink's rate, or the deadline, must have changed for a new plan before that.
+_NEWS_SHARE = 0.2
+
+
+class Agenda:
+    """``plan``: the last one; ``worth``: weight per second in it; ``starts_at``: when whose turn comes."""
+
+    def __init__(self, uplinks: Uplinks, *, overlap: bool) -> None:
+        self.plan: Plan | None = None
+        self.worth: dict[str, float] = {}
+        self.starts_at: dict[str, float] = {}
+        self._rank: dict[str, int] = {}
+        self._uplinks = uplinks
+        self._overlap = overlap
+        self._forecasts = Forecasts()
+        self._made_at = float("-inf")
+        self._made_with: tuple[float | None, ...] = ()
+
+    def in_order(self, uuids: t.Iterable[str]) -> tuple[str, ...]:
+        """As they are to go."""
+        return tuple(sorted(uuids, key=lambda uuid: self._rank.get(uuid, 0)))
+
+    def is_old(self, seen: Observation, left: float | None) -> bool:
+        """Whether a new plan is due; ``left`` is what is left until the deadline, in seconds."""
+        if seen.now - self._made_at >= _PLAN_EVERY_SECONDS or self.plan is None:
+            return True
+        before, now = self._made_with, self._inputs(seen, left)
+        return len(before) != len(now) or any(
+            (old is None) != (new is None)
+            or (old is not None and new is not None and abs(new - old) > _NEWS_SHARE * max(abs(old), 1.0))
+            for old, new in zip(before, now, strict=True)
+        )
+
+    def _inputs(self, seen: Observation, left: float | None) -> tuple[float | None, ...]:
+        # The deadline as an instant: time that simply passes is no news.
+        made_at = self._made_at if self.plan is not None else seen.now
+        deadline = None if left is None or seen.deadline_at is None else seen.deadline_at - made_at
+        gates = self._uplinks.gates
+        return (deadline, *(gates[name].capacity for name in sorted(gates)))
+
+    def renew(self, site: SiteSummary, seen: Observation, left: float | None, under_way: UnderWay) -> None:
+        """Plan anew; ``site`` has those that wait, and what is known of it by now."""
+        self.plan = make_plan(site, left, overlap=self._overlap, known=self._forecasts)
+        self._made_at = seen.now
+        self._made_with = self._inputs(seen, left)
+        # The plan is of those that wait, on a line that is theirs: it is, once those under way are through.
+        gates = self._uplinks.gates.values() if self._uplinks.adaptive else ()
+        free_in = {id(gate): under_way.free_in_seconds(gate) for gate in gates}
+        for planned in self.plan.vms:
+            uuid = planned.vm.uuid
+            self._rank[uuid] = planned.position
+            self.worth[uuid] = planned.vm.weight / max(planned.forecast.seconds, 1e-3)
+            if planned.start_seconds is not None:
+                starts_in = planned.start_seconds + free_in.get(id(self._uplinks.gate_of(planned.vm)), 0.0)
+                self.starts_at[uuid] = seen.now + starts_in
+            else:
+                self.starts_at.pop(uuid, None)

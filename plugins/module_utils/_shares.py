@@ -75,7 +75,10 @@ class Shares:
     def _share_gate(self, gate: Gate, members: list[Member], shares: dict[str, float | None]) -> None:
         opened = self._opened(gate, members, self._open.get(id(gate), {}))
         self._open[id(gate)] = opened
-        (self._crowded.add if len(opened) > gate.open else self._crowded.discard)(id(gate))
+        if len(opened) > gate.open:
+            self._crowded.add(id(gate))
+        else:
+            self._crowded.discard(id(gate))
         rest = []
         for vm, move in members:
             if vm.uuid in opened or move.phase is Phase.LAST or move.rung is not Rung.LIVE:

@@ -271,6 +271,17 @@ def test_governor_begins_with_no_queue_of_seconds_once_a_path_has_become_slower(
         assert (line.acknowledged - begin) / 3 > 0.85 * line.rate
 
 
+def test_governor_goes_on_finding_out_where_short_copies_left_off() -> None:
+    """Passes of a second each over a long path: none lasts long enough to find out what it carries."""
+    line, governor = Line(50e6, 0.18), Governor()
+    for _ in range(20):
+        busy(line, governor, 1)
+        idle(line, governor, 5)
+    begin = line.acknowledged
+    busy(line, governor, 2)
+    assert (line.acknowledged - begin) / 2 > 0.5 * line.rate
+
+
 def test_governor_begins_anew_on_another_path() -> None:
     """A failover while nothing was sent: the round trip tells of it, and the old rate would flood it."""
     line, governor = Line(50e6, 0.04), Governor()

@@ -165,7 +165,8 @@ class Governor:
                 self._rate, self._carried = _FIRST_RATE, 0.0
                 self._delivered.clear()
             self._rate = max(min(self._rate, self._carried), self._carried / 2, _FIRST_RATE)
-            self._starting = self._rate < _NEARLY * self._carried or not self._carried
+            # A spell that ended before a queue was seen has not found out what the path carries: it goes on.
+            self._starting = self._starting or self._rate < _NEARLY * self._carried or not self._carried
 
     def _leads_elsewhere(self) -> bool:
         """Whether the round trip is that of another path than the one that was pressed last."""

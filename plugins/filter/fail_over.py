@@ -22,9 +22,10 @@ def fail_over_plan(
     homes: t.Mapping[str, Json],
     vms: t.Sequence[str] | None = None,
     leave_behind: t.Sequence[str] = (),
+    neighbours: t.Sequence[str] = (),
 ) -> dict[str, t.Any]:
     """Results of fail_over_info in a loop over hosts; per dead host how it was tried, and its variables."""
-    return asdict(make_plan(asked, homes, vms, leave_behind))
+    return asdict(make_plan(asked, homes, vms, leave_behind, neighbours))
 
 
 def fail_over_outcomes(plan: Json, results: t.Sequence[Json]) -> dict[str, t.Any]:

@@ -59,6 +59,8 @@ class Plan:
     waves: list[dict[str, list[dict[str, t.Any]]]] = field(default_factory=list)
     here: list[dict[str, t.Any]] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    # the hosts of ``unreached``, whose names may have colons
+    silent: list[str] = field(default_factory=list)
 
 
 def make_plan(
@@ -66,30 +68,45 @@ def make_plan(
     homes: t.Mapping[str, Json],
     names: t.Collection[str] | None = None,
     leave_behind: t.Collection[str] = (),
+    neighbours: t.Collection[str] = (),
 ) -> Plan:
     """``asked``: results of fail_over_info in a loop over places; ``homes``: per dead host ``tried`` and its
-    ``variables``. ``names`` picks VMs by name or UUID, None all; ``leave_behind`` are not started."""
+    ``variables``. ``names`` picks VMs by name or UUID, None all; ``leave_behind`` are not started.
+    ``neighbours``, hosts of the same site, may be silent: they were asked for what has moved to them."""
+    # A name that is all digits is a number in YAML.
+    names = None if names is None else {str(name) for name in names}
+    leave_behind = {str(name) for name in leave_behind}
     plan = Plan()
     answers: dict[str, Json] = {}
     for result in asked:
         place = str(result.get("item"))
-        if result.get("failed") or result.get("unreachable"):
-            why = str(result.get("msg") or "was not reached").strip()
-            plan.unreached.append(f"{place}: {why}")
-        else:
+        if not (result.get("failed") or result.get("unreachable")):
             answers[place] = result
+            if "running" not in result or result["running"] is not None:
+                continue
+            why = "its libvirt does not say which VMs run there"
+        elif place in neighbours:
+            continue
+        else:
+            why = str(result.get("msg") or "was not reached").strip()
+        plan.unreached.append(f"{place}: {why}")
+        plan.silent.append(place)
     wishes = {home: _wishes(told["variables"]) for home, told in homes.items()}
-    told: list[Json] = [
+    every: list[Json] = [
         {**vm, "place": place, "home": vm.get("peer")}
         for place, answer in answers.items()
         for vm in answer.get("vms", [])
-        if vm.get("peer") in homes or vm.get("peer") is None
     ]
-    _take_those_there(plan, told, names)
+    told = [vm for vm in every if vm["home"] in homes or vm["home"] is None]
+    # A record that is damaged does not tell the name that others know.
+    called: dict[str, set[str]] = {}
+    for vm in told:
+        called.setdefault(str(vm["vm"]), set()).update({str(vm["vm"]), str(vm["name"])})
+    _take_those_there(plan, told, every, answers, called, names, leave_behind)
     there = {outcome["vm"] for outcome in plan.here}
     wanted = [vm for vm in told if not vm["is_here"] and vm["vm"] not in there]
-    wanted = [vm for vm in _newest(wanted) if _is_meant(vm, names, leave_behind)]
-    silent = {line.partition(":")[0] for line in plan.unreached}
+    wanted = [vm for vm in _newest(wanted) if _is_meant(called[str(vm["vm"])], names, leave_behind)]
+    silent = set(plan.silent)
     for vm in wanted:
         plan.findings += [
             f"{vm['place']}: {finding['subject']}: {finding['fact']}; {finding['way_out']}"
@@ -102,6 +119,7 @@ def make_plan(
         for wish in wishes[home].values():
             plan.findings += map(str, wish_findings(str(wish.get("name")), wish))
     _tell_missing(plan, told, wishes, names, leave_behind)
+    _tell_mistaken(plan, told, homes, wishes, leave_behind)
     if not plan.findings:
         plan.waves = _waves(wanted, wishes)
     return plan
@@ -111,21 +129,60 @@ def _wishes(variables: Json) -> dict[str, Json]:
     return {str(wish.get("name")): wish for wish in variables.get("lifeboat_vms") or []}
 
 
-def _is_meant(vm: Json, names: t.Collection[str] | None, leave_behind: t.Collection[str]) -> bool:
-    called = {vm["vm"], vm["name"]}
+def _is_meant(called: set[str], names: t.Collection[str] | None, leave_behind: t.Collection[str]) -> bool:
     return (names is None or bool(called & set(names))) and not called & set(leave_behind)
 
 
-def _take_those_there(plan: Plan, told: t.Sequence[Json], names: t.Collection[str] | None) -> None:
-    for vm in told:
-        if vm["is_here"] and _is_meant(vm, names, ()):
+def _take_those_there(
+    plan: Plan,
+    told: t.Sequence[Json],
+    every: t.Sequence[Json],
+    answers: t.Mapping[str, Json],
+    called: t.Mapping[str, set[str]],
+    names: t.Collection[str] | None,
+    leave_behind: t.Collection[str],
+) -> None:
+    """Whoever is somewhere already: by an arrival, from whichever host it came last, or by other means."""
+    arrived: dict[str, Json] = {}
+    for vm in every:
+        # Two may have it where it went on; one that runs is the one that counts.
+        if vm["is_here"] and (str(vm["vm"]) not in arrived or _runs(vm)):
+            arrived[str(vm["vm"])] = vm
+    running: dict[str, str] = {}
+    for place, answer in answers.items():
+        running.update({str(vm["vm"]): place for vm in answer.get("running") or ()})
+    ours: dict[str, Json] = {str(vm["vm"]): vm for vm in told}
+    for uuid, vm in ours.items():
+        if not _is_meant(called[uuid], names, ()) or not (uuid in arrived or uuid in running):
+            continue
+        vm = {**arrived.get(uuid, vm), "home": vm["home"]}
+        if uuid in running and not (vm["is_here"] and _runs(vm)):
+            there = {**vm, "place": running[uuid], "generation": None, "age_seconds": None}
+            plan.here.append(_outcome(there, HERE, "it has come to run there by other means"))
+        elif _runs(vm) or called[uuid] & set(leave_behind):
             plan.here.append(_outcome(vm, HERE, ""))
+        else:
+            sentence = (
+                f"it has come to {vm['place']} and is off there; start it there "
+                f"(`virsh start {vm['name']}`), or name it in fail_over_leave_behind"
+            )
+            plan.here.append(_outcome(vm, FAILED, sentence))
+
+
+def _runs(vm: Json) -> bool:
+    return vm.get("is_running") is not False
 
 
 def _newest(vms: t.Sequence[Json]) -> list[Json]:
-    """One replica of each VM: it may have an older one where it was protected once."""
+    """One replica of each VM: it may have an older one where it was protected once. One that could not be
+    looked at may be the newest."""
+
+    def rank(vm: Json) -> tuple[bool, int, float, str]:
+        epoch = vm.get("epoch")
+        return (epoch is None, epoch or 0, vm.get("sealed_at") or 0.0, vm["place"])
+
     best: dict[str, Json] = {}
-    for vm in sorted(vms, key=lambda vm: (vm.get("epoch") or 0, vm.get("sealed_at") or 0.0, vm["place"])):
+    for vm in sorted(vms, key=rank):
         best[str(vm["vm"])] = vm
     return list(best.values())
 
@@ -201,8 +258,28 @@ def _tell_missing(
             plan.here.append(_nowhere(name, home, plan))
 
 
+def _tell_mistaken(
+    plan: Plan,
+    told: t.Sequence[Json],
+    homes: t.Collection[str],
+    wishes: t.Mapping[str, t.Mapping[str, Json]],
+    leave_behind: t.Collection[str],
+) -> None:
+    """Somebody misspelt would be started against the operator's word."""
+    if plan.unreached:
+        return
+    known = {str(vm[key]) for vm in told for key in ("vm", "name")}
+    known.update(name for listed in wishes.values() for name in listed)
+    plan.findings += [
+        f"VM {name}: it is to be left behind, and nobody has a replica of a VM of that name or UUID whose "
+        f"home is {' or '.join(sorted(homes))}; write it as `precache-proxy status` does, or take it "
+        "out of fail_over_leave_behind"
+        for name in sorted(set(leave_behind) - known)
+    ]
+
+
 def _nowhere(name: str, home: str | None, plan: Plan) -> dict[str, t.Any]:
-    silent = ", ".join(line.partition(":")[0] for line in plan.unreached)
+    silent = ", ".join(plan.silent)
     sentence = "no hypervisor that answered has a replica of it" + (f"; {silent} did not" if silent else "")
     return {
         "name": name, "vm": None, "home": home, "place": None, "verdict": FAILED, "generation": None,

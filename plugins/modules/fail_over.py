@@ -112,7 +112,8 @@ def fail_over(
     before = client.get(path)
     told = {key: before.get(key) for key in _KEPT}
     if before["is_here"]:
-        return False, told | {"state": "here", "sentence": f"VM {before['name']}: it is here already"}
+        off = ", and off" if before.get("is_running") is False else ""
+        return False, told | {"state": "here", "sentence": f"VM {before['name']}: it is here already{off}"}
     if check_mode:
         findings = before["findings"]
         if findings:

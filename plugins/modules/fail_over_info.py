@@ -20,8 +20,8 @@ extends_documentation_fragment:
 options:
   homes:
     description:
-      - Names of hosts. Only VMs whose home is one of them are returned, and those whose home cannot be told
-        as their record is damaged. All if left out.
+      - Names of hosts. Only VMs whose home is one of them are returned, those whose home cannot be told as
+        their record is damaged, and those that came to this host, wherever from. All if left out.
     type: list
     elements: str
 seealso:
@@ -40,6 +40,13 @@ memory_free_bytes:
   description: What new guests could have of the host's memory; none if it does not say.
   returned: success
   type: int
+running:
+  description: >-
+    Every VM that runs on the host, however it came there, with C(vm) and C(name); none if its libvirt does
+    not answer. One that is just arriving is not among them.
+  returned: success
+  type: list
+  elements: dict
 vms:
   description: The VMs, by name.
   returned: success
@@ -57,6 +64,9 @@ vms:
       type: str
     is_here:
       description: Whether it came to this host and is here, running or not. Then nothing is to be done.
+      type: bool
+    is_running:
+      description: Whether it runs, or is paused, here; none for one that did not come here.
       type: bool
     epoch:
       description: How often its home has moved.
@@ -103,12 +113,11 @@ _CAME = frozenset({"activated", "landed"})
 def candidates(client: ProxyClient, homes: t.Collection[str] | None) -> dict[str, dict[str, t.Any]]:
     """UUID -> name and home of every VM that has a replica here, or came here."""
     found = [one for one in client.get("/v1/replicas")["replicas"] if one.get("state") != "detached"]
+    if homes is not None:
+        found = [one for one in found if one.get("peer") is None or one["peer"] in homes]
+    # From wherever: another host may have an old replica of one that has gone on since.
     found += [one for one in client.get("/v1/arrivals")["arrivals"] if one.get("state") in _CAME]
-    return {
-        str(one["vm"]): {"name": one.get("name"), "peer": one.get("peer")}
-        for one in found
-        if homes is None or one.get("peer") is None or one["peer"] in homes
-    }
+    return {str(one["vm"]): {"name": one.get("name"), "peer": one.get("peer")} for one in found}
 
 
 def look(client: ProxyClient, vm: str, known: t.Mapping[str, t.Any]) -> dict[str, t.Any] | None:
@@ -139,8 +148,22 @@ def main() -> None:
         room = client.get("/v1/hypervisor")
     except ProxyError as error:
         fail(module, error)
-    vms = sorted((vm for vm in looks if vm is not None), key=lambda vm: str(vm["name"]))
-    module.exit_json(changed=False, vms=vms, memory_free_bytes=room["memory_free_bytes"])
+    homes = module.params["homes"]
+    vms = [
+        vm
+        for vm in looks
+        if vm is not None and (homes is None or vm["is_here"] or vm["peer"] is None or vm["peer"] in homes)
+    ]
+    domains = room.get("domains")
+    running = None
+    if domains is not None:
+        running = [{"vm": one["uuid"], "name": one["name"]} for one in domains if one["running"]]
+    module.exit_json(
+        changed=False,
+        vms=sorted(vms, key=lambda vm: str(vm["name"])),
+        running=running,
+        memory_free_bytes=room["memory_free_bytes"],
+    )
 
 
 if __name__ == "__main__":

@@ -339,9 +339,9 @@ class Evacuation:
         name = KNOWN.get(vm, vm)
         store.replicas.append({"vm": vm, "name": name, "peer": peer, "state": "sealed"})
         self.outlooks[vm] = {
-            "vm": vm, "name": name, "peer": peer, "is_here": False, "job": None, "epoch": 0,
-            "generation": 7, "sealed_at": time.time() - 14, "age_seconds": 14.0, "memory_bytes": 1 << 30,
-            "priority": 50, "home_answers": False, "findings": [], **told,
+            "vm": vm, "name": name, "peer": peer, "is_here": False, "is_running": None, "job": None,
+            "epoch": 0, "generation": 7, "sealed_at": time.time() - 14, "age_seconds": 14.0,
+            "memory_bytes": 1 << 30, "priority": 50, "home_answers": False, "findings": [], **told,
         }  # fmt: skip
 
     async def look_at_fail_over(self, vm: str) -> dict[str, Any]:
@@ -358,7 +358,7 @@ class Evacuation:
             raise InvalidInput(f"VM {told['name']} cannot arrive here", told["findings"])
         arrived = Arrived(f"f{len(self.arrived)}", told["vm"], told["name"], told["peer"], told["generation"])
         self.arrived.append(arrived)
-        told.update(is_here=True, job=arrived.id)
+        told.update(is_here=True, is_running=True, job=arrived.id)
         return arrived
 
     def job(self, identifier: str) -> Job:

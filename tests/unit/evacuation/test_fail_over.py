@@ -194,6 +194,9 @@ async def test_a_look_finds_what_is_here_already(tmp_path: Path) -> None:
     told = await fail_over.look("web1")
     assert (told["is_here"], told["job"], told["generation"]) == (True, arrival.id, 12)
     assert told["findings"] == []
+    assert told["is_running"] is False
+    there.presence_is = Presence.RUNNING
+    assert (await fail_over.look("web1"))["is_running"] is True
     there.presence_is = Presence.UNKNOWN
     with pytest.raises(HypervisorError, match="libvirt here does not say"):
         await fail_over.look("web1")

@@ -65,6 +65,8 @@ def test_info_tells_replicas_and_who_is_here(run: Any, replicas: Any) -> None:
     replicas.store.replicas[0]["state"] = "detached"
     [web] = run("fail_over_info", homes=["home1"])["vms"]
     assert (web["vm"], web["is_here"]) == (WEB, True)
+    [web] = run("fail_over_info", homes=["home9"])["vms"]
+    assert (web["vm"], web["is_here"]) == (WEB, True), "wherever it came from, it is here"
     # One that was here once, and has gone on.
     replicas.evacuation.arrived.append(Arrived("f9", "u9", "gone", "home1", 3))
     assert [vm["vm"] for vm in run("fail_over_info", homes=["home1"])["vms"]] == [WEB]
@@ -187,6 +189,79 @@ def test_the_newest_replica_is_taken_and_none_where_the_vm_is_already() -> None:
     told = plan([place("backup1", vm("web", is_here=True)), place("backup2", old)], {"home1": home()})
     assert told["waves"] == []
     assert [(one["name"], one["verdict"]) for one in told["here"]] == [("web", "already-there")]
+
+
+def test_a_replica_that_could_not_be_looked_at_may_be_the_newest() -> None:
+    mute = {"subject": "VM web", "fact": "libvirt here does not say", "way_out": "ask again", "cause": "x"}
+    unknown = {"vm": "u-web", "name": "web", "peer": "home1", "is_here": False, "findings": [mute]}
+    told = plan([place("backup1", unknown), place("backup2", vm("web"))], {"home1": home()})
+    assert told["findings"] == ["backup1: VM web: libvirt here does not say; ask again"]
+    # Its record does not say its name: who asks for it by that means it all the same.
+    damaged = {**unknown, "name": "u-web", "peer": None}
+    told = plan([place("backup1", damaged), place("backup2", vm("web"))], {"home1": home()}, ["web"])
+    assert len(told["findings"]) == 1
+    assert not plan(
+        [place("backup1", damaged), place("backup2", vm("web"))], {"home1": home()}, None, ["web"]
+    )["findings"]
+
+
+def test_no_old_replica_is_run_of_one_that_went_on_from_where_it_came() -> None:
+    """home1 -> backup2 -> backup3: backup1 has a replica of its time at home1 with backup1 as its peer."""
+    went_on = vm("web", "backup2", is_here=True, is_running=True, epoch=2)
+    other = vm("other", "backup2", is_here=True, is_running=True)
+    told = plan([place("backup1", vm("web")), place("backup3", went_on, other)], {"home1": home()})
+    assert (told["waves"], told["findings"]) == ([], [])
+    assert [(one["name"], one["home"], one["place"], one["verdict"]) for one in told["here"]] == [
+        ("web", "home1", "backup3", "already-there")
+    ]
+
+
+def test_no_replica_is_run_of_one_that_runs_elsewhere_by_other_means() -> None:
+    """Somebody moved it within the site, by hand, and that other host lives."""
+    moved = place("home2") | {"running": [{"vm": "u-web", "name": "web"}]}
+    told = plan([place("backup1", vm("web"), vm("db")), moved], {"home1": home()}, None, [], ["home2"])
+    assert started(told) == [{"home1": ["db"]}]
+    [outcome] = told["here"]
+    assert (outcome["place"], outcome["verdict"], outcome["generation"]) == ("home2", "already-there", None)
+
+
+def test_a_neighbour_may_be_silent_and_a_libvirt_that_says_nothing_is_told() -> None:
+    silence = {"item": "home2", "unreachable": True, "msg": "timed out"}
+    told = plan([place("backup1", vm("web")), silence], {"home1": home()}, None, [], ["home1", "home2"])
+    assert (told["unreached"], started(told)) == ([], [{"home1": ["web"]}])
+    mute = place("backup2") | {"running": None}
+    told = plan([place("backup1", vm("web")), mute], {"home1": home(lifeboat_peer="backup1")})
+    assert told["unreached"] == ["backup2: its libvirt does not say which VMs run there"]
+    assert started(told) == [{"home1": ["web"]}]
+    either = {"home1": home(lifeboat_peers=["backup1", "backup2"])}
+    assert "may be an old one: backup2" in plan([place("backup1", vm("web")), mute], either)["findings"][0]
+
+
+def test_one_that_is_there_and_off_does_not_run() -> None:
+    off = vm("web", is_here=True, is_running=False)
+    [outcome] = plan([place("backup1", off)], {"home1": home()})["here"]
+    assert outcome["verdict"] == "failed"
+    assert "it has come to backup1 and is off there; start it there" in outcome["sentence"]
+    [outcome] = plan([place("backup1", off)], {"home1": home()}, None, ["web"])["here"]
+    assert outcome["verdict"] == "already-there"
+
+
+def test_hosts_may_be_named_by_their_addresses() -> None:
+    gone = {"item": "2001:db8:2::b", "unreachable": True, "msg": "timed out"}
+    told = plan([gone, place("2001:db8:2::c", vm("web"))], {"home1": home(lifeboat_peer="2001:db8:2::b")})
+    assert "may be an old one: 2001:db8:2::b, where" in told["findings"][0]
+
+
+def test_whoever_is_left_behind_must_be_somebody() -> None:
+    """A name that was misspelt, or that is a number in YAML, would be started against the operator's word."""
+    asked = [place("backup1", vm("web"), vm("101"))]
+    told = plan(asked, {"home1": home(lifeboat_vms=[{"name": "shelved"}])}, None, [101, "wbe", "shelved"])
+    assert [line.partition(": it is")[0] for line in told["findings"]] == ["VM wbe"]
+    assert started(plan(asked, {"home1": home()}, [101])) == [{"home1": ["101"]}]
+    silent = [*asked, {"item": "backup2", "unreachable": True, "msg": "timed out"}]
+    assert started(plan(silent, {"home1": home(lifeboat_peer="backup1")}, None, [101, "wbe"])) == [
+        {"home1": ["web"]}
+    ]
 
 
 def test_an_old_replica_is_not_run_while_the_newer_ones_place_is_silent() -> None:

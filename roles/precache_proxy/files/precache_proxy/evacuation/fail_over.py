@@ -37,6 +37,7 @@ from precache_proxy.units import format_seconds
 logger = logging.getLogger(__name__)
 
 TELL_TIMEOUT_SECONDS = 30.0
+_ACTIVE = frozenset({Presence.RUNNING, Presence.PAUSED})
 _NOT_WHOLE = frozenset({Presence.ABSENT, Presence.SHUT_OFF, Presence.ENDED})
 
 
@@ -83,6 +84,7 @@ def _outlook(
     *,
     status: Mapping[str, Any] | None = None,
     arrival: Arrival | None = None,
+    is_running: bool | None = None,
     findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
     """An answer of :meth:`FailOver.look`; what is not known is None."""
@@ -95,6 +97,7 @@ def _outlook(
         "name": name,
         "peer": peer,
         "is_here": arrival is not None,
+        "is_running": is_running,
         "job": None if arrival is None else arrival.id,
         "epoch": (status or {}).get("epoch") if arrival is None else arrival.epoch,
         "generation": sealed.get("generation"),
@@ -166,14 +169,16 @@ class FailOver:
         try:
             status = await self._replica(vm)
         except NotFound:
-            if (here := await self._lives_here(vm)) is None:
+            here, is_running = await self._lives_here(vm)
+            if here is None:
                 raise
-            return _outlook(here.vm, here.name, here.peer, arrival=here)
+            return _outlook(here.vm, here.name, here.peer, arrival=here, is_running=is_running)
         except Conflict as error:
             return _outlook(vm, vm, None, findings=_as_findings(error))
         uuid_of_vm, name, peer = str(status["vm"]), str(status["name"]), str(status["peer"])
-        if (here := await self._lives_here(uuid_of_vm)) is not None:
-            return _outlook(uuid_of_vm, name, peer, arrival=here)
+        here, is_running = await self._lives_here(uuid_of_vm)
+        if here is not None:
+            return _outlook(uuid_of_vm, name, peer, arrival=here, is_running=is_running)
         link = self._links.get(peer)
         told = _outlook(uuid_of_vm, name, peer, status=status)
         told["home_answers"] = link is not None and link.state == "up"
@@ -201,8 +206,8 @@ class FailOver:
         told["findings"] = findings
         return told
 
-    async def _lives_here(self, vm: str) -> Arrival | None:
-        """The arrival by which a VM (name or UUID) came to be here and still is, off or not. Raises
+    async def _lives_here(self, vm: str) -> tuple[Arrival | None, bool]:
+        """The arrival by which a VM (name or UUID) came to be here and still is, and whether it runs. Raises
         HypervisorError."""
         for arrival in self._arrivals.records.all():
             came = vm in {arrival.vm, arrival.name} and arrival.state in RUNS_HERE
@@ -212,8 +217,8 @@ class FailOver:
             if presence is Presence.UNKNOWN:
                 raise HypervisorError(f"VM {arrival.name}: libvirt here does not say whether it is here")
             if presence is not Presence.ABSENT:
-                return arrival
-        return None
+                return arrival, presence in _ACTIVE
+        return None, False
 
     async def _running_here(self, vm: str) -> Arrival | None:
         """The arrival by which a VM (name or UUID) runs here from a generation already."""
@@ -223,7 +228,7 @@ class FailOver:
                 and vm in {arrival.vm, arrival.name}
                 and arrival.state in RUNS_HERE
                 and self._arrivals.records.latest_of(arrival.vm) is arrival
-                and await self._domains.presence(arrival.vm) in {Presence.RUNNING, Presence.PAUSED}
+                and await self._domains.presence(arrival.vm) in _ACTIVE
             ):
                 return arrival
         return None

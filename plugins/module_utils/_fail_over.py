@@ -39,6 +39,8 @@ _SOMEBODY = re.compile(
     re.IGNORECASE,
 )
 
+_DISREGARD = "; where something else answers at its address, or it surely does not run these VMs, say so"
+
 
 def evidence_of_life(tried: Json) -> str:
     """What a try to run anything on a host says against its being dead, "" for nothing."""
@@ -216,6 +218,7 @@ def _of_homes(wanted: t.Sequence[Json], homes: t.Mapping[str, Json]) -> list[str
             found.append(
                 f"{home}: it is not dead: {' and '.join(fact for fact in facts if fact)}; evacuate it "
                 "(evacuate.yml), or start those of the others (--limit)"
+                + (f"{_DISREGARD} (fail_over_disregard_ssh={home})" if facts[0] else "")
             )
     return found
 

@@ -523,7 +523,8 @@ class DeadSite:
     def answer(self, sentence: str) -> None:
         """What ssh says of the dead hosts."""
         ssh = self.site.directory / "bin" / "ssh"
-        ssh.write_text(f'#!/bin/sh\n[ "$1" = -V ] && exit 0\necho "ssh: {sentence}" >&2\nexit 255\n')
+        note = f'echo "$*" >> {self.site.directory}/ssh.told'
+        ssh.write_text(f'#!/bin/sh\n[ "$1" = -V ] && exit 0\n{note}\necho "ssh: {sentence}" >&2\nexit 255\n')
         ssh.chmod(0o755)
 
     def play(self, *arguments: str, **variables: Any) -> subprocess.CompletedProcess[str]:
@@ -538,6 +539,7 @@ def dead(site: Site) -> DeadSite:
             "ansible_connection": "ssh",
             "ansible_ssh_executable": str(site.directory / "bin" / "ssh"),
             "ansible_ssh_retries": 0,
+            "ansible_ssh_extra_args": "-J gate",
             "lifeboat_peer": "home1",
         }
         for host in ("away1", "away2")
@@ -597,6 +599,27 @@ def test_fail_over_refuses_with_every_finding_and_changes_nothing(dead: DeadSite
     assert "away2: it is not dead: its SSH answers (Permission denied) and its proxy answers home2" in said
     assert "Nothing was started." in said
     assert dead.site.first.evacuation.arrived + dead.site.second.evacuation.arrived == []
+
+
+def test_fail_over_where_something_else_answers_at_the_address_of_a_dead_host(dead: DeadSite) -> None:
+    dead.answer("connect to host away1 port 22: Connection refused")
+    word = {"fail_over_site_is_dead": True}
+    told = dead.play(fail_over_disregard_ssh="away1", **word)
+    tries = (dead.site.directory / "ssh.told").read_text()
+    assert "-J gate -o ControlPath=none" in tries, "the way there is not to be left out"
+    said = " ".join(told.stdout.split())
+    assert "away1: it is not dead" not in said
+    assert "away2: it is not dead: its SSH answers (Connection refused)" in said
+    assert "say so (fail_over_disregard_ssh=away2)" in said
+    assert dead.site.first.evacuation.arrived == []
+    assert "2 of 2 VMs run" in good(dead.play(fail_over_disregard_ssh="away1, away2", **word)).stdout
+
+
+def test_fail_over_wants_a_group_for_a_site(dead: DeadSite) -> None:
+    told = dead.site.play("fail_over", fail_over_site="away1", fail_over_site_is_dead=True)
+    assert told.returncode != 0
+    assert "fail_over_site: away1 is no group of this inventory" in " ".join(told.stdout.split())
+    assert dead.site.first.evacuation.arrived == []
 
 
 def test_fail_over_of_some_and_of_none(dead: DeadSite) -> None:

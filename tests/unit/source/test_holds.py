@@ -13,10 +13,12 @@ import pytest
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.errors import Conflict
 from precache_proxy.source import protection as protection_module
+from precache_proxy.source.backups import Backups
 from precache_proxy.source.environment import PriorityGate
 from precache_proxy.source.passes import Generation, GenerationPlan, PassResult
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord, Sealed
+from precache_proxy.source.scratch import ScratchPool
 from precache_proxy.source.service import Source
 from precache_proxy.source.settings import SourceSettings
 
@@ -37,11 +39,16 @@ class Link:
         return self.status
 
 
+def a_pool(tmp_path: Path) -> ScratchPool:
+    return ScratchPool(tmp_path / "scratch", pass_limit_bytes=4096, open_pass_limit=1)
+
+
 def a_protection(tmp_path: Path, **record: Any) -> tuple[Protection, Link]:
     link = Link()
     environment = SimpleNamespace(
         directory=tmp_path, run_directory=tmp_path, passes=PriorityGate(1), long_work=PriorityGate(1),
         link=lambda _peer: link, settings=SourceSettings("home1", ("backup1",)),
+        backups=Backups(cast(Any, None), tmp_path, a_pool(tmp_path), cast(Any, None)),
     )  # fmt: skip
     made = ProtectionRecord(VM, "web1", "backup1", 15.0, **record)
     return Protection(made, cast(Any, environment)), link
@@ -236,6 +243,7 @@ async def test_passes_of_a_held_vm_are_not_starved_by_memory(tmp_path: Path) -> 
         tmp_path, sealed=Sealed(7, "c", 1.0, 1.0, disks=["vda"]), passed_off={"vda": "otherwise"}
     )
     replication = protection.replication
+    scratch = protection._environment.backups._scratch
     replication.standing.needs_reconcile = False
     classes: list[TrafficClass] = []
 
@@ -261,9 +269,14 @@ async def test_passes_of_a_held_vm_are_not_starved_by_memory(tmp_path: Path) -> 
         patch.setattr(replication, "_make", make)
         patch.setattr(replication.standing, "save", lambda: answer(None))
         await replication.run_pass(reason="periodic", compare_all=True)
-        await protection.hold("evacuation-1")
+        async with scratch.lease("another", limit_seconds=60) as lease:
+            await protection.hold("evacuation-1")
+            waiting = asyncio.create_task(scratch.lease(VM, limit_seconds=60).__aenter__())
+            await asyncio.wait_for(lease.over.wait(), 5)
+        await waiting
         await replication.run_pass(reason="evacuation", compare_all=True)
         protection.release("evacuation-1")
+        assert not scratch._urgent
         await replication.run_pass(reason="periodic", compare_all=True)
     assert classes == [TrafficClass.PRECACHE, TrafficClass.MIGRATION, TrafficClass.PRECACHE]
 

@@ -100,6 +100,51 @@ async def test_only_so_many_passes_are_open_at_once(tmp_path: Path) -> None:
     assert most == 2
 
 
+async def test_an_evacuation_waits_for_no_slice_of_others_to_reach_its_time(tmp_path: Path) -> None:
+    """Theirs are starved by memory that crosses before them, and would be open for their whole minute."""
+    pool = ScratchPool(tmp_path, pass_limit_bytes=MIB, open_pass_limit=2)
+    order: list[str] = []
+
+    async def one(name: str) -> None:
+        async with pool.lease(name, limit_seconds=60) as lease:
+            order.append(name)
+            await lease.over.wait()
+
+    def begin(name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(one(name))
+
+    tasks = [begin("a"), begin("b")]
+    await asyncio.sleep(0.05)
+    tasks += [begin("c"), begin("leaving")]
+    await asyncio.sleep(0.05)
+    assert order == ["a", "b"]
+    pool.hasten("leaving")
+    await asyncio.sleep(0.05)
+    assert order == ["a", "b", "leaving"], "it was asked for nothing but one slice"
+    # One that is urgent itself, or begins to wait as such, is not ended for another.
+    pool.hasten("late")
+    tasks.append(begin("late"))
+    await asyncio.sleep(0.05)
+    assert order == ["a", "b", "leaving", "late"]
+    pool.hasten("third")
+    tasks.append(begin("third"))
+    await asyncio.sleep(0.05)
+    assert len(order) == 4
+    tasks[3].cancel()
+    await asyncio.sleep(0.05)
+    assert order[4:] == ["third"]
+    pool.ease("late")
+    pool.hasten("last")
+    tasks.append(begin("last"))
+    await asyncio.sleep(0.05)
+    assert order[5:] == ["last"]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(1), pool.lease("x", limit_seconds=1), pool.lease("y", limit_seconds=1):
+        pass
+
+
 async def test_the_gate_lets_the_most_important_through_first() -> None:
     gate = PriorityGate(1)
     order: list[str] = []

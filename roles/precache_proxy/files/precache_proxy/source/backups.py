@@ -85,6 +85,14 @@ class Backups:
         self._scratch = scratch
         self._user = user
 
+    def hasten(self, uuid: str) -> None:
+        """See :meth:`ScratchPool.hasten`."""
+        self._scratch.hasten(uuid)
+
+    def ease(self, uuid: str) -> None:
+        """See :meth:`ScratchPool.ease`."""
+        self._scratch.ease(uuid)
+
     async def open_socket(self, vm: VmReference) -> str:
         """The socket of the VM's open backup job, "" where none is open."""
         try:

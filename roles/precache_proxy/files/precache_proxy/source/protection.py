@@ -88,6 +88,7 @@ class Protection:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         await self._cut_work()
+        self.replication.ease()
         await self.replication.disks.media.stop()
 
     def wake(self, *, soon: bool = True) -> None:
@@ -121,7 +122,7 @@ class Protection:
         self._holders.discard(holder)
         if not self._holders:
             self.replication.pace = None
-            self.replication.urgent = False
+            self.replication.ease()
             self._set_at_rest()
             self.wake()
 

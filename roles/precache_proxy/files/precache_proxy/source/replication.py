@@ -58,8 +58,14 @@ class Replication:
     def hasten(self) -> None:
         """From now on, the pass under way as well, nothing waits behind the memory of VMs that leave."""
         self.urgent = True
+        self.environment.backups.hasten(self.record.uuid)
         if self.generation is not None:
             self.generation.hasten()
+
+    def ease(self) -> None:
+        """From the next pass on, as any other."""
+        self.urgent = False
+        self.environment.backups.ease(self.record.uuid)
 
     @property
     def vm(self) -> VmReference:

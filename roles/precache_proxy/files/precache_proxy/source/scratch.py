@@ -130,6 +130,12 @@ class Lease:
         for path in self._paths:
             path.unlink(missing_ok=True)
 
+    def end(self, reason: str) -> None:
+        """Ask the reader to end its slice; what is in flight may finish."""
+        if not self.over.is_set():
+            self.reason = reason
+            self.over.set()
+
     def look(self) -> str:
         """See what is used and shrink the ballast. Returns why the pass must end now, or ""."""
         self.used_bytes = allocated_bytes(self._paths)
@@ -159,9 +165,8 @@ class Lease:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             reason = self.look()
-            if reason and not self.over.is_set():
-                self.reason = reason
-                self.over.set()
+            if reason:
+                self.end(reason)
             if reason and self.beyond_hard_limit():
                 self.aborted = True
                 await abort()
@@ -174,7 +179,11 @@ class ScratchPool:
     def __init__(self, directory: Path, *, pass_limit_bytes: int, open_pass_limit: int) -> None:
         self.directory = directory
         self.pass_limit_bytes = pass_limit_bytes
-        self._gate = asyncio.Semaphore(open_pass_limit)
+        self._free = open_pass_limit
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+        # oldest first
+        self._leases: list[Lease] = []
+        self._urgent: set[str] = set()
         self.open_passes = 0
 
     def clean(self) -> None:
@@ -186,12 +195,63 @@ class ScratchPool:
     @contextlib.asynccontextmanager
     async def lease(self, name: str, *, limit_seconds: float) -> AsyncIterator[Lease]:
         """Wait for a turn and take the space. Raises NoSpace."""
-        async with self._gate:
+        await self._wait_for_turn(name)
+        try:
             lease = Lease(name, self.directory, self.pass_limit_bytes, limit_seconds)
-            await asyncio.to_thread(lease.reserve)
-            self.open_passes += 1
+            self._leases.append(lease)
+            self._make_way()
             try:
-                yield lease
+                await asyncio.to_thread(lease.reserve)
+                self.open_passes += 1
+                try:
+                    yield lease
+                finally:
+                    self.open_passes -= 1
+                    await asyncio.shield(asyncio.to_thread(lease.release))
             finally:
-                self.open_passes -= 1
-                await asyncio.shield(asyncio.to_thread(lease.release))
+                self._leases.remove(lease)
+        finally:
+            self._pass_on()
+
+    def hasten(self, name: str) -> None:
+        """An evacuation waits for that VM's passes: they go first, and another VM's slice ends for them."""
+        self._urgent.add(name)
+        self._make_way()
+
+    def ease(self, name: str) -> None:
+        """Its passes are like those of any other again."""
+        self._urgent.discard(name)
+
+    async def _wait_for_turn(self, name: str) -> None:
+        if self._free > 0:
+            self._free -= 1
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((name, waiter))
+        self._make_way()
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+        if not self._waiting:
+            self._free += 1
+            return
+        chosen = next((entry for entry in self._waiting if entry[0] in self._urgent), self._waiting[0])
+        self._waiting.remove(chosen)
+        chosen[1].set_result(None)
+
+    def _make_way(self) -> None:
+        """Slices of the lowest class may stay a whole minute, behind the memory of those that leave."""
+        wanted = sum(name in self._urgent and not waiter.done() for name, waiter in self._waiting)
+        ending = sum(lease.over.is_set() for lease in self._leases)
+        for lease in self._leases:
+            if ending >= wanted:
+                return
+            if lease.name not in self._urgent and not lease.over.is_set():
+                lease.end("an evacuation waits for its turn")
+                ending += 1

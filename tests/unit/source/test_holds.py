@@ -237,6 +237,49 @@ async def test_an_evacuation_does_not_queue_behind_the_passes_of_other_vms(
     await protection.stop()
 
 
+async def test_a_hold_waits_for_no_queue_that_a_pass_on_demand_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked for it gets it: it is made without the queue. One that has its turn is left alone."""
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    protection.replication.standing.needs_reconcile = False
+    go_on = asyncio.Event()
+
+    async def make(*, reason: str, **_unused: object) -> PassResult:
+        await go_on.wait()
+        return PassResult(8, reason=reason)
+
+    monkeypatch.setattr(protection.replication, "run_pass", make)
+    passes = protection._environment.passes
+    go_on.set()
+    async with passes.turn(0):
+        asked = asyncio.create_task(protection.run_pass(reason="asked for"))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        await asyncio.wait_for(protection.hold("evacuation-1"), 5)
+        assert (await asked).reason == "asked for"
+    protection.release("evacuation-1")
+    # Begun, and cancelled by whoever asked: the place is free afterwards.
+    go_on.clear()
+    asked = asyncio.create_task(protection.run_pass(reason="asked for"))
+    await asyncio.sleep(0.05)
+    hold = asyncio.create_task(protection.hold("evacuation-2"))
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    assert not hold.done()
+    asked.cancel()
+    await asyncio.wait_for(hold, 5)
+    protection.release("evacuation-2")
+    async with passes.turn(0):
+        # Cancelled in the queue, just as its turn comes.
+        asked = asyncio.create_task(protection.run_pass(reason="asked for"))
+        await asyncio.sleep(0.05)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    async with asyncio.timeout(1), passes.turn(0):
+        pass
+
+
 async def test_passes_of_a_held_vm_are_not_starved_by_memory(tmp_path: Path) -> None:
     """Neither the one that the hold waits for, nor those of the evacuation itself."""
     protection, _link = a_protection(

@@ -58,7 +58,7 @@ class Protection:
         self._task: asyncio.Task[None] | None = None
         self._work: asyncio.Task[Any] | None = None
         # a pass that waits for its turn among those of other VMs
-        self._in_queue = False
+        self._in_queue: asyncio.Task[None] | None = None
         # a comparison of everything that somebody waits for (verify): an evacuation does not wait for it
         self._comparison: asyncio.Task[PassResult] | None = None
         self._failures = 0
@@ -108,9 +108,12 @@ class Protection:
         """No work of our own from now on; returns when none is under way."""
         self._holders.add(holder)
         self.replication.hasten()
-        if self._in_queue or self.record.sealed is None or self.record.resync_cause:
+        if self._in_queue is not None or self.record.sealed is None or self.record.resync_cause:
             # a first copy or a resync takes long, and goes on where it stood
             await self._cut_work()
+        if self._in_queue is not None:
+            # Somebody asked for that pass: it is made now, and nobody has to ask again.
+            self._in_queue.cancel()
         if self._comparison is not None:
             self._comparison.cancel()
         async with self._lock:
@@ -219,14 +222,23 @@ class Protection:
         if self._holders and not long:
             yield
             return
-        gate = self._environment.long_work if long else self._environment.passes
-        self._in_queue = True
-        try:
-            async with gate.turn(self.record.priority):
-                self._in_queue = False
+        if long:
+            async with self._environment.long_work.turn(self.record.priority):
                 yield
-        finally:
-            self._in_queue = False
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            turn = self._environment.passes.turn(self.record.priority)
+            queue = self._in_queue = asyncio.create_task(stack.enter_async_context(turn))
+            try:
+                await queue
+            except asyncio.CancelledError:
+                current = asyncio.current_task()
+                if current is not None and current.cancelling():
+                    raise
+                # A hold took it out of the queue.
+            finally:
+                self._in_queue = None
+            yield
 
     async def _run(self) -> None:
         while True:

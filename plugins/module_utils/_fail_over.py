@@ -198,7 +198,8 @@ def _of_a_newer_one(
         return []
     wish = wishes[home].get(str(vm["name"])) or wishes[home].get(str(vm["vm"])) or {}
     peers = {str(wish["peer"])} if wish.get("peer") else set(peers_of(homes[home]["variables"]))
-    newer = ", ".join(sorted((peers - {vm["place"]}) & silent))
+    # Where the inventory names no peer it may be protected anywhere.
+    newer = ", ".join(sorted(((peers or silent) - {vm["place"]}) & silent))
     if not newer:
         return []
     return [

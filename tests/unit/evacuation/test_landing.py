@@ -106,6 +106,37 @@ async def test_layers_are_merged_and_removed_and_the_old_home_is_told(
     assert link.asked == ["store.allow_commit"]
 
 
+async def test_a_landing_that_is_ended_while_it_waits_for_a_pass_holds_nothing(
+    tmp_path: Path, layers: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evacuation began: should it be refused, the VM's passes have to go on."""
+    held = asyncio.Event()
+
+    class Busy(Source):
+        async def hold(self, _vm: str, holder: str) -> None:
+            self.held.append(holder)
+            held.set()
+            await asyncio.sleep(60)
+
+    async def nothing(*_unused: object) -> None:
+        return None
+
+    monkeypatch.setattr("precache_proxy.evacuation.layers.cancel_block_jobs", nothing)
+    records = ArrivalRecords(tmp_path / "arrivals")
+    arrival = Arrival("j1", VM, "web1", "home1", 1, 7, ArrivalState.ACTIVATED, landing="way-back-protected")
+    await records.save(arrival)
+    records.load()
+    (kept,) = records.all()
+    source = Busy()
+    landing = Landing(
+        records, cast(Any, Machine(layers)), cast(Any, source), cast(Any, None), {"home1": Link()}
+    )
+    landing.begin(kept)
+    await asyncio.wait_for(held.wait(), 5)
+    await landing.leave(VM)
+    assert source.held == []
+
+
 async def test_layers_that_a_kill_left_after_the_merge_are_removed(
     tmp_path: Path, layers: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

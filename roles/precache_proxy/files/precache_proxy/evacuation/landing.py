@@ -179,9 +179,10 @@ class Landing:
     async def _collapse_between_passes(self, arrival: Arrival) -> None:
         """Hold the passes: libvirt refuses a backup while a block job runs, and the other way round."""
         holder = f"landing-{arrival.id}"
-        with contextlib.suppress(NotFound):
-            await self._source.hold(arrival.vm, holder)
         try:
+            # An evacuation ends the landing wherever it is: while it waits for a pass, too.
+            with contextlib.suppress(NotFound):
+                await self._source.hold(arrival.vm, holder)
             await self._collapse(arrival)
         finally:
             with contextlib.suppress(NotFound):

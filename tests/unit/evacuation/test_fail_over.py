@@ -172,8 +172,9 @@ async def test_a_look_tells_what_would_run_and_all_that_is_in_the_way(tmp_path: 
     link.refuses = Conflict("VM web1: its home is not dead, it is running there; evacuate it from there")
     told = await fail_over.look("web1")
     assert (told["home_answers"], link.told) == (True, [])
-    [finding] = told["findings"]
+    finding, room = told["findings"]
     assert (finding.subject, finding.fact) == ("VM web1", "its home is not dead, it is running there")
+    assert room.fact == "no room", "all of them at once"
     assert (await fail_over.look("twin"))["findings"][0].cause == "conflict"
     with pytest.raises(NotFound, match="no replica"):
         await fail_over.look("other")

@@ -188,6 +188,8 @@ class FailOver:
             in_the_way = await self._in_the_way(uuid_of_vm, name)
         except Conflict as error:
             findings += _as_findings(error)
+        # What an arrival has made here would be found in its own way.
+        is_clear = not (in_the_way or findings)
         sealed = status.get("sealed")
         if sealed:
             asked = {"vm": uuid_of_vm, "name": name, "epoch": int(status["epoch"]) + 1, "job": ""}
@@ -199,8 +201,7 @@ class FailOver:
                 peer, uuid_of_vm, int(sealed["generation"])
             )
             told["memory_bytes"] = definition.memory_bytes + QEMU_OVERHEAD_BYTES
-            # What a half arrival left here is cleared away first.
-            findings += [] if in_the_way or findings else others
+            findings += others if is_clear else []
         else:
             findings.append(_nothing_to_start(name))
         told["findings"] = findings

@@ -109,7 +109,8 @@ class Gate:
         that any move got at all."""
         self.goodput = goodput
         full = {name: move.bytes_per_second for name, move in served.items() if move.fully}
-        if not full or goodput <= 0:
+        # Whoever is served fully and gets nothing has a link that is down: that says nothing of the uplink.
+        if not any(full.values()) or goodput <= 0:
             self._got = {name: got for name, got in self._got.items() if name in served}
             self._judge_narrower(None)
             self._blind += goodput > 0 and most > 0

@@ -207,6 +207,19 @@ def test_one_small_first_move_opens_no_flood() -> None:
     assert opened[-1] >= 200
 
 
+def test_one_whose_link_is_down_says_nothing_of_the_uplink() -> None:
+    """Others carry something: a stream of nothing was the end of the controller."""
+    gate = Gate(None)
+    gate.observe(6e6, {"a": Served(6e6, True)}, more_wait=True)
+    for _unused in range(3):
+        gate.observe(1e5, {"a": Served(0.0, True)}, 1e5, more_wait=True)
+    assert gate.stream == 6e6
+    assert gate.window >= 1
+    first = Gate(None)
+    first.observe(1e5, {"a": Served(0.0, True)}, more_wait=True)
+    assert first.window >= 1
+
+
 def test_one_that_takes_anothers_place_before_that_is_over_makes_no_link_slower() -> None:
     gate = Gate(None)
     gate.observe(6e6, {"a": Served(6e6, True)}, more_wait=False)

@@ -66,7 +66,9 @@ vms:
       description: Whether it came to this host and is here, running or not. Then nothing is to be done.
       type: bool
     is_running:
-      description: Whether it runs, or is paused, here; none for one that did not come here.
+      description: >-
+        Whether it runs, or is paused, here; none for one that did not come here, or was shut off when it came
+        and still is.
       type: bool
     epoch:
       description: How often its home has moved.

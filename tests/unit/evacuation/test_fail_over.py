@@ -196,8 +196,11 @@ async def test_a_look_finds_what_is_here_already(tmp_path: Path) -> None:
     assert (told["is_here"], told["job"], told["generation"]) == (True, arrival.id, 12)
     assert told["findings"] == []
     assert told["is_running"] is False
-    there.presence_is = Presence.RUNNING
-    assert (await fail_over.look("web1"))["is_running"] is True
+    arrival.boots = False
+    assert (await fail_over.look("web1"))["is_running"] is None, "an evacuation brought it so"
+    for presence in (Presence.RUNNING, Presence.PAUSED, Presence.ARRIVED):
+        there.presence_is = presence
+        assert (await fail_over.look("web1"))["is_running"] is True
     there.presence_is = Presence.UNKNOWN
     with pytest.raises(HypervisorError, match="libvirt here does not say"):
         await fail_over.look("web1")

@@ -207,9 +207,9 @@ class FailOver:
         told["findings"] = findings
         return told
 
-    async def _lives_here(self, vm: str) -> tuple[Arrival | None, bool]:
-        """The arrival by which a VM (name or UUID) came to be here and still is, and whether it runs. Raises
-        HypervisorError."""
+    async def _lives_here(self, vm: str) -> tuple[Arrival | None, bool | None]:
+        """The arrival by which a VM (name or UUID) came to be here and still is, and whether it runs (None:
+        it was shut off when it left its home, and is still). Raises HypervisorError."""
         for arrival in self._arrivals.records.all():
             came = vm in {arrival.vm, arrival.name} and arrival.state in RUNS_HERE
             if not came or self._arrivals.records.latest_of(arrival.vm) is not arrival:
@@ -218,8 +218,9 @@ class FailOver:
             if presence is Presence.UNKNOWN:
                 raise HypervisorError(f"VM {arrival.name}: libvirt here does not say whether it is here")
             if presence is not Presence.ABSENT:
-                return arrival, presence in _ACTIVE
-        return None, False
+                is_off = presence in {Presence.SHUT_OFF, Presence.ENDED}
+                return arrival, None if is_off and not arrival.boots else not is_off
+        return None, None
 
     async def _running_here(self, vm: str) -> Arrival | None:
         """The arrival by which a VM (name or UUID) runs here from a generation already."""

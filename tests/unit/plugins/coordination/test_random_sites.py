@@ -25,8 +25,8 @@ _PARTS = [range(first, first + _PART) for first in range(_FIRST, _FIRST + 1000, 
 _ONCE_WORST = (42, 52, 58, 65, 86, 184, 197, 203, 217, 221, 222, 231, 242, 258, 282, 297, 331, 335, 352)
 _SAMPLE = (*_ONCE_WORST, *range(500, 540))
 # Of many sites so many may be behind by more than noise, and none by more than this.
-_BEHIND_SHARE = 0.02
-_WORST_SHARE = 0.25
+_BEHIND_SHARE = 0.01
+_WORST_SHARE = 0.2
 
 
 def judge(told: list[Comparison]) -> list[float]:

@@ -117,9 +117,11 @@ def make_plan(
         plan.findings += _of_a_newer_one(vm, homes, wishes, silent)
     plan.findings += _of_homes(wanted, homes)
     plan.findings += _of_memory(wanted, answers)
+    meant = {str(vm[key]) for vm in wanted for key in ("vm", "name")}
     for home in sorted(homes):
-        for wish in wishes[home].values():
-            plan.findings += map(str, wish_findings(str(wish.get("name")), wish))
+        for name, wish in wishes[home].items():
+            # What is wrong about others keeps nobody here from running.
+            plan.findings += map(str, wish_findings(name, wish)) if name in meant else ()
     _tell_missing(plan, told, wishes, names, leave_behind)
     _tell_mistaken(plan, told, homes, wishes, leave_behind)
     if not plan.findings:

@@ -176,6 +176,8 @@ def test_every_finding_is_told_and_memory_is_added_up() -> None:
     assert plan([place("backup1", vm("web"), vm("db"), free=None)], {"home1": home()})["findings"] == []
     wrong = plan(asked, {"home1": home(lifeboat_vms=[{"name": "web", "priority": "high"}])})
     assert "VM web: priority 'high': is no number" in wrong["findings"][-1]
+    others = {"home1": home(lifeboat_vms=[{"name": "web", "priority": "high"}])}
+    assert started(plan([place("backup1", vm("web"), vm("mail"))], others, ["mail"])) == [{"home1": ["mail"]}]
 
 
 def test_the_newest_replica_is_taken_and_none_where_the_vm_is_already() -> None:

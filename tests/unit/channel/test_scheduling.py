@@ -296,6 +296,19 @@ def test_governor_begins_anew_on_another_path() -> None:
     assert (line.acknowledged - begin) / 4 > 0.8 * line.rate
 
 
+@pytest.mark.parametrize(("rate", "known"), [(6.25e6, 0.15), (6.25e6, 0.17), (50e6, 0.14)])
+def test_governor_begins_swiftly_on_a_path_that_is_longer_than_it_seemed(rate: float, known: float) -> None:
+    """Round trips are smoothed: just after a failover they are short, and what is missing is no queue."""
+    line, governor = Line(rate, known), Governor()
+    idle(line, governor, 10)
+    line.trip = 0.18
+    busy(line, governor, 4)
+    begin = line.acknowledged
+    busy(line, governor, 3)
+    assert (line.acknowledged - begin) / 3 > 0.8 * line.rate
+    assert line.queue / line.rate < 0.2
+
+
 def test_governor_leaves_local_paths_alone() -> None:
     governor = Governor()
     for beat in range(100):

@@ -30,6 +30,10 @@ _FOREIGN_SECONDS = 10.0
 _PAUSE_SECONDS = 15.0
 # Headers and uneven looks take something: who delivers so much of the rate was pressed by it.
 _PRESSED = 0.8
+# A delay of this length is a queue, whatever arrives.
+_LONG_SECONDS = 0.1
+# Looks in a row that say so before a path is taken for longer than it seemed.
+_DELAYED_LOOKS = 3
 # A cut leaves at least so much of what the path was seen to carry.
 _FORGET = 0.25
 # Round trips that differ by this factor are those of different paths.
@@ -104,6 +108,10 @@ class Governor:
         self._base: deque[tuple[float, float]] = deque()
         self._calm = 0
         self._long = 0
+        # At the beginning of a spell: the rate at the last look; looks in a row in which less arrived than
+        # was sent, and in which all did but late.
+        self._rate_before = 0.0
+        self._short = self._delayed = 0
         self._foreign_since: float | None = None
         self._paused_until = 0.0
         self._peak = 0.0
@@ -156,7 +164,8 @@ class Governor:
         if self._spell_at is None:
             # What the last spell saw of queues says nothing about this one.
             self._spell_at = now.at
-            self._long = self._calm = 0
+            self._long = self._calm = self._short = self._delayed = 0
+            self._rate_before = 0.0
             self._cut = self._foreign_since = None
             # Small things sent now and then press nothing and find out nothing: begin from what the path last
             # carried, and as swiftly as the first time where it is less. What it carried before it became
@@ -210,7 +219,15 @@ class Governor:
         self._carried = max(self._carried * 0.999, capacity)
         self._pressed_base = base
         if self._starting:
-            if queue < max(2 * _TARGET_SECONDS, base / 8):
+            # What arrives now was sent by the rate of the look before.
+            all_arrives, self._rate_before = delivered >= _PRESSED * self._rate_before, self._rate
+            self._short = 0 if all_arrives else self._short + 1
+            queued = queue >= max(2 * _TARGET_SECONDS, base / 8)
+            self._delayed = self._delayed + 1 if queued and all_arrives else 0
+            if self._delayed >= _DELAYED_LOOKS:
+                # More and more is sent, all of it arrives, and as late as before: the path is longer.
+                self._believe(base + queue, now.at)
+            if not (queued and self._short > 1) and queue < max(_LONG_SECONDS, base / 2):
                 # As slow start does, but each step only when the step before is seen to arrive.
                 self._rate = max(self._rate, delivered * 2)
                 return
@@ -224,8 +241,7 @@ class Governor:
                 return  # what the cut does is not seen yet
             if cut is not None and queue > 0.8 * cut.queue and delivered < 0.7 * cut.delivered:
                 # Less was sent, less arrived, and the delay stands: the path is longer, it is no queue.
-                self._base.clear()
-                self._base.append((now.at, base + queue))
+                self._believe(base + queue, now.at)
                 self._cut, self._long, self._starting = None, 0, True
                 self._rate = max(self._rate, self._peak / 2)
                 return
@@ -237,7 +253,8 @@ class Governor:
             # By steps, for it may have been a busy processor; a path that became slower is cut again.
             self._carried = max(delivered, self._carried * _FORGET)
         # First order: the queue approaches its target within about two round trips.
-        gain = max(-0.5, min((_TARGET_SECONDS - queue) / settle, 0.1))
+        below = (_TARGET_SECONDS - queue) / _TARGET_SECONDS
+        gain = 0.1 * below if below > 0 else max(-0.5, (_TARGET_SECONDS - queue) / settle)
         self._calm = self._calm + 1 if queue < _TARGET_SECONDS / 3 else 0
         if self._calm >= _CALM_LOOKS:
             # No queue at all although we press: the path is faster than we believed.
@@ -245,6 +262,10 @@ class Governor:
         # Without a queue there is no reason to send less than before.
         self._rate = max(capacity * (1 + gain), self._rate if gain > 0 else _LEAST_RATE)
         self._watch_for_others(now.at, queue)
+
+    def _believe(self, base: float, at: float) -> None:
+        self._base.clear()
+        self._base.append((at, base))
 
     def _watch_for_others(self, at: float, queue: float) -> None:
         # A queue that does not shrink although we went down a long way is somebody else's, who

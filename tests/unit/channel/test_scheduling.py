@@ -174,6 +174,26 @@ def test_windows_grow_to_the_bandwidth_delay_product_and_not_beyond(rate: float,
     assert 1.5 * rate * trip < window.size_bytes < 4 * rate * (trip + 0.02)
 
 
+def test_a_window_grows_soon_after_the_path_became_longer() -> None:
+    """What fitted the short path would be a tenth of the long one, for as long as that is remembered."""
+    path, window_class = RoundTrip(), CLASS_LIMITS[TrafficClass.MIGRATION]
+    rate, trip = 6.25e6, 0.18
+    for beat in range(200):
+        path.sample(0.0005, 70.0 + beat * 0.1)
+    path.sample(trip, 90.5)
+    path.sample(trip, 93.0)
+    window = ReceiveWindow(window_class, path)
+    now, total = 93.0, 0
+    for beat in range(int(4 / 0.01)):
+        now += 0.01
+        if beat % 100 == 0:
+            path.sample(trip, now)
+        total += int(min(rate, window.size_bytes / trip) * 0.01)
+        window.consumed(total, now)
+    assert window.size_bytes > rate * trip
+    assert path.least_seconds == 0.0005, "what it was without queues is remembered for longer"
+
+
 class Line:
     """A link of a rate and a delay with a queue, stepped in time: what a governor would see of it."""
 

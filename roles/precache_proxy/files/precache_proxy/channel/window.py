@@ -11,6 +11,31 @@ INITIAL_WINDOW_BYTES = 256 * KIB
 # Two event loops and their batching sit in the path beside the network.
 _LOOP_SECONDS = 0.02
 _SLACK_BYTES = 256 * KIB
+_UNKNOWN_SECONDS = 0.05
+_MEMORY_SECONDS = 15.0
+# Pings come once a second and connection, when idle every 2.5 s.
+_LATELY_SECONDS = 2.0
+
+
+class _Least:
+    """The least of the last ``seconds``, and of as much again before them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._halves = [float("inf"), float("inf")]
+        self._turn_at = 0.0
+
+    def sample(self, value: float, now: float) -> None:
+        since = now - self._turn_at
+        if since > self._seconds:
+            self._halves = [value, self._halves[0] if since < 2 * self._seconds else value]
+            self._turn_at = now
+        self._halves[0] = min(self._halves[0], value)
+
+    @property
+    def value(self) -> float:
+        least = min(self._halves)
+        return _UNKNOWN_SECONDS if least == float("inf") else least
 
 
 class RoundTrip:
@@ -20,24 +45,26 @@ class RoundTrip:
         self.smoothed_seconds: float | None = None
         self.latest_seconds: float | None = None
         self.flight_bytes = 0.0  # what streams had under way lately: new ones need not find out again
-        self._least = [float("inf"), float("inf")]
-        self._turn_at = 0.0
+        self._least = _Least(_MEMORY_SECONDS)
+        self._lately = _Least(_LATELY_SECONDS)
 
     def sample(self, seconds: float, now: float) -> None:
         """A ping came back."""
         before = self.smoothed_seconds
         self.latest_seconds = seconds
         self.smoothed_seconds = seconds if before is None else before + 0.25 * (seconds - before)
-        if now - self._turn_at > 15:
-            self._least = [seconds, self._least[0] if now - self._turn_at < 30 else seconds]
-            self._turn_at = now
-        self._least[0] = min(self._least[0], seconds)
+        self._least.sample(seconds, now)
+        self._lately.sample(seconds, now)
 
     @property
     def least_seconds(self) -> float:
         """The round trip without queues; 50 ms while nothing was measured."""
-        least = min(self._least)
-        return 0.05 if least == float("inf") else least
+        return self._least.value
+
+    @property
+    def lately_seconds(self) -> float:
+        """The least of the last few seconds: so soon a path is believed to have become longer."""
+        return self._lately.value
 
 
 class ReceiveWindow:
@@ -64,7 +91,7 @@ class ReceiveWindow:
 
     def consumed(self, total_bytes: int, now: float) -> None:
         """The reader has taken ``total_bytes`` since the beginning."""
-        trip = self._round_trip.least_seconds + _LOOP_SECONDS
+        trip = self._round_trip.lately_seconds + _LOOP_SECONDS
         elapsed = now - self._mark_at
         if elapsed < trip:
             return

@@ -5,17 +5,24 @@
 from __future__ import annotations
 
 import typing as t
+from dataclasses import replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import lead_in_seconds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Pair
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import INTERVAL_SECONDS, wire_bytes
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import VmSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    DEFAULT_PACKED_RATIO,
+    VmSummary,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
 
 # So much of what is left now is counted as what will cross, at most, of a guest whose rounds do not shrink.
 _MOST_ROUNDS = 5.0
+# Memory of which nobody has seen what packing makes of it: idle guests came to 0.26 to 0.40 of it. Whoever
+# thinks that it is more lets the line run dry.
+_LEAST_PACKED_RATIO = 0.25
 
 
 class UnderWay:
@@ -116,8 +123,14 @@ class UnderWay:
             if move.silent or move.hopeless or self._uplinks.gate_of(vm) is not gate:
                 continue
             if move.phase is Phase.LEAD_IN:
-                queued += wire_bytes(vm)
+                queued += least_bytes(vm)
             elif move.phase is not Phase.CLOSING:
                 # With the rounds to come: who starts too early has its memory dirtied while it waits.
                 queued += min(live_seconds(move, rate) * rate, _MOST_ROUNDS * move.left_bytes)
-        return queued + sum(wire_bytes(vm) for vm in self._asked_for if self._uplinks.gate_of(vm) is gate)
+        return queued + sum(least_bytes(vm) for vm in self._asked_for if self._uplinks.gate_of(vm) is gate)
+
+
+def least_bytes(vm: VmSummary) -> float:
+    """What a move that has not begun to send will send, if little."""
+    seen = vm.packed_ratio != DEFAULT_PACKED_RATIO
+    return wire_bytes(vm if seen else replace(vm, packed_ratio=_LEAST_PACKED_RATIO))

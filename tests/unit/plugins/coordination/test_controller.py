@@ -22,7 +22,12 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval impo
     interval_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    DEFAULT_PACKED_RATIO,
+    Rung,
+    SiteSummary,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._under_way import least_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -178,6 +183,13 @@ def test_the_next_ones_lead_in_is_over_when_the_line_is_free() -> None:
         for strategy in ("parallel", "feedback")
     }
     assert took["feedback"] <= 1.1 * took["parallel"]
+
+
+@pytest.mark.parametrize(("seen", "counted"), [(DEFAULT_PACKED_RATIO, 0.25), (0.4, 0.4), (0.2, 0.2)])
+def test_what_nobody_has_seen_packed_is_thought_to_be_little(seen: float, counted: float) -> None:
+    """Whether the line runs dry is asked of it: who is thought larger than he is lets it."""
+    summary = replace(vm("v1", memory=100 * MB), packed_ratio=seen, lag_bytes=0.0)
+    assert least_bytes(summary) == pytest.approx(counted * summary.memory_used_bytes)
 
 
 def test_a_first_try_that_hurts_is_taken_back_whole() -> None:

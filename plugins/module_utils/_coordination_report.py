@@ -78,6 +78,11 @@ def progress_line(
     )
 
 
+def line_known(site: SiteSummary) -> bool:
+    """Whether anybody knows what any way out carries. Else every second that is forecast is a guess."""
+    return any(site.uplinks.values()) or any(pair.bytes_per_second for pair in site.pairs)
+
+
 def forecast_of(
     site: SiteSummary, plan: Plan, at: float, placement: t.Sequence[object] = ()
 ) -> dict[str, t.Any]:
@@ -109,6 +114,7 @@ def forecast_of(
             for planned in plan.vms
         ],
         "uplinks": dict(site.uplinks),
+        "line_known": line_known(site),
         "placement": [str(finding) for finding in placement],
     }
 

@@ -22,6 +22,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
     Recorder,
+    line_known,
     progress_line,
     verdict_line,
 )
@@ -124,8 +125,9 @@ class Coordinator(Surveyor):
         self._adopt(site)
         said_at, idle = began, 0
         wanted = {vm.uuid for vm in site.vms}
+        guess = "" if line_known(site) else ", a guess: nobody knows yet what the line carries"
         self._say(f"{len(site.vms)} VMs to leave {self.wanted.site} by strategy {self.wanted.strategy}; "
-                  f"forecast {plan.makespan_seconds:.0f} s")  # fmt: skip
+                  f"forecast {plan.makespan_seconds:.0f} s{guess}")  # fmt: skip
         for planned in plan.vms:
             if planned.end_seconds is None:
                 self._say(f"{planned.vm.name}: would stay ({planned.reason})")

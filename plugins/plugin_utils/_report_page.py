@@ -157,10 +157,11 @@ def _key_figures(report: Json) -> list[tuple[str, str, str]]:
     stops = [vm["downtime_seconds"] for vm in report["vms"] if vm.get("downtime_seconds") is not None]
     sent = sum(coordination["bytes_by_class"].values())
     share = coordination["expected_share"]
+    guess = "" if forecast.get("line_known", True) else ", a guess: what the line carries was not known"
     return [
         ("out", f"{totals['out']} of {totals['vms']}", f"forecast {forecast['leaving']}"),
         ("last one out after", _seconds(coordination["makespan_seconds"]),
-         f"forecast {_seconds(forecast['makespan_seconds'])}"),
+         f"forecast {_seconds(forecast['makespan_seconds'])}{guess}"),
         ("E, the share saved at a random moment", "–" if share is None else f"{share * 100:.0f} %",
          f"forecast {forecast['expected_share'] * 100:.0f} %" if forecast.get("expected_share") else ""),
         ("longest stop of a guest", _seconds(max(stops)) if stops else "–", ""),

@@ -126,6 +126,8 @@ def test_everyone_gets_out_by_each_strategy(world: World, strategy: str) -> None
     assert report["totals"]["all_out"]
     assert report["coordination"]["samples"]
     assert any("EVACUATED" in line for line in world.said)
+    known = report["coordination"]["forecast"]["line_known"]
+    assert known == ("a guess: nobody knows yet what the line carries" not in world.said[0])
 
 
 def test_asked_again_nothing_is_moved_twice_and_none_forgotten(world: World) -> None:

@@ -130,6 +130,13 @@ def test_the_page_needs_nothing_but_itself() -> None:
     assert "forecast 53.0 s" in page
 
 
+def test_a_forecast_by_guess_is_called_one() -> None:
+    guessed = report()
+    assert "a guess" not in render(guessed)
+    guessed["coordination"]["forecast"]["line_known"] = False
+    assert "forecast 53.0 s, a guess: what the line carries was not known" in render(guessed)
+
+
 def test_an_evacuation_of_nothing_has_a_page_too() -> None:
     empty = report()
     empty["vms"] = []

@@ -251,4 +251,8 @@ def running_pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
     installed.wait_links()
     yield installed
     installed.lab.wan.heal()
+    for host in (HOME, BACKUP):
+        # A test that failed half way may leave one without power; what is there would stand in others' way.
+        if not installed.lab.host(host).running:
+            installed.lab.start_host(host)
     installed.remove_guests()

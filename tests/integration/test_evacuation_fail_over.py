@@ -67,11 +67,17 @@ def test_the_playbook_runs_what_a_dead_site_left_behind(
     guest = pair.make_guest("bequest")
     acknowledged = guest.told().highest_acknowledged
     sealed = pair.ask(HOME, "POST", f"/v1/vms/{guest.plan.uuid}/pass")["generation"]
-    asked = {"fail_over_site": "home", "evacuation_socket": f"{RUN}/control.sock"}
+    # A lab may have more hosts, without proxies: they are not of this story.
+    asked = {
+        "fail_over_site": "home",
+        "evacuation_socket": f"{RUN}/control.sock",
+        "lifeboat_hosts": f"{HOME}:{BACKUP}",
+    }
     word = {**asked, "fail_over_site_is_dead": True}
+    here = ("--limit", HOME)
     with pair.never_twice(guest):
         # By the word alone it is not dead: the host lets us in, its proxy is heard, and it runs the guest.
-        refused = lab_playbook("fail_over", variables=word)
+        refused = lab_playbook("fail_over", variables=word, options=here)
         assert refused.return_code != 0
         assert f"{HOME}: it is not dead: Ansible reaches it and its proxy answers {BACKUP}" in refused.output
         assert "its home is not dead, it is running there" in refused.output
@@ -80,15 +86,15 @@ def test_the_playbook_runs_what_a_dead_site_left_behind(
         wait_for(
             lambda: [link["state"] for link in pair.ask(BACKUP, "GET", "/v1/links")["links"]] == ["down"]
         )
-        would = lab_playbook("fail_over", variables=asked, check=True).require_success()
+        would = lab_playbook("fail_over", variables=asked, options=here, check=True).require_success()
         assert "would-start" in would.output
         assert guest.running_on() == []
-        told = lab_playbook("fail_over", variables=word).require_success()
+        told = lab_playbook("fail_over", variables=word, options=here).require_success()
         [row] = [line for line in told.output.splitlines() if "restarted-from-replica" in line][:1]
         assert row.split()[:5] == [f'"{guest.name}', HOME, BACKUP, "restarted-from-replica", str(sealed)]
         assert guest.running_on() == [BACKUP]
         guest.wait_ready(host=BACKUP)
-        again = lab_playbook("fail_over", variables=word).require_success()
+        again = lab_playbook("fail_over", variables=word, options=here).require_success()
         assert (again.changed, "already-there" in again.output) == (0, True)
         found = guest.verify(BACKUP, acknowledged=acknowledged)
         assert found.intact, found.findings

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from precache_proxy.source.environment import PriorityGate
+from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord, Sealed

@@ -14,7 +14,7 @@ from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.errors import Conflict
 from precache_proxy.source import protection as protection_module
 from precache_proxy.source.backups import Backups
-from precache_proxy.source.environment import PriorityGate
+from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.passes import Generation, GenerationPlan, PassResult
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord, Sealed

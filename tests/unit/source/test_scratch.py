@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from precache_proxy.errors import NoSpace
-from precache_proxy.source.environment import PriorityGate
+from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.scratch import Lease, PassRecord, ScratchPool, allocated_bytes, boottime_seconds
 from precache_proxy.source.watchdog import lock_holders, why_end
 from precache_proxy.units import MIB

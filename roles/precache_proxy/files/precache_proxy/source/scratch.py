@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from precache_proxy.errors import NoSpace
+from precache_proxy.source.gate import PriorityGate
 from precache_proxy.units import MIB, format_bytes
 
 # A pass is asked to end at the first share of its limit, and its job is aborted at the second.
@@ -29,6 +30,8 @@ HEADROOM_SHARE = 0.5
 WATCH_SECONDS = 0.1
 # After its time a pass may finish what it has in flight; then the job is aborted.
 GRACE_SECONDS = 10.0
+# Among those that wait for their turn; all others have 0.
+_URGENT = 1
 
 
 def boottime_seconds() -> float:
@@ -179,8 +182,7 @@ class ScratchPool:
     def __init__(self, directory: Path, *, pass_limit_bytes: int, open_pass_limit: int) -> None:
         self.directory = directory
         self.pass_limit_bytes = pass_limit_bytes
-        self._free = open_pass_limit
-        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+        self._gate = PriorityGate(open_pass_limit, self._make_way)
         # oldest first
         self._leases: list[Lease] = []
         self._urgent: set[str] = set()
@@ -195,8 +197,7 @@ class ScratchPool:
     @contextlib.asynccontextmanager
     async def lease(self, name: str, *, limit_seconds: float) -> AsyncIterator[Lease]:
         """Wait for a turn and take the space. Raises NoSpace."""
-        await self._wait_for_turn(name)
-        try:
+        async with self._gate.turn(lambda: self._priority(name)):
             lease = Lease(name, self.directory, self.pass_limit_bytes, limit_seconds)
             self._leases.append(lease)
             self._make_way()
@@ -210,8 +211,6 @@ class ScratchPool:
                     await asyncio.shield(asyncio.to_thread(lease.release))
             finally:
                 self._leases.remove(lease)
-        finally:
-            self._pass_on()
 
     def hasten(self, name: str) -> None:
         """An evacuation waits for that VM's passes: they go first, and another VM's slice ends for them."""
@@ -222,32 +221,12 @@ class ScratchPool:
         """Its passes are like those of any other again."""
         self._urgent.discard(name)
 
-    async def _wait_for_turn(self, name: str) -> None:
-        if self._free > 0:
-            self._free -= 1
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((name, waiter))
-        self._make_way()
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self._pass_on()
-            raise
-
-    def _pass_on(self) -> None:
-        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
-        if not self._waiting:
-            self._free += 1
-            return
-        chosen = next((entry for entry in self._waiting if entry[0] in self._urgent), self._waiting[0])
-        self._waiting.remove(chosen)
-        chosen[1].set_result(None)
+    def _priority(self, name: str) -> int:
+        return _URGENT if name in self._urgent else 0
 
     def _make_way(self) -> None:
         """Slices of the lowest class may stay a whole minute, behind the memory of those that leave."""
-        wanted = sum(name in self._urgent and not waiter.done() for name, waiter in self._waiting)
+        wanted = self._gate.waiting(_URGENT)
         ending = sum(lease.over.is_set() for lease in self._leases)
         for lease in self._leases:
             if ending >= wanted:

@@ -21,9 +21,10 @@ from precache_proxy.hypervisor.qemu_user import find_qemu_user
 from precache_proxy.source import autostart, raw_overlay
 from precache_proxy.source.backups import Backups
 from precache_proxy.source.damaged import damaged_protection
-from precache_proxy.source.environment import Environment, PriorityGate
+from precache_proxy.source.environment import Environment
 from precache_proxy.source.epochs import keep_epoch, last_epoch
 from precache_proxy.source.feeder import Pace
+from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.layout import raise_findings
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.protection import Protection

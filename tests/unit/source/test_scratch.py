@@ -104,40 +104,50 @@ async def test_an_evacuation_waits_for_no_slice_of_others_to_reach_its_time(tmp_
     """Theirs are starved by memory that crosses before them, and would be open for their whole minute."""
     pool = ScratchPool(tmp_path, pass_limit_bytes=MIB, open_pass_limit=2)
     order: list[str] = []
+    came = asyncio.Event()
 
     async def one(name: str) -> None:
         async with pool.lease(name, limit_seconds=60) as lease:
             order.append(name)
+            came.set()
             await lease.over.wait()
 
     def begin(name: str) -> asyncio.Task[None]:
         return asyncio.create_task(one(name))
 
-    tasks = [begin("a"), begin("b")]
-    await asyncio.sleep(0.05)
+    async def come(*names: str) -> None:
+        """Until all of them have had their turn: a space is taken by a thread."""
+        async with asyncio.timeout(10):
+            while len(order) < len(names):
+                came.clear()
+                await came.wait()
+        assert order == list(names)
+
+    tasks = [begin("a")]
+    await come("a")
+    tasks.append(begin("b"))
+    await come("a", "b")
     tasks += [begin("c"), begin("leaving")]
     await asyncio.sleep(0.05)
     assert order == ["a", "b"]
     pool.hasten("leaving")
+    await come("a", "b", "leaving")
     await asyncio.sleep(0.05)
     assert order == ["a", "b", "leaving"], "it was asked for nothing but one slice"
     # One that is urgent itself, or begins to wait as such, is not ended for another.
     pool.hasten("late")
     tasks.append(begin("late"))
-    await asyncio.sleep(0.05)
-    assert order == ["a", "b", "leaving", "late"]
+    await come("a", "b", "leaving", "late")
     pool.hasten("third")
     tasks.append(begin("third"))
     await asyncio.sleep(0.05)
     assert len(order) == 4
     tasks[3].cancel()
-    await asyncio.sleep(0.05)
-    assert order[4:] == ["third"]
+    await come("a", "b", "leaving", "late", "third")
     pool.ease("late")
     pool.hasten("last")
     tasks.append(begin("last"))
-    await asyncio.sleep(0.05)
-    assert order[5:] == ["last"]
+    await come("a", "b", "leaving", "late", "third", "last")
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from precache_proxy.crash_points import crash_point
@@ -210,10 +210,7 @@ class FailOver:
     async def _lives_here(self, vm: str) -> tuple[Arrival | None, bool | None]:
         """The arrival by which a VM (name or UUID) came to be here and still is, and whether it runs (None:
         it was shut off when it left its home, and is still). Raises HypervisorError."""
-        for arrival in self._arrivals.records.all():
-            came = vm in {arrival.vm, arrival.name} and arrival.state in RUNS_HERE
-            if not came or self._arrivals.records.latest_of(arrival.vm) is not arrival:
-                continue
+        for arrival in self._came_here(vm):
             presence = await self._domains.presence(arrival.vm)
             if presence is Presence.UNKNOWN:
                 raise HypervisorError(f"VM {arrival.name}: libvirt here does not say whether it is here")
@@ -224,16 +221,18 @@ class FailOver:
 
     async def _running_here(self, vm: str) -> Arrival | None:
         """The arrival by which a VM (name or UUID) runs here from a generation already."""
-        for arrival in self._arrivals.records.all():
-            if (
-                arrival.fails_over
-                and vm in {arrival.vm, arrival.name}
-                and arrival.state in RUNS_HERE
-                and self._arrivals.records.latest_of(arrival.vm) is arrival
-                and await self._domains.presence(arrival.vm) in _ACTIVE
-            ):
+        for arrival in self._came_here(vm):
+            if arrival.fails_over and await self._domains.presence(arrival.vm) in _ACTIVE:
                 return arrival
         return None
+
+    def _came_here(self, vm: str) -> Iterator[Arrival]:
+        """Arrivals by which a VM (name or UUID) came to be here, as far as the records say."""
+        records = self._arrivals.records
+        for arrival in records.all():
+            meant = vm in {arrival.vm, arrival.name} and arrival.state in RUNS_HERE
+            if meant and records.latest_of(arrival.vm) is arrival:
+                yield arrival
 
     async def _replica(self, vm: str) -> dict[str, Any]:
         statuses = [

@@ -212,6 +212,12 @@ class EvacuationPair(ProxyPair):
 
     # -- the end
 
+    def give_power(self) -> None:
+        """Start the hosts that have none."""
+        for host in (HOME, BACKUP):
+            if not self.lab.host(host).running:
+                self.lab.start_host(host)
+
     def remove_guests(self) -> None:
         """Remove the test's guests and all that the proxies know of them: the next test begins anew."""
         for guest in self.guests:
@@ -243,16 +249,13 @@ def installed_pair(lab: Lab) -> Iterator[EvacuationPair]:
 @contextmanager
 def running_pair(installed: EvacuationPair) -> Iterator[EvacuationPair]:
     """Hosts and proxies running as installed and hearing each other; no guest is left afterwards."""
+    installed.give_power()
     for host in (HOME, BACKUP):
-        if not installed.lab.host(host).running:
-            installed.lab.start_host(host)
         installed.configure(host)
         installed.start(host)
     installed.wait_links()
     yield installed
     installed.lab.wan.heal()
-    for host in (HOME, BACKUP):
-        # A test that failed half way may leave one without power; what is there would stand in others' way.
-        if not installed.lab.host(host).running:
-            installed.lab.start_host(host)
+    # A test that failed half way may leave a host without power; what is there would stand in others' way.
+    installed.give_power()
     installed.remove_guests()

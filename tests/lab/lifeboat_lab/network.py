@@ -14,10 +14,12 @@ from pathlib import Path
 from lifeboat_lab.settings import (
     CLIENT_ADDRESS,
     CONTROLLER_ADDRESS,
+    CONTROLLER_MAC,
     HOSTS,
     SITE_NUMBERS,
     HostPlan,
     Settings,
+    router_mac,
     site_prefix,
     site_router,
 )
@@ -44,7 +46,10 @@ class Network:
             sysctl(router, {"net.ipv6.conf.all.forwarding": 1})
             lines = []
             for site in SITE_NUMBERS:
-                lines += [f"link add br-{site} type bridge", f"link set br-{site} up"]
+                lines += [
+                    f"link add br-{site} address {router_mac(site)} type bridge",
+                    f"link set br-{site} up",
+                ]
             ip(router, lines)
             # The bridge has no port yet; duplicate address detection would wait for one.
             ip(router, [f"addr add {site_router(site)}/64 dev br-{site} nodad" for site in SITE_NUMBERS])
@@ -63,7 +68,7 @@ class Network:
         if not self.exists("controller"):
             self._add_namespace("controller")
             ip(controller, [
-                "link add br-mgmt type bridge", "link set br-mgmt up",
+                f"link add br-mgmt address {CONTROLLER_MAC} type bridge", "link set br-mgmt up",
                 f"addr add {CONTROLLER_ADDRESS}/64 dev br-mgmt nodad",
             ])  # fmt: skip
         self._write_names()
@@ -77,11 +82,11 @@ class Network:
         self._add_namespace(plan.name)
         sysctl(host, {"net.ipv6.conf.all.forwarding": 1})
         ip(router, [
-            f"link add {plan.name} type veth peer name site0 netns {host}",
+            f"link add {plan.name} type veth peer name site0 address {plan.mac('site0')} netns {host}",
             f"link set {plan.name} master br-{plan.site} up",
         ])  # fmt: skip
         ip(controller, [
-            f"link add {plan.name} type veth peer name mgmt0 netns {host}",
+            f"link add {plan.name} type veth peer name mgmt0 address {plan.mac('mgmt0')} netns {host}",
             f"link set {plan.name} master br-mgmt up",
         ])  # fmt: skip
         guest_network = plan.guest_prefix

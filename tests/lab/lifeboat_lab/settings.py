@@ -15,9 +15,13 @@ RUNTIME = Path("/run/lifeboat-lab")
 SUITES = ("trixie", "bookworm")
 
 # RFC 3849 addresses: documentation only, so nothing of a lab could be routed anywhere by mistake.
+HOST_INTERFACES = ("site0", "mgmt0")
 SITE_NUMBERS = {"home": 1, "backup": 2, "client": 3}
 CLIENT_ADDRESS = "2001:db8:3::2"
 CONTROLLER_ADDRESS = "2001:db8:ff::1"
+# Ethernet addresses of our own: a bridge that is given none changes its address with its ports, a host's link
+# with each boot, and their neighbours then go on sending to the old one for up to a minute.
+CONTROLLER_MAC = "52:54:00:ff:ff:01"
 
 
 def site_prefix(site: str) -> str:
@@ -28,6 +32,11 @@ def site_prefix(site: str) -> str:
 def site_router(site: str) -> str:
     """The router's address in the network of the site's hosts."""
     return f"2001:db8:{SITE_NUMBERS[site]}::1"
+
+
+def router_mac(site: str) -> str:
+    """The router's Ethernet address in the network of the site's hosts."""
+    return f"52:54:00:ff:{SITE_NUMBERS[site]:02x}:01"
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,11 @@ class HostPlan:
     def management_address(self) -> str:
         """Address on the controller's own network, which the WAN never slows down."""
         return f"2001:db8:ff::{SITE_NUMBERS[self.site]}:{self.number + 10:x}"
+
+    def mac(self, interface: str) -> str:
+        """Ethernet address of `site0` or `mgmt0`: a host that is switched on again has it still."""
+        link = HOST_INTERFACES.index(interface)
+        return f"52:54:00:{link:02x}:{SITE_NUMBERS[self.site]:02x}:{self.number:02x}"
 
     @property
     def guest_prefix(self) -> str:

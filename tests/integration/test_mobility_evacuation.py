@@ -150,6 +150,7 @@ def test_an_evacuated_vm_keeps_its_address_and_its_connections_and_its_home_may_
     assert told["gap"] < told["downtime"] + round_trip_seconds + 1.5, told
     # The killed hosts had proxies and agents that start again by themselves.
     wait(lambda: holder(lab, ANCHORS[1], guest.plan.uuid) == DESTINATION, 60)
+    wait(lambda: Proxy(lab.host(DESTINATION)).link(SOURCE)["state"] == "up", 60)
     forget(lab, guest)
 
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from integration.evacuation_pair import EvacuationPair, installed_pair, running_pair
 from integration.mobility_agents import Agents, agents_running
-from integration.playbook_runner import ROOT, PlaybookResult, run_playbook
+from integration.playbook_runner import INSTALLED, ROOT, PlaybookResult, run_playbook
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.lab import Lab
 
@@ -19,6 +21,26 @@ INVENTORY = ROOT / "inventories" / "lab"
 # Files that run at the same time have labs of their own; commands and playbooks read the name from here.
 if WORKER := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["LIFEBOAT_LAB"] = f"{os.environ.get('LIFEBOAT_LAB', 'lab')}-{WORKER}"
+
+
+def pytest_report_header() -> str | None:
+    """Says when the tests run other playbooks than the checkout: who runs one file forgets to build."""
+    installed = INSTALLED / "ansible_collections/lifeboat/evacuation"
+    older = [
+        path
+        for room in ("playbooks", "plugins", "roles")
+        for path in (ROOT / room).rglob("*")
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and not _same(path, installed / path.relative_to(ROOT))
+    ]
+    if not older:
+        return None
+    return f"{INSTALLED} differs from the checkout in {len(older)} files: `make build` to test these"
+
+
+def _same(path: Path, installed: Path) -> bool:
+    return installed.is_file() and filecmp.cmp(path, installed, shallow=False)
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,10 @@ evacuation:
       description: Where the job stands.
       type: str
       sample: migrate
+    state:
+      description: Instead of a step, where an arrival stands; with O(decision=source-dead).
+      type: str
+      sample: activated
     ended:
       description: Whether the job has ended.
       type: bool
@@ -200,7 +204,7 @@ class Evacuation:
             self._judge(job)
         after = job
         if self._check_mode and changed:
-            after = dict(job, step=self._parameters["state"])
+            after = dict(job, **{"state" if "state" in job else "step": self._parameters["state"]})
         return {
             "changed": changed,
             "evacuation": job,
@@ -266,6 +270,7 @@ class Evacuation:
             for arrival in arrivals
             if self._parameters["vm"] in (arrival.get("vm"), arrival.get("name"), arrival.get("id"))
         ]
+        here.sort(key=lambda arrival: (_is_open(arrival), arrival.get("epoch", 0)))
         job = dict(here[-1] if decision == "source-dead" and here else before)
         if not job:
             raise ProxyError(
@@ -276,7 +281,7 @@ class Evacuation:
                     "destination" if decision == "source-dead" else "source",
                 ),
             )
-        if job.get("step") != "undecided" and job.get("verdict") != "undecided":
+        if not _is_open(job) and "undecided" not in (job.get("step"), job.get("verdict")):
             return False, job
         if self._check_mode:
             return True, job
@@ -317,8 +322,14 @@ class Evacuation:
             )
 
 
+def _is_open(job: Job) -> bool:
+    """Whether it is an arrival whose VM does not run here yet: arrivals have a state, jobs a step."""
+    return job.get("state") in ("prepared", "released")
+
+
 def _brief(job: Job) -> dict[str, t.Any]:
-    return {key: job.get(key) for key in ("id", "name", "peer", "step", "verdict")} if job else {}
+    keys = ("id", "name", "peer", *(("state",) if "state" in job else ("step", "verdict")))
+    return {key: job.get(key) for key in keys} if job else {}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from precache_proxy.config import Config, parse
 from precache_proxy.control.api import ControlServer
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, PeerUnreachable
+from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.source.totals import PassTotals
 
 CONFIGURATION = """
@@ -297,7 +298,7 @@ class Evacuation:
         self.checked: list[tuple[str, bool]] = []
         # replicas here, by UUID: what a look at a fail-over tells
         self.outlooks: dict[str, dict[str, Any]] = {}
-        self.arrived: list[Arrived] = []
+        self.arrived: list[Any] = []
 
     async def begin(self, vm: str, *, options: Any) -> Job:
         uuid, name = self.source.identify(vm)
@@ -331,7 +332,7 @@ class Evacuation:
     def jobs(self) -> list[Job]:
         return list(self.remembered.values())
 
-    def arrivals(self) -> list[Arrived]:
+    def arrivals(self) -> list[Any]:
         return self.arrived
 
     def keep(self, store: Store, vm: str, peer: str, **told: Any) -> None:
@@ -397,6 +398,10 @@ class Evacuation:
         return self.job(identifier)
 
     async def settle(self, identifier: str, decision: str) -> dict[str, Any]:
+        if decision == "source-dead":
+            [arrival] = [one for one in self.arrived if identifier in {one.id, one.vm, one.name}]
+            arrival.state = ArrivalState.ACTIVATED
+            return {"id": arrival.id}
         job = self.job(identifier)
         self.remembered[job.id] = replace(
             job, step="stayed", verdict="stayed", sentence=f"settled: {decision}"

@@ -21,6 +21,7 @@ from precache_proxy.control.checks import CheckResult, Severity, run_checks, wor
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.requests import Protection
 from precache_proxy.errors import ConfigurationError
+from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from small_parts.parts import WEB, small_parts
 
 DAY = 86400.0
@@ -96,6 +97,7 @@ async def test_clock(parts: Parts, tmp_path: Path, offset: float, severity: Seve
     parts.channel.links["backup1"].clock_offset_seconds = offset
     first, second = (await results(parts, tmp_path))["clock"]
     assert (first.subject, first.severity, second.severity) == ("backup1", severity, Severity.OK)
+    assert first.seconds is not None
 
 
 async def test_link_that_is_down_is_told_once(parts: Parts, tmp_path: Path) -> None:
@@ -140,6 +142,20 @@ async def test_what_is_left_over_or_missing(parts: Parts, tmp_path: Path) -> Non
     assert found["scrub"][0].severity is Severity.CRITICAL
     assert "undecided: no contact with backup1" in found["evacuations"][0].sentence
     assert found["libvirt"][0].severity is Severity.CRITICAL
+
+
+@pytest.mark.parametrize(
+    ("state", "severity"),
+    [("prepared", Severity.CRITICAL), ("released", Severity.CRITICAL), ("activated", Severity.OK)],
+)
+async def test_a_vm_that_runs_here_waits_for_no_word(
+    parts: Parts, tmp_path: Path, state: str, severity: Severity
+) -> None:
+    """Its record may be of a release that kept the sentence."""
+    arrival = Arrival("j2", WEB, "web1", "home1", 1, 7, ArrivalState(state), cause="no-contact", sentence="x")
+    parts.evacuation.arrived = [arrival]
+    [result] = (await results(parts, tmp_path))["evacuations"]
+    assert result.severity is severity
 
 
 def test_worst_is_what_counts() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from precache_proxy.__main__ import main
 from precache_proxy.control import tables
+from precache_proxy.evacuation.arrival import Arrival
 from small_parts.parts import DATABASE, KNOWN, WEB
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -94,6 +95,11 @@ def test_settle_tells_what_holds_now(served: Any, command: Any) -> None:
     served.parts.evacuation.undecide(job)
     code, out, _ = command("settle", job, "keep-at-source")
     assert (code, out) == (0, "web1: stayed: settled: keep-at-source\n")
+
+
+def test_settle_tells_where_an_arrival_stands(served: Any, command: Any) -> None:
+    served.parts.evacuation.arrived = [Arrival("j2", "u2", "web2", "home2", 1, 7)]
+    assert command("settle", "web2", "source-dead")[:2] == (0, "web2: activated: settled\n")
 
 
 def test_no_proxy_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

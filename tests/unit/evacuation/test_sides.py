@@ -9,10 +9,18 @@ from typing import Any, cast
 
 import pytest
 
-from precache_proxy.errors import Conflict, HypervisorError, InvalidInput, LifeboatError, NotFound
+from precache_proxy.errors import (
+    Conflict,
+    HypervisorError,
+    InvalidInput,
+    LifeboatError,
+    NotFound,
+    PeerUnreachable,
+)
 from precache_proxy.evacuation import rollback
-from precache_proxy.evacuation.arrival import Arrival, ArrivalDisk, ArrivalState
+from precache_proxy.evacuation.arrival import NO_CONTACT, Arrival, ArrivalDisk, ArrivalJournal, ArrivalState
 from precache_proxy.evacuation.arrival_network import NothingToDo
+from precache_proxy.evacuation.arrival_tender import ArrivalTender
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.reconcile import Presence
@@ -58,12 +66,18 @@ class Machines:
         return self.is_there
 
 
-def arrivals(tmp_path: Path, store: Replicas, presence: Presence = Presence.ABSENT) -> Arrivals:
+def arrivals(
+    tmp_path: Path,
+    store: Replicas,
+    presence: Presence = Presence.ABSENT,
+    *,
+    machines: Machines | None = None,
+) -> Arrivals:
     state, run = tmp_path / "state", tmp_path / "run"
     state.mkdir(exist_ok=True)
     made = Arrivals(
-        state, run, cast(Any, Machines(presence)), Guard(state, run), cast(Any, store), NothingToDo(),
-        QemuUser(65534, 65534), presume_source_dead_after_seconds=None,
+        state, run, cast(Any, machines or Machines(presence)), Guard(state, run), cast(Any, store),
+        NothingToDo(), QemuUser(65534, 65534), presume_source_dead_after_seconds=None,
     )  # fmt: skip
     made.load()
     return made
@@ -219,6 +233,56 @@ async def test_writes_before_the_checkpoint_are_not_taken_for_counted(
     await there.tracking.begin(arrival)
     assert arrival.checkpoint == ""
     assert "ran before" in arrival.sentence
+
+
+class Resuming(Machines):
+    """Runs what it is told to run."""
+
+    async def resume(self, _vm: str) -> None:
+        self.is_there = Presence.RUNNING
+
+
+class SilentHome:
+    """A link to a home that does not answer, until it does."""
+
+    step: str | None = None
+
+    async def call(self, _method: str, _asked: Any, *, timeout_seconds: float) -> dict[str, Any]:
+        assert timeout_seconds > 0
+        if self.step is None:
+            raise PeerUnreachable("home1: no answer")
+        return {"known": True, "step": self.step}
+
+
+def standing(tmp_path: Path) -> tuple[Arrivals, ArrivalTender, SilentHome, Arrival]:
+    """An arrival that stands here whole, and whoever tends it."""
+    machines = Resuming(Presence.ARRIVED)
+    there = arrivals(tmp_path, Replicas(), machines=machines)
+    arrival = Arrival("j0", VM, "web1", "home1", 1, 7, checkpoint="lifeboat-e1-g8")
+    there.records.add(arrival)
+    home = SilentHome()
+    tender = ArrivalTender(there, cast(Any, machines), {"home1": home}, lambda _arrival: None)
+    return there, tender, home, arrival
+
+
+async def test_a_settled_vm_is_not_told_as_undecided_any_more(tmp_path: Path) -> None:
+    there, tender, _home, arrival = standing(tmp_path)
+    await tender.tend(arrival)
+    assert arrival.cause == NO_CONTACT
+    assert "settle j0 source-dead" in arrival.sentence
+    await there.declare_source_dead(arrival)
+    [kept] = ArrivalJournal(tmp_path / "state" / "arrivals").load()
+    for told in (arrival, kept):
+        assert (told.state, told.cause, told.sentence) == (ArrivalState.ACTIVATED, "", "")
+
+
+async def test_a_home_that_answers_again_takes_the_alarm_away(tmp_path: Path) -> None:
+    _there, tender, home, arrival = standing(tmp_path)
+    await tender.tend(arrival)
+    assert arrival.cause == NO_CONTACT
+    home.step = "migrate"
+    await tender.tend(arrival)
+    assert (arrival.state, arrival.cause, arrival.sentence) == (ArrivalState.PREPARED, "", "")
 
 
 class Ending(Machines):

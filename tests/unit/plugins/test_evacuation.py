@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from precache_proxy.errors import Conflict, Finding
+from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from small_parts.parts import WEB
 
 FINDING = Finding("VM web1/vda", "12 % covered", "wait for the first copy", "coverage")
@@ -82,6 +83,25 @@ def test_settle_needs_a_decision_and_an_undecided_job(run: Any, parts: Any) -> N
     done = run("evacuation", **asked)
     assert (done["changed"], done["evacuation"]["sentence"]) == (True, "settled: keep-at-source")
     assert run("evacuation", **asked)["changed"] is False
+
+
+@pytest.mark.parametrize("state", [ArrivalState.PREPARED, ArrivalState.RELEASED])
+def test_an_arrival_that_waits_is_told_that_its_source_is_dead(
+    run: Any, parts: Any, state: ArrivalState
+) -> None:
+    """As the example says it, by the VM's name; an arrival has a state, and neither step nor verdict."""
+    earlier = Arrival("j1", WEB, "web1", "home1", 1, 7, ArrivalState.LANDED)
+    waits = Arrival("j2", WEB, "web1", "home1", 3, 9, state, cause="no-contact", sentence="wait, or settle")
+    called_off = Arrival("j3", WEB, "web1", "home1", 3, 9, ArrivalState.ABORTED)
+    parts.evacuation.arrived = [waits, called_off, earlier]
+    asked = {"vm": "web1", "state": "settled", "decision": "source-dead"}
+    would = run("evacuation", check=True, **asked)
+    assert (would["changed"], would["diff"]["after"]["state"], waits.state) == (True, "settled", state)
+    done = run("evacuation", **asked)
+    assert (done["changed"], done["evacuation"]["id"]) == (True, "j2")
+    assert (done["evacuation"]["state"], done["diff"]["after"]["state"]) == ("activated", "activated")
+    assert run("evacuation", **asked)["changed"] is False
+    assert run("evacuation", check=True, **asked)["changed"] is False
 
 
 def test_undecided_ends_the_wait(run: Any, parts: Any) -> None:

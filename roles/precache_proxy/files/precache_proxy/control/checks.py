@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -48,12 +48,16 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One fact: which check, of which thing, how bad, in one sentence with the way out."""
+    """One fact: which check, of which thing, how bad, in one sentence with the way out.
+
+    ``seconds`` is how long a peer that was asked for it took to answer; None where nobody was.
+    """
 
     check: str
     subject: str
     severity: Severity
     sentence: str
+    seconds: float | None = None
 
 
 def worst(severities: list[Severity]) -> Severity:
@@ -62,6 +66,11 @@ def worst(severities: list[Severity]) -> Severity:
         return Severity.UNKNOWN
     rank = (Severity.OK, Severity.UNKNOWN, Severity.WARNING, Severity.CRITICAL)
     return max(severities, key=rank.index)
+
+
+def _waits_for_contact(arrival: Answer) -> bool:
+    """Once it runs here there is nothing left to say about it, whatever cause its record bears."""
+    return arrival.get("cause") == "no-contact" and arrival.get("state") in {"prepared", "released"}
 
 
 async def run_checks(parts: Parts, *, hook: Path = HOOK_PATH) -> list[CheckResult]:
@@ -118,7 +127,7 @@ class Checks:
             after = time.time()
             # The answer was written half a round trip ago, give or take that half.
             offset = abs(answer["time_seconds"] - (before + after) / 2) - (after - before) / 2
-            yield self._clock_result(peer, max(offset, 0.0))
+            yield replace(self._clock_result(peer, max(offset, 0.0)), seconds=after - before)
 
     @staticmethod
     def _clock_result(peer: str, offset: float) -> CheckResult:
@@ -230,7 +239,7 @@ class Checks:
         waiting = [
             job
             for job in [*self._status["evacuations"], *self._status["arrivals"]]
-            if job.get("step") == "undecided" or (job.get("cause") == "no-contact" and not job["ended"])
+            if "undecided" in (job.get("step"), job.get("verdict")) or _waits_for_contact(job)
         ]
         for job in waiting:
             sentence = f"undecided: {job.get('sentence') or 'no contact'}; see precache-proxy settle --help"

@@ -95,7 +95,8 @@ def _readable(key: str, value: Any) -> str:
 def settle(client: Client, output: Output, job: str, decision: str) -> int:
     """``settle``: the operator's word on an undecided job."""
     told = client.request("POST", f"/v1/evacuations/{segment(job)}/settle", {"decision": decision})
-    output.value(told, [f"{told.get('name', job)}: {told.get('step')}: {told.get('sentence') or 'settled'}"])
+    stands = told.get("step") or told.get("state")  # a job has a step, an arrival a state
+    output.value(told, [f"{told.get('name', job)}: {stands}: {told.get('sentence') or 'settled'}"])
     return 0
 
 

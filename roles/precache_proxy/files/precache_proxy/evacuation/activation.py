@@ -44,6 +44,7 @@ class Activation:
     async def run(self, arrival: Arrival) -> None:
         """Run a released VM. Raises Conflict where libvirt does not say what there is to run."""
         presence = await self._domains.presence(arrival.vm)
+        arrival.contact_matters_no_more()
         if presence in {Presence.ARRIVED, Presence.PAUSED, Presence.RUNNING}:
             await self._resume(arrival)
         elif presence in {Presence.SHUT_OFF, Presence.ABSENT, Presence.ENDED}:

@@ -36,6 +36,8 @@ FOLLOWING: Final[Mapping[ArrivalState, frozenset[ArrivalState]]] = {
     ArrivalState.ABORTING: frozenset({ArrivalState.ABORTED}),
     ArrivalState.ABORTED: frozenset(),
 }
+# The cause of one that stands here and whose old home cannot be asked.
+NO_CONTACT: Final = "no-contact"
 RUNS_HERE: Final = frozenset({ArrivalState.ACTIVATED, ArrivalState.LANDED})
 
 
@@ -132,6 +134,11 @@ class Arrival:
                 "see `precache-proxy status` here and at the source"
             )
         self.state = state
+
+    def contact_matters_no_more(self) -> None:
+        """It was decided, or can be asked about again: drop the sentence that calls for a decision."""
+        if self.cause == NO_CONTACT:
+            self.cause = self.sentence = ""
 
     def record(self) -> dict[str, Any]:
         """All of it, as the file holds it."""

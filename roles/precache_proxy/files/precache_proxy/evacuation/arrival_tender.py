@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from precache_proxy.errors import LifeboatError, PeerUnreachable
-from precache_proxy.evacuation.arrival import Arrival, ArrivalState
+from precache_proxy.evacuation.arrival import NO_CONTACT, Arrival, ArrivalState
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.job import Step
@@ -90,8 +90,11 @@ class ArrivalTender:
                     step.value if step else ("knows no such job" if reachable else "not reached"),
                     decision.value,
                 )  # fmt: skip
-            elif not reachable and presence is Presence.ARRIVED and arrival.cause != "no-contact":
-                arrival.cause = "no-contact"
+            elif reachable and arrival.cause == NO_CONTACT:
+                arrival.contact_matters_no_more()
+                await self._records.save(arrival)
+            elif not reachable and presence is Presence.ARRIVED and arrival.cause != NO_CONTACT:
+                arrival.cause = NO_CONTACT
                 arrival.sentence = (
                     f"VM {arrival.name} stands here complete and paused; {arrival.peer} cannot be asked "
                     f"whether it runs "

@@ -26,7 +26,7 @@ from precache_proxy.errors import (
     NotFound,
     PeerUnreachable,
 )
-from precache_proxy.evacuation.arrival import RUNS_HERE, Arrival, ArrivalState
+from precache_proxy.evacuation.arrival import NO_CONTACT, RUNS_HERE, Arrival, ArrivalState
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.preflight import QEMU_OVERHEAD_BYTES
@@ -303,9 +303,9 @@ class FailOver:
         await self._arrivals.act(arrival, ArrivalDecision.ACTIVATE, on_whose_word="operator")
 
     async def _wait_for_home(self, arrival: Arrival) -> None:
-        if arrival.cause == "no-contact":
+        if arrival.cause == NO_CONTACT:
             return
-        arrival.cause = "no-contact"
+        arrival.cause = NO_CONTACT
         arrival.sentence = (
             f"VM {arrival.name}: its fail-over was interrupted, and {arrival.peer} cannot be asked again "
             f"whether it runs there; wait, or repeat `precache-proxy fail-over {arrival.name} "

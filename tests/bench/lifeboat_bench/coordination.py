@@ -20,7 +20,8 @@ from lifeboat_lab.guests.plan import GuestPlan
 __all__ = ["HOSTS_NEEDED", "run"]
 
 FEEDBACK = "feedback"
-FIXED = ("sequential", "parallel", "static:2")
+# One at a time, two, four (`static:N` is per pair of hosts, of which there are two), all at once.
+FIXED = ("sequential", "static:1", "static:2", "parallel")
 # The last: a VM's way in takes longer than its memory, so that one at a time leaves the line idle.
 WANS = ("trans-pacific", "step", "regional")
 # A line that changes under way: from when its steps are counted is part of the run.

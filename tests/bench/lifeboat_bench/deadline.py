@@ -298,6 +298,10 @@ def _report(table: Table, runs: list[Run]) -> None:
                 Bar(f"out at {share:.0%} of the full time, beyond {strategy}", ">=", 0.0,
                     float(ours.out - theirs.out), "VMs")
             )  # fmt: skip
+            table.bars.append(
+                Bar(f"E at {share:.0%} of the full time, beyond {strategy}", ">=", 0.0,
+                    ours.expected_share - theirs.expected_share)
+            )  # fmt: skip
     for strategy in (FIFO, PARALLEL, FEEDBACK):
         shares = [one.expected_share for one in runs if one.strategy == strategy]
         table.summary[f"expected_share_mean_{strategy}"] = statistics.mean(shares)

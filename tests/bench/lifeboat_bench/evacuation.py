@@ -88,6 +88,9 @@ def _measure(ground: Ground, table: Table, case: Case) -> None:
     lag = int(job["bound"]["lag_bytes_at_command"])
     bound = (bound_bytes + lag) / rate + 4 * round_trip
     eviction = float(job["eviction_seconds"])
+    # As the stock tool's memory is counted: on the interface, both ways, frames and TLS and TCP with it. The
+    # lag that was sent first is ours to bear here, too; only what the disks' mirror sent is not memory's.
+    but_disks = crossed - int(job["bytes"]["disk_sent_bytes"])
     table.rows.append(
         {
             "load": case.load,
@@ -103,6 +106,7 @@ def _measure(ground: Ground, table: Table, case: Case) -> None:
             "lifeboat_seconds": eviction,
             "lifeboat_megabytes": crossed / 1e6,
             "lifeboat_memory_megabytes": job["bytes"]["ram_sent_bytes"] / 1e6,
+            "lifeboat_all_but_mirrored_megabytes": but_disks / 1e6,
             "lifeboat_downtime_seconds": job["downtime_seconds"],
             "qemu_downtime_seconds": job["qemu_downtime_seconds"],
             "bound_seconds": bound,
@@ -120,7 +124,7 @@ def _measure(ground: Ground, table: Table, case: Case) -> None:
     table.bars.append(Bar(f"{what}: eviction", "<=", 1.25 * bound + 12 * round_trip + 1, eviction, "s"))
     table.bars.append(
         Bar(f"{what}: memory on the wire, against multifd zstd", "<=", memory_packed.wire_bytes / 1e6,
-            job["bytes"]["ram_sent_bytes"] / 1e6, "MB")
+            but_disks / 1e6, "MB")
     )  # fmt: skip
     asked = 0.975 if case.load == RATIO_ROW else 0.9
     table.bars.append(Bar(f"{what}: reduction against plain", ">=", asked, 1 - eviction / plain.seconds))

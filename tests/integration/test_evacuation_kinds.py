@@ -13,7 +13,6 @@ import pytest
 
 from integration.evacuation_pair import EvacuationPair
 from integration.proxy_pair import BACKUP, HOME, LOG, STATE, Answer, Refused, wait_for
-from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 
@@ -148,21 +147,6 @@ def test_firmware_tpm_and_medium_go_out_and_come_back(pair: EvacuationPair) -> N
     assert sent == ["1", "0"], "the medium goes along once"
 
 
-def start_soon(guest: Guest) -> None:
-    """Start it just after it was shut off: the proxy may begin to read its images just then (limits.md)."""
-
-    def started() -> bool:
-        try:
-            guest.start()
-        except LabError as error:
-            if 'Failed to get "write" lock' not in str(error):
-                raise
-            return False
-        return True
-
-    wait_for(started, timeout_seconds=30)
-
-
 def test_disks_grow_come_and_go_and_the_name_changes(pair: EvacuationPair) -> None:
     guest = define(pair, GuestPlan("shape shifter", workload="fsync-log", disks=2))
     start(pair, guest)
@@ -185,7 +169,7 @@ def test_disks_grow_come_and_go_and_the_name_changes(pair: EvacuationPair) -> No
     # A name can only be changed while the VM is off; the replica is this VM's by its UUID.
     pair.virsh(HOME, "destroy", uuid)
     pair.virsh(HOME, "domrename", uuid, "umbenannt – renamed")
-    start_soon(guest)
+    guest.start()
     guest.wait_ready()
     pair.wait_protected(guest, HOME)
     run_pass(pair, HOME, guest)

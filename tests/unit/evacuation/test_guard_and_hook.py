@@ -157,24 +157,41 @@ def test_another_vm_is_not_concerned(host: Host) -> None:
     assert host.hook("prepare", "begin", "-", xml=XML.replace("01</uuid>", "02</uuid>")).returncode == 0
 
 
-def test_readers_of_the_images_are_asked_to_go_and_waited_for(host: Host, tmp_path: Path) -> None:
-    reader = tmp_path / "qemu-nbd"
-    reader.write_bytes(Path("/bin/sleep").read_bytes())
-    reader.chmod(0o755)
-    process = subprocess.Popen([reader, "60"])
-    other = subprocess.Popen(["sleep", "60"])
+def ticks(pid: int) -> int:
+    """When a process began, in clock ticks since boot."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def test_readers_of_the_images_are_ended_and_waited_for(host: Host) -> None:
+    process, other = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    gone = subprocess.Popen(["true"])
+    gone.wait()
     try:
         (host.run / "readers").mkdir()
-        pids = {"pids": [process.pid, other.pid]}
-        (host.run / "readers" / f"{VM}.json").write_text(json.dumps(pids))
+        # `other` has a number that was reused: it began at another time, and is not ours to end
+        noted = {
+            "pids": [gone.pid, process.pid, other.pid],
+            "ticks": [1, ticks(process.pid), ticks(other.pid) - 1],
+        }
+        (host.run / "readers" / f"{VM}.json").write_text(json.dumps(noted))
         assert host.start().returncode == 0
-        assert process.wait(timeout=5) == -15
-        # a number that was reused: not a qemu-nbd, not ours to end
+        assert process.wait(timeout=5) == -9
         assert other.poll() is None
     finally:
         for one in (process, other):
             one.kill()
             one.wait()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"pids": 7, "ticks": []}', '{"pids": [0, -1, 99999999], "ticks": [1, 2, 3]}']
+)
+def test_a_note_of_readers_that_cannot_be_read_keeps_no_vm_from_starting(host: Host, text: str) -> None:
+    for kind in ("readers", "changing"):
+        (host.run / kind).mkdir()
+        (host.run / kind / f"{VM}.json").write_text(text)
+    passed = host.start()
+    assert (passed.returncode, passed.stderr) == (0, "")
 
 
 def test_the_hook_is_quick(host: Host) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from precache_proxy.channel.settings import TrafficClass
-from precache_proxy.errors import Conflict
+from precache_proxy.errors import Conflict, VmStateChanged
 from precache_proxy.source import protection as protection_module
 from precache_proxy.source.backups import Backups
 from precache_proxy.source.gate import PriorityGate
@@ -202,7 +203,12 @@ async def test_the_peer_is_told_what_was_asked_for(tmp_path: Path, knows: dict[s
         return {"vda": 4096}
 
     link.call = call  # type: ignore[method-assign]
-    replication.disks = cast(Any, SimpleNamespace(look=look, sizes=sizes, check_images=lambda _layout: None))
+    replication.disks = cast(
+        Any,
+        SimpleNamespace(
+            look=look, sizes=sizes, check_images=lambda _layout: None, unchanged=lambda **_more: nullcontext()
+        ),
+    )  # fmt: skip
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("precache_proxy.source.replication.read_attachments", lambda _definition: {})
@@ -305,6 +311,7 @@ async def test_passes_of_a_held_vm_are_not_starved_by_memory(tmp_path: Path) -> 
         SimpleNamespace(
             look=look, sizes=lambda *_unused, **_more: answer({"vda": 4096}), source=lambda *_a, **_b: None,
             check_images=lambda _layout: None, refused={}, transferable_xml=lambda: answer("<domain/>"),
+            unchanged=lambda **_more: nullcontext(),
         ),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -339,3 +346,32 @@ def test_a_pass_under_way_is_hastened(sent_as: TrafficClass, then: TrafficClass)
     generation._stream = cast(Any, SimpleNamespace(traffic_class=sent_as))
     generation.hasten()
     assert cast(Any, generation._stream).traffic_class is then
+
+
+async def test_a_start_that_met_a_reader_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    protection.replication.standing.needs_reconcile = False
+    asked = asyncio.Event()
+
+    async def find_it_started(**_unused: object) -> None:
+        asked.set()
+        raise VmStateChanged("VM web1: it was started while its images were in use here; ask again")
+
+    async def reconcile() -> None:
+        protection.replication.standing.needs_reconcile = False
+
+    monkeypatch.setattr(protection.replication, "run_pass", find_it_started)
+    monkeypatch.setattr(protection.replication.standing, "reconcile", reconcile)
+    protection.start()
+    try:
+        await asyncio.wait_for(asked.wait(), 5)
+        await asyncio.sleep(0.05)
+        assert (protection.state, protection.cause) == ("protected", "ok")
+        # the event of its start comes as soon as it runs
+        asked.clear()
+        protection.wake()
+        await asyncio.wait_for(asked.wait(), 5)
+    finally:
+        await protection.stop()

@@ -134,6 +134,12 @@ class StaleEpoch(Conflict):
     cause = "stale-epoch"
 
 
+class VmStateChanged(Conflict):
+    """The VM was started, or shut off, since it was looked at: its disks are to be had elsewhere now."""
+
+    cause = "state-changed"
+
+
 class TrackingLost(LifeboatError):
     """The dirty bitmap that the next pass needs is gone or inconsistent."""
 

@@ -20,15 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from precache_proxy.blocks.launch import Admit, open_gate, start_server
 from precache_proxy.errors import Conflict, HypervisorError, InvalidInput, LifeboatError, NoSpace, NotFound
 from precache_proxy.units import MIB
 
 READY_SECONDS = 30.0
 CLOSE_SECONDS = 300.0
 _STDERR_TAIL_BYTES = 8192
-# sh gives qemu-nbd the socket as descriptor 3 and its own process number; setpriv has the kernel
-# kill qemu-nbd when the proxy dies (a preexec_fn would not be safe beside libvirt's threads).
-_LAUNCH = 'exec 3<&0 0</dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec setpriv --pdeathsig KILL "$@"'
 # A fresh mapping for every request's buffer costs more page faults than the copying costs time.
 _ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
@@ -200,13 +198,16 @@ async def open_export(
     flush_to_disk: bool = True,
     connections: int = 1,
     name: str = "",
+    admit: Admit | None = None,
 ) -> Export:
     """Serve ``image`` until the export is closed; the default export name is the empty one.
 
     ``bitmap`` exposes a persistent bitmap as ``qemu:dirty-bitmap:NAME``, ``allocation_depth`` the context
     of that name. ``flush_to_disk`` False has NBD flushes stop at the page cache: for a file that is
     worthless until its writer has synced it as a whole. ``name`` begins the socket's file name.
-    Raises Conflict (in use), NoSpace, NotFound, InvalidInput or HypervisorError with qemu-nbd's words.
+    ``admit`` is asked before qemu-nbd opens anything.
+    Raises what ``admit`` raises, or with qemu-nbd's words Conflict (in use), NoSpace, NotFound, InvalidInput,
+    HypervisorError.
     """
     options = image_options(image, format, backing)
     command = ["qemu-nbd", "--persistent", f"--shared={connections}", "--aio=threads"]
@@ -226,12 +227,11 @@ async def open_export(
     command.append("json:" + json.dumps(options, ensure_ascii=False))
     listener, path = _listen(socket_directory, name)
     try:
-        process = await asyncio.create_subprocess_exec(
-            "sh", "-c", _LAUNCH, "sh", *command,
-            stdin=listener.fileno(), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-            process_group=0,
-            env=_ENVIRONMENT | {"PATH": os.environ.get("PATH", os.defpath)},
-        )  # fmt: skip
+        process = await start_server(
+            *command,
+            listener=listener.fileno(),
+            environment=_ENVIRONMENT | {"PATH": os.environ.get("PATH", os.defpath)},
+        )
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -239,6 +239,7 @@ async def open_export(
         listener.close()  # our copy would keep clients waiting for a qemu-nbd that has ended
     export = Export(image, path, process, writable=writable)
     try:
+        await open_gate(process, admit)
         await export._ready()
     except BaseException:
         await export.kill()

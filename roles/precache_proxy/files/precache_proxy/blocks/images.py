@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy.blocks.export import failure, image_options
+from precache_proxy.blocks.launch import Admit, open_gate, start_tool
 from precache_proxy.errors import InvalidInput
 
 SECTOR_BYTES = 512
@@ -51,14 +52,29 @@ def stamp(path: str | Path) -> str:
     return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
-async def qemu_img(subject: Path | str, *arguments: str | Path, tolerated_codes: Sequence[int] = (0,)) -> str:
-    """Run ``qemu-img`` and return its output. Raises what :func:`failure` makes of its words."""
-    process = await asyncio.create_subprocess_exec(
-        "qemu-img", *(os.fspath(argument) for argument in arguments),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}, process_group=0,
-    )  # fmt: skip
+async def qemu_img(
+    subject: Path | str,
+    *arguments: str | Path,
+    tolerated_codes: Sequence[int] = (0,),
+    admit: Admit | None = None,
+) -> str:
+    """Run ``qemu-img`` and return its output; ``admit`` is asked before it opens anything.
+
+    Raises what ``admit`` raises, and what :func:`failure` makes of its words.
+    """
+    command = ["qemu-img", *(os.fspath(argument) for argument in arguments)]
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
+    if admit is None:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            env=environment, process_group=0,
+        )  # fmt: skip
+    else:
+        process = await start_tool(*command, environment=environment)
     try:
+        if admit is not None:
+            await open_gate(process, admit)
         output, errors = await process.communicate()
     except BaseException:
         if process.returncode is None:
@@ -151,14 +167,17 @@ async def resize(image: Path, format: str, size_bytes: int) -> None:  # noqa: A0
     await qemu_img(image, "resize", "-q", "-f", format, _plain(image), str(rounded_size(size_bytes)))
 
 
-async def add_bitmap(image: Path, name: str, granularity_bytes: int = 65536) -> None:
+async def add_bitmap(
+    image: Path, name: str, granularity_bytes: int = 65536, *, admit: Admit | None = None
+) -> None:
     """Add an enabled, empty persistent bitmap to a qcow2 image that nobody has open."""
-    await qemu_img(image, "bitmap", "--add", "-g", str(granularity_bytes), "-f", "qcow2", _plain(image), name)
+    change = ("--add", "-g", str(granularity_bytes), "-f", "qcow2", _plain(image), name)
+    await qemu_img(image, "bitmap", *change, admit=admit)
 
 
-async def remove_bitmap(image: Path, name: str) -> None:
+async def remove_bitmap(image: Path, name: str, *, admit: Admit | None = None) -> None:
     """Remove a persistent bitmap, also an inconsistent one, from a qcow2 image that nobody has open."""
-    await qemu_img(image, "bitmap", "--remove", "-f", "qcow2", _plain(image), name)
+    await qemu_img(image, "bitmap", "--remove", "-f", "qcow2", _plain(image), name, admit=admit)
 
 
 async def measure(image: Path, format: str) -> int:  # noqa: A002

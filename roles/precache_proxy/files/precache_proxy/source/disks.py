@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from precache_proxy.blocks import images
 from precache_proxy.blocks.images import ImageReference
-from precache_proxy.errors import NotFound, TrackingLost
+from precache_proxy.errors import NotFound, TrackingLost, VmStateChanged
 from precache_proxy.hypervisor.domain_xml import Definition, Disk
 from precache_proxy.hypervisor.handles import DomainHandle
 from precache_proxy.source import offline
+from precache_proxy.source.claims import ImageClaims
 from precache_proxy.source.environment import Environment
 from precache_proxy.source.layout import Layout, plan_layout
 from precache_proxy.source.media import MediaCourier
@@ -39,9 +41,26 @@ class VmDisks:
         """The VM for libvirt and for people."""
         return VmReference(self._record.uuid, self._record.name)
 
+    @property
+    def claims(self) -> ImageClaims:
+        """What our processes need that open images of the VM while it is off."""
+        return ImageClaims(self._environment.run_directory, self.vm, self.is_active)
+
     async def is_active(self) -> bool:
         """Whether the VM has a QEMU process."""
         return await self._environment.hypervisor.is_active(await self._domain(), subject=str(self.vm))
+
+    @contextlib.asynccontextmanager
+    async def unchanged(self, *, active: bool) -> AsyncIterator[None]:
+        """Tracking may only seem to be lost where the VM was started or shut off since it was looked at: that
+        raises VmStateChanged then, and no resync follows."""
+        try:
+            yield
+        except TrackingLost as error:
+            if await self.is_active() != active:
+                what = "shut off" if active else "started"
+                raise VmStateChanged(f"{self.vm}: it was {what} while it was looked at; ask again") from error
+            raise
 
     async def _domain(self) -> DomainHandle:
         try:
@@ -103,7 +122,7 @@ class VmDisks:
             self.vm,
             references,
             socket_directory=run / "nbd",
-            readers_path=run / "readers" / f"{self._record.uuid}.json",
+            claims=self.claims,
         )
 
     def records(self, layout: Layout, sizes: Mapping[str, int]) -> dict[str, DiskRecord]:

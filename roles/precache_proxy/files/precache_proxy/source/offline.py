@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from precache_proxy.blocks import images
-from precache_proxy.errors import TrackingLost
+from precache_proxy.errors import LifeboatError, TrackingLost
 from precache_proxy.hypervisor.domain_xml import Disk
+from precache_proxy.source.claims import ImageClaims
 from precache_proxy.source.tracker import VmReference, parse_checkpoint_name
 
 
@@ -47,16 +48,21 @@ async def check_bitmaps(vm: VmReference, disks: Mapping[str, Disk], bitmap: str)
             )
 
 
-async def replace_bitmaps(vm: VmReference, disks: Mapping[str, Disk], bitmap: str | None) -> None:
+async def replace_bitmaps(claims: ImageClaims, disks: Mapping[str, Disk], bitmap: str | None) -> None:
     """Remove our bitmaps from closed images and begin ``bitmap`` where one is named.
 
-    Raises Conflict where the image is open: the VM was started meanwhile.
+    Raises VmStateChanged where the VM was started meanwhile, Conflict where somebody else has an image open.
     """
-    del vm
-    for disk in disks.values():
-        described = (await images.info(path(disk.path), disk.format, in_use=True))[0]
-        for name in described.bitmaps:
-            if parse_checkpoint_name(name) is not None:
-                await images.remove_bitmap(path(disk.path), name)
-        if bitmap is not None:
-            await images.add_bitmap(path(disk.path), bitmap)
+    try:
+        for disk in disks.values():
+            described = (await images.info(path(disk.path), disk.format, in_use=True))[0]
+            for name in described.bitmaps:
+                if parse_checkpoint_name(name) is not None:
+                    await images.remove_bitmap(path(disk.path), name, admit=claims.admit_change)
+            if bitmap is not None:
+                await images.add_bitmap(path(disk.path), bitmap, admit=claims.admit_change)
+    except LifeboatError:
+        await claims.blame_start()
+        raise
+    finally:
+        await claims.forget_ended()

@@ -20,6 +20,7 @@ from precache_proxy.errors import (
     PeerUnreachable,
     StaleEpoch,
     TrackingLost,
+    VmStateChanged,
 )
 from precache_proxy.source.environment import Environment
 from precache_proxy.source.passes import PassResult
@@ -342,6 +343,12 @@ class Protection:
     def _failed(self, error: LifeboatError) -> float:
         record = self.record
         cause = getattr(error, "cause", "error")
+        if isinstance(error, VmStateChanged):
+            # The next turn looks anew; the event of its start or end wakes us.
+            self.replication.standing.needs_reconcile = True
+            self._set_at_rest()
+            logger.info("%s", error.message)
+            return RETRY_SECONDS[0]
         delay = RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)]
         self._failures += 1
         if isinstance(error, TrackingLost):

@@ -145,10 +145,11 @@ class Replication:
         if not name:
             raise TrackingLost(f"{self.vm}: changes are not counted yet")
         self.disks.check_images(layout)
-        if active:
-            await self._have_checkpoint(name, layout, list(layout.tracked))
-        else:
-            await offline.check_bitmaps(self.vm, layout.tracked, name)
+        async with self.disks.unchanged(active=active):
+            if active:
+                await self._have_checkpoint(name, layout, list(layout.tracked))
+            else:
+                await offline.check_bitmaps(self.vm, layout.tracked, name)
 
     async def _begin_seeding(self, seeding: Seeding, layout: Layout, *, active: bool) -> None:
         """A checkpoint stands before the first block is read, and the peer's marks are of this copy."""
@@ -159,7 +160,7 @@ class Replication:
             await self._tracker.keep_only(self.vm, None)
             await self._tracker.create_checkpoint(self.vm, name, list(layout.tracked), layout.absent)
         else:
-            await offline.replace_bitmaps(self.vm, layout.tracked, name)
+            await offline.replace_bitmaps(self.disks.claims, layout.tracked, name)
         record.seeding_checkpoint = name
         record.seeding_offsets = {}
         record.disks = self.disks.records(layout, {})
@@ -199,7 +200,8 @@ class Replication:
         resync = compare_all and bool(record.resync_cause)
         if resync:
             covered = {}
-        dirty = await self._dirty(covered, layout, active=active)
+        async with self.disks.unchanged(active=active):
+            dirty = await self._dirty(covered, layout, active=active)
         contents = await asyncio.to_thread(read_attachments, definition)
         attachments, digests = changed_attachments(contents, record.attachments)
         new = [] if resync else [target for target in layout.tracked if target not in covered]
@@ -273,7 +275,7 @@ class Replication:
         if not fresh:
             return checkpoint
         name = checkpoint_name(self.record.epoch, self.record.next_generation)
-        await offline.replace_bitmaps(self.vm, layout.tracked, name)
+        await offline.replace_bitmaps(self.disks.claims, layout.tracked, name)
         return name
 
     async def send_residual(
@@ -394,6 +396,6 @@ class Replication:
             if active:
                 await self._tracker.keep_only(self.vm, None)
             else:
-                await offline.replace_bitmaps(self.vm, layout.tracked, None)
+                await offline.replace_bitmaps(self.disks.claims, layout.tracked, None)
                 for name in await self._tracker.checkpoints(self.vm):
                     await self._tracker.forget_checkpoint(self.vm, name)

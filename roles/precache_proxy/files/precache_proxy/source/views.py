@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Protocol
 from precache_proxy.blocks.export import open_export
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.blocks.nbd import NbdClient
+from precache_proxy.errors import LifeboatError
 from precache_proxy.source.backups import EXPORT_BITMAP, Backup, Backups
+from precache_proxy.source.claims import ImageClaims
 from precache_proxy.source.reader import DiskReader
 from precache_proxy.source.totals import PassTotals
 from precache_proxy.source.tracker import VmReference
@@ -98,8 +99,7 @@ async def _backup_readers(vm: VmReference, backup: Backup) -> AsyncIterator[dict
 class ClosedImages:
     """Views of images that no QEMU writes to: shut-off VMs, frozen layers. They last until they are read.
 
-    Who wants to open such an image for writing has to end our readers first: while they run, their process
-    numbers stand in ``readers_path``, where the libvirt hook finds them.
+    Where QEMU may want to open them for writing, ``claims`` let the libvirt hook end our readers.
     """
 
     sliced = False
@@ -110,55 +110,56 @@ class ClosedImages:
         images: Mapping[str, ImageReference],
         *,
         socket_directory: Path,
-        readers_path: Path | None = None,
+        claims: ImageClaims | None = None,
         top_layers: bool = False,
     ) -> None:
         self._vm = vm
         self._images = dict(images)
         self._socket_directory = socket_directory
-        self._readers_path = readers_path
+        self._claims = claims
         # what counts as changed is what the topmost layer of each image holds itself
         self._top_layers = top_layers
-        self._pids: list[int] = []
 
     @contextlib.asynccontextmanager
     async def open(self, since: Mapping[str, str], checkpoint: str | None) -> AsyncIterator[View]:
-        """See :class:`ViewSource`; ``since`` names bitmaps in the images, ``checkpoint`` is not made here."""
+        """See :class:`ViewSource`; ``since`` names bitmaps in the images, ``checkpoint`` is not made here.
+
+        Raises VmStateChanged where the VM was started meanwhile.
+        """
         del checkpoint
-        readers: dict[str, DiskReader] = {}
+        claims = self._claims
         try:
             async with contextlib.AsyncExitStack() as stack:
+                readers: dict[str, DiskReader] = {}
                 for disk, image in self._images.items():
-                    bitmap = since.get(disk)
-                    export = await open_export(
-                        image.path,
-                        format=image.format,
-                        socket_directory=self._socket_directory,
-                        bitmap=bitmap,
-                        allocation_depth=self._top_layers,
-                        name="read",
-                    )
-                    self._note(export.pid)
-                    stack.push_async_callback(export.kill)
-                    client = await NbdClient.connect(
-                        export.socket,
-                        "",
-                        DiskReader.contexts(bitmap, top_layer=self._top_layers),
-                        subject=f"{self._vm} disk {disk}",
-                    )
-                    await stack.enter_async_context(client)
-                    readers[disk] = DiskReader(client, bitmap, top_layer=self._top_layers)
+                    readers[disk] = await self._read(stack, disk, image, since.get(disk))
                 yield View(readers)
+        except LifeboatError:
+            if claims is not None:
+                await claims.blame_start()
+            raise
         finally:
-            self._pids.clear()
-            if self._readers_path is not None:
-                self._readers_path.unlink(missing_ok=True)
+            if claims is not None:
+                await claims.forget_ended()
 
-    def _note(self, pid: int) -> None:
-        self._pids.append(pid)
-        if self._readers_path is None:
-            return
-        self._readers_path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-        beside = self._readers_path.with_name(f".{self._readers_path.name}.new")
-        beside.write_text(json.dumps({"pids": self._pids}))
-        beside.rename(self._readers_path)
+    async def _read(
+        self, stack: contextlib.AsyncExitStack, disk: str, image: ImageReference, bitmap: str | None
+    ) -> DiskReader:
+        export = await open_export(
+            image.path,
+            format=image.format,
+            socket_directory=self._socket_directory,
+            bitmap=bitmap,
+            allocation_depth=self._top_layers,
+            name="read",
+            admit=None if self._claims is None else self._claims.admit_reader,
+        )
+        stack.push_async_callback(export.kill)
+        client = await NbdClient.connect(
+            export.socket,
+            "",
+            DiskReader.contexts(bitmap, top_layer=self._top_layers),
+            subject=f"{self._vm} disk {disk}",
+        )
+        await stack.enter_async_context(client)
+        return DiskReader(client, bitmap, top_layer=self._top_layers)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from integration.mobility_agents import Agents, agents_running
-from integration.mobility_net import HOME_PREFIX, Guest, Namespace, eventually, pings
+from integration.mobility_net import BRIDGE, HOME_PREFIX, Guest, Namespace, eventually, pings
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -29,6 +29,12 @@ class HomeLink:
         self._net[anchor].ip(f"route add {HOME_PREFIX} dev {self.DEVICE}")
         (link,) = self._net[anchor].show("link", "show", "dev", self.DEVICE)
         self.anchor_mac = str(link["address"])
+
+    def plug_gateway(self, gateway: str) -> None:
+        """The gateway's bridge is this link from now on: its VMs are at home here."""
+        self._net.wire(self._net[gateway], self.DEVICE, self._switch, gateway)
+        self._switch.ip(f"link set {gateway} master lan")
+        self._net[gateway].ip(f"link set {self.DEVICE} master {BRIDGE}")
 
     def host(self, name: str, address: object) -> Namespace:
         """A host with an address of the home prefix, on-link like all its neighbours."""
@@ -51,15 +57,65 @@ def whom(space: Namespace, guest: Guest) -> str | None:
     return str(found[0]["lladdr"]) if found and "lladdr" in found[0] else None
 
 
-def test_a_neighbour_at_home_reaches_a_vm_that_is_away_and_one_that_is_back(agents: Agents) -> None:
+def home_link(agents: Agents, *gateways: str, attraction: str = "never") -> HomeLink:
+    """The home link at anchor1, on which the VMs of these gateways are at home."""
     link = HomeLink(agents, "anchor1")
+    for gateway in gateways:
+        link.plug_gateway(gateway)
     anchor = agents["anchor1"]
     anchor.stop()
-    anchor.settings["prefixes"][0]["link"] = link.DEVICE
+    anchor.settings["prefixes"][0] |= {"link": link.DEVICE, "link_gateways": [*gateways]}
+    anchor.settings["attraction"] = {"mode": attraction}
     # Its link-local address is checked for a moment before it can be used.
     eventually(lambda: not _tentative(agents.net["anchor1"], link.DEVICE), 20)
     anchor.start()
     agents.together()
+    return link
+
+
+def test_a_vm_at_home_keeps_its_address_and_neighbours_follow_it_away_and_back(agents: Agents) -> None:
+    link = home_link(agents, "gateway1", attraction="always")
+    net, anchor = agents.net, agents["anchor1"]
+    neighbour = link.host("neighbour", HOME_PREFIX.network_address + 0x99)
+    guest = agents.settle()
+    assert pings(neighbour, guest.home)
+    assert whom(neighbour, guest) == guest.mac
+    assert not _tunnelled(net["anchor1"], guest)
+    # It boots again, and asks whether its address is free.
+    guest.space.ip(f"address del {guest.home}/64 dev eth0", f"address add {guest.home}/64 dev eth0")
+    eventually(lambda: not _tentative(guest.space, "eth0"))
+    assert not _failed(guest.space, guest)
+    assert pings(neighbour, guest.home)
+
+    # It leaves, and there is nobody at home but the anchor to say so.
+    agents["gateway1"].kill()
+    agents.move(guest, "gateway2", 2, tell=False)
+    eventually(lambda: whom(neighbour, guest) == link.anchor_mac, 2)
+    assert pings(neighbour, guest.home)
+    assert pings(net["client"], guest.home)
+    assert _tunnelled(net["anchor1"], guest)
+
+    # It comes back: the home gateway has it, and nobody withdrew it.
+    agents["gateway1"].start()
+    agents.together()
+    agents.move(guest, "gateway1", 3)
+    eventually(lambda: anchor.holder(guest) == "gateway1")
+    eventually(lambda: not _tunnelled(net["anchor1"], guest))
+    neighbour.ip("neighbour flush dev eth0")
+    assert pings(neighbour, guest.home)
+    assert whom(neighbour, guest) == guest.mac
+    assert pings(net["client"], guest.home)
+    # So it is after a restart.
+    anchor.kill()
+    anchor.start()
+    assert anchor.holder(guest) == "gateway1"
+    assert not _tunnelled(net["anchor1"], guest)
+    assert pings(net["client"], guest.home)
+
+
+def test_a_neighbour_at_home_reaches_a_vm_that_is_away_and_one_that_is_withdrawn(agents: Agents) -> None:
+    link = home_link(agents)
+    anchor = agents["anchor1"]
     neighbour = link.host("neighbour", HOME_PREFIX.network_address + 0x99)
     guest = agents.net.guest("far", at="gateway2")
     agents["gateway2"].arrive(guest, 1, wait_seconds=5)
@@ -71,7 +127,7 @@ def test_a_neighbour_at_home_reaches_a_vm_that_is_away_and_one_that_is_back(agen
     eventually(lambda: _failed(thief, guest), 10)
     thief.ip(f"address del {guest.home}/128 dev eth0")
 
-    # It comes home: no tunnel, no answer for it, the link has it again.
+    # It runs nowhere: no tunnel, no answer for it; whoever has the address on the link has it.
     agents["gateway2"].depart(guest, withdraw=True)
     eventually(lambda: anchor.holder(guest) is None)
     guest.plug(None)
@@ -81,6 +137,10 @@ def test_a_neighbour_at_home_reaches_a_vm_that_is_away_and_one_that_is_back(agen
     assert pings(neighbour, guest.home)
     (own,) = returned.show("link", "show", "dev", "eth0")
     assert whom(neighbour, guest) == own["address"]
+
+
+def _tunnelled(anchor: Namespace, guest: Guest) -> bool:
+    return any(route["dst"] == str(guest.home) for route in anchor.show("route", "show", "table", "7601"))
 
 
 def _tentative(space: Namespace, device: str) -> bool:

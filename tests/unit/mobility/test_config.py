@@ -92,3 +92,35 @@ def test_all_faults_are_told_at_once_and_no_secret() -> None:
     ):
         assert fact in told.value.message
     assert "abcd" not in told.value.message
+
+
+ANCHOR = """
+name = "anchor1"
+address = "2001:db8:a::2"
+tunnel_address = "2001:db8:a::d"
+anchor = true
+[[prefixes]]
+prefix = "2001:db8:100::/64"
+{}
+[[peers]]
+name = "kvm1"
+address = "2001:db8:1::b"
+tunnel_address = "2001:db8:1::d"
+gateway = true
+"""
+
+
+def test_a_home_link_says_which_gateways_stand_on_it() -> None:
+    prefix = parse(ANCHOR.format('link = "lan0"\nlink_gateways = ["kvm1"]'), KEYS).prefixes[0]
+    assert prefix.link_gateways == {"kvm1"}
+    assert (
+        parse(ANCHOR.format('link = "lan0"\nlink_gateways = []'), KEYS).prefixes[0].link_gateways
+        == frozenset()
+    )
+    for text, words in (
+        ('link = "lan0"', "link_gateways"),
+        ('link = "lan0"\nlink_gateways = ["kvm9"]', "names kvm9, which is no gateway"),
+        ('link_gateways = ["kvm1"]', "no such setting"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            parse(ANCHOR.format(text), KEYS)

@@ -47,11 +47,15 @@ class Bridge:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A home prefix; ``link``: on an anchor, the device that is the home link."""
+    """A home prefix; ``link``: on an anchor, the device that is the home link.
+
+    ``link_gateways``: the gateways whose bridge is that link: a VM that is bound to one of them is at home.
+    """
 
     network: IPv6Network
     native: bool = False
     link: str | None = None
+    link_gateways: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +265,8 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
                 reader.network("prefix"),
                 reader.boolean("native", default=False),
                 reader.text("link") if reader.has("link") else None,
+                # Asked for by name: taken for away, a VM at home would lose its address to the anchor.
+                reader.names("link_gateways") if reader.has("link") else frozenset(),
             )
             for reader in top.tables("prefixes")
         ),
@@ -334,7 +340,13 @@ def _judge(config: Config, path: Path, findings: list[Finding]) -> None:
                     "give each its own",
                 )
             addresses[address] = peer.name
+    gateways = {peer.name for peer in config.peers if peer.gateway} | (
+        {config.name} if config.gateway else set()
+    )
     for index, prefix in enumerate(config.prefixes):
+        for name in sorted(prefix.link_gateways - gateways):
+            way_out = "name gateways out of the peers, or this host where it is one"
+            fault(f"prefix {prefix.network}", f"link_gateways names {name}, which is no gateway", way_out)
         for other in config.prefixes[:index]:
             if prefix.network.overlaps(other.network):
                 fault(f"prefix {prefix.network}", f"overlaps {other.network}", "a prefix is on one link only")

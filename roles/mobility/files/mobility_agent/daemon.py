@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import signal
@@ -117,7 +118,7 @@ class Daemon:
 
     def _home_link(self, device: str) -> Responder:
         mac, link_local = self.parts.path.link_identity(device)
-        return Responder(device, mac, link_local, self._bound)
+        return Responder(device, mac, link_local, functools.partial(self._away_from, device))
 
     def _begin(self) -> None:
         """What was kept is wanted first, so that the kernel is reconciled with all of it in one go."""
@@ -148,9 +149,10 @@ class Daemon:
         gateway = self.parts.gateway
         return gateway is not None and gateway.elsewhere(address, duplicate_detection)
 
-    def _bound(self, address: IPv6Address, _unused: bool) -> bool:
+    def _away_from(self, device: str, address: IPv6Address, _duplicate_detection: bool) -> bool:
+        # Who asks whether the address of a VM that is away is free is told that it is not.
         anchor = self.parts.anchor
-        return anchor is not None and anchor.bound(address)
+        return anchor is not None and anchor.away_from(device, address)
 
     def _receive(self, peer: Peer, message: Message) -> None:
         parts = self.parts

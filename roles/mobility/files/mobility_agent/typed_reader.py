@@ -70,6 +70,17 @@ class Reader:
 
         return self._take(key, None, fits, "write a name of letters, digits and . - _") or ""
 
+    def names(self, key: str) -> frozenset[str]:
+        """A required list of names, which may be empty."""
+
+        def fits(value: Any) -> frozenset[str] | None:
+            good = isinstance(value, list) and all(
+                isinstance(item, str) and _NAME.match(item) for item in value
+            )
+            return frozenset(value) if good else None
+
+        return self._take(key, None, fits, "write a list of names of agents; [] for none") or frozenset()
+
     def uuid(self, key: str) -> str:
         """A VM's UUID."""
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, IPv6Network
 from typing import Any
 
 from mobility_agent.anchor.attraction import Attractor
@@ -86,6 +86,11 @@ class AnchorDuty:
         self.table = BindingTable(self._rules)
         self.attractor = Attractor(config.attraction, self._rules.prefixes, self._path.attract)
         self._peers = {peer.address: peer for peer in config.partners}
+        addresses = {peer.name: peer.address for peer in config.partners}
+        self._home_gateways = [
+            (prefix.network, frozenset(addresses[name] for name in prefix.link_gateways))
+            for prefix in config.prefixes
+        ]
         self._tellings: dict[tuple[str, IPv6Address], _Telling] = {}
         self._telling_sequence = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,8 +110,8 @@ class AnchorDuty:
                 logger.warning("binding of VM %s: its record is damaged (%s) and was left out", vm, error)
                 continue
             self.table.restore([binding])
-            if binding.active:
-                self._path.set_remote(binding.homes, binding.care_of)
+            if tunnelled := self._tunnelled(binding):
+                self._path.set_remote(tunnelled, binding.care_of)
         logger.info("anchor: %d bindings restored, start %d", len(self.table), self._restarts)
 
     def start(self) -> None:
@@ -233,11 +238,11 @@ class AnchorDuty:
         before, after = verdict.before, verdict.after
         if before == after or after is None:
             return
-        if before is not None and before.active:
-            gone = before.homes if not after.active else tuple(set(before.homes) - set(after.homes))
+        tunnelled = self._tunnelled(after)
+        if gone := tuple(set(self._tunnelled(before)) - set(tunnelled)):
             self._path.clear_remote(gone)
-        if after.active:
-            self._path.set_remote(after.homes, after.care_of)
+        if tunnelled:
+            self._path.set_remote(tunnelled, after.care_of)
         if verdict.cause != "refreshed":
             self._journal.put(after.vm, after.as_record())
             self._show_on_home_link(before, after)
@@ -246,19 +251,43 @@ class AnchorDuty:
             self._tell_loss(displaced, after)
         self._wake.set()
 
+    # --- the home link ---
+
+    def _at_home(self, binding: Binding, home: IPv6Network) -> bool:
+        return any(
+            binding.gateway in gateways and home.subnet_of(prefix) for prefix, gateways in self._home_gateways
+        )
+
+    def _away(self, binding: Binding | None) -> tuple[IPv6Network, ...]:
+        """The addresses that are bound to a gateway which does not stand on their home link."""
+        if binding is None or not binding.active:
+            return ()
+        return tuple(home for home in binding.homes if not self._at_home(binding, home))
+
+    def _tunnelled(self, binding: Binding | None) -> tuple[IPv6Network, ...]:
+        """Those that packets are tunnelled for; the others this host's own routing leads to the home link."""
+        if binding is not None and binding.active and self._config.gateway:
+            # What is not tunnelled to its place here would leave by the anchor in use, and come back.
+            return binding.homes
+        return self._away(binding)
+
     def _show_on_home_link(self, before: Binding | None, after: Binding) -> None:
         """On the home link neighbours turn to us for a VM that left it; one that is back tells them."""
-        if not after.active or (before is not None and before.active):
-            return
+        left = set(self._away(after)) - set(self._away(before))
         for prefix in self._config.prefixes:
             responder = self._home_links.get(prefix.link or "")
-            for home in after.homes if responder is not None else ():
+            for home in left if responder is not None else ():
                 if home.prefixlen == 128 and home.subnet_of(prefix.network) and responder is not None:
                     responder.announce(home.network_address)
 
-    def bound(self, address: IPv6Address) -> bool:
-        """Whether ``address`` is a home address that is bound somewhere."""
-        return self.table.owner(address) is not None
+    def away_from(self, device: str, address: IPv6Address) -> bool:
+        """Whether ``address`` is of the home link ``device`` and bound to a gateway elsewhere."""
+        vm = self.table.owner(address)
+        return (
+            vm is not None
+            and any(prefix.link == device and address in prefix.network for prefix in self._config.prefixes)
+            and IPv6Network(address) in self._away(self.table.get(vm))
+        )
 
     # --- who lost ---
 

@@ -38,7 +38,10 @@ _ENCAP_REDUCED = 3
 _LOCAL_ACTION, _LOCAL_NEXT_HOP, _END_DX6 = 1, 5, 5
 _ONLINK = 4
 _SCOPE_LINK, _SCOPE_NOWHERE = 253, 255
+_MAIN_TABLE = 254
 _PRIORITY_VALUE = 1024
+# Behind a route of the home link's own, which would be replaced otherwise.
+_ATTRACTED_PRIORITY = 2048
 
 
 class Kind(IntEnum):
@@ -70,6 +73,12 @@ class Route:
     decapsulate: bool = False
     mtu: int | None = None
     kind: Kind = Kind.FORWARD
+
+    @property
+    def priority(self) -> int:
+        """What the kernel prefers it by; the lower comes first."""
+        attracted = self.kind is Kind.UNREACHABLE and self.table == _MAIN_TABLE
+        return _ATTRACTED_PRIORITY if attracted else _PRIORITY_VALUE
 
     def __str__(self) -> str:
         words = [f"route {self.destination} table {self.table}"]
@@ -108,7 +117,7 @@ def _body(route: Route, *, whole: bool) -> bytes:
         family, scope = socket.AF_INET, _SCOPE_LINK if whole else _SCOPE_NOWHERE
     body = _MESSAGE.pack(family, length, 0, 0, table, PROTOCOL, scope, kind, flags)
     body += attribute(_DESTINATION, route.destination.network_address.packed) if length else b""
-    body += number(_TABLE, route.table) + number(_PRIORITY, _PRIORITY_VALUE)
+    body += number(_TABLE, route.table) + number(_PRIORITY, route.priority)
     if not whole:
         return body
     if route.device is not None:

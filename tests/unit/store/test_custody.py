@@ -183,6 +183,24 @@ async def test_prepare_names_need_and_room_and_all_findings(
     assert (await source.prepare(name="renamed Würfel"))["name"] == "renamed Würfel"
 
 
+async def test_a_first_copy_that_was_cut_needs_room_for_the_rest_only(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    """48 MiB have room for 40, and after 24 of them, for the other 16."""
+    store = Store(small_disk / "store", tmp_path / "run", StoreSettings(2, 4 * MIB))
+    await store.start()
+    source = Source(Handlers(store))
+    source.resize(vda=40 * MIB)
+    await source.prepare(needed_bytes=40 * MIB)
+    await source.seed([Change("vda", 0, noise(24 * MIB))], {"vda": 24 * MIB})
+    held = (await store.status(VM))["disks"]["vda"]["allocated_bytes"]
+    assert held >= 24 * MIB
+    await source.prepare(needed_bytes=40 * MIB)
+    with pytest.raises(NoSpace):
+        await source.prepare(needed_bytes=80 * MIB)
+    await store.stop()
+
+
 async def test_what_the_home_was_asked_for_is_kept_with_the_replica(
     tmp_path: Path, source: Source, store: Store
 ) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from precache_proxy.control import answers
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import LifeboatError
 from precache_proxy.hypervisor.domain_xml import Definition
+from precache_proxy.source.offline import allocated_bytes
 from precache_proxy.units import KIB
-
-_BLOCK_BYTES = 512
 
 
 def memory_bytes(path: Path = Path("/proc/meminfo")) -> tuple[int | None, int | None]:
@@ -30,18 +27,6 @@ def memory_bytes(path: Path = Path("/proc/meminfo")) -> tuple[int | None, int | 
     except (OSError, ValueError, IndexError):
         return None, None
     return told.get("MemTotal"), told.get("MemAvailable")
-
-
-def allocated_bytes(path: str) -> int | None:
-    """What an image takes now: a file's blocks, all of a block device; None: it cannot be looked at."""
-    try:
-        found = os.stat(path)
-        if not stat.S_ISBLK(found.st_mode):
-            return found.st_blocks * _BLOCK_BYTES
-        with open(path, "rb") as device:
-            return device.seek(0, os.SEEK_END)
-    except OSError:
-        return None
 
 
 def disk_bytes(definition: Definition) -> int | None:

@@ -157,6 +157,13 @@ class VmDisks:
                 sizes[target] = described[0].size_bytes
         return sizes
 
+    @staticmethod
+    async def first_copy_bytes(layout: Layout, sizes: Mapping[str, int]) -> int:
+        """What the first copy of all tracked disks takes at most."""
+        return sum(
+            [await offline.first_copy_bytes(disk, sizes[target]) for target, disk in layout.tracked.items()]
+        )
+
     async def transferable_xml(self) -> str:
         """The persistent definition as another host takes it."""
         hypervisor = self._environment.hypervisor

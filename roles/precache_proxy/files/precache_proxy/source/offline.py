@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,13 +28,29 @@ def inode(name: str) -> int:
         return 0
 
 
-def allocated_bytes(name: str) -> int:
-    """What an image takes on its file system; the whole of a block device."""
+def allocated_bytes(name: str) -> int | None:
+    """What an image takes now: a file's blocks, all of a block device; None: it cannot be looked at."""
     try:
         status = os.stat(name)
+        if not stat.S_ISBLK(status.st_mode):
+            return status.st_blocks * 512
+        with open(name, "rb") as device:
+            return device.seek(0, os.SEEK_END)
     except OSError:
-        return 0
-    return status.st_blocks * 512
+        return None
+
+
+async def first_copy_bytes(disk: Disk, size_bytes: int) -> int:
+    """What a first copy takes at most: all that the image and those below it take, and no more than
+    ``size_bytes``, which the guest sees."""
+    total = 0
+    # A shut-off VM's definition does not name the images below.
+    for layer in await images.info(path(disk.path), disk.format, in_use=True):
+        taken = allocated_bytes(str(layer.path))
+        if taken is None:
+            return size_bytes
+        total += taken
+    return min(total, size_bytes)
 
 
 async def check_bitmaps(vm: VmReference, disks: Mapping[str, Disk], bitmap: str) -> None:

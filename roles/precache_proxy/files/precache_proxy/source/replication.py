@@ -116,8 +116,8 @@ class Replication:
         record = self.record
         definition, layout, active = await self.disks.look()
         sizes = await self.disks.sizes(definition, layout.tracked, active=active)
-        allocated = sum(offline.allocated_bytes(disk.path) for disk in layout.tracked.values())
-        await self.standing.prepare_replica(sizes, definition, allocated)
+        needed_bytes = await self.disks.first_copy_bytes(layout, sizes)
+        await self.standing.prepare_replica(sizes, definition, needed_bytes)
         seeding = Seeding(
             self.environment.link(record.peer),
             vm_uuid=record.uuid,

@@ -26,6 +26,8 @@ def objections(
     errors: list[LifeboatError] = []
     if replica is not None and not replica.record.detached:
         errors += _of_replica(replica, peer, epoch, disks)
+        # A first copy that was cut goes on: what of it is here needs no room again.
+        needed_bytes = max(0, needed_bytes - replica.allocated_bytes(disks))
     elif replica is not None and epoch < replica.record.epoch:
         errors.append(
             StaleEpoch(f"VM {name}: it has arrived here with epoch {replica.record.epoch}, not {epoch}")

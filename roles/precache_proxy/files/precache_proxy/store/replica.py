@@ -343,7 +343,7 @@ class Replica:
             disks[disk] = {
                 "size_bytes": size,
                 "held_bytes": size if sealed and disk in sealed.disks else record.seeding.get(disk, 0),
-                "allocated_bytes": sum(_allocated(self.path(layer.file)) for layer in chain),
+                "allocated_bytes": self.allocated_bytes([disk]),
                 "chain_length": len(chain),
             }
         return {
@@ -370,6 +370,11 @@ class Replica:
             "generations": [entry.generation for entry in record.generations],
             "protection": record.protection,
         }
+
+    def allocated_bytes(self, disks: Iterable[str]) -> int:
+        """What these disks take here (blocking: looks at the files)."""
+        layers = [layer for disk in disks for layer in self.record.layers.get(disk, ())]
+        return sum(_allocated(self.path(layer.file)) for layer in layers)
 
     def space_text(self) -> str:
         """For log lines."""

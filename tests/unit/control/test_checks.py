@@ -64,8 +64,8 @@ async def results(parts: Parts, tmp_path: Path) -> dict[str, list[CheckResult]]:
 async def test_all_well(parts: Parts, tmp_path: Path) -> None:
     found = await results(parts, tmp_path)
     assert set(found) == {
-        "libvirt", "link", "clock", "certificate", "rpo", "scrub", "store-space", "scratch", "hook",
-        "evacuations",
+        "libvirt", "link", "clock", "certificate", "rpo", "disks", "scrub", "store-space", "scratch",
+        "hook", "evacuations",
     }  # fmt: skip
     bad = [result for several in found.values() for result in several if result.severity is not Severity.OK]
     assert bad == []
@@ -120,6 +120,13 @@ async def test_certificate_ends(parts: Parts, tmp_path: Path, days: int, severit
     (result,) = (await results(parts, tmp_path))["certificate"]
     assert result.severity is severity
     assert "run site_setup to renew it" in result.sentence
+
+
+async def test_a_disk_that_no_pass_carries(parts: Parts, tmp_path: Path) -> None:
+    parts.source.spoil(WEB, cause="disk-left-out", refused_disks=["vdb"])
+    [result] = (await results(parts, tmp_path))["disks"]
+    assert (result.subject, result.severity) == ("web1", Severity.CRITICAL)
+    assert "disk vdb cannot be protected" in result.sentence
 
 
 async def test_what_is_left_over_or_missing(parts: Parts, tmp_path: Path) -> None:

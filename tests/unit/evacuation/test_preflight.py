@@ -173,14 +173,40 @@ def test_no_space_is_told_with_what_is_needed_and_what_is_free(tmp_path: Path) -
             "<mirror job='copy'/></disk>",
             "a block job (copy) runs on disk vdb",
         ),
+        (
+            "<disk type='file' device='disk'><driver type='raw'/><source file='/i/b.raw'/>"
+            "<target dev='vdb'/></disk>",
+            "it is raw on /i/b.raw, cannot be protected as it is, and would be left behind",
+        ),
+        (
+            "<disk type='network' device='disk'><driver type='raw'/><source protocol='rbd' name='p/i'/>"
+            "<target dev='vdb'/></disk>",
+            "it is raw on rbd:p/i, cannot be protected",
+        ),
+        (
+            "<disk type='file' device='disk'><driver type='raw'/><source file='/i/s'/><target dev='vdb'/>"
+            "<shareable/></disk>",
+            "it is raw on /i/s, cannot be protected",
+        ),
     ],
-    ids=["hostdev", "folder", "floppy", "block-job"],
+    ids=["hostdev", "folder", "floppy", "block-job", "raw", "network", "shared"],
 )
 def test_what_the_source_sees(more: str, fact: str) -> None:
     definition = parse_definition(XML.replace("</devices>", f"{more}</devices>"))
     found = preflight.source_findings(definition, Presence.RUNNING, STATUS, "backup1")
     assert [fact in one.fact for one in found] == [True], [str(one) for one in found]
     assert found[0].way_out
+
+
+def test_a_disk_is_no_trouble_that_may_stay_or_is_on_the_network_anyway() -> None:
+    raw = "<disk type='file' device='disk'><driver type='raw'/><source file='/i/s'/><target dev='vdb'/>"
+    iso = "<disk type='network' device='cdrom'><source protocol='https' name='i.iso'/><target dev='sda'/>"
+    more = f"{raw}<shareable/></disk>{iso}<readonly/></disk></devices>"
+    definition = parse_definition(XML.replace("</devices>", more))
+    status = {**STATUS, "disks": ["vda"]}
+    assert preflight.source_findings(definition, Presence.RUNNING, status, "backup1") == []
+    [left] = preflight.source_findings(definition, Presence.RUNNING, STATUS, "backup1")
+    assert left.subject == "VM web1, disk vdb"
 
 
 @pytest.mark.parametrize(

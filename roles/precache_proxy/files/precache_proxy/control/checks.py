@@ -172,6 +172,20 @@ class Checks:
         sentence = f"lag {format_seconds(lag)} is over the RPO of {format_seconds(rpo)} ({vm['state']}){why}"
         return CheckResult("rpo", vm["name"], severity, sentence)
 
+    async def check_disks(self) -> AsyncIterator[CheckResult]:
+        """Every disk of every protected VM is in its replica."""
+        for vm in self._status["vms"]:
+            left_out = vm.get("refused_disks")
+            if left_out:
+                sentence = (
+                    f"disk {', '.join(left_out)} cannot be protected as it is and would be left behind, so "
+                    "no evacuation begins; the preflight says why: detach it, or protect the VM again with "
+                    "raw_overlay_consent"
+                )
+                yield CheckResult("disks", vm["name"], Severity.CRITICAL, sentence)
+            else:
+                yield CheckResult("disks", vm["name"], Severity.OK, "all that it has are in the replica")
+
     async def check_scrub(self) -> AsyncIterator[CheckResult]:
         """No replica was found to differ from its source."""
         for vm in self._status["vms"]:

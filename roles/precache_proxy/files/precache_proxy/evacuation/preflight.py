@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from precache_proxy.evacuation.guard import TOMBSTONE, Guard, hook_findings
 from precache_proxy.evacuation.media_places import Shelf, find_places
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
+from precache_proxy.source.layout import plan_layout
 from precache_proxy.units import MIB, format_bytes
 
 # What an overlay may take at least: a guest goes on writing while RAM crosses.
@@ -92,6 +93,7 @@ def source_findings(
                 "conflict",
             )
         )
+    found += _left_out(definition, status.get("disks"))
     protected = set(status.get("disks") or covered_disks(definition))
     for key in covered_disks(definition):
         disk = definition.disk(key)
@@ -110,6 +112,27 @@ def source_findings(
                     "conflict",
                 )
             )
+    return found
+
+
+def _left_out(definition: Definition, only: Collection[str] | None) -> list[Finding]:
+    """Disks that the VM got since it was protected, and that no pass carries."""
+    found: list[Finding] = []
+    for target in plan_layout(definition, only).refused:
+        disk = definition.disk(target)
+        if disk is None or disk.device not in {"disk", "lun"}:
+            continue
+        is_raw = disk.is_writable_disk and disk.format == "raw" and bool(disk.path)
+        what = f"{disk.format} on {disk.path or disk.image.location or disk.image.kind}"
+        way_out = "protect the VM again with raw_overlay_consent, or detach the disk"
+        found.append(
+            Finding(
+                f"VM {definition.name}, disk {target}",
+                f"it is {what}, cannot be protected as it is, and would be left behind",
+                way_out if is_raw else "detach it, or put its content on a disk in qcow2",
+                "unsupported",
+            )
+        )
     return found
 
 

@@ -47,7 +47,8 @@ def plan_layout(definition: Definition, only: Collection[str] | None) -> Layout:
         if removable and not disk.path and not disk.image.location:
             continue
         if not disk.path or disk.image.kind not in _LOCAL_KINDS:
-            refused.append(disk.target)
+            if not removable:  # a drive whose medium is on the network reads it wherever it is
+                refused.append(disk.target)
         elif disk.is_writable_disk and disk.device == "disk" and disk.format == "qcow2":
             tracked[disk.target] = disk
         elif disk.readonly or removable:

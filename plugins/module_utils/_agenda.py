@@ -36,6 +36,10 @@ class Agenda:
         """As they are to go."""
         return tuple(sorted(uuids, key=lambda uuid: self._rank.get(uuid, 0)))
 
+    def expire(self) -> None:
+        """Somebody waits of whom the plan knows nothing: it is old from now on."""
+        self._made_at = float("-inf")
+
     def is_old(self, seen: Observation, left: float | None) -> bool:
         """Whether a new plan is due; ``left`` is what is left until the deadline, in seconds."""
         if seen.now - self._made_at >= _PLAN_EVERY_SECONDS or self.plan is None:

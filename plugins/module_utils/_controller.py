@@ -54,6 +54,8 @@ _RETRY_SECONDS = 5.0
 _WORTH_AN_IDLE_PAIR = 0.5
 # A start that its host has not answered for so long holds nobody up: as a move of a host that is silent.
 _UNHEARD_SECONDS = 10.0
+# By so much a deadline must have moved for those that gave way to it to be begun again.
+_LATER_SECONDS = 10.0
 
 
 class Controller:
@@ -73,6 +75,8 @@ class Controller:
         self._attempts: dict[str, int] = {}
         self._retry_at: dict[str, float] = {}
         self._over: dict[str, str] = {}
+        # Those that gave way because there was no time for them, and the deadline for which they did.
+        self._gave_way: dict[str, float] = {}
         self._memory = DestinationMemory(site.destinations)
         self._told: dict[str, str] = {}
         self._held_before: set[str] = set()
@@ -170,7 +174,23 @@ class Controller:
                 self._retry_at.setdefault(uuid, seen.now + _RETRY_SECONDS)
             else:
                 self._waiting.pop(uuid, None)
+        self._take_back(seen)
         self._uplinks.observe(seen, self._shares, self._waiting)
+
+    def _take_back(self, seen: Observation) -> None:
+        """Those that gave way to a deadline that has moved since (a UPS is on line again) have their turn."""
+        for uuid, at in list(self._gave_way.items()):
+            if uuid in seen.out:
+                del self._gave_way[uuid]
+            elif seen.deadline_at is not None and seen.deadline_at <= at + _LATER_SECONDS:
+                continue
+            elif uuid in seen.failed and uuid not in seen.moves:
+                # Its cancelled job is no try that failed.
+                del self._gave_way[uuid]
+                self._over.pop(uuid, None)
+                self._attempts[uuid] = max(0, self._attempts.get(uuid, 0) - 1)
+                self._waiting[uuid] = None
+                self._agenda.expire()
 
     def _holds_memory(self, uuid: str) -> None:
         # Of those that moved before anybody planned, the destination's own answer speaks.
@@ -400,9 +420,11 @@ class Controller:
             if fall is None:
                 continue
             if fall.rung is Rung.STAY:
-                if not self._waiting and len(seen.moves) == 1:
+                if not self._has_heirs(uuid, seen, orders):
                     continue  # nobody would gain by its giving way
                 self._over[uuid] = fall.reason
+                if seen.deadline_at is not None:
+                    self._gave_way[uuid] = seen.deadline_at
             if fall.rung is Rung.RESTART:
                 # Its move is cancelled, and it begins anew as soon as it is seen to run here again.
                 self._vms[uuid] = replace(vm, rungs=(Rung.RESTART, Rung.STAY))
@@ -410,6 +432,15 @@ class Controller:
                 self._retry_at[uuid] = seen.now
             orders.falls[uuid] = fall
             orders.decisions.append(Decision(uuid, f"falls-to-{fall.rung.value}", fall.reason, fall.sentence))
+
+    def _has_heirs(self, uuid: str, seen: Observation, orders: Orders) -> bool:
+        """Whether anybody would gain if this one gave way: others that send, or that may yet start."""
+        giving_way = {other for other, fall in orders.falls.items() if fall.rung is Rung.STAY}
+        return any(
+            not move.silent and move.phase is not Phase.CLOSING
+            for other, move in seen.moves.items()
+            if other != uuid and other not in giving_way
+        ) or any(other in self._agenda.starts_at and other not in self._hopeless for other in self._waiting)
 
     def _share(self, seen: Observation, orders: Orders) -> None:
         by_gate: dict[int, list[Member]] = {}

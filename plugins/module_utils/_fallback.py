@@ -100,7 +100,8 @@ def judge(
     """Whether a live move must go down the ladder now, and how far; None: it may go on.
 
     ``rate`` is what it can have, ``seconds_left`` until the deadline (None: no deadline). ``certain``: the
-    rate was seen for a while, and may be believed when it says that live leads nowhere.
+    rate was seen for a while, and may be believed when it says that live leads nowhere. For a deadline that
+    has passed nothing is cancelled: the power may last longer than was said, and nobody could begin instead.
     """
     if move.rung is not Rung.LIVE or move.phase is not Phase.BULK:
         return None
@@ -114,9 +115,9 @@ def judge(
     hopeless = move.hopeless or (certain and not forecast(vm, Rung.LIVE, rate, round_trip_seconds).feasible)
     if hopeless and outruns and Rung.PAUSED in allowed:
         return Fall(Rung.PAUSED, "does-not-converge", _said(move, rate))
-    if hopeless and outruns and Rung.RESTART in allowed:
+    if hopeless and outruns and Rung.RESTART in allowed and (seconds_left is None or seconds_left > 0):
         return Fall(Rung.RESTART, "does-not-converge", _said(move, rate))
-    if seconds_left is None:
+    if seconds_left is None or seconds_left <= 0:
         return None
     # As late as it may be, so that guests run while they can; as early as it must be.
     latest = paused * (1 + MARGIN_SHARE) + MARGIN_SECONDS

@@ -389,6 +389,73 @@ def test_falls_come_in_time_and_only_where_they_help() -> None:
     assert hopeless.reason == "does-not-converge"
 
 
+@pytest.mark.parametrize("left", [0.0, -1.0, -500.0])
+def test_nothing_under_way_is_cancelled_for_a_deadline_that_has_passed(left: float) -> None:
+    busy = vm("a", memory=300 * MB, dirty_bytes_per_second=5 * MB, rungs=(Rung.LIVE, Rung.RESTART, Rung.STAY))
+    bulk = Move("uuid-a", Phase.BULK, remaining_bytes=3e6, bytes_per_second=6e6, dirty_bytes_per_second=1e6)
+    assert judge(busy, bulk, 6e6, 0.18, left) is None
+    outruns = replace(bulk, hopeless=True, dirty_bytes_per_second=9e6)
+    assert judge(busy, outruns, 6e6, 0.18, left) is None, "a restart could not be begun any more"
+    stopped = judge(replace(busy, rungs=(Rung.LIVE, Rung.PAUSED)), outruns, 6e6, 0.18, left)
+    assert stopped is not None
+    assert stopped.rung is Rung.PAUSED, "else it would go on for ever"
+
+
+def late_pair(rate: float | None, deadline: float) -> tuple[Controller, dict[str, Move]]:
+    """One under way that cannot be out in time, seen long enough to be sure, and one that waits."""
+    controller = Controller(site(vm("late", memory=400 * MB), vm("waits", memory=600 * MB), rate=rate))
+    moves = {"uuid-late": Move("uuid-late", Phase.BULK, remaining_bytes=390e6, bytes_per_second=6e6)}
+    for second in range(0, 12, 2):
+        told = controller.step(Observation(float(second), moves if second else {}, deadline_at=deadline))
+        assert not told.falls
+    return controller, moves
+
+
+def test_nobody_gives_way_to_those_that_cannot_start_any_more() -> None:
+    controller, moves = late_pair(50 * MBIT, 300.0)
+    assert controller.waiting == ("uuid-waits",)
+    told = controller.step(Observation(260.0, moves, deadline_at=300.0))
+    assert not told.falls, "who waits would be too late, too: its being cancelled helps nobody"
+
+
+def test_of_two_that_are_late_one_goes_on() -> None:
+    controller = Controller(site(vm("a", memory=400 * MB), vm("b", host=2, memory=400 * MB), rate=None))
+    for second in range(0, 40, 2):
+        moves = {f"uuid-{name}": Move(f"uuid-{name}", Phase.BULK, remaining_bytes=390e6, bytes_per_second=6e6)
+                 for name in "ab"} if second else {}  # fmt: skip
+        told = controller.step(Observation(float(second), moves, deadline_at=45.0))
+        if told.falls:
+            break
+    assert [fall.rung for fall in told.falls.values()] == [Rung.STAY]
+
+
+def test_who_gave_way_is_begun_again_when_the_deadline_moves_later() -> None:
+    """The UPS is on line again, or a later time was given."""
+    whole = site(vm("late", memory=400 * MB), vm("other", host=2, memory=400 * MB), rate=None)
+    controller = Controller(whole)
+    rate = {"bytes_per_second": 6e6, "remaining_bytes": 390e6}
+    moves = {uuid: Move(uuid, Phase.BULK, **rate) for uuid in ("uuid-late", "uuid-other")}
+    falls: dict[str, object] = {}
+    for second in range(0, 40, 2):
+        falls = dict(
+            controller.step(Observation(float(second), moves if second else {}, deadline_at=45.0)).falls
+        )
+        if falls:
+            break
+    (gone,) = falls
+    (stays,) = set(moves) - {gone}
+    on = {stays: moves[stays]}
+    ended = {"failed": {gone: False}}
+    assert not controller.step(Observation(42.0, on, **ended, deadline_at=45.0)).starts
+    assert controller.waits_because(gone) == "too-late"
+    starts = [
+        uuid
+        for second in range(44, 60, 2)
+        for uuid, _rung in controller.step(Observation(float(second), on, **ended, deadline_at=900.0)).starts
+    ]
+    assert starts == [gone]
+
+
 def test_one_that_was_held_back_is_not_given_up_for_what_it_got_meanwhile() -> None:
     """Alone on its pair: nothing but its trickle was ever seen there."""
     controller = Controller(site(vm("a"), vm("b", host=2, memory=200 * MB), rate=None))

@@ -20,6 +20,12 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
     ProxyError,
     read_answer,
 )
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._become import (
+    Become,
+    ChannelStreams,
+    LocalStreams,
+    SudoError,
+)
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import Reach
 
 try:
@@ -96,6 +102,7 @@ class Bridge:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: _Connection | None = None
         self._channel: paramiko.Channel | None = None
+        self._errors: socket.socket | None = None
 
     def request(
         self,
@@ -167,6 +174,12 @@ class Bridge:
 
     def _said(self) -> str:
         """What the bridge command complained of, if it did."""
+        if self._errors is not None:
+            with contextlib.suppress(OSError):
+                self._errors.settimeout(1.0)
+                return (
+                    self._errors.recv(2000).decode(errors="replace").strip().removeprefix("precache-proxy: ")
+                )
         if self._channel is None:
             return ""
         with contextlib.suppress(Exception):
@@ -186,41 +199,60 @@ class Bridge:
         self._connection = _Connection(made)
         return self._connection
 
-    def _sudo(self) -> list[str]:
-        if not self._reach.become or self._reach.user == "root":
-            return []
-        return ["sudo", "-S", "-p", "", "--"] if self._reach.become_password else ["sudo", "-n", "--"]
+    def _as_root(self, *, is_root: bool) -> tuple[list[str], Become | None]:
+        """The command, and how sudo is answered where it may ask."""
+        if not self._reach.become or is_root:
+            return self._command, None
+        if not self._reach.become_password:
+            return ["sudo", "-n", "--", *self._command], None
+        become = Become(self._command, self._reach.become_password)
+        return become.command, become
 
     def _open_locally(self) -> socket.socket:
-        sudo = [] if os.geteuid() == 0 else self._sudo()
+        command, become = self._as_root(is_root=os.geteuid() == 0)
         ours, theirs = socket.socketpair()
+        # What sudo asks is read until the bridge runs; what is said later stays in the socket's buffer.
+        errors, their_errors = socket.socketpair() if become is not None else (None, None)
         try:
             self._process = subprocess.Popen(
-                [*sudo, *self._command], stdin=theirs.fileno(), stdout=theirs.fileno()
-            )
+                command, stdin=theirs.fileno(), stdout=theirs.fileno(),
+                stderr=None if their_errors is None else their_errors.fileno(),
+            )  # fmt: skip
         except OSError as error:
             ours.close()
-            raise Unreachable(
-                f"{self.name}: {self._command[0]} cannot be run here ({error.strerror})"
-            ) from error
+            raise Unreachable(f"{self.name}: {command[0]} cannot be run here ({error.strerror})") from error
         finally:
             theirs.close()
+            if their_errors is not None:
+                their_errors.close()
+        if become is not None and errors is not None:
+            self._errors = errors
+            try:
+                become.wait(LocalStreams(ours, errors), self.name, REQUEST_TIMEOUT_SECONDS)
+            except (OSError, SudoError) as error:
+                ours.close()
+                self._drop_bridge()
+                raise Unreachable(str(error)) from error
         ours.settimeout(REQUEST_TIMEOUT_SECONDS)
         return ours
 
     def _open_remotely(self) -> _ChannelSocket:
-        sudo = self._sudo()
         for attempt in (0, 1):
             client = self._client()
             transport = client.get_transport()
+            command, become = self._as_root(is_root=self._reach.user == "root")
             try:
                 if transport is None:
                     raise paramiko.SSHException("not connected")
                 channel = transport.open_session(timeout=self._reach.timeout_seconds)
                 channel.settimeout(REQUEST_TIMEOUT_SECONDS)
-                channel.exec_command(shlex.join([*sudo, *self._command]))
-                if sudo and self._reach.become_password:
-                    channel.sendall(f"{self._reach.become_password}\n".encode())
+                channel.exec_command(shlex.join(command))
+                if become is not None:
+                    become.wait(ChannelStreams(channel), self.name, REQUEST_TIMEOUT_SECONDS)
+                    channel.settimeout(REQUEST_TIMEOUT_SECONDS)
+            except SudoError as error:
+                channel.close()
+                raise Unreachable(str(error)) from error
             except (OSError, EOFError, paramiko.SSHException) as error:
                 self._hang_up()
                 if attempt:
@@ -281,6 +313,9 @@ class Bridge:
                 self._connection.close()
         self._connection = None
         self._channel = None
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
         if self._process is not None:
             # What runs by sudo is not ours to end; it ends by itself, for we hung up on it.
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -71,8 +72,8 @@ class Agent:
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
         self._said_before = 0
-        keys = f'[[keys]]\nindex = 256\nsecret = "{secret}"\n'
-        (self.directory / "mobility_keys.toml").write_text(keys)
+        #: Secrets by the number of their key.
+        self.keys = {256: secret}
 
     @property
     def log(self) -> str:
@@ -89,11 +90,11 @@ class Agent:
 
     def _config(self) -> str:
         settings, lines = self.settings, []
-        plain = {key: value for key, value in settings.items() if not isinstance(value, (list, dict))}
+        tables_of = {key: value for key, value in settings.items() if _is_table(value)}
+        plain = {key: value for key, value in settings.items() if key not in tables_of}
         lines += [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
-        for name, table in settings.items():
-            tables = table if isinstance(table, list) else [table] if isinstance(table, dict) else []
-            for entry in tables:
+        for name, table in tables_of.items():
+            for entry in table if isinstance(table, list) else [table]:
                 lines.append(f"[[{name}]]" if isinstance(table, list) else f"[{name}]")
                 lines += [f"{key} = {json.dumps(value)}" for key, value in entry.items()]
         return "\n".join(lines) + "\n"
@@ -102,6 +103,8 @@ class Agent:
         """Start it, and wait until it answers."""
         path = self.directory / "agent.toml"
         path.write_text(self._config())
+        keys = (f'[[keys]]\nindex = {index}\nsecret = "{secret}"\n' for index, secret in self.keys.items())
+        (self.directory / "mobility_keys.toml").write_text("".join(keys))
         words = [sys.executable, "-m", "mobility_agent", "--config", str(path), "run", "--verbose"]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "roles/mobility/files"), "PYTHONUNBUFFERED": "1"}
         with (self.directory / "log").open("ab") as log:
@@ -172,6 +175,12 @@ class Agent:
             self.process = None
 
 
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    )
+
+
 class Agents:
     """Two anchors, two gateways, and the net that they are in."""
 
@@ -212,6 +221,19 @@ class Agents:
 
     def __getitem__(self, name: str) -> Agent:
         return self.of[name]
+
+    def give_own_keys(self, indexes: dict[str, list[int]]) -> None:
+        """From the next start on each gateway has keys of its own, and uses the first; anchors have all."""
+        for name, agent in self.of.items():
+            anchor, gateway = agent.settings["anchor"], agent.settings["gateway"]
+            known = set(itertools.chain(*indexes.values())) if anchor else set(indexes[name])
+            agent.keys = {index: f"{index:032x}" for index in known}
+            if gateway:
+                agent.settings |= {"key": indexes[name][0], "accepted_keys": indexes[name]}
+            for peer in agent.settings["peers"] if anchor else ():
+                if peer["gateway"]:
+                    its = indexes[peer["name"]]
+                    peer |= {"key": its[0], "accepted_keys": its}
 
     def start(self) -> None:
         """Start them all and wait until they hear each other."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 
 from mobility_agent.config import Config, parse
+from mobility_agent.messages.codec import Key
 
 ROLE = Path(__file__).parents[3] / "roles/mobility"
 PREFIX = {"prefix": "2001:db8:100::/64"}
@@ -90,3 +93,43 @@ def test_gateways_to_which_a_prefix_is_native_stand_on_its_home_link() -> None:
     assert config(hosts, "anchor2").prefixes[0].link is None
     hosts = site(anchor1={"mobility_prefixes": [linked | {"link_gateways": ["backup1"]}]})
     assert config(hosts, "anchor1").prefixes[0].link_gateways == {"backup1"}
+
+
+def _key(index: int) -> dict[str, Any]:
+    return {"index": index, "secret": f"{index:032x}"}
+
+
+def test_a_gateways_own_key_is_on_it_and_on_the_anchors_and_nowhere_else() -> None:
+    hosts = site(
+        home1={"mobility_keys": [_key(301)]},
+        backup1={"mobility_keys": [_key(302)]},
+        anchor1={"mobility_keys": []},
+        anchor2={"mobility_keys": [_key(256)]},
+    )
+    for name, indexes in (("home1", [301]), ("backup1", [302]), ("anchor1", [301, 302])):
+        keys = tomllib.loads(rendered(hosts, name)[1])["keys"]
+        assert [key["index"] for key in keys] == indexes
+        config(hosts, name)
+    peers = {peer.name: peer for peer in config(hosts, "anchor2").peers}
+    assert {name: _indexes(peer.accepted_keys) for name, peer in peers.items()} == {
+        "home1": [301],
+        "backup1": [302],
+    }
+    assert _indexes(config(hosts, "home1").own_keys) == [301]
+
+
+def test_a_key_is_changed_in_three_runs_each_of_which_knows_the_one_before() -> None:
+    anchor = {"mobility_keys": []}
+    for keys, named in (([301, 401], 301), ([301, 401], 401), ([401], 401)):
+        home = {"mobility_keys": [_key(index) for index in keys], "mobility_key": named}
+        hosts = site(home1=home, backup1={"mobility_keys": [_key(302)]}, anchor1=anchor, anchor2=anchor)
+        (peer,) = [peer for peer in config(hosts, "anchor1").peers if peer.name == "home1"]
+        assert peer.key.security_parameter_index == named
+        assert _indexes(peer.accepted_keys) == keys
+        own = config(hosts, "home1")
+        assert own.own_key.security_parameter_index == named
+        assert _indexes(own.own_keys) == keys
+
+
+def _indexes(keys: Iterable[Key]) -> list[int]:
+    return [key.security_parameter_index for key in keys]

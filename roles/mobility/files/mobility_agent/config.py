@@ -12,7 +12,8 @@ from pathlib import Path
 from mobility_agent.datapath.settings import IP6TNL, SEG6, HomePrefix, PathSettings
 from mobility_agent.errors import ConfigurationError, Finding
 from mobility_agent.homes import Home
-from mobility_agent.messages.codec import ALGORITHMS, Key
+from mobility_agent.key_ring import Ring
+from mobility_agent.messages.codec import Key
 from mobility_agent.typed_reader import Reader
 
 DEFAULT_PATH = Path("/etc/lifeboat/mobility_agent.toml")
@@ -20,12 +21,15 @@ DEFAULT_RUN = Path("/run/lifeboat")
 #: RFC 6543 section 4 reserves this MAC for the gateways of Proxy Mobile IPv6: no other device has it.
 ROUTER_MAC = "00:00:5e:00:52:13"
 FIRST_HOP = IPv6Address("fe80::1")
-_SECRET_OCTETS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another agent: where it signals from, where its tunnels end, by which key we know it."""
+    """Another agent: where it signals from, where its tunnels end, by which key we know it.
+
+    Between a gateway and an anchor the gateway's key is used both ways. ``key``: the peer's as a gateway, by
+    which it is answered until it has spoken; ``accepted_keys``: what it may speak by.
+    """
 
     name: str
     address: IPv6Address
@@ -105,6 +109,8 @@ class Config:
     withdraw_on_stop: bool
     announce: bool
     own_key: Key
+    #: By what anchors may answer this host as a gateway: more than one while keys are changed.
+    own_keys: tuple[Key, ...] = ()
     learn_addresses: bool = False
     encapsulation: str = SEG6
     ipv4_prefixes: tuple[Ipv4Prefix, ...] = ()
@@ -172,8 +178,12 @@ def _read(path: Path, text: str, keys_text: str | None) -> Config:
     findings: list[Finding] = []
     top = Reader(_toml(path, text), str(path), findings)
     keys_path = top.path("keys", path.with_name("mobility_keys.toml"))
-    keys = _keys(keys_path, _text(keys_path) if keys_text is None else keys_text, findings)
-    config = _config(top, keys, keys_path)
+    keys_toml = _toml(keys_path, _text(keys_path) if keys_text is None else keys_text)
+    ring = Ring(Reader(keys_toml, str(keys_path), findings), keys_path)
+    if not ring.keys:
+        way_out = "set mobility_keys (from Ansible vault)"
+        findings.append(Finding(str(keys_path), "holds no key", way_out, "configuration"))
+    config = _config(top, ring)
     top.finish()
     _judge(config, path, findings)
     if findings:
@@ -201,56 +211,25 @@ def _toml(path: Path, text: str) -> dict[str, object]:
         raise ConfigurationError(f"{path}: not valid TOML: {error}; nothing was taken from it") from error
 
 
-def _keys(path: Path, text: str, findings: list[Finding]) -> dict[int, Key]:
-    reader = Reader(_toml(path, text), str(path), findings)
-    keys: dict[int, Key] = {}
-    for item in reader.tables("keys"):
-        # Below 256 the numbers are reserved (RFC 4285 section 5.1).
-        index = item.whole("index", None, 256, 0xFFFFFFFF)
-        algorithm = item.choice("algorithm", "hmac-sha256-128", tuple(ALGORITHMS))
-        try:
-            secret = bytes.fromhex(item.text("secret"))
-        except ValueError:
-            secret = b""
-        if len(secret) < _SECRET_OCTETS:
-            # Never shown, not even when it is wrong.
-            item.note(
-                "secret", f"is shorter than {_SECRET_OCTETS} octets, or not hexadecimal", "make a new one"
+def _config(top: Reader, ring: Ring) -> Config:
+    gateway, anchor = top.boolean("gateway", default=False), top.boolean("anchor", default=False)
+    peers: list[Peer] = []
+    own_key, own_keys = ring.own(top, needed=gateway)
+    for reader in top.tables("peers"):
+        peer_gateway = reader.boolean("gateway", default=False)
+        # A gateway talks to anchors only, by its own key: of other gateways it need not know any.
+        key, accepted = ring.of_peer(reader, own_key, needed=anchor and peer_gateway)
+        peers.append(
+            Peer(
+                name=reader.name("name"),
+                address=reader.address("address"),
+                tunnel_address=reader.address("tunnel_address"),
+                anchor=reader.boolean("anchor", default=False),
+                gateway=peer_gateway,
+                key=key,
+                accepted_keys=accepted,
             )
-        if index in keys:
-            item.note("index", f"{index} is there twice", "give each key a number of its own")
-        keys[index] = Key(index, secret, algorithm)
-    reader.finish()
-    if not keys:
-        findings.append(
-            Finding(str(path), "holds no key", "set mobility_keys (from Ansible vault)", "configuration")
         )
-    return keys
-
-
-def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
-    def key(reader: Reader, name: str, default: int) -> Key:
-        index = reader.whole(name, default, 256, 0xFFFFFFFF)
-        if index not in keys and keys:
-            reader.note(name, f"is {index}, which is not in {keys_path}", "name one of the keys there")
-        return keys.get(index, Key(index, b""))
-
-    default_key = top.whole("key", min(keys, default=256), 256, 0xFFFFFFFF)
-    own_key = key(top, "key", default_key)
-    peers = tuple(
-        Peer(
-            name=reader.name("name"),
-            address=reader.address("address"),
-            tunnel_address=reader.address("tunnel_address"),
-            anchor=reader.boolean("anchor", default=False),
-            gateway=reader.boolean("gateway", default=False),
-            key=key(reader, "key", own_key.security_parameter_index),
-            # Any of ours, so that keys can be changed without a moment of silence; the peer's own key alone
-            # where it has one, so that no gateway can speak for another.
-            accepted_keys=(key(reader, "key", 256),) if reader.has("key") else tuple(keys.values()),
-        )
-        for reader in top.tables("peers")
-    )
     attraction, paths = top.table("attraction"), top.table("paths")
     mode = attraction.choice("mode", "never", ("never", "always", "when-silent"))
     watched = mode == "when-silent" or attraction.has("watch")
@@ -258,8 +237,8 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
         name=top.name("name"),
         address=top.address("address"),
         tunnel_address=top.address("tunnel_address"),
-        gateway=top.boolean("gateway", default=False),
-        anchor=top.boolean("anchor", default=False),
+        gateway=gateway,
+        anchor=anchor,
         prefixes=tuple(
             Prefix(
                 reader.network("prefix"),
@@ -276,7 +255,7 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
             )
             for reader in top.tables("bridges")
         ),
-        peers=peers,
+        peers=tuple(peers),
         attraction=Attraction(
             mode,
             attraction.address("watch") if watched else None,
@@ -294,6 +273,7 @@ def _config(top: Reader, keys: dict[int, Key], keys_path: Path) -> Config:
         withdraw_on_stop=top.boolean("withdraw_on_stop", default=False),
         announce=top.boolean("announce", default=False),
         own_key=own_key,
+        own_keys=own_keys,
         learn_addresses=top.boolean("learn_addresses", default=False),
         encapsulation=top.choice("encapsulation", SEG6, (SEG6, IP6TNL)),
         ipv4_prefixes=tuple(

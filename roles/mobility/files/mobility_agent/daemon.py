@@ -47,7 +47,8 @@ class Daemon:
         self._config = config
         self._manager = service_manager
         path = DataPath(config.path_settings())
-        self.parts = Parts(config, path, Transport(config.address, config.partners, self._receive))
+        transport = Transport(config.address, config.own_key, config.own_keys, config.partners, self._receive)
+        self.parts = Parts(config, path, transport)
         self._mtu_listener = PathMtuListener(config.address, self._learn_mtu)
         self._mtu_learnt: dict[IPv6Address, float] = {}
         self._server = ControlServer(self.parts)

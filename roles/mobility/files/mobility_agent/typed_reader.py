@@ -109,6 +109,17 @@ class Reader:
         taken = self._take(key, default, fits, f"write a whole number from {low} to {high}")
         return low if taken is None else taken
 
+    def wholes(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """A required list of whole numbers in ``low..high``."""
+
+        def fits(value: Any) -> tuple[int, ...] | None:
+            good = isinstance(value, list) and all(
+                type(item) is int and low <= item <= high for item in value
+            )
+            return tuple(value) if good else None
+
+        return self._take(key, None, fits, f"write a list of whole numbers from {low} to {high}") or ()
+
     def seconds(self, key: str, default: float, low: float, high: float) -> float:
         """Seconds in ``low..high``."""
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mobility headers on a raw socket of protocol 135, from and to known peers only, all authenticated."""
+"""Mobility headers on a raw socket of protocol 135, from and to known peers only, all authenticated.
+
+Between a gateway and an anchor the gateway's key holds both ways: so a gateway needs no key but its own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ipaddress import IPv6Address
 
 from mobility_agent.config import Peer
 from mobility_agent.errors import KernelRefused, MalformedMessage, MobilityError, NotAuthentic
-from mobility_agent.messages.codec import MOBILITY_PROTOCOL, UNSPECIFIED, Packet, decode, encode
+from mobility_agent.messages.codec import MOBILITY_PROTOCOL, UNSPECIFIED, Key, Packet, decode, encode
 from mobility_agent.messages.headers import (
     BindingAcknowledgement,
     BindingUpdate,
@@ -45,10 +48,19 @@ def _from_gateway(message: Message) -> bool:
 
 
 class Transport:
-    """The socket. Messages that pass every check go to ``receive``; the others are counted and told of."""
+    """The socket. Messages that pass every check go to ``receive``; the others are counted and told of.
 
-    def __init__(self, address: IPv6Address, peers: Iterable[Peer], receive: Receiver) -> None:
+    ``key``: this host's as a gateway; ``keys``: those by which anchors may answer it.
+    """
+
+    def __init__(
+        self, address: IPv6Address, key: Key, keys: Iterable[Key], peers: Iterable[Peer], receive: Receiver
+    ) -> None:
         self._address = address
+        self._key = key
+        self._keys = tuple(keys)
+        #: By which key each gateway spoke last, while its keys are changed: it certainly knows that one.
+        self._spoken: dict[IPv6Address, Key] = {}
         self._peers = {peer.address: peer for peer in peers}
         self._receive = receive
         self._socket: socket.socket | None = None
@@ -91,9 +103,12 @@ class Transport:
         """Send; what the kernel cannot take now is lost, as it might be on the way."""
         if self._socket is None:
             return
-        gateway = self._address if _from_gateway(message) else peer.address
+        if _from_gateway(message):
+            gateway, key = self._address, self._key
+        else:
+            gateway, key = peer.address, self._spoken.get(peer.address, peer.key)
         care_of, home = self._covered(message, gateway)
-        data = encode(message, self._address, peer.address, peer.key, care_of=care_of, home=home)
+        data = encode(message, self._address, peer.address, key, care_of=care_of, home=home)
         try:
             self._socket.sendto(data, (str(peer.address), 0))
         except OSError as error:
@@ -140,12 +155,19 @@ class Transport:
             logger.error("message from %s not acted upon: %s", peer.name, error)
 
     def _authenticate(self, packet: Packet, peer: Peer) -> None:
-        gateway = peer.address if _from_gateway(packet.message) else self._address
+        from_gateway = _from_gateway(packet.message)
+        gateway = peer.address if from_gateway else self._address
         care_of, home = self._covered(packet.message, gateway)
         found = packet.authentication
         index = found.security_parameter_index if found is not None else -1
-        keys = [key for key in peer.accepted_keys if key.security_parameter_index == index]
-        packet.authenticate(keys[0] if keys else peer.key, care_of, home)
+        accepted = peer.accepted_keys if from_gateway else self._keys
+        known = next((key for key in accepted if key.security_parameter_index == index), None)
+        if known is None and found is not None:
+            raise NotAuthentic(f"key {index} is not one that is known of it; message dropped")
+        key = known or (peer.key if from_gateway else self._key)
+        packet.authenticate(key, care_of, home)
+        if from_gateway:
+            self._spoken[peer.address] = key
 
     def _tell(self, whose: str, cause: str, sentence: str) -> None:
         """Log, but not more than one line for one cause and peer in ten seconds."""

@@ -131,7 +131,11 @@ def _as_clock(given: object) -> str:
 
 
 class Watch:
-    """A deadline over time: asks a UPS again every so often, keeps the last answer where it says nothing."""
+    """A deadline over time: asks a UPS again every so often, keeps the last answer where it says nothing.
+
+    ``aside`` runs what it is given in another thread: whoever sets it is not kept waiting by a UPS that is
+    slow to answer, and hears of its answer at a later look. The first answer is always waited for.
+    """
 
     def __init__(
         self,
@@ -147,21 +151,36 @@ class Watch:
         self._reserve = reserve_seconds
         self._every = every_seconds
         self._asked_at: float | None = None
+        self.aside: t.Callable[[t.Callable[[], None]], None] | None = None
+        self._asking = False
 
     def now(self, now: float) -> float | None:
         """When the deadline is, as is known now; None: there is none, or a UPS has never answered."""
         deadline = self.deadline
         if deadline is None or not deadline.moves:
             return self.at
-        if self._asked_at is not None and now - self._asked_at < self._every:
+        if self._asking or (self._asked_at is not None and now - self._asked_at < self._every):
             return self.at
         self._asked_at = now
+        if self.aside is None or self.at is None:
+            self._ask(deadline.ups, now)
+        else:
+            self._asking = True
+            self.aside(lambda: self._ask(deadline.ups, now))
+        return self.at
+
+    def _ask(self, ups: str, now: float) -> None:
         try:
-            self.at = now + self._read(deadline.ups) - self._reserve
+            # Of when it was asked: if the answer took long, so much less is left.
+            self.at = now + self._read(ups) - self._reserve
             self.trouble = ""
         except UpsError as error:
             self.trouble = str(error)
-        return self.at
+        except Exception as error:  # noqa: BLE001
+            # Nobody looks at what another thread raises.
+            self.trouble = f"UPS {ups}: {error!r}"
+        finally:
+            self._asking = False
 
 
 def runtime_of(text: str, ups: str) -> float:

@@ -8,6 +8,7 @@ It holds no state that matters. Killed at any line, the jobs go on; begun again 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import typing as t
 from concurrent.futures import Future, wait
@@ -28,7 +29,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import PASSING, Eyes
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
     Orders,
@@ -56,6 +57,8 @@ _ANSWER_SECONDS = 15.0
 _PATIENT_SECONDS = 30.0
 # What proxies are asked for takes them milliseconds: nobody waits longer for it within an interval.
 _ERRANDS_SECONDS = 1.0
+# So long a start is asked for again that its proxy refuses for what may pass: libvirt restarts there.
+_REFUSED_PATIENCE_SECONDS = 60.0
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
 _UNREACHED_PATIENCE_SECONDS = 300.0
@@ -104,6 +107,8 @@ class Coordinator(Surveyor):
         self._to_pause: set[str] = set()
         self._shares: dict[str, tuple[float | None, float]] = {}
         self._refusals: dict[str, dict[str, t.Any]] = {}
+        # Refused for what may pass: since when, and what was said last.
+        self._put_off: dict[str, tuple[float, dict[str, t.Any]]] = {}
         self._lost_at: dict[str, float] = {}
         self._silent: frozenset[str] = frozenset()
         self._down_since: dict[tuple[str, str], float] = {}
@@ -114,6 +119,8 @@ class Coordinator(Surveyor):
     def run(self, site: SiteSummary) -> Recorder:
         """Evacuate; what became of everything is in the recorder that is returned. Raises Abandoned."""
         began = self._clock()
+        # A UPS that does not answer takes seconds to say so, and all hosts would wait.
+        self._deadline.aside = lambda ask: threading.Thread(target=ask, daemon=True).start()
         plan, _placement = self.forecast(site)
         recorder = Recorder(site, began, plan, self.wanted.forecast)
         recorder.expected, recorder.only = self.wanted.expected, self.wanted.vms
@@ -176,7 +183,7 @@ class Coordinator(Surveyor):
         recorder.conclude(
             self.hosts,
             self._begun,
-            self._refusals,
+            {uuid: told for uuid, (_since, told) in self._put_off.items()} | self._refusals,
             controller,
             self._clock(),
             self.there,
@@ -345,6 +352,7 @@ class Coordinator(Surveyor):
                     self.changed = True
                 self._begun[uuid] = str(job["id"])
                 self._unanswered.discard(uuid)
+                self._put_off.pop(uuid, None)
                 if rung is Rung.PAUSED:
                     self._to_pause.add(uuid)
                 self._say(f"{name}: starts, to {job.get('peer')}{_HOW[rung]}")
@@ -354,9 +362,16 @@ class Coordinator(Surveyor):
                 controller.not_started(uuid, self._clock())
                 self._say(f"{name}: not started now: {error}")
             else:
-                self._refusals[uuid] = {
-                    "cause": error.cause, "sentence": str(error), "findings": error.findings,
-                }  # fmt: skip
+                refusal = {"cause": error.cause, "sentence": str(error), "findings": error.findings}
+                now = self._clock()
+                since, _before = self._put_off.get(uuid, (now, {}))
+                if error.cause in PASSING and now - since < _REFUSED_PATIENCE_SECONDS:
+                    if uuid not in self._put_off:
+                        self._say(f"{name}: not started now, it is asked for again: {error}")
+                    self._put_off[uuid] = since, refusal
+                    controller.not_started(uuid, now, counts=False)
+                else:
+                    self._refusals[uuid] = refusal
 
         self._errands.send(host, f"start {uuid}", lambda: self._begin(uuid, host, rung), told)
 

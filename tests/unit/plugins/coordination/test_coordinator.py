@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyClient, ProxyError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Deadline, Watch
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._bridge import Bridge, Unreachable
@@ -222,6 +223,46 @@ def test_one_that_a_host_was_asked_to_move_and_owes_every_answer_since_is_undeci
         coordinator.close()
     (told,) = recorder.outcomes
     assert (told["verdict"], told["cause"]) == ("undecided", "unreachable")
+
+
+def refuses(world: World, cause: str, times: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """home1 refuses so many starts of that cause; when it was asked."""
+    proxy, request, asked = world.proxies["home1"], world.proxies["home1"].request, list[float]()
+
+    def answer(method: str, path: str, *more: Any) -> Any:
+        if (method, path) == ("POST", "/v1/evacuations"):
+            asked.append(time.monotonic())
+            if len(asked) <= times:
+                raise ProxyError(cause, "VM web1: libvirt does not answer")
+        return request(method, path, *more)
+
+    monkeypatch.setattr(f"{Controller.__module__}._RETRY_SECONDS", 0.5)
+    proxy.request = answer  # type: ignore[method-assign]
+    return asked
+
+
+def test_a_start_that_is_refused_for_a_moment_is_asked_for_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its libvirt restarts just then; more often than a move that fails is tried."""
+    world.protect("home1", "web1")
+    asked = refuses(world, "hypervisor", 4, monkeypatch)
+    assert verdicts(report_of(world)) == {"web1": "evacuated"}
+    assert len(asked) == 5
+    assert sum("it is asked for again: VM web1: libvirt" in line for line in world.said) == 1
+
+
+@pytest.mark.parametrize(("cause", "asked_once"), [("hypervisor", False), ("conflict", True)])
+def test_one_whose_start_was_refused_stayed(
+    world: World, cause: str, asked_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.protect("home1", "web1")
+    monkeypatch.setattr(f"{Coordinator.__module__}._REFUSED_PATIENCE_SECONDS", 2.0)
+    asked = refuses(world, cause, float("inf"), monkeypatch)
+    (told,) = report_of(world)["vms"]
+    assert (told["verdict"], told["cause"]) == ("stayed", cause)
+    assert told["sentence"] == "VM web1: libvirt does not answer"
+    assert (len(asked) == 1) == asked_once
 
 
 def test_a_start_whose_answer_is_lost_is_found_under_way(world: World) -> None:

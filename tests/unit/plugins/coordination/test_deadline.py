@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,35 @@ def test_a_ups_is_asked_again_and_its_silence_survived() -> None:
     assert watch.trouble == "gone"
     assert watch.now(1030.0) == 1870.0, "and go away"
     assert watch.trouble == ""
+
+
+def test_a_ups_that_is_slow_to_answer_keeps_nobody_waiting() -> None:
+    let_go, answers = threading.Event(), [600.0, 300.0, 200.0]
+
+    def read(_ups: str) -> float:
+        if len(answers) < 3:
+            let_go.wait(10)
+        return answers.pop(0)
+
+    watch = Watch(Deadline("ups:x", ups="x@localhost"), read)
+    asked: list[threading.Thread] = []
+
+    def aside(ask: Callable[[], None]) -> None:
+        asked.append(threading.Thread(target=ask))
+        asked[-1].start()
+
+    watch.aside = aside
+    assert watch.now(1000.0) == 1600.0, "the first is waited for: nothing is planned without"
+    began = time.monotonic()
+    assert [watch.now(1010.0), watch.now(1025.0)] == [1600.0, 1600.0]
+    assert time.monotonic() - began < 5
+    assert len(asked) == 1, "one question at a time"
+    let_go.set()
+    asked[0].join()
+    assert watch.at == 1310.0, "counted from when it was asked"
+    watch.now(1026.0)
+    asked[1].join()
+    assert watch.now(1027.0) == 1226.0
 
 
 @pytest.mark.parametrize("text", ["", "n/a", "-1", "nan", "inf", "1e999"])

@@ -18,6 +18,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     DEFAULT_PACKED_RATIO,
     DEFAULT_PRIORITY,
+    QEMU_OVERHEAD_BYTES,
     DestinationSummary,
     PairSummary,
     Rung,
@@ -31,8 +32,8 @@ Json = t.Mapping[str, t.Any]
 Wishes = t.Mapping[str, t.Mapping[str, Json]]
 Pair = tuple[str, str]
 
-# What a job may have failed of that another try may not meet again.
-_PASSING = frozenset({
+# What a job may have failed of, or a start been refused for, that another try may not meet again.
+PASSING = frozenset({
     "unreachable", "stalled", "peer-restarted", "link-lost", "proxy-restarted", "hypervisor", "protocol",
     "error",
 })  # fmt: skip
@@ -116,13 +117,15 @@ def wish_for(host: str, vm: Json, wishes: Wishes) -> Json:
 
 def _vms_of(host: HostState, wishes: Wishes, names: t.Collection[str] | None) -> list[VmSummary]:
     figures = {str(vm["uuid"]): vm for vm in host.workload.get("vms", [])}
+    under_way = {str(job["vm"]): job for job in host.jobs if not job.get("ended")}
     told = []
     known = set()
     for vm in host.status.get("vms", []):
         if names is None or vm["name"] in names or vm["uuid"] in names:
             known.add(str(vm["uuid"]))
             wish = wish_for(host.name, vm, wishes)
-            told.append(_vm(host.name, vm, figures.get(str(vm["uuid"]), {}), wish))
+            summary = _vm(host.name, vm, figures.get(str(vm["uuid"]), {}), wish)
+            told.append(_less_what_arrived(summary, under_way.get(summary.uuid)))
     for job in host.jobs:
         # Handed over already, and the source about to forget it.
         wanted = names is None or job["name"] in names or job["vm"] in names
@@ -140,7 +143,7 @@ def _vm(host: str, vm: Json, figures: Json, wish: Json) -> VmSummary:
         host,
         str(vm["peer"]),
         lag_bytes=float(vm.get("lag_bytes") or 0.0),
-        memory_bytes=memory,
+        memory_bytes=memory + QEMU_OVERHEAD_BYTES if memory else 0.0,
         memory_used_bytes=memory if used is None else float(used),
         dirty_bytes_per_second=float(figures.get("dirty_bytes_per_second") or 0.0),
         packed_ratio=float(figures.get("packed_ratio") or DEFAULT_PACKED_RATIO),
@@ -152,6 +155,22 @@ def _vm(host: str, vm: Json, figures: Json, wish: Json) -> VmSummary:
         return told
     # One that is shut off goes by restart alone, and is not booted: nothing that it does is broken off.
     return replace(told, rungs=(Rung.RESTART, Rung.STAY))
+
+
+def _less_what_arrived(vm: VmSummary, job: Job | None) -> VmSummary:
+    """What of its memory is at its destination already is not free there any more, and not needed again."""
+    if job is None:
+        return vm
+    if job.get("step") in _CLOSING:
+        return replace(vm, memory_bytes=0.0)
+    progress = job.get("progress") or {}
+    if not progress.get("memory_total_bytes"):
+        return vm
+    left = float(progress.get("memory_remaining_bytes") or 0.0)
+    # Later rounds send again what is there: less is needed, and nobody knows how much.
+    if int(progress.get("memory_iteration") or 0) > 1:
+        left = 0.0
+    return replace(vm, memory_bytes=min(vm.memory_bytes, left))
 
 
 def _pair(key: Pair, link: Json, site: str) -> PairSummary:
@@ -245,7 +264,7 @@ class Eyes:
                 elif job_out(job) and (job["id"] in begun or uuid not in protected):
                     out.add(uuid)
                 elif job["id"] in begun:
-                    failed[uuid] = job.get("step") != "undecided" and job.get("cause") in _PASSING
+                    failed[uuid] = job.get("step") != "undecided" and job.get("cause") in PASSING
         self._before = Observation(now, moves, pairs, out, failed, deadline_at)
         return self._before
 

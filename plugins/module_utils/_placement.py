@@ -11,6 +11,8 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import QEMU_OVERHEAD_BYTES
+
 Json = t.Mapping[str, t.Any]
 
 # Reason words.
@@ -20,8 +22,6 @@ ONLY_PEER = "only-peer"
 ONLY_FIT = "only-one-with-room"
 MOST_ROOM = "most-room"
 WITH_GROUP = "with-its-group"
-# QEMU's own need beside the guest's memory, as the proxies' preflight has it.
-QEMU_OVERHEAD_BYTES = 128 * 2**20
 
 
 @dataclass

@@ -16,6 +16,8 @@ DEFAULT_PACKED_RATIO = 0.45
 # What one VM's stream is believed to carry before one was seen: packing is one core's work.
 DEFAULT_STREAM_BYTES_PER_SECOND = 60e6
 DEFAULT_PRIORITY = 50
+# QEMU's own need beside the guest's memory, as the proxies' preflight has it.
+QEMU_OVERHEAD_BYTES = 128 * 2**20
 
 
 class Rung(StrEnum):
@@ -47,8 +49,9 @@ class VmSummary:
     """A VM that is to leave.
 
     ``source`` and ``destination`` name proxies; ``memory_bytes`` is what the destination must have free,
-    ``memory_used_bytes`` what must cross; ``packed_ratio`` is wire over raw. ``after`` names VMs that must
-    be out before this one starts. ``rungs`` is what the operator allows, in the ladder's order.
+    QEMU's own need counted and what has arrived already not; ``memory_used_bytes`` what must cross;
+    ``packed_ratio`` is wire over raw. ``after`` names VMs that must be out before this one starts. ``rungs``
+    is what the operator allows, in the ladder's order.
     """
 
     uuid: str

@@ -13,7 +13,13 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import 
     site_summary,
     wish_for,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
+    placement_findings,
+    site_findings,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import QEMU_OVERHEAD_BYTES, Rung
 
 from unit.plugins.coordination.sites import site, vm
 
@@ -118,3 +124,49 @@ def test_a_host_that_owes_its_answer_is_seen_as_it_was_and_then_holds_up_nobody(
     state.late_since = None
     counters["labels"]["uuid-a"]["sent_wire_bytes"] = 41e6  # type: ignore[index]
     assert eyes.look(sending, 117.0, {"j1"}, None).moves["uuid-a"].bytes_per_second == 2e6
+
+
+def leaving(step: str = "", **progress: Any) -> tuple[dict[str, HostState], dict[str, HostState]]:
+    """Two VMs of a group with 1 GiB each, ``a`` under way at that step, and what is free at their peer."""
+    gib, names = 2**30, ("a", "b")
+    vms = [{"uuid": f"uuid-{name}", "name": name, "peer": "backup1"} for name in names]
+    job = {"id": "j1", "vm": "uuid-a", "name": "a", "peer": "backup1", "step": step, "ended": False,
+           "progress": progress}  # fmt: skip
+    workload = {"vms": [{"uuid": f"uuid-{name}", "memory_bytes": gib, "running": True} for name in names]}
+    source = HostState("home1", {"vms": vms, "links": [], "evacuations": [job] if step else []}, workload)
+    return {"home1": source}, {"backup1": HostState("backup1", {"site": "backup"}, {})}
+
+
+def found(
+    hosts: tuple[dict[str, HostState], dict[str, HostState]], free_bytes: float
+) -> tuple[list[Any], list[Any], int]:
+    """Findings of groups and of placement, and how many the plan lets leave."""
+    sources, there = hosts
+    there["backup1"].workload["memory_free_bytes"] = free_bytes
+    wishes = {"home1": {name: {"name": name, "group": "shop"} for name in ("a", "b")}}
+    told = site_summary("home", list(sources.values()), there, wishes, None, 1e8)
+    return site_findings(told), placement_findings(told), len(make_plan(told, None).leaving)
+
+
+def test_what_qemu_needs_beside_the_guest_is_counted_wherever_memory_is() -> None:
+    gib = 2**30
+    short, enough = 2 * gib + 2**20, 2 * gib + 2 * QEMU_OVERHEAD_BYTES
+    groups, placement, count = found(leaving(), short)
+    assert (len(groups), len(placement), count) == (1, 1, 1)
+    assert found(leaving(), enough) == ([], [], 2)
+    sources, there = leaving()
+    there["backup1"].workload["memory_free_bytes"] = gib + 2**20
+    controller = Controller(site_summary("home", list(sources.values()), there, {}, None, 1e8))
+    assert not controller.step(Observation(0.0)).starts
+
+
+def test_what_arrived_at_the_destination_is_not_asked_of_it_again() -> None:
+    """The second run: what is free there has those that are under way taken off already."""
+    gib, one = 2**30, 2**30 + QEMU_OVERHEAD_BYTES
+    assert len(found(leaving("catch-up"), one)[0]) == 1, "nothing of it is there"
+    half = {"memory_total_bytes": gib, "memory_remaining_bytes": gib / 2, "memory_iteration": 1}
+    assert len(found(leaving("migrate", **half), one)[0]) == 1
+    assert found(leaving("migrate", **half), one + gib / 2) == ([], [], 2)
+    again = {**half, "memory_iteration": 3}
+    for hosts in (leaving("migrate", **again), leaving("confirm")):
+        assert found(hosts, one) == ([], [], 2)

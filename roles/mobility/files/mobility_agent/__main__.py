@@ -13,7 +13,8 @@ from typing import Any
 
 from mobility_agent import __version__
 from mobility_agent.config import DEFAULT_PATH, DEFAULT_RUN, load, parse
-from mobility_agent.errors import MobilityError, Unreachable
+from mobility_agent.datapath.bridges import judge_host
+from mobility_agent.errors import ConfigurationError, MobilityError, Unreachable
 
 
 def _arguments() -> argparse.Namespace:
@@ -28,7 +29,9 @@ def _arguments() -> argparse.Namespace:
     run = commands.add_parser("run", help="serve; what systemd starts")
     run.add_argument("--verbose", action="store_true", help="log routine refreshes too")
     test = commands.add_parser("test-config", help="read the configuration and say what is wrong with it")
-    test.add_argument("--stdin", action="store_true", help='{"config": ..., "keys": ...} from standard input')
+    test.add_argument(
+        "--stdin", action="store_true", help='{"config": ..., "keys": ..., "host": ...} from standard input'
+    )
     commands.add_parser("status", help="what this agent does")
     commands.add_parser("check", help="what stands in the way; ends with 2 when something does")
     commands.add_parser("vms", help="on a gateway: VMs here, and gone from here")
@@ -105,6 +108,18 @@ def _render(command: str, answer: dict[str, Any]) -> str:
     return json.dumps(answer, indent=2)
 
 
+def _judge_host(told: dict[str, Any]) -> None:
+    """Judge what is not on a host yet, and the host for it. Raises ConfigurationError with everything."""
+    sentences: list[str] = []
+    try:
+        parse(told["config"], told["keys"])
+    except ConfigurationError as error:
+        sentences.append(error.message)
+    sentences += [str(finding) for finding in judge_host(told["host"])] if "host" in told else []
+    if sentences:
+        raise ConfigurationError("\n".join(sentences))
+
+
 async def _client(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "status" | "check" | "vms":
@@ -128,8 +143,7 @@ def main() -> int:
     try:
         if arguments.command == "test-config":
             if arguments.stdin:
-                told = json.load(sys.stdin)
-                parse(told["config"], told["keys"])
+                _judge_host(json.load(sys.stdin))
             else:
                 load(arguments.config)
             print("no fault found")

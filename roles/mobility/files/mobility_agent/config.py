@@ -42,11 +42,12 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
-    """A link of VMs on which this gateway is the first hop."""
+    """A link of VMs on which this gateway is the first hop; ``shared``: other hosts may be on it, too."""
 
     name: str
     mac: str = ROUTER_MAC
     link_local: IPv6Address = FIRST_HOP
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ class Config:
             peers=frozenset(peer.address for peer in self.peers),
             prefixes=tuple(HomePrefix(prefix.network, prefix.native) for prefix in self.prefixes),
             bridges=tuple(bridge.name for bridge in self.bridges) if self.gateway else (),
+            shared_bridges=frozenset(bridge.name for bridge in self.bridges if bridge.shared),
             anchor=self.anchor,
             announce=self.announce,
             path_mtu_octets=self.path_mtu_octets,
@@ -251,7 +253,10 @@ def _config(top: Reader, ring: Ring) -> Config:
         ),
         bridges=tuple(
             Bridge(
-                reader.text("name"), reader.mac("mac", ROUTER_MAC), reader.link_local("link_local", FIRST_HOP)
+                reader.text("name"),
+                reader.mac("mac", ROUTER_MAC),
+                reader.link_local("link_local", FIRST_HOP),
+                reader.boolean("shared", default=False),
             )
             for reader in top.tables("bridges")
         ),

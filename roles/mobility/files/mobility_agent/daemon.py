@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from ipaddress import IPv6Address
 
 from mobility_agent.anchor.duty import AnchorDuty
-from mobility_agent.config import Config, Peer
+from mobility_agent.config import Bridge, Config, Peer
 from mobility_agent.control.api import ControlServer
 from mobility_agent.control.parts import Parts
 from mobility_agent.control.service_manager import ServiceManager
@@ -55,6 +55,7 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._home_links: dict[str, Responder] = {}
         self._bridges: set[str] = set()
+        self._kept_off: set[str] = set()
         self._learning: LibvirtHost | None = None
 
     def stop(self) -> None:
@@ -181,6 +182,8 @@ class Daemon:
         parts = self.parts
         for bridge in self._config.bridges:
             responder = parts.responders[bridge.name]
+            if bridge.name not in self._bridges and self._keeps_off(bridge):
+                continue
             there = parts.path.make_first_hop(bridge.name, bridge.mac, [bridge.link_local])
             if there and not responder.listening:
                 try:
@@ -197,6 +200,14 @@ class Daemon:
                 logger.warning("bridge %s: is gone", bridge.name)
                 self._bridges.discard(bridge.name)
                 responder.stop()
+
+    def _keeps_off(self, bridge: Bridge) -> bool:
+        """Whether the bridge is the host's own, or other hosts' too: its MAC must stay then."""
+        obstacles = self.parts.path.obstacles(bridge.name, bridge.mac)
+        for obstacle in obstacles if bridge.name not in self._kept_off else ():
+            logger.error("%s; this gateway is not its first hop until then", obstacle)
+        (self._kept_off.add if obstacles else self._kept_off.discard)(bridge.name)
+        return bool(obstacles)
 
     async def _serve(self) -> None:
         """Until the end: links, repair, signs of life."""

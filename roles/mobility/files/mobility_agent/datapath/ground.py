@@ -14,7 +14,7 @@ import errno
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError  # type: ignore[import-untyped,import-not-found,unused-ignore]
@@ -27,6 +27,7 @@ from pyroute2.netlink.generic import (  # type: ignore[import-untyped,import-not
     GenericNetlinkSocket,
 )
 
+from mobility_agent.datapath.bridges import BridgeFacts
 from mobility_agent.datapath.routes import PROTOCOL
 from mobility_agent.errors import ConfigurationError, Conflict, KernelRefused, Unsupported
 
@@ -190,6 +191,27 @@ class Ground:
                         IFA_FLAGS=_NO_DUPLICATE_DETECTION,
                     )
         return True
+
+    def link_mac(self, device: str) -> str | None:
+        """The device's MAC, in lower case; None where it is not there."""
+        links = self._route.get_links(ifname=device) if self.index(device) is not None else []
+        return str(links[0].get_attr("IFLA_ADDRESS")).lower() if links else None
+
+    def bridge_facts(self, device: str) -> BridgeFacts | None:
+        """The bridge's addresses and ports; None where it is not there."""
+        index = self.index(device)
+        if index is None:
+            return None
+        addresses = [
+            ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+            for message in self._route.get_addr(index=index)
+        ]
+        ports = [
+            (str(link.get_attr("IFLA_IFNAME")), str(link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or ""))
+            for link in self._route.get_links()
+            if link.get_attr("IFLA_MASTER") == index
+        ]
+        return BridgeFacts(tuple(addresses), tuple(sorted(ports)))
 
     def link_identity(self, device: str) -> tuple[str, IPv6Address]:
         """The device's MAC and link-local address. Raises ConfigurationError without either."""

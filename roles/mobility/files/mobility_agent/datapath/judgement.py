@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from mobility_agent.datapath import bridges
 from mobility_agent.datapath.ground import Ground, OuterSource
 from mobility_agent.datapath.settings import SEG6, PathSettings
 from mobility_agent.errors import Finding, MobilityError
@@ -24,6 +25,8 @@ def findings(settings: PathSettings, ground: Ground) -> list[Finding]:
     if settings.ipv4_routers and _sysctl("net/ipv4/ip_forward") != "1":
         way_out = "set net.ipv4.ip_forward=1"
         found.append(Finding("this host", "does not forward IPv4", way_out, "configuration"))
+    for bridge in settings.bridges:
+        found += of_bridge(settings, ground, bridge)
     uplink = ground.on_link_device(tunnel)
     if uplink is not None and _sysctl(f"net/ipv6/conf/{uplink}/proxy_ndp") != "1":
         way_out = f"set net.ipv6.conf.{uplink}.proxy_ndp=1, or route {tunnel} to this host"
@@ -43,6 +46,15 @@ def findings(settings: PathSettings, ground: Ground) -> list[Finding]:
         fact, _unused, way_out = error.message.partition("; ")
         found.append(Finding("this kernel", fact, way_out, "unsupported"))
     return found
+
+
+def of_bridge(settings: PathSettings, ground: Ground, bridge: str) -> list[Finding]:
+    """What of a bridge speaks against this gateway being the first hop there."""
+    facts = None if bridge in settings.shared_bridges else ground.bridge_facts(bridge)
+    if facts is None:
+        return []
+    uplink = ground.on_link_device(settings.tunnel_address) or ""
+    return bridges.findings(bridge, facts, routers=settings.ipv4_routers, uplink=uplink)
 
 
 def _sysctl(name: str) -> str:

@@ -384,6 +384,12 @@ class DataPath:
             self._first_hop.make(bridge, self.settings.ipv4_routers)
         return there
 
+    def obstacles(self, bridge: str, mac: str) -> list[Finding]:
+        """Why this host should not be the first hop on ``bridge``; nothing where it is already."""
+        if self._ground.link_mac(bridge) in {None, mac}:
+            return []
+        return judgement.of_bridge(self.settings, self._ground, bridge)
+
     def link_identity(self, device: str) -> tuple[str, IPv6Address]:
         """The device's MAC and link-local address. Raises ConfigurationError without either."""
         return self._ground.link_identity(device)

@@ -23,6 +23,7 @@ class PathSettings:
     """What the data path is built from.
 
     ``announce``: a routing daemon takes the VMs' routes out of the main table, and leads what they send.
+    ``shared_bridges``: those of ``bridges`` that may lead to other hosts, too.
     ``ipv4_routers``: addresses of this gateway on every bridge, the first hop of IPv4 home prefixes.
     """
 
@@ -31,6 +32,7 @@ class PathSettings:
     peers: frozenset[IPv6Address]
     prefixes: tuple[HomePrefix, ...]
     bridges: tuple[str, ...] = ()
+    shared_bridges: frozenset[str] = frozenset()
     anchor: bool = False
     announce: bool = False
     path_mtu_octets: int = 1500

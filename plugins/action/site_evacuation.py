@@ -25,7 +25,9 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
     meaning,
     parse,
     parse_duration,
+    passed,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._inventory import peers_of
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
     read_rate,
     strategy_findings,
@@ -131,7 +133,7 @@ class ActionModule(ActionBase):
         if self._deadline is not None:
             # As it was given, before it became a text: of a time of day without quotes YAML makes a number.
             self._say(meaning(self._deadline, self._task.args.get("deadline"), time.time()))
-        site = coordinator.survey()
+        site = coordinator.survey(pick_up=self._arguments["state"] == "evacuated")
         unreached = {name: host.error for name, host in coordinator.hosts.items() if host.error}
         for name, why in unreached.items():
             self._say(f"{name}: not reached: {why.removeprefix(f'{name}: ')}")
@@ -143,7 +145,12 @@ class ActionModule(ActionBase):
         else:
             recorder = coordinator.run(site)
             deadline = self._arguments["deadline"] or ""
-            report = recorder.report(coordinator.wanted.strategy, deadline, coordinator.hosts)
+            report = recorder.report(
+                coordinator.wanted.strategy,
+                deadline,
+                coordinator.hosts,
+                self._deadline.instant if self._deadline is not None else "",
+            )
             result["changed"] = coordinator.changed
             if self._arguments["page"]:
                 write_page(report, Path(self._arguments["page"]))
@@ -216,7 +223,7 @@ class ActionModule(ActionBase):
         destinations: dict[str, Bridge] = {}
         for name in sources:
             bridge(name)
-            peers = {hostvars[name].get("lifeboat_peer")}
+            peers: set[t.Any] = set(peers_of(hostvars[name]))
             for wish in hostvars[name].get("lifeboat_vms") or []:
                 wishes.setdefault(name, {})[str(wish.get("name"))] = wish
                 findings += wish_findings(str(wish.get("name")), wish)
@@ -226,7 +233,17 @@ class ActionModule(ActionBase):
                 if peer and peer in hostvars:
                     destinations[str(peer)] = bridge(str(peer))
         if findings:
-            raise _Wrong(findings)
+            # By itself it is no reason to refuse: what is under way is picked up.
+            raise _Wrong(findings + passed(deadline, time.time()))
+
+        def find(name: str) -> tuple[Bridge | None, list[Finding]]:
+            """A destination that only the sources know of; None where the inventory has no such host."""
+            if name not in hostvars:
+                return None, []
+            told = len(findings)
+            made = bridge(name)
+            return (made, []) if len(findings) == told else (None, findings[told:])
+
         wanted = Wanted(
             arguments["site"],
             tuple(arguments["vms"]) if arguments["vms"] else None,
@@ -247,6 +264,7 @@ class ActionModule(ActionBase):
             watch,
             self._say,
             abandoned=lambda: os.getppid() != self._parent,
+            find=find,
         )
 
     def _strategy(self) -> tuple[str, list[Finding]]:

@@ -109,10 +109,15 @@ class Controller:
         """Whether somebody waits for another try that is still to come."""
         return any(self._retry_at.get(uuid, 0.0) > now - _RETRY_SECONDS for uuid in self._waiting)
 
-    def not_started(self, uuid: str, now: float) -> None:
-        """A start did not reach its proxy: it is tried again."""
+    def not_started(self, uuid: str, now: float, *, counts: bool = True) -> None:
+        """A start did not reach its proxy, or was refused for a moment: it is tried again.
+
+        ``counts`` False: it is no try, for whoever asks sees to it himself that this has an end.
+        """
         self._started.discard(uuid)
         self._memory.give_back(self._vms[uuid])
+        if not counts:
+            self._attempts[uuid] = max(0, self._attempts.get(uuid, 0) - 1)
         if self._attempts.get(uuid, 0) < _ATTEMPTS:
             self._waiting[uuid] = None
             self._retry_at[uuid] = now + _RETRY_SECONDS

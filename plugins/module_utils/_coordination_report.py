@@ -27,6 +27,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 __all__ = ["Recorder", "forecast_lines", "forecast_of", "mark_preflights", "progress_line", "verdict_line"]
 
 _SHOWN_MOVES = 6
+_SHOWN_STEPS = 8
 # What becomes of the guest, by the rung that its move has come to.
 _HOW = {Rung.PAUSED: " (stopped)", Rung.RESTART: " (restarts)"}
 
@@ -47,8 +48,12 @@ def progress_line(
     now: float,
     hosts: t.Mapping[str, HostState],
     trouble: str = "",
+    again: str = "",
 ) -> str:
-    """One line on everything: who moves, how far, how fast, until when, with what lag."""
+    """One line on everything: who moves, how far, how fast, until when, with what lag.
+
+    ``again``: how to go on with it, should whoever tells this be killed.
+    """
     ahead = {str(job["vm"]): job.get("outlook") or {} for host in hosts.values() for job in host.jobs}
     names = {vm.uuid: vm.name for vm in site.vms}
     goodput = sum(view.goodput_bytes_per_second for view in seen.pairs.values())
@@ -74,7 +79,7 @@ def progress_line(
         f"{_rate(goodput)}{deadline}"
         + (f" ({trouble})" if trouble else "")
         + ("; " + "; ".join(moves[:_SHOWN_MOVES]) + more if moves else "")
-        + "; if this ends, jobs go on: run the same command again"
+        + again
     )
 
 
@@ -274,8 +279,9 @@ class Recorder:
                     self.carried[key] = sent - first if sent >= first else sent
 
     def news(self, hosts: t.Mapping[str, HostState], begun: t.Collection[str]) -> list[str]:
-        """A line for each VM whose step is another than at the last look."""
-        lines = []
+        """What changed since the last look: a verdict has its line, steps of many VMs share one."""
+        verdicts: list[str] = []
+        steps: list[str] = []
         for host in hosts.values():
             for job in host.jobs:
                 if job["id"] not in begun:
@@ -284,8 +290,12 @@ class Recorder:
                 if self._steps.get(str(job["id"])) == step:
                     continue
                 self._steps[str(job["id"])] = step
-                lines.append(verdict_line(job) if job.get("verdict") else "{}: {}".format(job["name"], step))
-        return lines
+                if job.get("verdict"):
+                    verdicts.append(verdict_line(job))
+                else:
+                    steps.append("{}: {}".format(job["name"], step))
+        more = f"; and {len(steps) - _SHOWN_STEPS} more" if len(steps) > _SHOWN_STEPS else ""
+        return verdicts + (["; ".join(steps[:_SHOWN_STEPS]) + more] if steps else [])
 
     def conclude(
         self,
@@ -334,7 +344,8 @@ class Recorder:
                 if outcome["verdict"] == "evacuated" and vm.uuid not in begun:
                     outcome["verdict"] = "already-there"
             elif vm.uuid in refusals:
-                outcome |= {"verdict": "failed", **refusals[vm.uuid]}
+                # Never begun: it runs where it was. `failed` is what was begun and could not be finished.
+                outcome |= {"verdict": "stayed", **refusals[vm.uuid]}
             else:
                 reason = "unreachable" if lost else controller.waits_because(vm.uuid)
                 outcome |= {"verdict": "stayed", "cause": reason, "sentence": _stays(vm.name, reason)}
@@ -350,11 +361,9 @@ class Recorder:
             self.outcomes.append(outcome)
         self.outcomes += others(hosts, destinations, self.outcomes, self.only, self.expected, self.may_stay)
 
-    def share(self, at_seconds: float) -> float:
-        """S(t): the share of VMs that was out by then."""
-        return sum(out <= at_seconds for out in self._out_at.values()) / max(1, len(self.site.vms))
-
-    def report(self, strategy: str, deadline: str, hosts: t.Mapping[str, HostState]) -> dict[str, t.Any]:
+    def report(
+        self, strategy: str, deadline: str, hosts: t.Mapping[str, HostState], deadline_at: str = ""
+    ) -> dict[str, t.Any]:
         """The whole report as JSON; docs/evacuation-report.schema.json describes it."""
         outs = sorted(self._out_at.values())
         makespan = outs[-1] if outs else 0.0
@@ -378,6 +387,7 @@ class Recorder:
             "coordination": {
                 "strategy": strategy,
                 "deadline": deadline or None,
+                "deadline_at": deadline_at or None,
                 "seconds": round(self.ended_at - self.began_at, 2),
                 "makespan_seconds": round(makespan, 2),
                 "horizon_seconds": round(horizon, 2) if horizon else None,

@@ -41,6 +41,20 @@ class Deadline:
         """It has to be asked for again and again."""
         return bool(self.ups)
 
+    @property
+    def instant(self) -> str:
+        """The same for whoever gives the command again later, with its date and offset; "" of a UPS."""
+        if self.at is None:
+            return ""
+        return datetime.datetime.fromtimestamp(self.at).astimezone().isoformat(timespec="seconds")
+
+    @property
+    def how_again(self) -> str:
+        """What the command must say when it is given again, "" where the same words mean the same then."""
+        if self.at is None or re.match(r"^\d{4}-", self.text):
+            return ""
+        return f"evacuate_deadline={self.instant}"
+
 
 def parse_duration(text: str) -> float | None:
     """Seconds of ``90``, ``20m`` or ``1h30m``; None for anything else."""
@@ -59,7 +73,8 @@ def parse_duration(text: str) -> float | None:
 def parse(value: object, now: float) -> tuple[Deadline | None, list[Finding]]:
     """What ``evacuate_deadline`` means at ``now``; None where none is set, or where it cannot be meant.
 
-    A duration counts from now. A time of day is today's, by the controller's clock and zone.
+    A duration counts from now. A time of day is today's, by the controller's clock and zone. One that has
+    passed is understood, too (:func:`passed`).
     """
     text = "" if value is None else str(value).strip()
     if not text:
@@ -73,10 +88,15 @@ def parse(value: object, now: float) -> tuple[Deadline | None, list[Finding]]:
     at = now + seconds if seconds is not None else _instant(text, now)
     if at is None:
         return None, [_not_understood(text)]
-    if at <= now:
-        way_out = "name a later one, or none; without a deadline everything is moved that can be"
-        return None, [Finding(f"deadline {text!r}", f"passed {now - at:.0f} s ago", way_out)]
     return Deadline(text, at=at), []
+
+
+def passed(deadline: Deadline | None, now: float) -> list[Finding]:
+    """That a deadline has passed. With VMs under way that is no reason not to tell what becomes of them."""
+    if deadline is None or deadline.at is None or deadline.at > now:
+        return []
+    way_out = "name a later one, or none; without a deadline everything is moved that can be"
+    return [Finding(f"deadline {deadline.text!r}", f"passed {now - deadline.at:.0f} s ago", way_out)]
 
 
 def _not_understood(text: str) -> Finding:
@@ -107,6 +127,10 @@ def meaning(deadline: Deadline, given: object, now: float) -> str:
     if deadline.at is None:
         return f"deadline: what UPS {deadline.ups} has left, asked for again and again"
     left = deadline.at - now
+    if left <= 0:
+        return (
+            f"deadline {deadline.text}: passed {-left:.0f} s ago, at {deadline.instant}; nothing new starts"
+        )
     minutes, seconds = divmod(round(left), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"{count} {unit}" for count, unit in ((hours, "h"), (minutes, "min"), (seconds, "s")) if count]

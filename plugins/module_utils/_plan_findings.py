@@ -119,19 +119,6 @@ def wished(vm: VmSummary, wish: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     return changed
 
 
-def deadline_findings(seconds_left: float | None, what: str) -> list[Finding]:
-    """A deadline that has passed."""
-    if seconds_left is None or seconds_left > 0:
-        return []
-    return [
-        Finding(
-            f"deadline {what}",
-            f"passed {-seconds_left:.0f} s ago" if seconds_left < 0 else "is now",
-            "name a later one, or none; without a deadline everything is moved that can be",
-        )
-    ]
-
-
 def site_findings(site: SiteSummary) -> list[Finding]:
     """Everything about the VMs together: destinations, groups, dependencies, one VM named twice."""
     found = _destination_findings(site) + _group_findings(site) + _ambiguous_findings(site)

@@ -94,7 +94,7 @@ options:
     type: str
   progress:
     description:
-      - Seconds between two lines of progress when nothing else is to be told.
+      - Seconds between two lines of progress, whatever else is told. Each says how to go on.
     type: float
     default: 5.0
   forecast:

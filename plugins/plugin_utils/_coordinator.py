@@ -39,11 +39,13 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._errands import Done, Errands
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
+    Find,
     Proxy,
     Refused,
     Surveyor,
     Wanted,
     ask,
+    nobody,
     told_of,
 )
 
@@ -89,8 +91,9 @@ class Coordinator(Surveyor):
         clock: t.Callable[[], float] = time.time,
         sleep: t.Callable[[float], None] = time.sleep,
         abandoned: t.Callable[[], bool] = lambda: False,
+        find: Find = nobody,
     ) -> None:
-        super().__init__(wanted, sources, destinations, deadline, say, clock)
+        super().__init__(wanted, sources, destinations, deadline, say, clock, find)
         self._sleep = sleep
         self._abandoned = abandoned
         self._pending: dict[str, Future[dict[str, t.Any]]] = {}
@@ -114,6 +117,13 @@ class Coordinator(Surveyor):
         self._down_since: dict[tuple[str, str], float] = {}
         self.changed = False
 
+    @property
+    def _again(self) -> str:
+        """How this is gone on with should it end, for the lines that people see last."""
+        deadline = self._deadline.deadline
+        how = deadline.how_again if deadline is not None else ""
+        return "; if this ends, jobs go on: run the same command again" + (f" with {how}" if how else "")
+
     # -- moving
 
     def run(self, site: SiteSummary) -> Recorder:
@@ -134,9 +144,10 @@ class Coordinator(Surveyor):
         wanted = {vm.uuid for vm in site.vms}
         guess = "" if line_known(site) else ", a guess: nobody knows yet what the line carries"
         self._say(f"{len(site.vms)} VMs to leave {self.wanted.site} by strategy {self.wanted.strategy}; "
-                  f"forecast {plan.makespan_seconds:.0f} s{guess}")  # fmt: skip
+                  f"forecast {plan.makespan_seconds:.0f} s{guess}{self._again}")  # fmt: skip
+        # Of those that are under way their proxies tell, whatever a plan thinks of them.
         for planned in plan.vms:
-            if planned.end_seconds is None:
+            if planned.end_seconds is None and planned.vm.uuid not in self._begun:
                 self._say(f"{planned.vm.name}: would stay ({planned.reason})")
         besides = self.others(told_of(site))
         for outcome in besides:
@@ -158,14 +169,15 @@ class Coordinator(Surveyor):
             recorder.observe(seen, orders, self.hosts, controller)
             for line in recorder.news(self.hosts, self._begun.values()):
                 self._say(line)
-                said_at = self._clock()
             for decision in orders.decisions:
                 if decision.what not in {"starts", "precaching-waits"}:
                     self._say(f"{recorder.name(decision.vm)}: {decision.what} ({decision.reason})"
                               + (f": {decision.sentence}" if decision.sentence else ""))  # fmt: skip
+            # At a steady pace, whatever else was told: it says how to go on with it.
             if self._clock() - said_at >= self.wanted.progress_seconds:
                 trouble = self._deadline.trouble
-                self._say(progress_line(site, seen, controller, self._clock(), self.hosts, trouble))
+                self._say(progress_line(site, seen, controller, self._clock(), self.hosts, trouble,
+                                        self._again))  # fmt: skip
                 said_at = self._clock()
             # Those that start now are seen at the next look.
             idle = 0 if seen.moves or orders.starts or self._starting else idle + 1

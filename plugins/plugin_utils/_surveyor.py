@@ -15,7 +15,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
     would_stay_sentence,
 )
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch, passed
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     HostState,
     Wishes,
@@ -100,6 +100,15 @@ class Wanted:
     bandwidth_bytes_per_second: float | None = None
 
 
+# How a destination is reached that only sources name: its proxy, and which of its variables are not followed.
+Find = t.Callable[[str], tuple[Proxy | None, list[Finding]]]
+
+
+def nobody(_name: str) -> tuple[Proxy | None, list[Finding]]:
+    """No destination is found beside those that are given."""
+    return None, []
+
+
 class Refused(Exception):
     """Nothing was started: everything that is wrong, at once."""
 
@@ -119,10 +128,12 @@ class Surveyor:
         deadline: Watch,
         say: t.Callable[[str], None],
         clock: t.Callable[[], float] = time.time,
+        find: Find = nobody,
     ) -> None:
         self.wanted = wanted
+        self._find = find
         self._sources = {proxy.name: proxy for proxy in sources}
-        self._destinations = destinations
+        self._destinations = dict(destinations)
         self._deadline = deadline
         self._say = say
         self._clock = clock
@@ -130,20 +141,25 @@ class Surveyor:
         self.hosts = {name: HostState(name) for name in self._sources}
         self.there = {name: HostState(name) for name in destinations}
 
-    def survey(self) -> SiteSummary:
-        """Ask all proxies, sources and destinations. Raises Refused with everything that is wrong."""
+    def survey(self, *, pick_up: bool = False) -> SiteSummary:
+        """Ask all proxies, sources and destinations. Raises Refused with everything that is wrong.
+
+        ``pick_up``: that the deadline has passed is nothing wrong where VMs are under way, whose end is to be
+        told.
+        """
         self._ask_all()
+        findings = self._ask_whom_sources_name()
         now = self._clock()
         deadline_at = self._deadline.now(now)
-        findings: list[Finding] = []
         if self._deadline.deadline is not None and deadline_at is None:
             way_out = "give the deadline as a time, or mend the UPS"
             findings.append(Finding("deadline", self._deadline.trouble or "is not known", way_out))
-        elif deadline_at is not None and deadline_at <= now:
-            findings.append(
-                Finding(f"deadline {self._deadline.deadline.text if self._deadline.deadline else ''!r}",
-                        "has passed, what is held in reserve counted", "name a later one, or less reserve")
-            )  # fmt: skip
+        elif deadline_at is not None and deadline_at <= now and not (pick_up and self._some_are_under_way()):
+            text = self._deadline.deadline.text if self._deadline.deadline else ""
+            findings += passed(self._deadline.deadline, now) or [
+                Finding(f"deadline {text!r}", "has passed, what is held in reserve counted",
+                        "name a later one, or less reserve")
+            ]  # fmt: skip
         site = site_summary(
             self.wanted.site,
             list(self.hosts.values()),
@@ -308,6 +324,35 @@ class Surveyor:
         ]
         for future in futures:
             future.result()
+
+    def _some_are_under_way(self) -> bool:
+        only = self.wanted.vms
+        return any(
+            not job.get("ended") and (only is None or job["name"] in only or job["vm"] in only)
+            for host in self.hosts.values()
+            for job in host.jobs
+        )
+
+    def _ask_whom_sources_name(self) -> list[Finding]:
+        """Placed by memory and space a replica may be at a peer that the inventory names for no VM."""
+        named = {
+            str(item["peer"])
+            for host in self.hosts.values()
+            for item in (*host.status.get("vms", []), *host.jobs)
+            if item.get("peer")
+        }
+        findings: list[Finding] = []
+        asked = []
+        for name in sorted(named - set(self._destinations)):
+            proxy, wrong = self._find(name)
+            findings += wrong
+            if proxy is not None:
+                self._destinations[name] = proxy
+                self.there[name] = HostState(name)
+                asked.append(self._pool.submit(self._ask_destination, proxy, self.there[name]))
+        for future in asked:
+            future.result()
+        return findings
 
     def _ask_source(self, proxy: Proxy, state: HostState) -> None:
         try:

@@ -434,10 +434,46 @@ def test_nothing_is_started_on_findings(world: World) -> None:
         coordinator.survey()
     coordinator.close()
     told = " | ".join(str(finding) for finding in refused.value.findings)
-    assert "has passed" in told
+    assert "passed 5 s ago" in told
     assert "several hosts: home1, home2" in told
     assert "waits for itself" in told
     assert world.parts["home1"].evacuation.begun == []
+
+
+def test_progress_is_told_at_a_steady_pace_whatever_else_is_told(world: World) -> None:
+    """Steps change at every look: that is no reason not to say how all stands, and how to go on."""
+    world.protect("home1", "web1")
+    world.protect("home1", "22222222-2222-4222-8222-222222222222")
+    world.parts["home1"].evacuation.step_seconds = 0.6
+    world.parts["home1"].evacuation.steps = tuple(f"step{number}" for number in range(12))
+    began = time.monotonic()
+    report_of(world, strategy="parallel")
+    lines = [line for line in world.said if " out, " in line and " under way, " in line]
+    # Every second: one is asked for, a look takes 0.2 s here.
+    assert len(lines) >= 0.6 * (time.monotonic() - began - 2)
+    assert len(lines) >= 3
+    assert all("if this ends, jobs go on: run the same command again" in line for line in lines)
+
+
+def test_after_the_deadline_what_is_under_way_is_picked_up_and_told(world: World) -> None:
+    world.protect("home1", "web1")
+    world.protect("home2", "22222222-2222-4222-8222-222222222222")
+    evacuation = world.parts["home1"].evacuation
+    evacuation.step_seconds = 0.4
+    world.proxies["home1"].request("POST", "/v1/evacuations", {"vm": "web1"})
+    passed = Watch(Deadline("20m", at=time.time() - 5), lambda _ups: 0.0)
+    coordinator = world.coordinator(watch=passed)
+    try:
+        told = coordinator.run(coordinator.survey(pick_up=True)).outcomes
+        with pytest.raises(Refused, match=r"passed \d+ s ago"):
+            coordinator.survey(pick_up=True)
+    finally:
+        coordinator.close()
+    assert {vm["name"]: vm["verdict"] for vm in told} == {"web1": "evacuated", "Datenbank für Köln": "stayed"}
+    assert world.parts["home2"].evacuation.begun == []
+    assert not any(line.startswith("web1: would stay") for line in world.said)
+    instant = passed.deadline.instant if passed.deadline else ""
+    assert f"run the same command again with evacuate_deadline={instant}" in world.said[0]
 
 
 def test_the_bridge_speaks_http_through_a_process(world: World, tmp_path: Path) -> None:

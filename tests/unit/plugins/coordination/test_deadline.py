@@ -20,6 +20,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
     Watch,
     meaning,
     parse,
+    passed,
     runtime_of,
 )
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._ups import read_runtime
@@ -74,8 +75,26 @@ def test_what_is_not(text: object) -> None:
 @pytest.mark.parametrize("text", ["0", "11:59", "2026-11-21T11:00", "0s"])
 def test_what_has_passed(text: str) -> None:
     deadline, findings = parse(text, NOW)
-    assert deadline is None
-    assert "passed" in str(findings[0])
+    assert deadline is not None
+    assert findings == [], "what is under way may be asked for all the same"
+    assert "passed" in str(passed(deadline, NOW)[0])
+    assert "nothing new starts" in meaning(deadline, text, NOW)
+    assert passed(deadline, NOW - 86400) == passed(None, NOW) == []
+
+
+def test_the_command_that_is_given_again_means_the_same_instant() -> None:
+    """20m counts from each command, and a time of day is that of the day."""
+    for text in ("20m", 90, "14:30"):
+        first, _findings = parse(text, NOW)
+        assert first is not None
+        key, _mark, again = first.how_again.partition("=")
+        second, findings = parse(again, NOW + 7200)
+        assert second is not None
+        assert (key, second.at, findings) == ("evacuate_deadline", pytest.approx(first.at), [])
+        assert second.how_again == "", "said whole it stays the same"
+    ups, _findings = parse("ups:x@host", NOW)
+    assert ups is not None
+    assert ups.how_again == ups.instant == ""
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
+    Recorder,
     count_others,
     progress_line,
 )
@@ -15,6 +16,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes, HostState
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import missing, others, silent
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import read_rate
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     PairSummary,
@@ -49,10 +51,24 @@ def test_a_line_tells_who_moves_how_far_how_fast_and_until_when() -> None:
     controller = Controller(site)
     controller.step(seen)
     hosts = {"home1": host("home1", job("web1", outlook={"share": 0.43, "lag_bytes": 2e6}))}
-    line = progress_line(site, seen, controller, 100.0, hosts)
+    line = progress_line(site, seen, controller, 100.0, hosts, again="; run the same command again")
     assert "0 of 1 out, 1 under way, 0 waiting; 40.0 Mbit/s; deadline in 1:00" in line
     assert "web1 bulk 43 %, 12 MB at 32.0 Mbit/s, 3 s left" in line
     assert line.endswith("run the same command again")
+
+
+def test_steps_of_many_vms_share_a_line_and_a_verdict_has_its_own() -> None:
+    site = SiteSummary("home", (), ())
+    recorder = Recorder(site, 0.0, make_plan(site, None), None)
+    jobs = [job(f"v{number:02}") | {"step": "catch-up"} for number in range(30)]
+    begun = {one["id"] for one in jobs}
+    (line,) = recorder.news({"home1": host("home1", *jobs)}, begun)
+    assert line.startswith("v00: catch-up; v01: catch-up; ")
+    assert line.endswith("v07: catch-up; and 22 more")
+    assert recorder.news({"home1": host("home1", *jobs)}, begun) == []
+    jobs[3] |= {"verdict": "evacuated"}
+    jobs[4] |= {"step": "freeze"}
+    assert recorder.news({"home1": host("home1", *jobs)}, begun) == ["v03: EVACUATED", "v04: freeze"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._order import cycles, order, unit_of
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import QUICKER_FOR_OTHERS, make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
-    deadline_findings,
     placement_findings,
     site_findings,
     strategy_findings,
@@ -206,9 +205,7 @@ def test_wishes() -> None:
     assert (changed.priority, changed.rungs) == (70, (Rung.LIVE, Rung.RESTART, Rung.STAY))
 
 
-def test_deadlines_and_placement() -> None:
-    assert deadline_findings(None, "none") == deadline_findings(5.0, "5s") == []
-    assert "passed 3 s ago" in str(deadline_findings(-3.0, "12:00")[0])
+def test_a_destination_that_is_too_small_for_all_is_told() -> None:
     assert len(placement_findings(site(vm("a"), vm("b"), free={"backup1": 150 * MB}))) == 1
 
 

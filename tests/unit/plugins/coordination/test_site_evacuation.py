@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ class Stage:
         )
         command.chmod(0o755)
         self.variables: dict[str, Any] = {"ansible_connection": "local", "lifeboat_peer": "backup1"}
+        self.others: dict[str, dict[str, Any]] = {}
 
     def play(
         self, playbook: str | list[dict[str, Any]], **variables: Any
     ) -> subprocess.CompletedProcess[str]:
         inventory = self.directory / "inventory.yml"
-        groups = {"home": {"hosts": {"home1": self.variables}}, "other": {"hosts": {}}}
+        groups = {"home": {"hosts": {"home1": self.variables}}, "other": {"hosts": self.others}}
         inventory.write_text(yaml.safe_dump({"all": {"children": groups}}))
         if isinstance(playbook, list):
             path = self.directory / "play.yml"
@@ -64,6 +66,10 @@ class Stage:
 
     def evacuate(self, **options: Any) -> subprocess.CompletedProcess[str]:
         arguments = {"site": "home", "socket": str(self.socket), **options}
+        if arguments["socket"] is None:
+            # Of each host its own.
+            del arguments["socket"]
+            self.variables["evacuation_socket"] = str(self.socket)
         task = {"lifeboat.evacuation.site_evacuation": arguments, "run_once": True}
         return self.play([{"hosts": "home", "gather_facts": False, "tasks": [task]}])
 
@@ -132,4 +138,23 @@ def test_check_mode_and_rehearsal_change_nothing(stage: Stage) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 VMs would be out" in done.stdout
     assert "the link carries 50.0 Mbit/s" in done.stdout
+    assert stage.parts.evacuation.begun == []
+
+
+@pytest.mark.parametrize("peers", [{"lifeboat_peers": ["backup1"]}, {}], ids=["named", "only-by-the-source"])
+@pytest.mark.parametrize("state", ["evacuated", "forecast"])
+def test_the_peers_that_protect_places_by_are_asked(
+    stage: Stage, tmp_path: Path, peers: dict[str, Any], state: str
+) -> None:
+    """Nobody says lifeboat_peer: the destination's answer is seen by what it is refused for."""
+    protect(stage)
+    (tmp_path / "peer").mkdir()
+    parts = small_parts(tmp_path / "peer")
+    parts.config = replace(parts.config, site="home")
+    with serving(parts) as socket:
+        stage.variables = {"ansible_connection": "local", **peers}
+        stage.others["backup1"] = {"ansible_connection": "local", "evacuation_socket": str(socket)}
+        told = stage.evacuate(state=state, socket=None, uplink="50Mbit/s")
+    assert told.returncode != 0
+    assert "destination backup1: stands at home, the site to be emptied" in " ".join(told.stdout.split())
     assert stage.parts.evacuation.begun == []

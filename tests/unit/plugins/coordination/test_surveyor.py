@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
-from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import Surveyor, Wanted
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import Refused, Surveyor, Wanted
 
 from unit.plugins.coordination.sites import MB, MBIT, site, vm
 
@@ -87,3 +88,52 @@ def test_a_pair_that_does_not_answer_is_said_and_the_others_rate_is_the_lines() 
 
 def test_a_proxy_of_an_older_version_is_believed() -> None:
     assert measured(Measuring("home1", {"bytes_per_second": 5e6})) == (5e6, [])
+
+
+class Saying:
+    """A proxy that has an answer for each path."""
+
+    def __init__(self, name: str, status: dict[str, Any], workload: dict[str, Any] | None = None) -> None:
+        self.name = name
+        self._answers = {"/v1/status": status, "/v1/workload": workload or {}, "/v1/vms": {"unprotected": []}}
+
+    def request(
+        self, method: str, path: str, body: Mapping[str, object] | None = None, timeout_seconds: float = 30.0
+    ) -> Any:
+        return self._answers[path]
+
+    def close(self) -> None:
+        pass
+
+
+def test_peers_that_only_the_sources_name_are_asked_what_they_have() -> None:
+    """Placed by memory and space: no variable of the inventory names the destination."""
+    gib = 2**30
+    source = Saying(
+        "home1",
+        {"vms": [{"uuid": "u-web1", "name": "web1", "peer": "backup2"}], "links": [], "evacuations": []},
+        {"vms": [{"uuid": "u-web1", "memory_bytes": 64 * gib, "running": True}]},
+    )
+    found = {"backup2": Saying("backup2", {"site": "backup"}, {"memory_free_bytes": gib})}
+    asked: list[str] = []
+
+    def find(name: str) -> tuple[Saying | None, list[Finding]]:
+        asked.append(name)
+        wrong = [Finding(f"{name}: ansible_ssh_executable", "is not followed", "take it out")]
+        return found.get(name), [] if name in found else wrong
+
+    wanted = Wanted("home", None, "feedback", 1.0, {})
+    for name in ("backup2", "backup3"):
+        surveyor = Surveyor(wanted, [source], {}, Watch(None, lambda _ups: 0.0), asked.append, find=find)
+        try:
+            if name == "backup3":
+                del found["backup2"]
+                with pytest.raises(Refused, match="backup2: ansible_ssh_executable: is not followed"):
+                    surveyor.survey()
+                continue
+            (told,) = surveyor.forecast(surveyor.survey())[1]
+        finally:
+            surveyor.close()
+        assert "destination backup2: has 1.0 GiB of memory free and replicas of VMs that need 64.1" in str(
+            told
+        )

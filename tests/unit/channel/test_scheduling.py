@@ -308,9 +308,19 @@ def test_governor_begins_anew_on_another_path() -> None:
     busy(line, governor, 20)
     line.rate, line.trip = 6.25e6, 0.18
     idle(line, governor, 20)
+    # Before there is anything to send: by the old rate a second would be under way before the first look.
+    assert governor.rate_bytes_per_second == 2e6
     begin = line.acknowledged
-    assert busy(line, governor, 4) < 0.5
-    assert (line.acknowledged - begin) / 4 > 0.8 * line.rate
+    assert busy(line, governor, 4) < 0.2
+    assert (line.acknowledged - begin) / 4 > 0.75 * line.rate
+
+
+@pytest.mark.parametrize(("rate", "trip"), [(6.25e6, 0.18), (50e6, 0.04), (50e6, 0.18)])
+def test_governor_finds_out_what_a_path_carries_with_a_short_queue(rate: float, trip: float) -> None:
+    """What stands in the queue when the rate has come up is what a call waits for at a copy's beginning."""
+    line, governor = Line(rate, trip), Governor()
+    idle(line, governor, 3)
+    assert busy(line, governor, 6) < 0.13
 
 
 @pytest.mark.parametrize(("rate", "known"), [(6.25e6, 0.15), (6.25e6, 0.17), (50e6, 0.14)])

@@ -23,13 +23,15 @@ _FIRST_RATE = 2_000_000.0
 _LEAST_RATE = 64_000.0
 _BASE_SECONDS = 30.0
 # Of an idle path only so much is remembered: pings tell of it as it is.
-_IDLE_BASE_SECONDS = 10.0
+_IDLE_BASE_SECONDS = 6.0
 # A pause of this length ends what was learnt of queues.
 _QUIET_SECONDS = 1.0
 _FOREIGN_SECONDS = 10.0
 _PAUSE_SECONDS = 15.0
 # Headers and uneven looks take something: who delivers so much of the rate was pressed by it.
 _PRESSED = 0.8
+# Who delivers less of the rate is not doubled before the next look.
+_ALL = 0.9
 # A delay of this length is a queue, whatever arrives.
 _LONG_SECONDS = 0.1
 # Looks in a row that say so before a path is taken for longer than it seemed.
@@ -159,6 +161,8 @@ class Governor:
                 self._spell_at = None
             while len(self._base) > 1 and now.at - self._base[0][0] > _IDLE_BASE_SECONDS:
                 self._base.popleft()
+            # Now, not at the next spell: until its first look it would send by the rate of the other path.
+            self._forget_another_path()
             return
         self._quiet_since = None
         if self._spell_at is None:
@@ -170,19 +174,19 @@ class Governor:
             # Small things sent now and then press nothing and find out nothing: begin from what the path last
             # carried, and as swiftly as the first time where it is less. What it carried before it became
             # slower would be a queue of seconds by the time that one can be seen.
-            if self._leads_elsewhere():
-                self._rate, self._carried = _FIRST_RATE, 0.0
-                self._delivered.clear()
+            self._forget_another_path()
             self._rate = max(min(self._rate, self._carried), self._carried / 2, _FIRST_RATE)
             # A spell that ended before a queue was seen has not found out what the path carries: it goes on.
             self._starting = self._starting or self._rate < _NEARLY * self._carried or not self._carried
 
-    def _leads_elsewhere(self) -> bool:
-        """Whether the round trip is that of another path than the one that was pressed last."""
+    def _forget_another_path(self) -> None:
+        """Begin anew where the round trip is that of another path than the one that was pressed last."""
         if self._pressed_base is None or not self._base:
-            return False
+            return
         shorter, longer = sorted((self._pressed_base, self._base[0][1]))
-        return longer > _OTHER_PATH * shorter and longer - shorter > _TARGET_SECONDS
+        if longer > _OTHER_PATH * shorter and longer - shorter > _TARGET_SECONDS:
+            self._rate, self._carried, self._pressed_base = _FIRST_RATE, 0.0, None
+            self._delivered.clear()
 
     def _base_seconds(self, now: Sample) -> float:
         # Least round trip of the last half minute, in a monotonic queue: a path that became longer
@@ -220,7 +224,8 @@ class Governor:
         self._pressed_base = base
         if self._starting:
             # What arrives now was sent by the rate of the look before.
-            all_arrives, self._rate_before = delivered >= _PRESSED * self._rate_before, self._rate
+            sent, self._rate_before = self._rate_before, self._rate
+            all_arrives = delivered >= _PRESSED * sent
             self._short = 0 if all_arrives else self._short + 1
             queued = queue >= max(2 * _TARGET_SECONDS, base / 8)
             self._delayed = self._delayed + 1 if queued and all_arrives else 0
@@ -228,6 +233,10 @@ class Governor:
                 # More and more is sent, all of it arrives, and as late as before: the path is longer.
                 self._believe(base + queue, now.at)
             if not (queued and self._short > 1) and queue < max(_LONG_SECONDS, base / 2):
+                if delivered < _ALL * sent and queue > _TARGET_SECONDS / 2:
+                    # The path may be full: what is doubled now would stand in its queue.
+                    self._rate = min(self._rate, max(delivered, _FIRST_RATE))
+                    return
                 # As slow start does, but each step only when the step before is seen to arrive.
                 self._rate = max(self._rate, delivered * 2)
                 return

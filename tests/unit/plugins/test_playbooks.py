@@ -253,6 +253,70 @@ def test_validate_tells_all_findings_of_all_hosts(site: Site) -> None:
     assert "VM nosuch: not protected on any of these hypervisors" in told.stdout
 
 
+@pytest.fixture
+def mobility(site: Site) -> dict[str, dict[str, Any]]:
+    """Gateways at three sites and two anchors, one of them at home; no agent answers anywhere."""
+    path = site.directory / "inventory.yml"
+    inventory = yaml.safe_load(path.read_text())
+    home = inventory["hypervisors"]["children"]["home"]["hosts"]
+    common = {key: home["home1"][key] for key in home["home1"] if key.startswith("ansible_")}
+    hosts: dict[str, dict[str, Any]] = {
+        "home1": {"mobility_gateway": True},
+        "home2": {"mobility_anchor": True},
+        "backup1": {**common, "mobility_gateway": True},
+        "third1": {**common, "mobility_gateway": True},
+        "anchor1": {**common, "mobility_anchor": True},
+    }
+    variables = {"mobility_libvirt_uri": "none", "mobility_prefixes": [{"prefix": "2001:db8:100::/64"}]}
+    inventory["mobility"] = {"hosts": hosts, "vars": variables}
+    path.write_text(yaml.safe_dump(inventory))
+    return inventory
+
+
+@pytest.mark.usefixtures("mobility")
+def test_validate_asks_the_agents_of_anchors_and_of_destinations(site: Site) -> None:
+    protect(site)
+    told = site.play("validate", evacuate_site="home", lifeboat_peer="backup1")
+    assert told.returncode != 0
+    for host in ("home1", "home2", "backup1", "anchor1"):
+        assert f"{host}: control socket /run/lifeboat/mobility.sock: the mobility agent" in told.stdout
+    assert "the anchors home2 stand there and fall with it; anchor1 alone will lead packets" in " ".join(
+        told.stdout.split()
+    )
+    judged = told.stdout.partition("Judge all hypervisors together")[2]
+    assert "backup1: control socket" in judged
+    # Nobody's way leads there.
+    assert "third1: control socket" not in judged
+    limited = site.play("validate", "--limit", "home", evacuate_site="home", lifeboat_peer="backup1")
+    assert "backup1: " not in limited.stdout
+
+
+@pytest.mark.usefixtures("mobility")
+def test_a_site_with_every_anchor_in_it_is_evacuated_with_a_warning(site: Site) -> None:
+    protect(site)
+    told = good(site.play("evacuate", "--check", evacuate_site="home"))
+    assert "the anchors home2 stand there and fall with it; anchor1 alone" in " ".join(told.stdout.split())
+    path = site.directory / "inventory.yml"
+    inventory = yaml.safe_load(path.read_text())
+    del inventory["mobility"]["hosts"]["anchor1"]
+    path.write_text(yaml.safe_dump(inventory))
+    lone = good(site.play("evacuate", "--check", evacuate_site="home"))
+    assert "there is no other, and VMs cannot be reached" in " ".join(lone.stdout.split())
+
+
+def test_protect_gives_no_vm_the_address_of_one_that_the_limit_leaves_out(
+    site: Site, mobility: dict[str, Any]
+) -> None:
+    home = mobility["hypervisors"]["children"]["home"]["hosts"]
+    for host, name in (("home1", "web1"), ("home2", "other")):
+        home[host]["lifeboat_vms"] = [{"name": name, "peer": "backup1", "addresses": ["2001:db8:100::5"]}]
+    (site.directory / "inventory.yml").write_text(yaml.safe_dump(mobility))
+    told = site.play("protect", "--limit", "home1")
+    assert told.returncode != 0
+    assert "VM other: 2001:db8:100::5 is VM web1's too" in told.stdout.replace("\\'", "'")
+    assert site.first.source.changes == []
+
+
 def test_evacuate_refuses_without_the_site(site: Site) -> None:
     protect(site)
     told = site.play("evacuate")

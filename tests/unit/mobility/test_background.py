@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 
-from mobility_agent.background import Background
+from mobility_agent.background import Background, again_and_again
 
 
 async def test_stopped_work_has_ended_and_a_second_stop_does_nothing() -> None:
@@ -37,3 +37,37 @@ async def test_what_the_work_raised_comes_out_of_the_stop() -> None:
     await asyncio.sleep(0)
     with pytest.raises(OSError, match="the link is gone"):
         await background.stop()
+
+
+async def test_work_that_ended_by_itself_says_why() -> None:
+    async def work() -> None:
+        raise OSError("the link is gone")
+
+    background = Background()
+    assert background.failure() is None
+    background.start(work())
+    assert background.failure() is None
+    await asyncio.sleep(0.01)
+    assert isinstance(background.failure(), OSError)
+
+
+async def test_a_round_that_fails_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobility_agent.background._AFTER_FAILURE_SECONDS", 0.01)
+    rounds: list[int] = []
+    wake = asyncio.Event()
+
+    def one_round() -> float:
+        rounds.append(len(rounds))
+        if len(rounds) == 1:
+            raise OSError("the link is gone")
+        return 60.0
+
+    background = Background()
+    background.start(again_and_again("work", one_round, wake, 0.001))
+    await asyncio.sleep(0.1)
+    assert rounds == [0, 1]
+    wake.set()
+    await asyncio.sleep(0.01)
+    assert rounds == [0, 1, 2]
+    assert background.failure() is None
+    await background.stop()

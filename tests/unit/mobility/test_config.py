@@ -124,3 +124,27 @@ def test_a_home_link_says_which_gateways_stand_on_it() -> None:
     ):
         with pytest.raises(ConfigurationError, match=words):
             parse(ANCHOR.format(text), KEYS)
+
+
+def test_each_prefix_may_have_a_home_router_of_its_own_to_watch() -> None:
+    anchor = """
+name = "anchor1"
+address = "2001:db8:a1::2"
+tunnel_address = "2001:db8:a1::d"
+anchor = true
+[attraction]
+mode = "when-silent"
+{}
+[[prefixes]]
+prefix = "2001:db8:100::/64"
+watch = "2001:db8:1::1"
+[[prefixes]]
+prefix = "2001:db8:200::/64"
+{}
+"""
+    own = 'watch = "2001:db8:2::1"'
+    told = parse(anchor.format("", own), KEYS)
+    assert [str(prefix.watch) for prefix in told.prefixes] == ["2001:db8:1::1", "2001:db8:2::1"]
+    assert str(parse(anchor.format(own, ""), KEYS).attraction.watch) == "2001:db8:2::1"
+    with pytest.raises(ConfigurationError, match="watch"):
+        parse(anchor.format("", ""), KEYS)

@@ -114,4 +114,20 @@ async def test_a_full_disk_is_told_and_later_changes_are_kept(
             await journal.commit()
     journal.put("b", {})
     await journal.commit()
-    assert "b" in Journal(tmp_path / "journal").open()
+    assert set(Journal(tmp_path / "journal").open()) == {"a", "b"}
+
+
+async def test_a_write_that_the_disk_took_half_of_is_no_success_and_harms_nothing_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    whole = durable.os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "write", lambda file, data: whole(file, data[: len(data) // 2]))
+        journal.put("a", {"n": 1})
+        with pytest.raises(OSError, match="octets fitted"):
+            await journal.commit()
+    journal.put("b", {})
+    await journal.commit()
+    assert Journal(tmp_path / "journal").open() == {"a": {"n": 1}, "b": {}}

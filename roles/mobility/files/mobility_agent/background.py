@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+import logging
+from collections.abc import Callable, Coroutine
+
+logger = logging.getLogger(__name__)
+
+_AFTER_FAILURE_SECONDS = 1.0
 
 
 class Background:
@@ -18,6 +23,11 @@ class Background:
         """Let ``work`` run."""
         self._task = asyncio.get_running_loop().create_task(work)
 
+    def failure(self) -> BaseException | None:
+        """What ended the work before anybody stopped it, if anything did."""
+        task = self._task
+        return task.exception() if task is not None and task.done() and not task.cancelled() else None
+
     async def stop(self) -> None:
         """Cancel it and wait until it has ended; nothing happens where none was started."""
         task, self._task = self._task, None
@@ -25,3 +35,22 @@ class Background:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+async def again_and_again(
+    subject: str, one_round: Callable[[], float], wake: asyncio.Event, least_seconds: float
+) -> None:
+    """``one_round`` when ``wake`` is set, or after as many seconds as the last round said.
+
+    A round that fails is told of, and the next one comes all the same: what is due must not end with it.
+    """
+    while True:
+        wake.clear()
+        try:
+            pause = max(one_round(), least_seconds)
+        except Exception:
+            logger.exception("%s: a round of its work failed; going on", subject)
+            await asyncio.sleep(_AFTER_FAILURE_SECONDS)
+            continue
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(wake.wait(), pause)

@@ -55,12 +55,14 @@ class Prefix:
     """A home prefix; ``link``: on an anchor, the device that is the home link.
 
     ``link_gateways``: the gateways whose bridge is that link: a VM that is bound to one of them is at home.
+    ``watch``: the home router of this prefix, where each has its own.
     """
 
     network: IPv6Network
     native: bool = False
     link: str | None = None
     link_gateways: frozenset[str] = frozenset()
+    watch: IPv6Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,9 @@ def _config(top: Reader, ring: Ring) -> Config:
         )
     attraction, paths = top.table("attraction"), top.table("paths")
     mode = attraction.choice("mode", "never", ("never", "always", "when-silent"))
-    watched = mode == "when-silent" or attraction.has("watch")
+    prefixes = tuple(top.tables("prefixes"))
+    unwatched = mode == "when-silent" and not all(reader.has("watch") for reader in prefixes)
+    watched = unwatched or attraction.has("watch")
     return Config(
         name=top.name("name"),
         address=top.address("address"),
@@ -248,8 +252,9 @@ def _config(top: Reader, ring: Ring) -> Config:
                 reader.text("link") if reader.has("link") else None,
                 # Asked for by name: taken for away, a VM at home would lose its address to the anchor.
                 reader.names("link_gateways") if reader.has("link") else frozenset(),
+                reader.address("watch") if reader.has("watch") else None,
             )
-            for reader in top.tables("prefixes")
+            for reader in prefixes
         ),
         bridges=tuple(
             Bridge(

@@ -168,8 +168,11 @@ class Daemon:
         if all(peer.tunnel_address != tunnel for peer in self._config.peers):
             return
         self._mtu_learnt[tunnel] = time.monotonic()
-        if self.parts.path.learn_mtu(tunnel, octets):
-            logger.info("path to %s: carries %d octets; senders are told so", tunnel, octets)
+        try:
+            if self.parts.path.learn_mtu(tunnel, octets):
+                logger.info("path to %s: carries %d octets; senders are told so", tunnel, octets)
+        except MobilityError as error:
+            logger.error("path to %s: carries %d octets: %s; tried again", tunnel, octets, error)
 
     def _forget_mtu(self, now: float) -> None:
         for tunnel, at in list(self._mtu_learnt.items()):
@@ -216,11 +219,14 @@ class Daemon:
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), min(_LINKS_SECONDS, half_watchdog))
+            self._judge_work()
             now = time.monotonic()
-            self._forget_mtu(now)
             try:
+                self._forget_mtu(now)
                 if self._config.gateway:
                     self._keep_links()
+                if self.parts.path.mend():
+                    logger.info("data path: has now what the kernel refused before")
                 if now - repaired > _REPAIR_SECONDS:
                     repaired = now
                     # Somebody may have flushed our tables.
@@ -228,6 +234,15 @@ class Daemon:
             except (MobilityError, OSError) as error:
                 logger.error("data path: %s", error)
             self._manager.notify(WATCHDOG=1, STATUS=self._sentence())
+
+    def _judge_work(self) -> None:
+        """Nobody would notice that work in the background has ended. Raises MobilityError."""
+        parts = self.parts
+        for subject, part in (("anchor", parts.anchor), ("gateway", parts.gateway), ("libvirt", parts.moves)):
+            failure = part.failure() if part is not None else None
+            if failure is not None:
+                logger.error("%s: its work has ended", subject, exc_info=failure)
+                raise MobilityError(f"{subject}: its work has ended ({failure!r}); the agent starts anew")
 
     def _sentence(self) -> str:
         parts, words = self.parts, []

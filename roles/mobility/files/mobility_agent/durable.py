@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -92,6 +93,8 @@ class Journal:
         self._file = -1
         self._live: dict[str, bytes] = {}
         self._lines = 0
+        # A write failed: what the end of the file holds is not known, and what was to be in it is not.
+        self._torn = False
         self._waiting: list[bytes] = []
         self._task: asyncio.Task[None] | None = None
         self._next, self._writing = _Written(), _Written()
@@ -163,12 +166,14 @@ class Journal:
                 self._writing, self._next = self._next, _Written()
                 try:
                     self._lines += batch.count(b"\n")
-                    if self._lines > 2 * len(self._live) + _SPARE_LINES:
+                    if self._torn or self._lines > 2 * len(self._live) + _SPARE_LINES:
                         # In the loop's thread, and rare: nothing may be put while the file is replaced.
                         self._rewrite()
+                        self._torn = False
                     else:
                         await asyncio.to_thread(self._append, batch)
                 except OSError as error:
+                    self._torn = True
                     logger.error("%s: not written: %s", self._path, error)
                     self._writing.failure = error
                 finally:
@@ -177,15 +182,23 @@ class Journal:
             self._task = None
 
     def _append(self, batch: bytes) -> None:
-        os.write(self._file, batch)
+        written = os.write(self._file, batch)
+        if written < len(batch):
+            # On a disk that is nearly full the kernel takes what fits.
+            raise OSError(errno.ENOSPC, f"only {written} of {len(batch)} octets fitted")
         os.fdatasync(self._file)
 
     def close(self) -> None:
         """Write what is left and let go of the file."""
         if self._file < 0:
             return
-        if self._waiting:
-            self._append(b"".join(self._waiting))
+        try:
+            if self._torn:
+                self._rewrite()
+            elif self._waiting:
+                self._append(b"".join(self._waiting))
             self._waiting = []
+        except OSError as error:
+            logger.error("%s: not written: %s", self._path, error)
         os.close(self._file)
         self._file = -1

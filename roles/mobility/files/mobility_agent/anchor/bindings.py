@@ -54,6 +54,7 @@ class Binding:
     """A VM's home addresses are reached at ``care_of``; ``active`` False: nowhere, but its epoch is known.
 
     ``since_seconds``: wall clock of the last change of care-of address. ``expires_seconds``: monotonic clock.
+    ``untold``: gateways that had it before and have not heard yet who has it now.
     """
 
     vm: str
@@ -67,6 +68,7 @@ class Binding:
     since_seconds: float
     expires_seconds: float
     active: bool = True
+    untold: tuple[IPv6Address, ...] = ()
 
     def as_record(self) -> dict[str, Any]:
         """What is kept on disk. The expiry is not: a monotonic clock means nothing after a restart."""
@@ -80,6 +82,7 @@ class Binding:
             "sequence": self.sequence,
             "since_seconds": self.since_seconds,
             "active": self.active,
+            **({"untold": [str(gateway) for gateway in self.untold]} if self.untold else {}),
         }
 
     @classmethod
@@ -99,7 +102,13 @@ class Binding:
             since_seconds=float(record["since_seconds"]),
             expires_seconds=now + (lifetime if active else _FORGET_AFTER_SECONDS),
             active=active,
+            untold=tuple(IPv6Address(gateway) for gateway in record.get("untold", ())),
         )
+
+    def untold_after(self, gateway: IPv6Address) -> tuple[IPv6Address, ...]:
+        """Who has not heard of it yet when ``gateway`` has it now."""
+        former = dict.fromkeys((*self.untold, self.gateway))
+        return tuple(one for one in former if one != gateway)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +208,32 @@ class BindingTable:
             sequence=sequence,
             since_seconds=wall if before is None or moved else before.since_seconds,
             expires_seconds=now + lifetime,
+            untold=() if before is None else before.untold_after(gateway),
         )
         self._store(after)
         name = self.rules.gateways[gateway].name
         sentence = f"VM {asked.vm}: bound to {name} ({asked.care_of}), epoch {asked.epoch}"
         return Verdict(
             Status.ACCEPTED, "bound" if moved else "refreshed", sentence, before, after, asked.ticks
+        )
+
+    def told(self, vm: str, gateway: IPv6Address) -> Binding | None:
+        """``gateway`` knows now that the VM is another's: the binding, if that is news."""
+        binding = self._bindings.get(vm)
+        if binding is None or gateway not in binding.untold:
+            return None
+        rest = tuple(one for one in binding.untold if one != gateway)
+        self._bindings[vm] = binding = replace(binding, untold=rest)
+        return binding
+
+    def awaited(self, prefix: IPv6Network) -> int:
+        """How many VMs of ``prefix`` are bound while a gateway that had them, one of ours, is untold."""
+        gateways = self.rules.gateways
+        return sum(
+            binding.active
+            and any(gateway in gateways for gateway in binding.untold)
+            and any(home.subnet_of(prefix) for home in binding.homes)
+            for binding in self._bindings.values()
         )
 
     def _withdraw(
@@ -230,6 +259,7 @@ class BindingTable:
             since_seconds=wall,
             expires_seconds=now + _FORGET_AFTER_SECONDS,
             active=False,
+            untold=before.untold_after(gateway),
         )
         self._store(after)
         name = self.rules.gateways[gateway].name

@@ -8,12 +8,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv6Address, IPv6Network
 from typing import Any
 
 from mobility_agent.anchor.attraction import Attractor
 from mobility_agent.anchor.bindings import Binding, BindingTable, KnownGateway, Rules, Verdict
+from mobility_agent.background import Background, again_and_again
 from mobility_agent.config import Config, Peer
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.path import DataPath
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 _TELLINGS = 6
 _FIRST_TELLING_SECONDS = 0.25
 _ROUTINE = frozenset({"refreshed", "not-held"})
+# The answer to these says who has the VM.
+_ENLIGHTENING = frozenset({"stale-epoch", "same-epoch", "not-bound", "not-held"})
 
 
 @dataclass(slots=True)
@@ -53,6 +56,13 @@ class _Telling:
     sequence: int
     due_at: float
     told: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Owed:
+    """A VM that is bound, but not in the kernel or not on disk yet: ``before`` is what held until then."""
+
+    before: Binding | None
 
 
 class AnchorDuty:
@@ -84,7 +94,13 @@ class AnchorDuty:
             timestamp_window_seconds=config.timestamp_window_seconds,
         )
         self.table = BindingTable(self._rules)
-        self.attractor = Attractor(config.attraction, self._rules.prefixes, self._path.attract)
+        self.attractor = Attractor(
+            config.attraction,
+            config.prefixes,
+            self._path.attract,
+            config.state / "attracted.json",
+            self.table.awaited,
+        )
         self._peers = {peer.address: peer for peer in config.partners}
         addresses = {peer.name: peer.address for peer in config.partners}
         self._home_gateways = [
@@ -93,8 +109,10 @@ class AnchorDuty:
         ]
         self._tellings: dict[tuple[str, IPv6Address], _Telling] = {}
         self._telling_sequence = 0
+        self._background = Background()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unsent: list[tuple[Peer, BindingAcknowledgement]] = []
+        self._unsent: list[tuple[Peer, str, _Owed, BindingAcknowledgement]] = []
+        self._owed: dict[str, _Owed] = {}
         self._wake = asyncio.Event()
         self.refusals: dict[str, int] = {}
 
@@ -103,6 +121,7 @@ class AnchorDuty:
     def restore(self) -> None:
         """Read what was kept, and want its routes. Call before the data path starts."""
         now = time.monotonic()
+        self.attractor.restore()
         for vm, record in self._journal.open().items():
             try:
                 binding = Binding.from_record(vm, record, now)
@@ -117,11 +136,16 @@ class AnchorDuty:
     def start(self) -> None:
         """Serve."""
         self.attractor.start()
-        self._spawn(self._drive())
+        self._background.start(again_and_again("anchor", self._round, self._wake, 0.01))
+
+    def failure(self) -> BaseException | None:
+        """What ended work that should go on, if anything did."""
+        return self._background.failure() or self.attractor.failure()
 
     async def stop(self) -> None:
         """Serve no more; routes and records stay."""
         await self.attractor.stop()
+        await self._background.stop()
         for task in list(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -133,21 +157,23 @@ class AnchorDuty:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _drive(self) -> None:
-        """Expiries and losses that were not confirmed."""
-        while True:
-            now = time.monotonic()
-            for verdict in self.table.expire(now):
-                logger.warning("%s", verdict.sentence)
+    def _round(self) -> float:
+        """Expiries and losses that were not confirmed; how long there is nothing to do then."""
+        now = time.monotonic()
+        for verdict in self.table.expire(now):
+            logger.warning("%s", verdict.sentence)
+            if verdict.after is not None:
+                self._owed.pop(verdict.after.vm, None)
+            try:
                 self._carry_out(verdict)
-            self._tell_again(now)
-            times = [telling.due_at for telling in self._tellings.values()]
-            following = self.table.next_expiry()
-            times += [] if following is None else [following]
-            pause = min(times, default=now + 60) - time.monotonic()
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), max(pause, 0.01))
+            except MobilityError as error:
+                # The data path tries it again.
+                logger.error("%s; its route is still there: %s", verdict.sentence, error)
+        self._tell_again(now)
+        times = [telling.due_at for telling in self._tellings.values()]
+        following = self.table.next_expiry()
+        times += [] if following is None else [following]
+        return min(times, default=now + 60) - time.monotonic()
 
     # --- messages ---
 
@@ -162,6 +188,7 @@ class AnchorDuty:
                 for key, telling in list(self._tellings.items()):
                     if telling.gateway == peer.address and telling.sequence == message.sequence:
                         del self._tellings[key]
+                        self._told(telling.loss.vm, peer.address)
             case _:
                 return False
         return True
@@ -178,10 +205,18 @@ class AnchorDuty:
             asked, peer.address, update.sequence, now=time.monotonic(), wall=time.time()
         )
         self._log(verdict)
+        owed = self._owed.get(asked.vm)
+        if verdict.accepted and owed is not None:
+            # Asked again for what was not carried out, or is not kept: as if for the first time.
+            cause = "bound" if verdict.cause == "refreshed" else verdict.cause
+            verdict = replace(verdict, before=owed.before, cause=cause)
+        if verdict.cause in _ENLIGHTENING:
+            self._told(asked.vm, peer.address)
         try:
             self._carry_out(verdict)
         except MobilityError as error:
             logger.error("VM %s: bound, but without a route: %s", asked.vm, error)
+            self._owed[asked.vm] = _Owed(verdict.before)
             self._send(peer, refusal(update, Status.INSUFFICIENT_RESOURCES))
             return
         if not update.acknowledge:
@@ -190,11 +225,18 @@ class AnchorDuty:
         kept = verdict.before != verdict.after and verdict.cause != "refreshed"
         if kept:
             # Nobody is told that it is bound before it would be bound after a power cut, too.
-            self._unsent.append((peer, answer))
+            owed = self._owed.setdefault(asked.vm, _Owed(verdict.before))
+            self._unsent.append((peer, asked.vm, owed, answer))
             if len(self._unsent) == 1:
                 self._spawn(self._answer_when_kept())
         else:
             self._send(peer, answer)
+
+    def _told(self, vm: str, gateway: IPv6Address) -> None:
+        binding = self.table.told(vm, gateway)
+        if binding is not None:
+            self._journal.put(vm, binding.as_record())
+            self._spawn(self._answer_when_kept())
 
     async def _answer_when_kept(self) -> None:
         # What comes in this turn of the loop shares one sync.
@@ -205,7 +247,9 @@ class AnchorDuty:
         except OSError:
             # It was logged; the gateways ask again, and perhaps there is room then.
             return
-        for peer, answer in answers:
+        for peer, vm, owed, answer in answers:
+            if self._owed.get(vm) is owed:
+                del self._owed[vm]
             self._send(peer, answer)
 
     @staticmethod

@@ -15,43 +15,23 @@ One route replaced in *tunnels* is a hand-over at the anchor; one in *hosts* is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Address, IPv6Network
+from collections.abc import Collection, Iterable, Sequence
+from ipaddress import IPv6Address, IPv6Network
 
 from mobility_agent.datapath import filters, judgement, neighbours, routes
-from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, TUNNEL, Ground, OuterSource, Rule
+from mobility_agent.datapath.ground import LOOP_OUT, Ground, OuterSource, Rule
 from mobility_agent.datapath.ipv4 import Ipv4FirstHop
 from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
-from mobility_agent.datapath.routes import DEFAULT, Kind, Route
+from mobility_agent.datapath.routes import Route
 from mobility_agent.datapath.settings import SEG6, PathSettings
+from mobility_agent.datapath.wanted import MAIN_TABLE, OUTER_HEADER_OCTETS, Wanted
 from mobility_agent.errors import Finding, KernelRefused, MobilityError
 from mobility_agent.homes import Home, is_single
 
 logger = logging.getLogger(__name__)
-
-_MAIN_TABLE = 254
-_OUTER_HEADER_OCTETS = 40
-_MINIMUM_MTU = 1280
-
-
-@dataclass(slots=True)
-class _Wanted:
-    """The state that the kernel shall have."""
-
-    local: dict[Home, tuple[str, str | None]] = field(default_factory=dict)
-    remote: dict[Home, IPv6Address] = field(default_factory=dict)
-    away: set[Home] = field(default_factory=set)
-    lost: set[Home] = field(default_factory=set)
-    attracted: tuple[IPv6Network, ...] = ()
-    anchor_tunnel: IPv6Address | None = None
-    mtu_octets: dict[IPv6Address, int] = field(default_factory=dict)
-
-    def homes(self) -> set[Home]:
-        """Every home address of which anything is wanted."""
-        return self.local.keys() | self.remote.keys() | self.away | self.lost
 
 
 class DataPath:
@@ -59,86 +39,25 @@ class DataPath:
 
     def __init__(self, settings: PathSettings) -> None:
         self.settings = settings
-        self._wanted = _Wanted()
+        self._wanted = Wanted(settings)
         self._kernel = RouteSocket()
         self._ground = Ground()
         self._first_hop = Ipv4FirstHop(self._kernel)
         self._started = False
+        # Of what the kernel refused a change: what stands there is not known any more.
+        self._unsure: set[Home] = set()
+        self._unsure_standing = False
 
-    # --- what each piece of state means in routes ---
-
-    def _inner_mtu(self, care_of: IPv6Address | None) -> int:
-        outer = self.settings.path_mtu_octets
-        if care_of is not None:
-            outer = min(outer, self._wanted.mtu_octets.get(care_of, outer))
-        return max(outer - _OUTER_HEADER_OCTETS, _MINIMUM_MTU)
-
-    def _into_tunnel(self, destination: IPv6Network, care_of: IPv6Address) -> Route:
-        settings = self.settings
-        if settings.encapsulation == SEG6:
-            return Route(destination, settings.tunnels_table, LOOP_OUT, segment=care_of)
-        return Route(
-            destination, settings.tunnels_table, TUNNEL, segment=care_of, outer_source=settings.address
-        )
-
-    def _into_loop(self, destination: IPv6Network, table: int, care_of: IPv6Address | None) -> Route:
-        return Route(destination, table, LOOP_IN, LOOP_NEXT_HOP, mtu=self._inner_mtu(care_of))
-
-    def _home_routes(self, home: Home) -> list[Route]:
-        """A home address's routes, tunnels first."""
-        settings, wanted = self.settings, self._wanted
-        local = wanted.local.get(home)
-        if isinstance(home, IPv4Network):
-            # Routing alone carries it: no table before the main one, no tunnel to where it went.
-            return [Route(home, _MAIN_TABLE, local[0])] if local is not None else []
-        if local is not None:
-            found = [Route(home, settings.hosts_table, local[0])]
-            if settings.announce:
-                found.append(Route(home, _MAIN_TABLE, local[0]))
-            return found
-        if home in wanted.lost:
-            return [Route(home, settings.hosts_table, kind=Kind.BLACKHOLE)]
-        care_of = wanted.remote.get(home)
-        found = []
-        if care_of is not None and care_of != settings.tunnel_address:
-            found.append(self._into_tunnel(home, care_of))
-        # Where the prefix leads into the loop anyway, one route less for each VM.
-        special = self._inner_mtu(care_of) != self._inner_mtu(None)
-        if home in wanted.away or (found and (special or not settings.anchor)):
-            found.append(self._into_loop(home, settings.hosts_table, care_of))
-        return found
-
-    def _standing_routes(self) -> list[Route]:
-        """What does not depend on any VM."""
-        settings = self.settings
-        found = []
-        if settings.encapsulation == SEG6:
-            end = _host(settings.tunnel_address)
-            found.append(Route(end, settings.hosts_table, LOOP_OUT, decapsulate=True))
-        if settings.anchor:
-            found += [
-                self._into_loop(prefix.network, settings.hosts_table, None) for prefix in settings.prefixes
-            ]
-        found += [Route(prefix, _MAIN_TABLE, kind=Kind.UNREACHABLE) for prefix in self._wanted.attracted]
-        anchor = self._wanted.anchor_tunnel
-        if anchor == settings.tunnel_address:
-            # This host is the anchor: what VMs send leaves by its own routing.
-            found.append(Route(DEFAULT, settings.guests_table, kind=Kind.THROW))
-        elif anchor is not None:
-            found.append(self._into_tunnel(DEFAULT, anchor))
-            found.append(self._into_loop(DEFAULT, settings.guests_table, anchor))
-        elif settings.bridges and not settings.announce:
-            found.append(Route(DEFAULT, settings.guests_table, kind=Kind.UNREACHABLE))
-        return found
+    # --- what is wanted beside routes ---
 
     def _rules(self) -> list[Rule]:
         settings, priority = self.settings, self.settings.first_priority
         rules = [
             # What is encapsulated already is on its way out.
-            Rule(priority, _MAIN_TABLE, LOOP_OUT, _host(settings.address)),
+            Rule(priority, MAIN_TABLE, LOOP_OUT, _host(settings.address)),
             Rule(priority + 10, settings.tunnels_table, LOOP_OUT),
             # A home address that is bound nowhere: as if we were not there, and not round the loop again.
-            Rule(priority + 11, _MAIN_TABLE, LOOP_OUT),
+            Rule(priority + 11, MAIN_TABLE, LOOP_OUT),
             Rule(priority + 110, settings.hosts_table),
         ]
         # With a routing daemon every site knows the way to every VM.
@@ -174,17 +93,19 @@ class DataPath:
             finally:
                 source.close()
         else:
-            inner = self.settings.path_mtu_octets - _OUTER_HEADER_OCTETS
+            inner = self.settings.path_mtu_octets - OUTER_HEADER_OCTETS
             self._ground.make_tunnel(self.settings.tunnel_address, inner)
         self._ground.make_loop(max(self.settings.path_mtu_octets, 1500))
         filters.install(self.settings.tunnel_address, self.settings.peers)
-        wanted = self._standing_routes()
+        wanted = self._wanted.standing_routes()
         for home in self._wanted.homes():
-            wanted += self._home_routes(home)
+            wanted += self._wanted.home_routes(home)
         put, removed = routes.reconcile(self._kernel, [route for route in wanted if self._possible(route)])
         self._reconcile_neighbours()
         self._ground.set_rules(self._rules())
         self._started = True
+        self._unsure.clear()
+        self._unsure_standing = False
         logger.info("data path: %d routes put, %d removed that nobody wants any more", put, removed)
 
     def _possible(self, route: Route) -> bool:
@@ -239,23 +160,49 @@ class DataPath:
 
     # --- changes while serving ---
 
-    def _change(self, homes: Iterable[Home], before: list[Route], more: list[Request]) -> None:
+    @property
+    def unsure(self) -> bool:
+        """Whether the kernel refused a change that has not been made good yet."""
+        return bool(self._unsure) or self._unsure_standing
+
+    def mend(self) -> bool:
+        """Try again what the kernel refused. True when something was mended; raises MobilityError."""
+        if not self._started or not self.unsure:
+            return False
+        self.start()
+        return True
+
+    def _change(self, homes: Collection[Home], before: list[Route], more: list[Request]) -> None:
         if not self._started:
             return
-        after = [route for home in homes for route in self._home_routes(home)]
+        # Of those that the kernel refused before, nothing is taken for granted.
+        refused = self._unsure.intersection(homes)
+        before = [route for route in before if route.destination not in refused]
+        present = before + [route for home in refused for route in self._wanted.places(home)]
+        try:
+            self._apply(self._now(homes), before, present, more)
+        except MobilityError:
+            self._unsure.update(homes)
+            raise
+        self._unsure.difference_update(refused)
+
+    def _apply(
+        self, after: list[Route], before: list[Route], present: list[Route], more: Sequence[Request] = ()
+    ) -> None:
+        """Put what of ``after`` is not in ``before``, then drop what of ``present`` has no successor."""
         places = {(route.destination, route.table) for route in after}
-        gone = [route for route in before if (route.destination, route.table) not in places]
+        gone = [route for route in present if (route.destination, route.table) not in places]
         # Into a tunnel only once it is there, out of it before it goes.
         gone.sort(key=lambda route: route.table != self.settings.hosts_table)
         try:
             self._kernel.apply([routes.put(route) for route in after if route not in before])
-            self._kernel.apply([routes.drop(route) for route in gone] + more)
+            self._kernel.apply([*(routes.drop(route) for route in gone), *more])
         except OSError as error:
-            names = ", ".join(str(home) for home in homes)
-            raise KernelRefused(f"{names}: {error}; is the bridge there? see `ip link`") from error
+            names = ", ".join(str(route) for route in after)
+            raise KernelRefused(f"{names}: {error}; is the device there? see `ip link`") from error
 
     def _now(self, homes: Iterable[Home]) -> list[Route]:
-        return [route for home in homes for route in self._home_routes(home)]
+        return [route for home in homes for route in self._wanted.home_routes(home)]
 
     def set_local(self, homes: Iterable[Home], bridge: str, mac: str | None) -> None:
         """The VM with these home addresses is on ``bridge`` here. Raises KernelRefused."""
@@ -270,7 +217,10 @@ class DataPath:
         if self._started:
             try:
                 self._kernel.apply([neighbours.put(entry) for entry in entries])
-            except OSError as error:
+            except (OSError, MobilityError) as error:
+                self._unsure.update(homes)
+                if isinstance(error, MobilityError):
+                    raise
                 raise KernelRefused(f"bridge {bridge}: {error}; is it there? see `ip link`") from error
         self._change(homes, before, [])
 
@@ -336,23 +286,23 @@ class DataPath:
             if local is not None and local[1] is not None and is_single(home) and self._started:
                 entry = Neighbour(home.network_address, *local)
                 # With its bridge the neighbour is gone too.
-                if self._ground.index(entry.device) is not None:
+                with contextlib.suppress(OSError):
                     requests.append(neighbours.drop(entry))
         return requests
 
     def set_anchor(self, tunnel: IPv6Address | None) -> None:
         """Through which anchor our VMs' packets leave; None: through none, they are told so."""
-        if tunnel == self._wanted.anchor_tunnel:
+        if tunnel == self._wanted.anchor_tunnel and not self._unsure_standing:
             return
-        before = self._standing_routes()
+        before = self._wanted.standing_routes()
         self._wanted.anchor_tunnel = tunnel
-        self._replace(before, self._standing_routes())
+        self._replace(before, self._wanted.standing_routes())
 
     def attract(self, prefixes: Iterable[IPv6Network]) -> None:
         """Let an unreachable route for each prefix stand in the main table, and for no other."""
-        before = self._standing_routes()
+        before = self._wanted.standing_routes()
         self._wanted.attracted = tuple(prefixes)
-        self._replace(before, self._standing_routes())
+        self._replace(before, self._wanted.standing_routes())
 
     def learn_mtu(self, care_of: IPv6Address, outer_octets: int | None) -> bool:
         """A router said that the path to ``care_of`` carries so much; None: ask the path anew. Changed?"""
@@ -360,22 +310,27 @@ class DataPath:
         if outer_octets is not None and outer_octets >= min(known or 65535, self.settings.path_mtu_octets):
             return False
         homes = [home for home, at in self._wanted.remote.items() if at == care_of]
-        before = self._standing_routes() + self._now(homes)
+        before = self._wanted.standing_routes() + self._now(homes)
         if outer_octets is None:
             if self._wanted.mtu_octets.pop(care_of, None) is None:
                 return False
         else:
             self._wanted.mtu_octets[care_of] = outer_octets
-        self._replace(before, self._standing_routes() + self._now(homes))
+        self._replace(before, self._wanted.standing_routes() + self._now(homes))
         return True
 
     def _replace(self, before: list[Route], after: list[Route]) -> None:
         if not self._started:
             return
-        places = {(route.destination, route.table) for route in after}
-        self._kernel.apply([routes.put(route) for route in after if route not in before])
-        gone = [route for route in before if (route.destination, route.table) not in places]
-        self._kernel.apply([routes.drop(route) for route in gone])
+        if self._unsure_standing:
+            # Which of the former ones stand nobody knows: all of them are made right at once.
+            self.start()
+            return
+        try:
+            self._apply(after, before, before)
+        except MobilityError:
+            self._unsure_standing = True
+            raise
 
     def make_first_hop(self, bridge: str, mac: str, addresses: Iterable[IPv6Address]) -> bool:
         """Make this host the first hop on ``bridge``; False while there is no such bridge."""
@@ -401,7 +356,8 @@ class DataPath:
     def bridge_came(self, bridge: str) -> None:
         """A bridge is there (again): put what leads to it."""
         homes = [home for home, (device, _unused) in self._wanted.local.items() if device == bridge]
-        self._kernel.apply([routes.put(route) for route in self._now(homes)])
+        self._unsure.update(homes)
+        self._change(homes, [], [])
         self._reconcile_neighbours()
 
     def findings(self) -> list[Finding]:

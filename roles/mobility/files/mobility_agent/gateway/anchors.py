@@ -11,6 +11,7 @@ from typing import Any
 
 from mobility_agent.config import Peer
 from mobility_agent.datapath.path import DataPath
+from mobility_agent.errors import MobilityError
 from mobility_agent.gateway.registrar import Registrar
 from mobility_agent.messages.headers import Heartbeat, Message
 from mobility_agent.signalling.heartbeat import Pulse
@@ -61,7 +62,7 @@ class AnchorWatch:
                     name,
                     3 * self._heartbeat_seconds,
                 )
-                self._choose()
+        self._choose()
 
     def _choose(self) -> None:
         answering = next((name for name, pulse in self._pulses.items() if pulse.up), None)
@@ -71,10 +72,15 @@ class AnchorWatch:
     def _use(self, name: str | None) -> None:
         if name == self.in_use or name is None:
             return
+        try:
+            self._path.set_anchor(self._anchors[name].tunnel_address)
+        except MobilityError as error:
+            # The next beat tries it again: heartbeats and registrations go on meanwhile.
+            logger.error("what VMs here send does not go by anchor %s yet: %s", name, error)
+            return
         if self.in_use is not None:
             logger.info("what VMs here send goes by anchor %s now, no more by %s", name, self.in_use)
         self.in_use = name
-        self._path.set_anchor(self._anchors[name].tunnel_address)
 
     def take(self, peer: Peer, message: Heartbeat) -> None:
         """An anchor's answer, already authenticated."""

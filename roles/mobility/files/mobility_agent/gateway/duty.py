@@ -12,7 +12,7 @@ from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
-from mobility_agent.background import Background
+from mobility_agent.background import Background, again_and_again
 from mobility_agent.config import Config, Peer
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.path import DataPath
@@ -94,7 +94,11 @@ class GatewayDuty:
         for attachment in self.attachments.all():
             if attachment.state == HERE:
                 self._claim(attachment, now)
-        self._background.start(self._drive())
+        self._background.start(again_and_again("gateway", self._round, self._wake, 0.001))
+
+    def failure(self) -> BaseException | None:
+        """What ended work that should go on, if anything did."""
+        return self._background.failure()
 
     async def stop(self) -> None:
         """Serve no more; routes and records stay."""
@@ -112,25 +116,21 @@ class GatewayDuty:
             evident=attachment.evident,
         )
 
-    async def _drive(self) -> None:
-        """Heartbeats, registrations that are due, forwarding that ends."""
-        while True:
-            now = time.monotonic()
-            self._watch.beat(now)
-            self._send_due()
-            for vm in [vm for vm, until in self._forwards.items() if until <= now]:
-                del self._forwards[vm]
-                attachment = self.attachments.get(vm)
-                if attachment is not None and attachment.state == AWAY:
-                    # It may move on, and the anchors know.
-                    self._path.set_away(attachment.homes, None)
-            times = self._watch.times() + list(self._forwards.values())
-            due = self.registrar.next_due()
-            times += [] if due is None else [due]
-            pause = min(times, default=now + 60) - time.monotonic()
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), max(pause, 0.001))
+    def _round(self) -> float:
+        """Heartbeats, registrations that are due, forwarding that ends; for how long nothing is due then."""
+        now = time.monotonic()
+        self._watch.beat(now)
+        self._send_due()
+        for vm in [vm for vm, until in self._forwards.items() if until <= now]:
+            del self._forwards[vm]
+            attachment = self.attachments.get(vm)
+            if attachment is not None and attachment.state == AWAY:
+                # It may move on, and the anchors know.
+                self._path.set_away(attachment.homes, None)
+        times = self._watch.times() + list(self._forwards.values())
+        due = self.registrar.next_due()
+        times += [] if due is None else [due]
+        return min(times, default=now + 60) - time.monotonic()
 
     def nudge(self) -> None:
         """Something is due: send it now."""

@@ -66,6 +66,10 @@ class Hypervisor:
         """Whether libvirt answers."""
         return self._connection is not None
 
+    def failure(self) -> BaseException | None:
+        """What ended the work of keeping it up, if anything did."""
+        return self._background.failure()
+
     def start(self) -> None:
         """Connect, now or when libvirt is there."""
         if not Hypervisor._events_started:
@@ -178,6 +182,10 @@ class Moves:
         self.hypervisor.start()
         self._background.start(self._run())
 
+    def failure(self) -> BaseException | None:
+        """What ended work that should go on, if anything did."""
+        return self._background.failure() or self.hypervisor.failure()
+
     async def stop(self) -> None:
         """Listen no more."""
         await self.hypervisor.stop()
@@ -255,8 +263,13 @@ class Moves:
         await self._duty.reconcile(set(active))
         for vm, runs in active.items():
             known = self._duty.attachments.get(vm)
-            if runs and (known is None or known.state != HERE):
+            if not runs or (known is not None and known.state == HERE):
+                continue
+            try:
                 told = await self._read(vm)
                 if told is not None and told.homes:
                     # Found running, not seen coming: it claims, but does not make an epoch up.
                     await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)
+            except Exception:
+                # One that cannot be followed keeps no other from it, nor libvirt's events from being heard.
+                logger.exception("VM %s: runs here, but was not followed", vm)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The anchor between gateways, kernel and disk, where one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mobility_agent.anchor.duty import AnchorDuty
+from mobility_agent.config import Peer, parse
+from mobility_agent.durable import Journal
+from mobility_agent.errors import KernelRefused
+from mobility_agent.messages.headers import BindingAcknowledgement, Message, Revocation, Status
+from mobility_agent.messages.options import HandoffIndicator, Timestamp
+from mobility_agent.messages.registration import Registration, acknowledge_loss, read_acknowledgement
+
+VM = "11111111-2222-3333-4444-555555555555"
+HOME = IPv6Network("2001:db8:100::5/128")
+PREFIX = IPv6Network("2001:db8:100::/64")
+KEYS = '[[keys]]\nindex = 256\nsecret = "00112233445566778899aabbccddeeff"\n'
+CONFIG = """
+name = "anchor1"
+address = "2001:db8:a1::2"
+tunnel_address = "2001:db8:a1::d"
+anchor = true
+[paths]
+state = "{state}"
+[[prefixes]]
+prefix = "2001:db8:100::/64"
+[[peers]]
+name = "home"
+address = "2001:db8:1::2"
+tunnel_address = "2001:db8:1::d"
+gateway = true
+[[peers]]
+name = "backup"
+address = "2001:db8:2::2"
+tunnel_address = "2001:db8:2::d"
+gateway = true
+"""
+
+
+class Kernel:
+    """A data path that refuses when it is told to."""
+
+    def __init__(self) -> None:
+        self.remote: dict[IPv6Network, IPv6Address] = {}
+        self.refuses = False
+
+    def set_remote(self, homes: Iterable[IPv6Network], care_of: IPv6Address) -> None:
+        if self.refuses:
+            raise KernelRefused("no")
+        self.remote.update(dict.fromkeys(homes, care_of))
+
+    def clear_remote(self, homes: Iterable[IPv6Network]) -> None:
+        for home in homes:
+            self.remote.pop(home, None)
+
+    def attract(self, _prefixes: Iterable[IPv6Network]) -> None:
+        pass
+
+
+class Anchor:
+    """One anchor with its disk, and what it sent."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = parse(CONFIG.format(state=directory), KEYS)
+        self.directory = directory
+        self.kernel = Kernel()
+        self.sent: list[tuple[str, Message]] = []
+        self.sequence = 0
+        self.duty = self.anew()
+
+    def anew(self) -> AnchorDuty:
+        journal = Journal(self.directory / "bindings.journal")
+        duty = AnchorDuty(
+            self.config,
+            cast(Any, self.kernel),
+            journal,
+            1,
+            lambda peer, m: self.sent.append((peer.name, m)),
+            {},
+        )
+        duty.restore()
+        duty.start()
+        return duty
+
+    def peer(self, name: str) -> Peer:
+        found = self.config.peer(name)
+        assert found is not None
+        return found
+
+    async def ask(
+        self,
+        name: str,
+        epoch: int,
+        handoff: HandoffIndicator = HandoffIndicator.BETWEEN_GATEWAYS,
+        *,
+        lifetime_seconds: int = 120,
+    ) -> int | None:
+        """Register the VM at this gateway: the status of the answer, None when there is none."""
+        self.sent.clear()
+        self.sequence += 1
+        ticks = Timestamp.of_seconds(time.time()).ticks + self.sequence
+        asked = Registration(
+            VM, (HOME,), self.peer(name).tunnel_address, epoch, ticks, lifetime_seconds, handoff
+        )
+        assert self.duty.take(self.peer(name), asked.update(self.sequence))
+        for _ in range(50):
+            await asyncio.sleep(0.002)
+        for who, message in self.sent:
+            if who == name and isinstance(message, BindingAcknowledgement):
+                answer = read_acknowledgement(message)
+                return message.status if answer is None else answer.status
+        return None
+
+    def kept(self) -> dict[str, Any]:
+        # Of a copy: who opens a journal writes it anew.
+        copy = self.directory / "copy.journal"
+        copy.write_bytes((self.directory / "bindings.journal").read_bytes())
+        return Journal(copy).open()
+
+
+@pytest.fixture
+async def anchor(tmp_path: Path) -> AsyncIterator[Anchor]:
+    anchor = Anchor(tmp_path)
+    yield anchor
+    await anchor.duty.stop()
+
+
+async def test_what_the_kernel_refused_is_carried_out_and_kept_when_it_is_asked_again(anchor: Anchor) -> None:
+    assert await anchor.ask("home", 1) == Status.ACCEPTED
+    anchor.kernel.refuses = True
+    assert await anchor.ask("backup", 2) == Status.INSUFFICIENT_RESOURCES
+    assert anchor.kept()[VM]["epoch"] == 1
+    anchor.kernel.refuses = False
+    # As a gateway asks again: a refresh of what the table has already.
+    assert await anchor.ask("backup", 2) == Status.ACCEPTED
+    assert anchor.kernel.remote == {HOME: anchor.peer("backup").tunnel_address}
+    assert anchor.kept()[VM]["epoch"] == 2
+    # The gateway that lost it is told, too.
+    assert [who for who, message in anchor.sent if isinstance(message, Revocation)] == ["home"]
+
+
+async def test_what_the_disk_refused_is_not_acknowledged_before_it_is_kept(
+    anchor: Anchor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await anchor.ask("home", 1) == Status.ACCEPTED
+
+    def full(*_unused: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mobility_agent.durable.os.fdatasync", full)
+        patch.setattr("mobility_agent.durable.os.fsync", full)
+        assert await anchor.ask("backup", 2) is None
+        assert await anchor.ask("backup", 2) is None
+        assert await anchor.ask("backup", 2, HandoffIndicator.UNCHANGED) is None
+    assert await anchor.ask("backup", 2) == Status.ACCEPTED
+    assert anchor.kept()[VM]["epoch"] == 2
+
+
+async def test_who_had_a_vm_is_awaited_until_it_knows(anchor: Anchor) -> None:
+    assert await anchor.ask("home", 1) == Status.ACCEPTED
+    assert anchor.duty.table.awaited(PREFIX) == 0
+    assert await anchor.ask("backup", 2) == Status.ACCEPTED
+    assert anchor.duty.table.awaited(PREFIX) == 1
+    # It does not answer, and the anchor starts anew: still awaited.
+    await anchor.duty.stop()
+    anchor.duty = anchor.anew()
+    assert anchor.duty.table.awaited(PREFIX) == 1
+    # It comes back with what it knew, and is told better.
+    assert await anchor.ask("home", 1, HandoffIndicator.UNCHANGED) == Status.SEQUENCE_OUT_OF_WINDOW
+    assert anchor.duty.table.awaited(PREFIX) == 0
+    assert "untold" not in anchor.kept()[VM]
+
+
+async def test_who_confirms_its_loss_is_not_awaited(anchor: Anchor) -> None:
+    assert await anchor.ask("home", 1) == Status.ACCEPTED
+    assert await anchor.ask("backup", 2) == Status.ACCEPTED
+    loss = next(message for _who, message in anchor.sent if isinstance(message, Revocation))
+    anchor.duty.take(anchor.peer("home"), acknowledge_loss(loss))
+    assert anchor.duty.table.awaited(PREFIX) == 0
+
+
+async def test_a_binding_that_ends_while_the_kernel_refuses_does_not_end_the_anchors_work(
+    anchor: Anchor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await anchor.ask("home", 1, lifetime_seconds=4) == Status.ACCEPTED
+
+    def broken(_homes: object) -> None:
+        raise KernelRefused("no")
+
+    monkeypatch.setattr(anchor.kernel, "clear_remote", broken)
+    later = time.monotonic() + 10
+    clock = SimpleNamespace(monotonic=lambda: later, time=time.time)
+    monkeypatch.setattr("mobility_agent.anchor.duty.time", clock)
+    anchor.duty._wake.set()
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+    monkeypatch.undo()
+    assert anchor.duty.failure() is None
+    assert len(anchor.duty.table) == 0
+    assert await anchor.ask("home", 1) == Status.ACCEPTED

@@ -29,8 +29,10 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._inventory import peers_of
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
+    leaving_findings,
     read_rate,
     strategy_findings,
+    usual_wish,
     wish_findings,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding, SiteSummary
@@ -218,15 +220,19 @@ class ActionModule(ActionBase):
                 bridges[name] = Bridge(reach, str(told))
             return bridges[name]
 
+        usual: dict[str, t.Mapping[str, t.Any]] = {}
         wishes: dict[str, dict[str, t.Mapping[str, t.Any]]] = {}
         expected: dict[str, list[str]] = {}
         destinations: dict[str, Bridge] = {}
         for name in sources:
             bridge(name)
             peers: set[t.Any] = set(peers_of(hostvars[name]))
+            usual[name], wrong = usual_wish(name, hostvars[name])
+            findings += wrong
             for wish in hostvars[name].get("lifeboat_vms") or []:
                 wishes.setdefault(name, {})[str(wish.get("name"))] = wish
                 findings += wish_findings(str(wish.get("name")), wish)
+                findings += leaving_findings(str(wish.get("name")), wish)
                 expected.setdefault(name, []).append(str(wish.get("name")))
                 peers.add(wish.get("peer"))
             for peer in peers - set(destinations):
@@ -255,6 +261,7 @@ class ActionModule(ActionBase):
             expected,
             tuple(arguments["leave_behind"]),
             bandwidth,
+            usual,
         )
         watch = Watch(deadline, read_runtime, reserve or 0.0)
         return Coordinator(

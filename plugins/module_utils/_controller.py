@@ -23,6 +23,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
     alternatives,
     choose,
     closing_seconds,
+    shutdown_seconds_within,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
@@ -301,6 +302,8 @@ class Controller:
             self._told.pop(uuid, None)
             self._waiting.pop(uuid)
             orders.starts.append((uuid, rung))
+            if rung is Rung.RESTART and vm.running:
+                orders.shutdowns[uuid] = shutdown_seconds_within(vm, left, *self._alone(vm, gate, seen))
             orders.decisions.append(Decision(uuid, "starts", gate.reason))
 
     def _tell(self, orders: Orders, uuid: str, what: str, reason: str) -> None:
@@ -377,12 +380,7 @@ class Controller:
     def _rung_at_start(
         self, vm: VmSummary, gate: Gate, left: float | None, seen: Observation
     ) -> tuple[Rung | None, str]:
-        pair = self._uplinks.pairs[vm.pair]
-        view = seen.pairs.get(vm.pair)
-        trip = view.round_trip_seconds if view and view.round_trip_seconds else pair.round_trip_seconds
-        stream = self._uplinks.stream.get(vm.pair, pair.stream_bytes_per_second)
-        known = [rate for rate in (pair.bytes_per_second, gate.capacity) if rate]
-        rate = min([stream, *known])
+        rate, trip = self._alone(vm, gate, seen)
         told = choose(vm, rate, trip)
         if not self._adaptive:
             # It does not look ahead, but goes by what the operator allows, and not after the end.
@@ -399,6 +397,14 @@ class Controller:
             if choice.seconds <= left:
                 return choice.rung, choice.reason
         return None, TOO_LATE
+
+    def _alone(self, vm: VmSummary, gate: Gate, seen: Observation) -> tuple[float, float]:
+        """The rate that a VM would have alone, and its round trip."""
+        pair = self._uplinks.pairs[vm.pair]
+        view = seen.pairs.get(vm.pair)
+        trip = view.round_trip_seconds if view and view.round_trip_seconds else pair.round_trip_seconds
+        stream = self._uplinks.stream.get(vm.pair, pair.stream_bytes_per_second)
+        return min([stream, *[rate for rate in (pair.bytes_per_second, gate.capacity) if rate]]), trip
 
     # -- those under way
 

@@ -10,10 +10,10 @@ from enum import StrEnum
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
     BOOT_SECONDS,
     CONVERGES_BELOW,
-    SHUTDOWN_SECONDS,
     closing_seconds,
     forecast,
     lead_in_seconds,
+    usual_shutdown_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, VmSummary
 
@@ -127,7 +127,7 @@ def judge(
         if seconds_left <= latest + max(MARGIN_SECONDS, 0.1 * latest):
             return Fall(Rung.PAUSED, "deadline", f"{seconds_left:.0f} s are left, live takes {_long(live)}")
         return None
-    restart = SHUTDOWN_SECONDS + BOOT_SECONDS + lead_in_seconds(round_trip_seconds) + 2 * closing
+    restart = usual_shutdown_seconds(vm) + BOOT_SECONDS + lead_in_seconds(round_trip_seconds) + 2 * closing
     if Rung.RESTART in allowed and restart <= seconds_left and paused > seconds_left:
         return Fall(
             Rung.RESTART, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(paused)}"

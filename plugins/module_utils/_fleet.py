@@ -80,14 +80,18 @@ def site_summary(
     wishes: Wishes,
     names: t.Collection[str] | None,
     uplink_bytes_per_second: float | None,
+    usual: t.Mapping[str, Json] | None = None,
 ) -> SiteSummary:
-    """Every VM that is to leave: protected at a source, or on its way; ``names`` picks, None picks all."""
+    """Every VM that is to leave: protected at a source, or on its way; ``names`` picks, None picks all.
+
+    ``usual``: per host what holds of what a VM's own wishes leave open.
+    """
     vms: list[VmSummary] = []
     links: dict[Pair, Json] = {}
     for host in sources:
         for link in host.status.get("links", []):
             links[host.name, str(link["peer"])] = link
-        vms += _vms_of(host, wishes, names)
+        vms += _vms_of(host, wishes, names, (usual or {}).get(host.name, {}))
     pairs = [_pair(key, links.get(key, {}), site) for key in sorted({vm.pair for vm in vms})]
     return SiteSummary(
         site,
@@ -115,7 +119,7 @@ def wish_for(host: str, vm: Json, wishes: Wishes) -> Json:
     return elsewhere[0] if len(elsewhere) == 1 else {}
 
 
-def _vms_of(host: HostState, wishes: Wishes, names: t.Collection[str] | None) -> list[VmSummary]:
+def _vms_of(host: HostState, wishes: Wishes, names: t.Collection[str] | None, usual: Json) -> list[VmSummary]:
     figures = {str(vm["uuid"]): vm for vm in host.workload.get("vms", [])}
     under_way = {str(job["vm"]): job for job in host.jobs if not job.get("ended")}
     told = []
@@ -123,7 +127,8 @@ def _vms_of(host: HostState, wishes: Wishes, names: t.Collection[str] | None) ->
     for vm in host.status.get("vms", []):
         if names is None or vm["name"] in names or vm["uuid"] in names:
             known.add(str(vm["uuid"]))
-            wish = wish_for(host.name, vm, wishes)
+            wish = {**usual, **{key: value for key, value in wish_for(host.name, vm, wishes).items()
+                                if value is not None}}  # fmt: skip
             summary = _vm(host.name, vm, figures.get(str(vm["uuid"]), {}), wish)
             told.append(_less_what_arrived(summary, under_way.get(summary.uuid)))
     for job in host.jobs:

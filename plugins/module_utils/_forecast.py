@@ -69,6 +69,25 @@ def turn_seconds(round_trip_seconds: float) -> float:
     return TURN_SECONDS + TURN_ROUND_TRIPS * round_trip_seconds
 
 
+def usual_shutdown_seconds(vm: VmSummary) -> float:
+    """What a guest that shuts down in order is thought to take."""
+    return min(SHUTDOWN_SECONDS, vm.shutdown_seconds)
+
+
+def shutdown_seconds_within(
+    vm: VmSummary, seconds_left: float | None, bytes_per_second: float, round_trip_seconds: float
+) -> float:
+    """How long a guest may be given to shut down for a restart that is to be over before the deadline.
+
+    What is forecast at least, the operator's limit at most, and between them what else is to be done leaves.
+    """
+    if seconds_left is None:
+        return vm.shutdown_seconds
+    usual = usual_shutdown_seconds(vm)
+    rest = forecast(vm, Rung.RESTART, bytes_per_second, round_trip_seconds).seconds - usual
+    return min(vm.shutdown_seconds, max(usual, seconds_left - rest))
+
+
 def forecast(vm: VmSummary, rung: Rung, bytes_per_second: float, round_trip_seconds: float) -> Forecast:
     """The forecast of one rung. A rate of 0 or less leads nowhere."""
     rate = bytes_per_second
@@ -82,7 +101,7 @@ def forecast(vm: VmSummary, rung: Rung, bytes_per_second: float, round_trip_seco
     if rung is Rung.RESTART:
         if not vm.running:
             return Forecast(rung, fixed + lag / rate, lag, 0.0, True, "shut-off", rate)
-        stop = SHUTDOWN_SECONDS + BOOT_SECONDS + lag / rate + closing_seconds(round_trip_seconds)
+        stop = usual_shutdown_seconds(vm) + BOOT_SECONDS + lag / rate + closing_seconds(round_trip_seconds)
         return Forecast(rung, fixed + stop, lag, stop, True, "restarts", rate)
     if rung is Rung.PAUSED or not vm.running:
         stop = memory / rate + closing_seconds(round_trip_seconds) if vm.running else 0.0

@@ -56,9 +56,13 @@ class Decision:
 
 @dataclass
 class Orders:
-    """What to ask of the proxies now. A share of None: no limit of ours."""
+    """What to ask of the proxies now. A share of None: no limit of ours.
+
+    ``shutdowns``: of those that start by restart, how long their guests may take to shut down, seconds.
+    """
 
     starts: list[tuple[str, Rung]] = field(default_factory=list)
+    shutdowns: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float | None] = field(default_factory=dict)
     falls: dict[str, Fall] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import typing as t
 
@@ -19,6 +20,12 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 STRATEGIES = ("feedback", "sequential", "parallel", "static:N")
 _STATIC = re.compile(r"^static:([1-9]\d{0,3})$")
 
+
+# What lifeboat_vms may say of a VM, to all that read it: a slip would count for nothing, in silence.
+_KEYS = frozenset({
+    "name", "peer", "rpo", "priority", "group", "after", "fallback", "shutdown_seconds", "power_off", "disks",
+    "raw_overlay_consent", "addresses",
+})  # fmt: skip
 
 _RATE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*?)\s*(?:/s|ps)?\s*$")
 # "Mbps" is bits to most people, and would be eight times too much.
@@ -89,8 +96,64 @@ def wish_findings(vm: str, wish: t.Mapping[str, t.Any]) -> list[Finding]:
     return found
 
 
+def leaving_findings(vm: str, wish: t.Mapping[str, t.Any]) -> list[Finding]:
+    """What the inventory says about one VM that only its leaving asks for, and what nobody reads."""
+    found: list[Finding] = []
+    seconds = wish.get("shutdown_seconds")
+    if seconds is not None and _seconds(seconds) is None:
+        found.append(
+            Finding(
+                f"VM {vm}: shutdown_seconds {seconds!r}",
+                "is no number from 0 to 3600",
+                "write one, such as 90",
+            )
+        )
+    power_off = wish.get("power_off")
+    if power_off is not None and _yes_or_no(power_off) is None:
+        found.append(Finding(f"VM {vm}: power_off {power_off!r}", "is neither", "write true or false"))
+    for key in sorted(set(map(str, wish)) - _KEYS):
+        near = difflib.get_close_matches(key, _KEYS, 1)
+        meant = f"write {near[0]} if that was meant" if near else f"known are {', '.join(sorted(_KEYS))}"
+        found.append(Finding(f"VM {vm}: {key}", "is nothing that lifeboat_vms knows", meant))
+    return found
+
+
+def usual_wish(host: str, variables: t.Mapping[str, t.Any]) -> tuple[dict[str, t.Any], list[Finding]]:
+    """What a host's variables (its own, its group's, its site's) say for VMs that do not say it themselves.
+
+    ``evacuate_fallback`` may be a text with commas, as on the command line.
+    """
+    told: dict[str, t.Any] = {}
+    for key in ("fallback", "shutdown_seconds", "power_off"):
+        value = variables.get(f"evacuate_{key}")
+        if value is None or value == "":
+            continue
+        if key == "fallback" and isinstance(value, str):
+            value = [rung.strip() for rung in value.split(",") if rung.strip()]
+        told[key] = value
+    found = wish_findings(host, told) + leaving_findings(host, told)
+    return told, [
+        Finding(f"{host}: evacuate_{item.subject.partition(': ')[2]}", item.fact, item.way_out)
+        for item in found
+    ]
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value)
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(str(value))
+    except ValueError:
+        return None
+    return number if 0 <= number <= 3600 else None
+
+
+def _yes_or_no(value: object) -> bool | None:
+    return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).strip().lower())
 
 
 def _priority(value: object) -> int | None:
@@ -115,6 +178,10 @@ def wished(vm: VmSummary, wish: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     if wish.get("fallback"):
         rungs = {*map(Rung, wish["fallback"]), Rung.STAY}
         changed["rungs"] = tuple(rung for rung in LADDER if rung in rungs)
+    if wish.get("shutdown_seconds") is not None:
+        changed["shutdown_seconds"] = _seconds(wish["shutdown_seconds"])
+    if wish.get("power_off") is not None:
+        changed["power_off"] = _yes_or_no(wish["power_off"])
     del vm
     return changed
 

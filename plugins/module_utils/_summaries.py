@@ -16,6 +16,8 @@ DEFAULT_PACKED_RATIO = 0.45
 # What one VM's stream is believed to carry before one was seen: packing is one core's work.
 DEFAULT_STREAM_BYTES_PER_SECOND = 60e6
 DEFAULT_PRIORITY = 50
+# As the proxies have it.
+DEFAULT_SHUTDOWN_SECONDS = 60.0
 # QEMU's own need beside the guest's memory, as the proxies' preflight has it.
 QEMU_OVERHEAD_BYTES = 128 * 2**20
 
@@ -51,7 +53,8 @@ class VmSummary:
     ``source`` and ``destination`` name proxies; ``memory_bytes`` is what the destination must have free,
     QEMU's own need counted and what has arrived already not; ``memory_used_bytes`` what must cross;
     ``packed_ratio`` is wire over raw. ``after`` names VMs that must be out before this one starts. ``rungs``
-    is what the operator allows, in the ladder's order.
+    is what the operator allows, in the ladder's order; ``shutdown_seconds`` how long its guest may take to
+    shut down for a restart at most, and ``power_off`` whether it is switched off after that (else it stays).
     """
 
     uuid: str
@@ -70,6 +73,8 @@ class VmSummary:
     rungs: tuple[Rung, ...] = (Rung.LIVE, Rung.PAUSED, Rung.STAY)
     longest_stop_seconds: float = 60.0
     running: bool = True
+    shutdown_seconds: float = DEFAULT_SHUTDOWN_SECONDS
+    power_off: bool = True
 
     @property
     def weight(self) -> float:

@@ -36,7 +36,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval impo
     interval_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import silent
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    Rung,
+    SiteSummary,
+    VmSummary,
+)
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._errands import Done, Errands
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
     Find,
@@ -329,7 +333,7 @@ class Coordinator(Surveyor):
 
     def _obey(self, orders: Orders, seen: Observation, controller: Controller, eyes: Eyes) -> None:
         for uuid, rung in orders.starts:
-            self._start(controller, uuid, rung)
+            self._start(controller, uuid, rung, orders.shutdowns.get(uuid))
         for uuid, fall in orders.falls.items():
             if fall.rung is Rung.PAUSED:
                 self._to_pause.add(uuid)
@@ -349,9 +353,10 @@ class Coordinator(Surveyor):
         late = [name for name, host in self.hosts.items() if host.lost]
         self._errands.settle(_ERRANDS_SECONDS, late)
 
-    def _start(self, controller: Controller, uuid: str, rung: Rung) -> None:
+    def _start(self, controller: Controller, uuid: str, rung: Rung, shutdown_seconds: float | None) -> None:
         host = controller.source_of(uuid)
-        name = next(vm.name for vm in controller.site.vms if vm.uuid == uuid)
+        vm = next(vm for vm in controller.site.vms if vm.uuid == uuid)
+        name, body = vm.name, self._begin_body(vm, rung, shutdown_seconds)
         self._starting.add(uuid)
         if uuid not in self._unanswered:
             jobs = self.hosts[host].jobs
@@ -385,14 +390,20 @@ class Coordinator(Surveyor):
                 else:
                     self._refusals[uuid] = refusal
 
-        self._errands.send(host, f"start {uuid}", lambda: self._begin(uuid, host, rung), told)
+        self._errands.send(host, f"start {uuid}", lambda: self._begin(host, body), told)
 
-    def _begin(self, uuid: str, host: str, rung: Rung) -> dict[str, t.Any]:
-        body: dict[str, object] = {"vm": uuid}
+    def _begin_body(self, vm: VmSummary, rung: Rung, shutdown_seconds: float | None) -> dict[str, object]:
+        body: dict[str, object] = {"vm": vm.uuid}
         if rung is Rung.RESTART:
-            body["mode"] = "restart"
+            body |= {"mode": "restart", "power_off": vm.power_off}
+            if shutdown_seconds is not None:
+                # A proxy waits for a minute if nobody says what time there is.
+                body["shutdown_seconds"] = round(shutdown_seconds, 1)
         if self.wanted.bandwidth_bytes_per_second is not None:
             body["bandwidth_bytes_per_second"] = self.wanted.bandwidth_bytes_per_second
+        return body
+
+    def _begin(self, host: str, body: t.Mapping[str, object]) -> dict[str, t.Any]:
         return dict(self._sources[host].request("POST", "/v1/evacuations", body))
 
     def _pause(self, controller: Controller, uuid: str, eyes: Eyes) -> None:

@@ -98,6 +98,8 @@ class Wanted:
     expected: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
     leave_behind: tuple[str, ...] = ()
     bandwidth_bytes_per_second: float | None = None
+    # Per host what holds for those of its VMs of whom nothing else is said.
+    usual: t.Mapping[str, t.Mapping[str, t.Any]] = field(default_factory=dict)
 
 
 # How a destination is reached that only sources name: its proxy, and which of its variables are not followed.
@@ -167,6 +169,7 @@ class Surveyor:
             self.wanted.wishes,
             self.wanted.vms,
             self.wanted.uplink_bytes_per_second,
+            self.wanted.usual,
         )
         findings += site_findings(site)
         # A hypervisor that is out of reach may have it: that keeps no other VM from getting out.

@@ -370,6 +370,26 @@ def test_where_only_a_restart_is_allowed_that_is_asked_for(world: World) -> None
     assert "web1: starts, to backup1, by restart" in " | ".join(world.said)
 
 
+def test_a_restart_is_told_what_time_there_is_and_what_the_operator_chose(world: World) -> None:
+    world.protect("home1", "web1")
+    world.parts["home1"].evacuation.step_seconds = 0.01
+    proxy, request = world.proxies["home1"], world.proxies["home1"].request
+
+    def asked(method: str, path: str, *more: Any) -> Any:
+        running = {"vms": [{"uuid": WEB, "running": True, "memory_bytes": 1 << 27}]}
+        return running if path == "/v1/workload" else request(method, path, *more)
+
+    proxy.request = asked  # type: ignore[method-assign]
+    usual = {"home1": {"fallback": ["restart"], "power_off": False}}
+    watch = Watch(Deadline("x", at=time.time() + 58), lambda _ups: 0.0)
+    report = report_of(world, watch=watch, usual=usual, uplink_bytes_per_second=1e8)
+    assert verdicts(report) == {"web1": "evacuated"}
+    [options] = world.parts["home1"].evacuation.options
+    assert options.mode == "restart"
+    assert 25 < options.shutdown_seconds < 58
+    assert not options.power_off
+
+
 def test_one_that_is_listed_shut_off_and_unprotected_is_told(world: World) -> None:
     world.protect("home1", "web1")
     world.parts["home1"].hypervisor.domains = [("u-off", "archive", False)]

@@ -10,14 +10,17 @@ import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
     choose,
     forecast,
+    shutdown_seconds_within,
     turn_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._order import cycles, order, unit_of
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import QUICKER_FOR_OTHERS, make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
+    leaving_findings,
     placement_findings,
     site_findings,
     strategy_findings,
+    usual_wish,
     wish_findings,
     wished,
 )
@@ -276,3 +279,45 @@ def test_order_keeps_dependencies_and_groups_where_both_can_be_kept(vms: list[Vm
         assert all(at[before] < at[item.name] for before in item.after)
     units = [unit_of(item) for item in ordered]
     assert len(set(units)) == sum(1 for a, b in zip(["", *units], units, strict=False) if a != b)
+
+
+def test_a_guest_has_the_time_to_shut_down_that_the_deadline_leaves() -> None:
+    """The forecast counts twenty seconds; a proxy that is told nothing waits for sixty before it powers off."""
+    boots = vm("a", lag_bytes=0.0, rungs=(Rung.RESTART, Rung.STAY))
+    rest = forecast(boots, Rung.RESTART, 10 * MB, 0.0).seconds - 20.0
+    assert shutdown_seconds_within(boots, None, 10 * MB, 0.0) == 60.0
+    assert shutdown_seconds_within(boots, 1000.0, 10 * MB, 0.0) == 60.0
+    assert shutdown_seconds_within(boots, rest + 35.0, 10 * MB, 0.0) == pytest.approx(35.0)
+    assert shutdown_seconds_within(boots, 5.0, 10 * MB, 0.0) == 20.0
+    quick = replace(boots, shutdown_seconds=8.0)
+    assert shutdown_seconds_within(quick, 1000.0, 10 * MB, 0.0) == 8.0
+    told = forecast(quick, Rung.RESTART, 10 * MB, 0.0).seconds
+    assert told == pytest.approx(rest + 8.0), "and is forecast so"
+
+
+def test_what_nobody_reads_of_a_vm_is_a_finding() -> None:
+    (slip,) = leaving_findings("web", {"name": "web", "peer": "backup1", "prioriy": 90})
+    assert (
+        str(slip) == "VM web: prioriy: is nothing that lifeboat_vms knows; write priority if that was meant"
+    )
+    bad = {"shutdown_seconds": "long", "power_off": "perhaps", "colour": "red"}
+    assert [
+        len(leaving_findings("web", bad)),
+        "known are addresses" in str(leaving_findings("web", bad)),
+    ] == [3, True]
+    assert leaving_findings("web", {"name": "web", "shutdown_seconds": 90, "power_off": False}) == []
+
+
+def test_a_host_its_group_or_site_may_say_what_its_vms_do_not() -> None:
+    told, findings = usual_wish(
+        "home1", {"evacuate_fallback": "live, restart", "evacuate_power_off": "false"}
+    )
+    assert (told, findings) == ({"fallback": ["live", "restart"], "power_off": "false"}, [])
+    assert wished(vm("a"), told) == {"rungs": (Rung.LIVE, Rung.RESTART, Rung.STAY), "power_off": False}
+    _told, findings = usual_wish(
+        "home1", {"evacuate_fallback": ["teleport"], "evacuate_shutdown_seconds": -1}
+    )
+    assert [item.subject for item in findings] == [
+        "home1: evacuate_fallback teleport",
+        "home1: evacuate_shutdown_seconds -1",
+    ]

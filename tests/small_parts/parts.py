@@ -162,6 +162,7 @@ class Protected:
     last_pass: dict[str, Any] | None = None
     sealed_at: float = 0.0
     passes: dict[str, Any] = field(default_factory=lambda: PassTotals().as_dict())
+    start_waits: str = ""
     refused_disks: list[str] = field(default_factory=list)
     scrub: dict[str, Any] = field(default_factory=lambda: {"turns": 1, "different_blocks": 0})
 

@@ -15,11 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from precache_proxy.control import check_output
-from precache_proxy.control.answers import as_json
+from precache_proxy.control.answers import as_json, vms_answer
 from precache_proxy.control.certificate import expires_at
 from precache_proxy.control.checks import CheckResult, Severity, run_checks, worst
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.requests import Protection
+from precache_proxy.control.tables import vms
 from precache_proxy.errors import ConfigurationError
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from small_parts.parts import WEB, small_parts
@@ -65,7 +66,7 @@ async def test_all_well(parts: Parts, tmp_path: Path) -> None:
     found = await results(parts, tmp_path)
     assert set(found) == {
         "libvirt", "link", "clock", "certificate", "rpo", "disks", "scrub", "store-space", "scratch",
-        "hook", "evacuations",
+        "hook", "starts", "evacuations",
     }  # fmt: skip
     bad = [result for several in found.values() for result in several if result.severity is not Severity.OK]
     assert bad == []
@@ -127,6 +128,14 @@ async def test_a_disk_that_no_pass_carries(parts: Parts, tmp_path: Path) -> None
     [result] = (await results(parts, tmp_path))["disks"]
     assert (result.subject, result.severity) == ("web1", Severity.CRITICAL)
     assert "disk vdb cannot be protected" in result.sentence
+
+
+async def test_a_vm_that_waits_to_start_with_its_host(parts: Parts, tmp_path: Path) -> None:
+    parts.source.spoil(WEB, start_waits="waits for backup1 to say that it does not run there")
+    [result] = (await results(parts, tmp_path))["starts"]
+    assert (result.subject, result.severity) == ("web1", Severity.CRITICAL)
+    assert "does not run yet: waits for backup1" in result.sentence
+    assert any("waits for backup1" in line for line in vms(vms_answer(parts), 80))
 
 
 async def test_what_is_left_over_or_missing(parts: Parts, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.errors import Conflict, VmStateChanged
 from precache_proxy.source import protection as protection_module
+from precache_proxy.source.autostart import AfterBoot
 from precache_proxy.source.backups import Backups
 from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.passes import Generation, GenerationPlan, PassResult
@@ -50,6 +51,7 @@ def a_protection(tmp_path: Path, **record: Any) -> tuple[Protection, Link]:
         directory=tmp_path, run_directory=tmp_path, passes=PriorityGate(1), long_work=PriorityGate(1),
         link=lambda _peer: link, settings=SourceSettings("home1", ("backup1",)),
         backups=Backups(cast(Any, None), tmp_path, a_pool(tmp_path), cast(Any, None)),
+        after_boot=AfterBoot(tmp_path / "autostart.json"),
     )  # fmt: skip
     made = ProtectionRecord(VM, "web1", "backup1", 15.0, **record)
     return Protection(made, cast(Any, environment)), link

@@ -248,6 +248,15 @@ class Checks:
         )
         yield CheckResult("hook", str(self._hook), Severity.OK if there else Severity.CRITICAL, sentence)
 
+    async def check_starts(self) -> AsyncIterator[CheckResult]:
+        """Every protected VM that was to start with this host has done so."""
+        waiting = [vm for vm in self._status["vms"] if vm.get("start_waits")]
+        for vm in waiting:
+            sentence = f"it was to start with this host and does not run yet: {vm['start_waits']}"
+            yield CheckResult("starts", vm["name"], Severity.CRITICAL, sentence)
+        if not waiting:
+            yield CheckResult("starts", "-", Severity.OK, "none waits")
+
     async def check_evacuations(self) -> AsyncIterator[CheckResult]:
         """No job waits for an operator's word."""
         waiting = [

@@ -118,13 +118,18 @@ def vms(told: Sequence[Answer], width: int) -> list[str]:
         )
         for vm in told
     ]
+    starts = [
+        {"name": vm["name"], "sentence": f"its start after boot: {vm['start_waits']}"}
+        for vm in told
+        if vm.get("start_waits")
+    ]
     media = [
         {"name": f"{vm['name']} {drive}", **medium}
         for vm in told
         for drive, medium in (vm.get("media") or {}).items()
     ]
     reasons = _reasons(told, "name", {"protected"}, width) + _reasons(media, "name", {"there"}, width)
-    return table(head, rows, width) + reasons
+    return table(head, rows, width) + reasons + _reasons(starts, "name", set(), width)
 
 
 def replicas(told: Sequence[Answer], width: int) -> list[str]:

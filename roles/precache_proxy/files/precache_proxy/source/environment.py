@@ -10,6 +10,7 @@ from precache_proxy.channel.channel import Channel
 from precache_proxy.channel.link import Link
 from precache_proxy.errors import NotFound
 from precache_proxy.hypervisor.connection import Hypervisor
+from precache_proxy.source.autostart import AfterBoot
 from precache_proxy.source.backups import Backups
 from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.settings import SourceSettings
@@ -34,6 +35,7 @@ class Environment:
     # media are carried one at a time, beside both
     media: PriorityGate
     media_index: MediaIndex
+    after_boot: AfterBoot
 
     def link(self, peer: str) -> Link:
         """The link to a peer. Raises NotFound."""

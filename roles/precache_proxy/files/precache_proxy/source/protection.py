@@ -436,6 +436,7 @@ class Protection:
             "disks": record.only_disks,
             "raw_overlay_consent": record.raw_overlay_consent,
             "autostart": record.autostart,
+            "start_waits": self._environment.after_boot.waits.get(record.uuid, ""),
             "generation": 0 if sealed is None else sealed.generation,
             "checkpoint": "" if sealed is None else sealed.checkpoint,
             "epoch": record.epoch,

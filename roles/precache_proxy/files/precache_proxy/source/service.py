@@ -99,6 +99,7 @@ class Source:
             long_work=PriorityGate(max(1, settings.open_pass_limit // 2)),
             media=PriorityGate(1),
             media_index=self._media_index,
+            after_boot=autostart.AfterBoot(self._run_directory / "autostart.json"),
         )
         await self._environment.backups.end_leftovers()
         for path in sorted(self.directory.glob("*.json")):
@@ -282,6 +283,7 @@ class Source:
     async def _forget(self, record: ProtectionRecord) -> None:
         self._protections.pop(record.uuid, None)
         self._damaged.pop(record.uuid, None)
+        await asyncio.to_thread(self._here.after_boot.decided, record.uuid)
         await asyncio.to_thread(keep_epoch, self.directory, record.uuid, record.epoch)
         await asyncio.to_thread(record.remove, self.directory)
 

@@ -55,3 +55,34 @@ def test_a_bridge_with_the_hosts_address_and_card_is_left_alone_unless_it_is_mea
             assert str(FIRST_HOP) in addresses(space)
         finally:
             agents.kill()
+
+
+def test_a_gateway_that_withdraws_at_its_stop_is_no_first_hop_any_more(tmp_path: Path) -> None:
+    with small_internet() as net:
+        agents = Agents(net, tmp_path, withdraw_on_stop=True)
+        space, agent = net["gateway1"], agents["gateway1"]
+        before = mac(space), addresses(space)
+        agent.settings["announce"] = True
+        agent.settings["peers"] = [peer for peer in agent.settings["peers"] if not peer["anchor"]]
+        agent.settings["ipv4_prefixes"] = [{"prefix": "198.51.100.0/24", "router": "198.51.100.1"}]
+        try:
+            agent.start()
+            assert mac(space) == ROUTER_MAC
+            assert str(FIRST_HOP) in addresses(space)
+            assert "198.51.100.1" in _ipv4(space)
+            # It knows over a restart what it found.
+            agent.kill()
+            agent.start()
+            agent.stop()
+            assert (mac(space), addresses(space)) == before
+            assert _ipv4(space) == ""
+            assert "data path: withdrawn" in agent.log
+        finally:
+            agents.kill()
+
+
+def _ipv4(space: Namespace) -> str:
+    """The bridge's IPv4 addresses, and whether it answers ARP for others."""
+    shown = space.run("ip", "-4", "-o", "address", "show", "dev", BRIDGE).stdout
+    proxy = space.run("cat", f"/proc/sys/net/ipv4/conf/{BRIDGE}/proxy_arp").stdout.strip()
+    return shown + ("proxy" if proxy == "1" else "")

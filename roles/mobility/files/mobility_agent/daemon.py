@@ -20,6 +20,7 @@ from mobility_agent.control.api import ControlServer
 from mobility_agent.control.parts import Parts
 from mobility_agent.control.service_manager import ServiceManager
 from mobility_agent.datapath.discovery import Responder
+from mobility_agent.datapath.first_hop import FormerBridges
 from mobility_agent.datapath.path import DataPath
 from mobility_agent.datapath.path_mtu import PathMtuListener
 from mobility_agent.durable import Journal, raise_counter
@@ -56,6 +57,7 @@ class Daemon:
         self._home_links: dict[str, Responder] = {}
         self._bridges: set[str] = set()
         self._kept_off: set[str] = set()
+        self._former = FormerBridges(config.state / "former_bridges.json")
         self._learning: LibvirtHost | None = None
 
     def stop(self) -> None:
@@ -187,6 +189,9 @@ class Daemon:
             responder = parts.responders[bridge.name]
             if bridge.name not in self._bridges and self._keeps_off(bridge):
                 continue
+            if bridge.name not in self._bridges:
+                changes = parts.path.to_change(bridge.name, bridge.mac, [bridge.link_local])
+                self._former.note(bridge.name, changes)
             there = parts.path.make_first_hop(bridge.name, bridge.mac, [bridge.link_local])
             if there and not responder.listening:
                 try:
@@ -270,9 +275,12 @@ class Daemon:
             responder.stop()
         if self._config.withdraw_on_stop:
             try:
+                for bridge in self._config.bridges if self._config.gateway else ():
+                    # Neighbours would go on sending to a first hop that does not know the way.
+                    parts.path.leave_first_hop(bridge.name, self._former.take(bridge.name))
                 parts.path.withdraw()
                 logger.info("data path: withdrawn")
-            except MobilityError as error:
+            except (MobilityError, OSError) as error:
                 logger.error("data path: not all of it was withdrawn: %s", error)
         parts.path.close()
 

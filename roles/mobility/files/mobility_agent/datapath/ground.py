@@ -192,6 +192,24 @@ class Ground:
                     )
         return True
 
+    def leave_first_hop(self, device: str, mac: str | None, addresses: Iterable[IPv6Address]) -> None:
+        """Take the addresses off a bridge, and give it its own MAC back where it is known."""
+        index = self.index(device)
+        if index is None:
+            return
+        with _told_as(f"bridge {device}"):
+            for message in self._route.get_addr(family=socket.AF_INET6, index=index):
+                if IPv6Address(message.get_attr("IFA_ADDRESS")) in set(addresses):
+                    self._route.addr(
+                        "del",
+                        index=index,
+                        family=socket.AF_INET6,
+                        address=message.get_attr("IFA_ADDRESS"),
+                        prefixlen=message["prefixlen"],
+                    )
+            if mac is not None:
+                self._route.link("set", index=index, address=mac)
+
     def link_mac(self, device: str) -> str | None:
         """The device's MAC, in lower case; None where it is not there."""
         links = self._route.get_links(ifname=device) if self.index(device) is not None else []

@@ -23,7 +23,7 @@ from mobility_agent.datapath.netlink import (
     number,
 )
 
-_SET_LINK, _NEW_ADDRESS, _GET_ADDRESS, _SET_NEIGHBOUR_TABLE = 19, 20, 22, 67
+_SET_LINK, _NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS, _SET_NEIGHBOUR_TABLE = 19, 20, 21, 22, 67
 _LINK_MESSAGE, _ADDRESS_MESSAGE, _TABLE_MESSAGE = (
     struct.Struct("=BxHiII"),
     struct.Struct("=BBBBI"),
@@ -56,12 +56,18 @@ class Ipv4FirstHop:
         index = socket.if_nametoindex(device)
         present = self._addresses(index)
         changes = [_put_address(device, index, router) for router in routers if router not in present]
-        if _reads(f"conf/{device}/proxy_arp") != "1":
+        if not answers_for_others(device):
             changes.append(_answer_for_others(device, index))
         if _reads(f"neigh/{device}/proxy_delay") != "0":
             changes.append(_answer_at_once(device, index))
         if changes:
             self._kernel.apply(changes)
+
+    def leave(self, device: str, routers: Sequence[IPv4Address], *, proxy_arp: bool) -> None:
+        """Take the routers' addresses away; ``proxy_arp``: answer ARP for nobody else any more."""
+        index = socket.if_nametoindex(device)
+        changes = [_drop_address(device, index, router) for router in routers]
+        self._kernel.apply(changes + ([_answer_for_others(device, index, answer=0)] if proxy_arp else []))
 
     def _addresses(self, index: int) -> set[IPv4Address]:
         found: set[IPv4Address] = set()
@@ -79,8 +85,18 @@ def _put_address(device: str, index: int, address: IPv4Address) -> Request:
     return Request(_NEW_ADDRESS, CREATE | REPLACE, body, f"address {address} dev {device}")
 
 
-def _answer_for_others(device: str, index: int) -> Request:
-    settings = attribute(_SETTINGS, number(_PROXY_ARP, 1))
+def _drop_address(device: str, index: int, address: IPv4Address) -> Request:
+    body = _ADDRESS_MESSAGE.pack(socket.AF_INET, 32, 0, 0, index) + attribute(_LOCAL, address.packed)
+    return Request(_DELETE_ADDRESS, 0, body, f"address {address} dev {device}", removal=True)
+
+
+def answers_for_others(device: str) -> bool:
+    """Whether the device answers ARP for hosts elsewhere."""
+    return _reads(f"conf/{device}/proxy_arp") == "1"
+
+
+def _answer_for_others(device: str, index: int, *, answer: int = 1) -> Request:
+    settings = attribute(_SETTINGS, number(_PROXY_ARP, answer))
     body = _LINK_MESSAGE.pack(socket.AF_UNSPEC, 0, index, 0, 0)
     body += attribute(_FAMILIES, attribute(socket.AF_INET, settings))
     return Request(_SET_LINK, 0, body, f"proxy ARP of {device}")

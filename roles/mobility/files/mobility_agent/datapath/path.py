@@ -18,18 +18,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from mobility_agent.datapath import filters, judgement, neighbours, routes
+from mobility_agent.datapath.first_hop import Former
 from mobility_agent.datapath.ground import LOOP_OUT, Ground, OuterSource, Rule
-from mobility_agent.datapath.ipv4 import Ipv4FirstHop
+from mobility_agent.datapath.ipv4 import Ipv4FirstHop, answers_for_others
 from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
 from mobility_agent.datapath.routes import Route
 from mobility_agent.datapath.settings import SEG6, PathSettings
 from mobility_agent.datapath.wanted import MAIN_TABLE, OUTER_HEADER_OCTETS, Wanted
 from mobility_agent.errors import Finding, KernelRefused, MobilityError
-from mobility_agent.homes import Home, is_single
+from mobility_agent.homes import Address, Home, is_single
 
 logger = logging.getLogger(__name__)
 
@@ -338,6 +339,25 @@ class DataPath:
         if there and self.settings.ipv4_routers:
             self._first_hop.make(bridge, self.settings.ipv4_routers)
         return there
+
+    def to_change(self, bridge: str, mac: str, addresses: Iterable[Address]) -> Former:
+        """What :meth:`make_first_hop` is going to change."""
+        facts, present = self._ground.bridge_facts(bridge), self._ground.link_mac(bridge)
+        if facts is None:
+            return Former()
+        missing = {*addresses, *self.settings.ipv4_routers} - set(facts.addresses)
+        answers = not self.settings.ipv4_routers or answers_for_others(bridge)
+        return Former(present if present != mac else None, sorted(map(str, missing)), not answers)
+
+    def leave_first_hop(self, bridge: str, former: Former) -> None:
+        """Undo what was changed. Raises KernelRefused, OSError."""
+        if not self.has_device(bridge):
+            return
+        addresses = [ip_address(address) for address in former.addresses]
+        routers = [address for address in addresses if isinstance(address, IPv4Address)]
+        self._first_hop.leave(bridge, routers, proxy_arp=former.proxy_arp)
+        ipv6 = [address for address in addresses if isinstance(address, IPv6Address)]
+        self._ground.leave_first_hop(bridge, former.mac, ipv6)
 
     def obstacles(self, bridge: str, mac: str) -> list[Finding]:
         """Why this host should not be the first hop on ``bridge``; nothing where it is already."""

@@ -64,7 +64,14 @@ def test_missing_packages_are_told_then_installed_then_left_alone(
     assert not host.file("/etc/lifeboat").exists
 
     play().require_success()
-    for package in ("libvirt-daemon-system", "qemu-system-x86", "python3-libnbd", "python3-aiohttp"):
+    for package in (
+        "libvirt-daemon-system",
+        "qemu-system-x86",
+        "python3-libnbd",
+        "python3-aiohttp",
+        "ovmf",
+        "swtpm-tools",
+    ):
         assert host.package(package).is_installed
     assert host.service("precache-proxy").is_running
     assert proxy_status(host)["name"] == "bare1"

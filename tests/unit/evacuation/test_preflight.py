@@ -18,6 +18,7 @@ import pytest_asyncio
 
 from precache_proxy.errors import Finding
 from precache_proxy.evacuation import depth, preflight
+from precache_proxy.evacuation.boot_needs import TPM_PROGRAMS, boot_findings
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Forbidden, Guard
 from precache_proxy.evacuation.reconcile import Presence
@@ -103,6 +104,12 @@ async def test_nothing_stands_in_the_way(destination: Destination, tmp_path: Pat
             "copy it there",
         ),
         (
+            "hvm</type>",
+            "hvm</type><loader readonly='yes' type='pflash'>/nowhere/OVMF_CODE_4M.fd</loader>",
+            "/nowhere/OVMF_CODE_4M.fd is not there at the destination",
+            "Debian: ovmf",
+        ),
+        (
             "</devices>",
             "<disk type='file' device='cdrom'><source file='/nowhere/a.iso'/><target dev='sda'/>"
             "<readonly/></disk></devices>",
@@ -110,7 +117,7 @@ async def test_nothing_stands_in_the_way(destination: Destination, tmp_path: Pat
             "eject it",
         ),
     ],
-    ids=["machine", "network", "bridge", "memory", "name", "boot-file", "medium"],
+    ids=["machine", "network", "bridge", "memory", "name", "boot-file", "firmware", "medium"],
 )
 async def test_what_the_destination_lacks(
     destination: Destination, tmp_path: Path, before: str, after: str, fact: str, way_out: str
@@ -148,6 +155,19 @@ async def test_everything_is_told_at_once(destination: Destination, tmp_path: Pa
     destination.compared = libvirt.VIR_CPU_COMPARE_INCOMPATIBLE
     xml = XML.replace("network='default'", "network='dmz'").replace("unit='MiB'>1<", "unit='TiB'>64<")
     assert len(await findings(destination, tmp_path, xml)) == 3
+
+
+def test_an_emulated_tpm_needs_its_emulator(tmp_path: Path) -> None:
+    tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices>"
+    with_tpm, without = parse_definition(XML.replace("</devices>", tpm)), parse_definition(XML)
+    (tmp_path / "swtpm").touch(mode=0o755)
+    [found] = boot_findings(with_tpm, str(tmp_path))
+    assert "there is no swtpm_setup nor swtpm_ioctl at the destination" in found.fact
+    assert "swtpm-tools" in found.way_out
+    for name in TPM_PROGRAMS:
+        (tmp_path / name).touch(mode=0o755)
+    assert boot_findings(with_tpm, str(tmp_path)) == []
+    assert boot_findings(without, "/nowhere") == []
 
 
 def test_no_space_is_told_with_what_is_needed_and_what_is_free(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ FULL = """
   <os>
     <type arch='x86_64' machine='pc-q35-10.0'>hvm</type>
     <kernel>/srv/vmlinuz</kernel>
+    <loader readonly='yes' type='pflash'>/usr/share/OVMF/CODE.fd</loader>
     <nvram template='/usr/share/OVMF/VARS.fd' format='raw'>/var/lib/libvirt/qemu/nvram/m_VARS.fd</nvram>
   </os>
   <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>
@@ -83,6 +84,7 @@ def test_everything_that_protection_looks_at_is_read() -> None:
     assert definition.kernel_files == ("/srv/vmlinuz",)
     assert definition.nvram is not None
     assert definition.nvram.path == "/var/lib/libvirt/qemu/nvram/m_VARS.fd"
+    assert definition.loader == "/usr/share/OVMF/CODE.fd"
     assert definition.tpm is not None
     assert definition.tpm.state_path == "/var/lib/libvirt/swtpm/6695eb01-f6a4-8304-79aa-97f2502e193f/tpm2"
     assert [device.kind for device in definition.hostdevs] == ["pci"]

@@ -14,6 +14,7 @@ import libvirt
 from lxml import etree
 
 from precache_proxy.errors import Finding, HypervisorError, NotFound
+from precache_proxy.evacuation.boot_needs import boot_findings
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import TOMBSTONE, Guard, hook_findings
 from precache_proxy.evacuation.media_places import Shelf, find_places
@@ -221,7 +222,7 @@ async def destination_findings(
     found += await _machine(domains, definition, definition_xml)
     found += await _memory(domains, definition)
     found += await _networks(domains, definition)
-    found += _boot_files(definition)
+    found += await asyncio.to_thread(boot_findings, definition)
     found += (await asyncio.to_thread(find_places, definition, shelf)).findings
     found += _reach(disks_directory)
     found += space_findings(
@@ -387,19 +388,6 @@ async def _networks(domains: Domains, definition: Definition) -> list[Finding]:
 def _network_devices() -> set[str]:
     # Not from /sys: in a container that shows another network namespace's devices.
     return {name for _index, name in socket.if_nameindex()}
-
-
-def _boot_files(definition: Definition) -> list[Finding]:
-    return [
-        Finding(
-            f"VM {definition.name}, boot file",
-            f"{path} is not there at the destination",
-            "copy it there, or have the VM boot from its disk",
-            "not-found",
-        )
-        for path in definition.kernel_files
-        if not Path(path).exists()
-    ]
 
 
 def _reach(directory: Path) -> list[Finding]:

@@ -130,6 +130,8 @@ class Definition:
     # libvirt's numeric id as text while it runs, "" when shut off
     running_id: str = ""
     kernel_files: tuple[str, ...] = ()
+    # the firmware's file, "" where QEMU takes its own
+    loader: str = ""
 
     def disk(self, target: str) -> Disk | None:
         """The disk with this target name, or None."""
@@ -309,6 +311,7 @@ def parse_definition(xml: str, *, autostart: bool = False) -> Definition:
         xml=xml,
         autostart=autostart,
         running_id=root.get("id", ""),
+        loader=_text(operating_system, "loader"),
         kernel_files=tuple(
             path for path in (_text(operating_system, tag) for tag in ("kernel", "initrd", "dtb")) if path
         ),

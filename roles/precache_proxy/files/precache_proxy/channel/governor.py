@@ -207,7 +207,8 @@ class Governor:
         delivered = (now.acknowledged_bytes - mark.acknowledged_bytes) / (now.at - mark.at)
         self.queue_seconds = queue
         settle = 2 * base + 0.1
-        if self._spell_at is not None and now.at - self._spell_at < settle:
+        begins = base + 0.05 if self._starting else settle
+        if self._spell_at is not None and now.at - self._spell_at < begins:
             return  # what arrives now was sent, and its delay smoothed, before there was a backlog
         wanted = (0.5 if queue > 2 * _TARGET_SECONDS else _PRESSED) * self._rate
         if not self._backlogged and delivered < wanted:

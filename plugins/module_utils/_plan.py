@@ -7,8 +7,9 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, replace
 
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._exchange import Unit, weightiest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import Forecast, Forecasts
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._order import order
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._order import order, unit_of
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import (
     TOO_LATE,
     Schedule,
@@ -94,6 +95,15 @@ def make_plan(
     given_up = [place for place, reason in enumerate(best.reasons) if reason == TOO_LATE]
     if not given_up or deadline_seconds is None:
         return _plan(ordered, best, deadline_seconds)
+    # Those that fit in their order may weigh less than others would: they come first instead.
+    other_order = _exchanged(ordered, schedule, forecasts)
+    if other_order != ordered:
+        other_schedule = Schedule(site, other_order, by_pair, deadline_seconds, known, overlap=overlap)
+        other_forecasts = [chosen[vm.uuid] for vm in other_order]
+        other = other_schedule.run(other_forecasts)
+        if _worth(other_order, other) > _worth(ordered, best):
+            ordered, schedule, forecasts, best = other_order, other_schedule, other_forecasts, other
+            given_up = [place for place, reason in enumerate(best.reasons) if reason == TOO_LATE]
     # Just enough guests are stopped for the others' sake; where that is not enough, all that may be.
     enough = [sum(best.forecasts[place].seconds for place in given_up), float("inf")]
     for wanted_seconds in enough if len(ordered) <= _SEARCHED_THOROUGHLY else enough[:1]:
@@ -106,6 +116,31 @@ def make_plan(
         if all(end is not None for end in best.ends):
             break
     return _plan(ordered, best, deadline_seconds)
+
+
+def _exchanged(
+    ordered: list[VmSummary], schedule: Schedule, forecasts: t.Sequence[Forecast]
+) -> list[VmSummary]:
+    """The order with those first that weigh most together and are out in time; a group counts as one."""
+    names = [unit_of(vm) for vm in ordered]
+    units: dict[str, Unit] = {}
+    by_line: dict[str, list[str]] = {}
+    for place, name in enumerate(names):
+        seconds, weight = schedule.taken_seconds(place, forecasts[place]), ordered[place].weight
+        known = units.get(name)
+        if known is None:
+            units[name] = Unit(name, seconds, weight)
+            by_line.setdefault(schedule.uplink_of(place), []).append(name)
+        else:
+            units[name] = Unit(name, known.seconds + seconds, known.weight + weight)
+    saved: set[str] = set()
+    for line, inside in by_line.items():
+        of_line = [units[name] for name in inside]
+        of_line.sort(key=lambda unit: -unit.weight / max(unit.seconds, 1e-6))
+        saved |= weightiest(of_line, schedule.seconds_of(line))
+    # Sorting keeps the order of those that are alike in this.
+    places = sorted(range(len(ordered)), key=lambda place: names[place] not in saved)
+    return [ordered[place] for place in places]
 
 
 def _plan(ordered: t.Sequence[VmSummary], times: Times, deadline_seconds: float | None) -> Plan:

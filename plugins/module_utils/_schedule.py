@@ -166,6 +166,29 @@ class Schedule:
         line = self._lines[position]
         return self._known.all_rungs(self._vms[position], line.rate, line.trip)
 
+    def taken_seconds(self, position: int, first: Forecast) -> float:
+        """For how long it keeps a place of its line from others, by the first rung that may be in time."""
+        line, deadline = self._lines[position], self._deadline
+        seconds = first.seconds if first.rung is not Rung.STAY else float("inf")
+        if deadline is not None and seconds > deadline:
+            told = (choice.seconds for choice in self.all_rungs(position))
+            seconds = next((one for one in told if one <= deadline), float("inf"))
+        return seconds if not self._overlap else seconds - line.lead - line.closing + turn_seconds(line.trip)
+
+    def uplink_of(self, position: int) -> str:
+        """The uplink by which it leaves; one for all where one at a time goes."""
+        return self._lines[position].pair.uplink if self._overlap else ""
+
+    def seconds_of(self, uplink: str) -> float:
+        """The seconds that all places of an uplink have until the deadline."""
+        deadline = float("inf") if self._deadline is None else self._deadline
+        if not self._overlap:
+            return deadline
+        told = [line for line in self._by_pair.values() if line.pair.uplink == uplink]
+        places = min(_places(self._site, told[0].pair), sum(line.width for line in told))
+        # Who is last needs not give its place to anybody.
+        return places * max(deadline - line.lead - line.closing + turn_seconds(line.trip) for line in told)
+
     def run(self, forecasts: t.Sequence[Forecast]) -> Times:
         """Who starts when if each goes by its forecast's rung, or by another where only that is in time."""
         count = len(self._vms)

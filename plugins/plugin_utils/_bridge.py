@@ -269,13 +269,7 @@ class Bridge:
                 return self._clients[-1]
             self._hang_up()
         reach, way = self._reach, None
-        for jump in reach.jumps:
-            user, _at, address = jump.rpartition("@")
-            host, port = _host_and_port(address)
-            hop = Reach(f"{self.name}: jump host {host}", host=host, port=port, user=user or reach.user,
-                        keys=reach.keys, only_keys=reach.only_keys, known_hosts=reach.known_hosts,
-                        check_host_key=reach.check_host_key, accept_new_host_key=reach.accept_new_host_key,
-                        timeout_seconds=reach.timeout_seconds)  # fmt: skip
+        for hop in reach.hops:
             way = self._connect(hop, way)
         return self._connect(reach, way).client
 
@@ -344,22 +338,16 @@ class _Hop:
 
 
 def _know_hosts(client: paramiko.SSHClient, reach: Reach) -> None:
-    for path in reach.known_hosts or (os.path.expanduser("~/.ssh/known_hosts"), "/etc/ssh/ssh_known_hosts"):
+    for path in (
+        *(reach.known_hosts or (os.path.expanduser("~/.ssh/known_hosts"),)),
+        *(reach.global_known_hosts or ("/etc/ssh/ssh_known_hosts",)),
+    ):
         if os.path.isfile(path):
             client.load_system_host_keys(path)
     policy: paramiko.MissingHostKeyPolicy = paramiko.RejectPolicy()
     if not reach.check_host_key or reach.accept_new_host_key:
         policy = paramiko.AutoAddPolicy()
     client.set_missing_host_key_policy(policy)
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    if address.startswith("["):
-        host, _bracket, rest = address[1:].partition("]")
-        return host, int(rest.removeprefix(":") or 22)
-    host, mark, port = address.partition(":")
-    # Several colons: an IPv6 address without a port.
-    return (host, int(port)) if mark and ":" not in port else (address, 22)
 
 
 def _why_not(reach: Reach, error: Exception) -> str:

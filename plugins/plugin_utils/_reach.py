@@ -8,6 +8,7 @@ understood here is a finding.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import typing as t
@@ -38,6 +39,18 @@ _REFUSED = {
     "ansible_ssh_executable": "paramiko is used instead",
     "ansible_pkcs11_provider": "keys on tokens are reached through an agent",
     "ansible_ssh_pkcs11_provider": "keys on tokens are reached through an agent",
+    "ansible_private_key": "a key is read from a file, or held by an agent",
+    "ansible_ssh_private_key": "a key is read from a file, or held by an agent",
+    "ansible_private_key_passphrase": "a key with a passphrase is held by an agent",
+    "ansible_ssh_private_key_passphrase": "a key with a passphrase is held by an agent",
+    "ansible_paramiko_proxy_command": "a jump host is named by ProxyJump",
+    "ansible_paramiko_host": "the host is named by ansible_host",
+    "ansible_paramiko_port": "the port is named by ansible_port",
+    "ansible_paramiko_user": "the user is named by ansible_user",
+    "ansible_paramiko_pass": "the password is named by ansible_password",
+    "ansible_paramiko_password": "the password is named by ansible_password",
+    "ansible_paramiko_private_key_file": "the key is named by ansible_private_key_file",
+    "ansible_ssh_proxy_command": "a jump host is named by ProxyJump",
     "ansible_become_exe": "sudo is used",
     "ansible_become_flags": "sudo is used as it is",
     "ansible_sudo_flags": "sudo is used as it is",
@@ -51,6 +64,14 @@ _HARMLESS_OPTIONS = frozenset({
     "hashknownhosts", "sendenv", "updatehostkeys", "checkhostip", "numberofpasswordprompts",
 })  # fmt: skip
 _TIMEOUT_SECONDS = 10.0
+_TIMEOUT = ("ansible_timeout", "ansible_ssh_timeout", "ansible_paramiko_timeout")
+_HOST_KEY_CHECKING = (
+    "ansible_host_key_checking",
+    "ansible_ssh_host_key_checking",
+    "ansible_paramiko_host_key_checking",
+)
+
+Note = t.Callable[[str, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -66,13 +87,15 @@ class Reach:
     keys: tuple[str, ...] = ()
     only_keys: bool = False
     known_hosts: tuple[str, ...] = ()
+    global_known_hosts: tuple[str, ...] = ()
     check_host_key: bool = True
     accept_new_host_key: bool = False
     jumps: tuple[str, ...] = ()
+    # The jump hosts, each as it is reached through the one before it.
+    hops: tuple[Reach, ...] = ()
     timeout_seconds: float = _TIMEOUT_SECONDS
     become: bool = False
     become_password: str | None = None
-    config: str = ""
 
 
 def read(name: str, variables: Variables) -> tuple[Reach, list[Finding]]:
@@ -100,24 +123,26 @@ def read(name: str, variables: Variables) -> tuple[Reach, list[Finding]]:
         host=str(variables.get("ansible_host") or variables.get("ansible_ssh_host") or name),
         user=str(variables.get("ansible_user") or variables.get("ansible_ssh_user") or ""),
         password=_secret(variables, "ansible_password", "ansible_ssh_password", "ansible_ssh_pass"),
-        check_host_key=_flag(
-            variables.get("ansible_host_key_checking", variables.get("ansible_ssh_host_key_checking")), True
-        ),
-        timeout_seconds=float(
-            variables.get("ansible_timeout") or variables.get("ansible_ssh_timeout") or 10.0
-        ),
+        check_host_key=_flag(_first(variables, _HOST_KEY_CHECKING), True),
         become=become,
         become_password=_secret(
             variables, "ansible_become_password", "ansible_become_pass", "ansible_sudo_pass"
         ),
     )
+    timeout = _number(_first(variables, _TIMEOUT), "ansible_timeout", note)
+    if timeout is not None:
+        told = replace(told, timeout_seconds=timeout)
     key = variables.get("ansible_private_key_file") or variables.get("ansible_ssh_private_key_file")
     if key:
         told = replace(told, keys=(os.path.expanduser(str(key)),))
     options: list[tuple[str, str]] = []
     config = ""
     for variable in _ARGUMENTS:
-        parsed, file, wrong = _arguments(str(variables.get(variable) or ""))
+        try:
+            parsed, file, wrong = _arguments(str(variables.get(variable) or ""))
+        except ValueError as error:
+            note(variable, f"cannot be read as a command line ({error})", "close the quotes")
+            continue
         options += parsed
         config = file or config
         for argument in wrong:
@@ -130,11 +155,85 @@ def read(name: str, variables: Variables) -> tuple[Reach, list[Finding]]:
     # As ssh does: the command line first, then the configuration file, first come first served.
     for option, value in options + _configured(config, told.host, told, note):
         told = _apply(told, option, value, note)
-    if port:
-        told = replace(told, port=int(port))
+    number = _number(port, "ansible_port", note)
+    if number is not None:
+        told = replace(told, port=int(number))
     if not told.user and not told.local:
         told = replace(told, user=str(variables.get("remote_user") or os.environ.get("USER") or "root"))
-    return told, findings
+    return replace(told, hops=tuple(_hop(told, jump, config, note) for jump in told.jumps)), findings
+
+
+def _hop(target: Reach, jump: str, config: str, note: Note) -> Reach:
+    """How a jump host is reached: as its own entry of the configuration says, else as its target is.
+
+    The password is offered to it, too, as Ansible's ssh does: whoever asks for one is answered.
+    """
+    user, _at, address = jump.rpartition("@")
+    try:
+        name, port = host_and_port(address)
+    except ValueError:
+        note("ProxyJump", f"is {jump!r}, whose port is no number", "write user@host:port")
+        return target
+    hop = Reach(
+        f"{target.name}: jump host {name}",
+        host=name,
+        user=user,
+        password=target.password,
+        check_host_key=target.check_host_key,
+        accept_new_host_key=target.accept_new_host_key,
+        timeout_seconds=target.timeout_seconds,
+    )
+
+    def of_hop(variable: str, fact: str, way_out: str) -> None:
+        note(f"jump host {name}: {variable}", fact, way_out)
+
+    for option, value in _configured(config, name, hop, of_hop):
+        hop = _apply(hop, option, value, of_hop)
+    if hop.jumps:
+        of_hop("ProxyJump", f"is {','.join(hop.jumps)!r}", f"name them all at {target.name}, with commas")
+    return replace(
+        hop,
+        port=port or hop.port,
+        user=hop.user or target.user,
+        keys=hop.keys or target.keys,
+        only_keys=hop.only_keys or target.only_keys,
+        known_hosts=hop.known_hosts or target.known_hosts,
+    )
+
+
+def host_and_port(address: str) -> tuple[str, int | None]:
+    """The parts of ``host``, ``host:port``, ``[IPv6]:port``; no port is None. Raises ValueError."""
+    if address.startswith("["):
+        host, _bracket, rest = address[1:].partition("]")
+        text = rest.removeprefix(":")
+    else:
+        host, mark, text = address.partition(":")
+        # Several colons: an IPv6 address without a port.
+        if mark and ":" in text:
+            return address, None
+    if not text:
+        return host, None
+    if not 0 < int(text) < 65536:
+        raise ValueError(text)
+    return host, int(text)
+
+
+def _first(variables: Variables, names: t.Sequence[str]) -> object:
+    return next((variables[name] for name in names if variables.get(name) is not None), None)
+
+
+def _number(value: object, variable: str, note: Note) -> float | None:
+    """A number above 0; a finding where something else is written; None where nothing is."""
+    if value is None or value == "":
+        return None
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = -1.0
+    if math.isfinite(number) and number > 0:
+        return number
+    note(variable, f"is {value!r}, which is no number above 0", "write one")
+    return None
 
 
 def _secret(variables: Variables, *names: str) -> str | None:
@@ -198,9 +297,6 @@ def _arguments(text: str) -> tuple[list[tuple[str, str]], str, list[str]]:
     return options, config, wrong
 
 
-Note = t.Callable[[str, str, str], None]
-
-
 def _configured(config: str, host: str, told: Reach, note: Note) -> list[tuple[str, str]]:
     """What an ssh configuration file says of a host; the user's own where no other is named."""
     path = config or os.path.expanduser("~/.ssh/config")
@@ -233,7 +329,8 @@ def _apply(told: Reach, option: str, value: str, note: Note) -> Reach:
     if option == "user":
         return told if told.user else replace(told, user=value)
     if option == "port":
-        return replace(told, port=int(value)) if told.port == 22 else told
+        number = _number(value, f"SSH option {option}", note)
+        return replace(told, port=int(number)) if told.port == 22 and number is not None else told
     if option == "identityfile":
         return replace(told, keys=(*told.keys, os.path.expanduser(value)))
     if option == "identitiesonly":
@@ -242,7 +339,8 @@ def _apply(told: Reach, option: str, value: str, note: Note) -> Reach:
         files = tuple(os.path.expanduser(path) for path in value.split())
         return told if told.known_hosts else replace(told, known_hosts=files)
     if option == "globalknownhostsfile":
-        return told
+        files = tuple(os.path.expanduser(path) for path in value.split())
+        return told if told.global_known_hosts else replace(told, global_known_hosts=files)
     if option == "stricthostkeychecking":
         mode = value.lower()
         return replace(
@@ -251,7 +349,8 @@ def _apply(told: Reach, option: str, value: str, note: Note) -> Reach:
             accept_new_host_key=mode == "accept-new",
         )
     if option == "connecttimeout":
-        return replace(told, timeout_seconds=float(value))
+        number = _number(value, f"SSH option {option}", note)
+        return told if number is None else replace(told, timeout_seconds=number)
     if option == "proxyjump":
         return told if told.jumps or value == "none" else replace(told, jumps=tuple(value.split(",")))
     note(

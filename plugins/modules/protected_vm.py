@@ -20,7 +20,8 @@ attributes:
   check_mode:
     support: full
     details:
-      - What the proxy would refuse is refused in check mode, too.
+      - What the proxy, or the peer that it asks, would refuse is refused in check mode, too. A peer that
+        cannot be asked is a warning.
   diff_mode:
     support: full
 options:
@@ -153,6 +154,8 @@ class ProtectedVm:
         self._parameters = parameters
         self._check_mode = check_mode
         self._path = vm_path(parameters["vm"])
+        # what the proxy could not find out
+        self.notes: list[str] = []
 
     def result(self) -> dict[str, t.Any]:
         """Bring the state about, or in check mode only tell. Raises ProxyError."""
@@ -168,6 +171,7 @@ class ProtectedVm:
         }
         # The proxy itself judges and fills the gaps: one set of rules, in check mode as without.
         plan = self._client.request("PUT", self._path, asked, {"check_only": True})
+        self.notes = list(plan.get("notes", ()))
         before, after = plan["present"] or {"state": "unprotected"}, plan["wanted"]
         changed = before != after
         if changed and not self._check_mode:
@@ -214,9 +218,12 @@ def main() -> None:
     )
     client = ProxyClient(module.params["socket"])
     try:
-        result = ProtectedVm(client, module.params, module.check_mode).result()
+        protected = ProtectedVm(client, module.params, module.check_mode)
+        result = protected.result()
     except ProxyError as error:
         fail(module, error)
+    for note in protected.notes:
+        module.warn(note)
     module.exit_json(**result)
 
 

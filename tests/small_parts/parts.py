@@ -24,6 +24,9 @@ from precache_proxy.control.api import ControlServer
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, PeerUnreachable
 from precache_proxy.evacuation.arrival import ArrivalState
+from precache_proxy.hypervisor.domain_xml import parse_definition
+from precache_proxy.source.layout import raise_findings
+from precache_proxy.source.request import vm_findings
 from precache_proxy.source.totals import PassTotals
 
 CONFIGURATION = """
@@ -49,6 +52,10 @@ address = "backup2.example"
 
 WEB = "11111111-1111-4111-8111-111111111111"
 DATABASE = "22222222-2222-4222-8222-222222222222"
+DEFINITION = (
+    "<domain><name>{name}</name><uuid>{uuid}</uuid><devices><disk type='file' device='disk'>"
+    "<driver type='qcow2'/><source file='/nowhere/vda.qcow2'/><target dev='vda'/></disk></devices></domain>"
+)
 KNOWN = {WEB: "web1", DATABASE: "Datenbank für Köln"}
 
 
@@ -174,6 +181,8 @@ class Source:
         self.protected: dict[str, Protected] = {}
         self.changes: list[str] = []
         self.postponed: list[tuple[str, float]] = []
+        # what a check could not find out
+        self.notes: list[str] = []
         self.equal = True
         self.measured = 0
 
@@ -194,11 +203,12 @@ class Source:
         """Let a protected VM be less well."""
         self.protected[uuid] = replace(self.protected[uuid], **changes)
 
-    async def check(self, spec: Any) -> None:
+    async def check(self, spec: Any) -> list[str]:
         uuid, name = self.identify(spec.vm)
         present = self.protected.get(uuid)
-        if present and present.peer != spec.peer:
-            raise Conflict(f"VM {name}: already protected to {present.peer}; unprotect it first")
+        definition = parse_definition(DEFINITION.format(uuid=uuid, name=name))
+        raise_findings(vm_findings(spec, definition, present and present.peer), f"VM {name}")
+        return self.notes
 
     async def protect(self, spec: Any) -> Protected:
         await self.check(spec)

@@ -65,7 +65,7 @@ def test_replica_is_kept_unless_told_otherwise(served: Any) -> None:
 
 def test_check_only_changes_nothing(served: Any) -> None:
     told = served.client.request("PUT", "/v1/vms/web1?check_only=true", {"peer": "backup1"})
-    assert told["present"] is None
+    assert (told["present"], told["notes"]) == (None, [])
     assert (told["wanted"]["peer"], told["wanted"]["rpo_seconds"]) == ("backup1", 15.0)
     with pytest.raises(NotFound, match="libvirt knows none such"):
         served.client.request("PUT", "/v1/vms/nosuch?check_only=true", {"peer": "backup1"})
@@ -107,7 +107,7 @@ def test_all_faults_of_a_request_are_told_at_once(served: Any) -> None:
 
 def test_vm_already_protected_to_another_peer(served: Any) -> None:
     protect(served.client)
-    with pytest.raises(Conflict, match="already protected to backup1"):
+    with pytest.raises(Conflict, match="protected at backup1 already"):
         protect(served.client, peer="backup2")
 
 

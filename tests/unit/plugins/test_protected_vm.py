@@ -71,7 +71,15 @@ def test_second_peer_is_refused(run: Any) -> None:
     run("protected_vm", vm="web1", peer="backup1")
     told = run("protected_vm", vm="web1", peer="backup2")
     assert told["cause"] == "conflict"
-    assert "already protected to backup1" in told["msg"]
+    assert "protected at backup1 already, and one peer holds its replica" in told["msg"]
+
+
+def test_what_could_not_be_found_out_is_a_warning(run: Any, parts: Any) -> None:
+    parts.source.notes = ["peer backup1 could not be asked whether it takes the replica: no answer"]
+    for check in (True, False):
+        told = run("protected_vm", check=check, vm="web1", peer="backup1")
+        assert (told["failed"], told["changed"]) == (False, True)
+        assert parts.source.notes[0] in str(told["warnings"])
 
 
 def test_info_tells_all_or_one(run: Any) -> None:

@@ -142,9 +142,9 @@ class Api:
             present = None
         wanted = requests.protection(vm, values, present, self._parts)
         if requests.flag(request, "check_only", default=False):
-            await self._parts.source.check(wanted)
+            notes = await self._parts.source.check(wanted)
             plan = {"present": requests.present_protection(present), "wanted": requests.as_plan(wanted)}
-            return web.json_response(plan)
+            return web.json_response({**plan, "notes": notes})
         status = await self._parts.source.protect(wanted)
         return web.json_response(answers.vm_answer(status), status=200 if present else 201)
 

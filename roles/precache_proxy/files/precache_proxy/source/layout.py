@@ -8,13 +8,24 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, Unsupported
+from precache_proxy.errors import (
+    Conflict,
+    Finding,
+    InvalidInput,
+    LifeboatError,
+    NoSpace,
+    NotFound,
+    StaleEpoch,
+    Unsupported,
+)
 from precache_proxy.hypervisor.domain_xml import Definition, Disk
 
 _LOCAL_KINDS = {"file", "block"}
 _ERRORS: dict[str, type[LifeboatError]] = {
     "not-found": NotFound,
     "conflict": Conflict,
+    "no-space": NoSpace,
+    "stale-epoch": StaleEpoch,
     "unsupported": Unsupported,
     "invalid": InvalidInput,
 }

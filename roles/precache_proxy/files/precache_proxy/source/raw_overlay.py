@@ -80,24 +80,20 @@ def findings(definition: Definition, spec: ProtectSpec) -> list[Finding]:
     return found
 
 
-async def put_on(
-    hypervisor: Hypervisor, definition: Definition, only: Sequence[str] | None
-) -> dict[str, str]:
-    """An external snapshot of just the raw disks, all at one instant. Returns target -> overlay."""
+async def put_on(hypervisor: Hypervisor, definition: Definition, only: Sequence[str] | None) -> None:
+    """An external snapshot of just the raw disks, all at one instant."""
     disks = raw_disks(definition, only)
     if not disks:
-        return {}
+        return
     root = etree.Element("domainsnapshot")
     element = etree.SubElement(root, "disks")
-    overlays: dict[str, str] = {}
     for disk in disks:
         overlay = overlay_path(disk, definition.name)
-        overlays[disk.target] = str(overlay)
         one = etree.SubElement(element, "disk", name=disk.target, snapshot="external", type="file")
         etree.SubElement(one, "driver", type="qcow2")
         etree.SubElement(one, "source", file=str(overlay))
     for disk in definition.disks:
-        if disk.target not in overlays:
+        if disk not in disks:
             etree.SubElement(element, "disk", name=disk.target, snapshot="no")
     domain = await hypervisor.lookup(definition.uuid)
     flags = (
@@ -112,4 +108,3 @@ async def put_on(
         flags,
         subject=f"VM {definition.name}",
     )
-    return overlays

@@ -73,8 +73,6 @@ class ProtectionRecord:
     return_overlays: dict[str, list[Any]] = field(default_factory=dict)
     return_generation: int = 0
     return_checkpoint: str = ""
-    # where raw disks got their overlays
-    raw_overlays: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
     @property

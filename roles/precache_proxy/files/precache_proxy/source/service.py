@@ -27,6 +27,7 @@ from precache_proxy.source.feeder import Pace
 from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.layout import raise_findings
 from precache_proxy.source.passes import PassResult
+from precache_proxy.source.peer_check import ask_peer
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord
 from precache_proxy.source.request import ProtectSpec, request_findings, vm_findings
@@ -193,8 +194,15 @@ class Source:
 
     # -- protect, unprotect ------------------------------------------------------------------------
 
-    async def check(self, spec: ProtectSpec) -> Definition:
-        """Everything that keeps the VM from being protected as asked, raised at once; changes nothing."""
+    async def check(self, spec: ProtectSpec) -> list[str]:
+        """Everything that keeps the VM from being protected as asked, raised at once; changes nothing.
+
+        Returns what could not be found out, in sentences.
+        """
+        _definition, notes = await self._judge(spec)
+        return notes
+
+    async def _judge(self, spec: ProtectSpec) -> tuple[Definition, list[str]]:
         findings = request_findings(
             spec, self.settings.name, sorted(self._channel.links), self._hypervisor.features
         )
@@ -207,43 +215,66 @@ class Source:
             raise
         present = self._protections.get(definition.uuid)
         findings += vm_findings(spec, definition, None if present is None else present.record.peer)
+        link = self._channel.links.get(spec.peer)
+        note = ""
+        # One that is protected already says by its state what its peer has against it.
+        if present is None and link is not None:
+            epoch = await asyncio.to_thread(last_epoch, self.directory, definition.uuid)
+            objections, note = await ask_peer(link, spec, definition, epoch)
+            findings += objections
         raise_findings(findings, f"VM {spec.vm} cannot be protected")
-        return definition
+        return definition, [note] if note else []
 
     async def protect(self, spec: ProtectSpec) -> dict[str, Any]:
         """Protect a VM, or change how it is. Raises all findings at once, with nothing changed."""
         async with self._changing:
-            definition = await self.check(spec)
+            definition, _notes = await self._judge(spec)
             present = self._protections.get(definition.uuid)
-            disks = None if spec.disks is None else list(spec.disks)
+            if spec.raw_overlay_consent:
+                await raw_overlay.put_on(self._hypervisor, definition, spec.disks)
+            wanted: dict[str, Any] = {
+                "rpo_seconds": spec.rpo_seconds,
+                "priority": spec.priority,
+                "only_disks": None if spec.disks is None else list(spec.disks),
+                "raw_overlay_consent": spec.raw_overlay_consent,
+            }
             if present is not None:
                 record = present.record
-                record.rpo_seconds, record.priority = spec.rpo_seconds, spec.priority
-                record.only_disks, record.raw_overlay_consent = disks, spec.raw_overlay_consent
+                await self._change(record, wanted)
             else:
                 record = ProtectionRecord(
                     uuid=definition.uuid,
                     name=definition.name,
                     peer=spec.peer,
-                    rpo_seconds=spec.rpo_seconds,
-                    priority=spec.priority,
-                    only_disks=disks,
-                    raw_overlay_consent=spec.raw_overlay_consent,
                     epoch=await asyncio.to_thread(last_epoch, self.directory, definition.uuid),
+                    **wanted,
                 )
                 if definition.uuid in self._damaged:
                     # Checkpoints of the lost record may be there: what they count from is not known any more.
                     record.resync_cause = "the record of its protection was lost"
-            if spec.raw_overlay_consent:
-                record.raw_overlays.update(await raw_overlay.put_on(self._hypervisor, definition, spec.disks))
-            await autostart.take_over(self._hypervisor, record, partial(self._save, record))
-            await self._save(record)
+                await self._save(record)
+            try:
+                await autostart.take_over(self._hypervisor, record, partial(self._save, record))
+            except LifeboatError as error:
+                logger.warning("VM %s: its autostart stays with libvirt until a pass: %s", record.name, error)
             if present is None:
                 self._damaged.pop(definition.uuid, None)
                 present = self._add(record)
             else:
                 present.wake()
             return present.status()
+
+    async def _change(self, record: ProtectionRecord, wanted: Mapping[str, Any]) -> None:
+        """All of it, durably, or nothing. Not on a copy: what a pass notes meanwhile must not be lost."""
+        before = {name: getattr(record, name) for name in wanted}
+        try:
+            for name, value in wanted.items():
+                setattr(record, name, value)
+            await self._save(record)
+        except BaseException:
+            for name, value in before.items():
+                setattr(record, name, value)
+            raise
 
     async def _save(self, record: ProtectionRecord) -> None:
         await asyncio.to_thread(record.write, self.directory)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whether a peer would keep a VM's replica: asked before the VM is protected, not found out afterwards."""
+
+from __future__ import annotations
+
+from precache_proxy.blocks import images
+from precache_proxy.channel.link import Link
+from precache_proxy.errors import Finding, LifeboatError
+from precache_proxy.hypervisor.domain_xml import Definition
+from precache_proxy.source import offline, raw_overlay
+from precache_proxy.source.layout import plan_layout
+from precache_proxy.source.request import ProtectSpec
+
+ASK_TIMEOUT_SECONDS = 20.0
+
+
+async def ask_peer(
+    link: Link, spec: ProtectSpec, definition: Definition, epoch: int
+) -> tuple[list[Finding], str]:
+    """What the peer has against it (room, whose replica it is, its epoch, sizes), and why it could not be
+    asked ("": it was). Changes nothing there."""
+    try:
+        if not link.is_up:
+            return [], _not_asked(spec.peer, link.sentence)
+        sizes: dict[str, int] = {}
+        needed_bytes = 0
+        tracked = list(plan_layout(definition, spec.disks).tracked.values())
+        if spec.raw_overlay_consent:
+            tracked += raw_overlay.raw_disks(definition, spec.disks)
+        for disk in tracked:
+            described = await images.info(offline.path(disk.path), disk.format, in_use=True)
+            sizes[disk.target] = described[0].size_bytes
+            needed_bytes += await offline.first_copy_bytes(disk, described[0].size_bytes)
+        answer = await link.call(
+            "store.prepare",
+            {
+                "vm": definition.uuid,
+                "name": definition.name,
+                "epoch": epoch,
+                "disks": sizes,
+                "needed_bytes": needed_bytes,
+                "check": True,
+            },
+            timeout_seconds=ASK_TIMEOUT_SECONDS,
+        )
+        return [Finding(**told) for told in answer["findings"]], ""
+    except (LifeboatError, KeyError, TypeError) as error:
+        return [], _not_asked(spec.peer, str(error))
+
+
+def _not_asked(peer: str, why: str) -> str:
+    return f"peer {peer} could not be asked whether it takes the replica: {why}"

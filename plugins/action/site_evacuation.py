@@ -105,10 +105,12 @@ class ActionModule(ActionBase):
         # Ansible's workers outlive an ansible-playbook that is killed.
         self._parent = os.getppid()
         try:
-            coordinator = self._coordinator()
+            coordinator, findings = self._coordinator()
         except _Wrong as error:
             return self._refuse(result, error.findings)
         try:
+            if findings:
+                return self._refuse(result, findings + self._found_by(coordinator))
             return self._work(result, coordinator)
         except Refused as error:
             return self._refuse(result, error.findings)
@@ -130,6 +132,15 @@ class ActionModule(ActionBase):
             ],
         )
         return result
+
+    @staticmethod
+    def _found_by(coordinator: Coordinator) -> list[Finding]:
+        """What else is wrong, as the proxies know it: all findings at once."""
+        try:
+            coordinator.survey()
+        except Refused as error:
+            return error.findings
+        return []
 
     def _work(self, result: dict[str, t.Any], coordinator: Coordinator) -> dict[str, t.Any]:
         if self._deadline is not None:
@@ -183,7 +194,11 @@ class ActionModule(ActionBase):
 
     # -- what was asked for, judged whole
 
-    def _coordinator(self) -> Coordinator:
+    def _coordinator(self) -> tuple[Coordinator, list[Finding]]:
+        """What to ask by, and everything that is wrong with what was asked for. Raises _Wrong.
+
+        With findings it is good for a survey and nothing else: what is wrong is left out of it.
+        """
         arguments = self._arguments
         strategy, findings = self._strategy()
         deadline, wrong = parse(arguments["deadline"], time.time())
@@ -210,12 +225,13 @@ class ActionModule(ActionBase):
         sources = self._source_hosts(findings)
         hostvars = self._variables.get("hostvars", {})
         bridges: dict[str, Bridge] = {}
+        unfollowed: list[Finding] = []
         told_once = given(self._play_context, self._task.remote_user)
 
         def bridge(name: str) -> Bridge:
             if name not in bridges:
                 reach, refused = read_reach(name, completed(hostvars[name], told_once))
-                findings.extend(refused)
+                unfollowed.extend(refused)
                 told = arguments["socket"] or hostvars[name].get("evacuation_socket") or DEFAULT_SOCKET
                 bridges[name] = Bridge(reach, str(told))
             return bridges[name]
@@ -227,33 +243,37 @@ class ActionModule(ActionBase):
         for name in sources:
             bridge(name)
             peers: set[t.Any] = set(peers_of(hostvars[name]))
-            usual[name], wrong = usual_wish(name, hostvars[name])
+            told, wrong = usual_wish(name, hostvars[name])
             findings += wrong
+            if not wrong:
+                usual[name] = told
             for wish in hostvars[name].get("lifeboat_vms") or []:
-                wishes.setdefault(name, {})[str(wish.get("name"))] = wish
-                findings += wish_findings(str(wish.get("name")), wish)
-                findings += leaving_findings(str(wish.get("name")), wish)
+                wrong = wish_findings(str(wish.get("name")), wish)
+                wrong += leaving_findings(str(wish.get("name")), wish)
+                findings += wrong
+                if not wrong:
+                    wishes.setdefault(name, {})[str(wish.get("name"))] = wish
                 expected.setdefault(name, []).append(str(wish.get("name")))
                 peers.add(wish.get("peer"))
             for peer in peers - set(destinations):
                 if peer and peer in hostvars:
                     destinations[str(peer)] = bridge(str(peer))
-        if findings:
-            # By itself it is no reason to refuse: what is under way is picked up.
-            raise _Wrong(findings + passed(deadline, time.time()))
+        if unfollowed or not sources:
+            # By itself a deadline that has passed is no reason to refuse: what is under way is picked up.
+            raise _Wrong(findings + unfollowed + passed(deadline, time.time()))
 
         def find(name: str) -> tuple[Bridge | None, list[Finding]]:
             """A destination that only the sources know of; None where the inventory has no such host."""
             if name not in hostvars:
                 return None, []
-            told = len(findings)
+            known = len(unfollowed)
             made = bridge(name)
-            return (made, []) if len(findings) == told else (None, findings[told:])
+            return (made, []) if len(unfollowed) == known else (None, unfollowed[known:])
 
         wanted = Wanted(
             arguments["site"],
             tuple(arguments["vms"]) if arguments["vms"] else None,
-            strategy,
+            strategy if not strategy_findings(strategy) else "feedback",
             arguments["progress"],
             wishes,
             uplink,
@@ -264,7 +284,7 @@ class ActionModule(ActionBase):
             usual,
         )
         watch = Watch(deadline, read_runtime, reserve or 0.0)
-        return Coordinator(
+        coordinator = Coordinator(
             wanted,
             [bridges[name] for name in sources],
             destinations,
@@ -273,6 +293,7 @@ class ActionModule(ActionBase):
             abandoned=lambda: os.getppid() != self._parent,
             find=find,
         )
+        return coordinator, findings
 
     def _strategy(self) -> tuple[str, list[Finding]]:
         strategy, parallel = self._arguments["strategy"], self._arguments["parallel"]

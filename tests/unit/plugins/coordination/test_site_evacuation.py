@@ -125,6 +125,12 @@ def test_everything_that_is_wrong_is_told_at_once_and_nothing_started(stage: Sta
         "proxycommand",
     ):
         assert part in done.stdout.replace("\\'", "'"), part
+    # What the proxies know is told with the rest, where they can be asked.
+    stage.variables["ansible_ssh_common_args"] = ""
+    done = stage.evacuate(strategy="luck", vms=["web1", "nosuch"])
+    assert done.returncode != 0
+    for part in ("'luck'", "priority 'high'", "nosuch: neither protected on nor evacuated from"):
+        assert part in done.stdout.replace("\\'", "'"), part
     two = stage.evacuate(site="home,other")
     assert "names more than one site" in two.stdout
     assert stage.parts.evacuation.begun == []

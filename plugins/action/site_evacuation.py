@@ -282,6 +282,7 @@ class ActionModule(ActionBase):
             tuple(arguments["leave_behind"]),
             bandwidth,
             usual,
+            lambda: _listed(hostvars, self._variables.get("groups", {}).get("all", [])),
         )
         watch = Watch(deadline, read_runtime, reserve or 0.0)
         coordinator = Coordinator(
@@ -329,6 +330,11 @@ class ActionModule(ActionBase):
     @staticmethod
     def _say(text: str) -> None:
         display.display("{} {}".format(time.strftime("%H:%M:%S"), text))
+
+
+def _listed(hostvars: t.Mapping[str, t.Any], hosts: t.Iterable[str]) -> set[str]:
+    """Names of the VMs that the inventory lists, of whichever host."""
+    return {str(vm.get("name")) for host in hosts for vm in hostvars[host].get("lifeboat_vms") or []}
 
 
 def _kept_forecast(path: str | None) -> tuple[dict[str, t.Any] | None, list[Finding]]:

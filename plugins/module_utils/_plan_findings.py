@@ -248,6 +248,31 @@ def _ambiguous_findings(site: SiteSummary) -> list[Finding]:
     ]
 
 
+def unknown_leaders(
+    site: SiteSummary,
+    known: t.Callable[[], t.Collection[str]],
+    listed: t.Callable[[], t.Collection[str]],
+) -> list[Finding]:
+    """Who waits for a VM that nobody has, had or lists: a slip, for which nobody would wait.
+
+    ``known``: names and UUIDs that hosts say, those that are out already among them; ``listed``: those of the
+    inventory. Each is asked for only where somebody waits for one who is not to leave.
+    """
+    leaving = {name for vm in site.vms for name in (vm.name, vm.uuid)}
+    open_ones = {name for vm in site.vms for name in vm.after} - leaving
+    if open_ones:
+        open_ones -= set(known())
+    if open_ones:
+        open_ones -= set(listed())
+    return [
+        Finding(f"VM {vm.name}: after {name}", "is a VM that no host has and the inventory does not list",
+                "mend the name, or take it out")
+        for vm in site.vms
+        for name in vm.after
+        if name in open_ones
+    ]  # fmt: skip
+
+
 def _group_findings(site: SiteSummary) -> list[Finding]:
     free = {item.name: item.memory_free_bytes for item in site.destinations}
     groups: dict[str, dict[str, float]] = {}

@@ -32,6 +32,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import P
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (
     placement_findings,
     site_findings,
+    unknown_leaders,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     Finding,
@@ -100,6 +101,8 @@ class Wanted:
     bandwidth_bytes_per_second: float | None = None
     # Per host what holds for those of its VMs of whom nothing else is said.
     usual: t.Mapping[str, t.Mapping[str, t.Any]] = field(default_factory=dict)
+    # Names of all VMs that the inventory lists anywhere; asked for only where it matters.
+    listed: t.Callable[[], t.Collection[str]] = tuple
 
 
 # How a destination is reached that only sources name: its proxy, and which of its variables are not followed.
@@ -174,6 +177,7 @@ class Surveyor:
         findings += site_findings(site)
         # A hypervisor that is out of reach may have it: that keeps no other VM from getting out.
         if not silent(self.hosts):
+            findings += unknown_leaders(site, self._known_names, self.wanted.listed)
             findings += [
                 Finding(
                     name,
@@ -327,6 +331,19 @@ class Surveyor:
         ]
         for future in futures:
             future.result()
+
+    def _known_names(self) -> set[str]:
+        """Names and UUIDs of all VMs that any host has, had, or has a replica of."""
+        told: set[str] = set()
+        for host in (*self.hosts.values(), *self.there.values()):
+            of_host = (*host.status.get("vms", []), *(host.unprotected or ()), *(host.domains or ()))
+            told |= {str(vm[key]) for vm in of_host for key in ("name", "uuid")}
+            gone = (*host.status.get("evacuations", []), *host.status.get("arrivals", []))
+            told |= {str(job[key]) for job in gone for key in ("name", "vm")}
+            told |= {
+                str(vm[key]) for vm in host.status.get("replicas", []) for key in ("name", "vm") if key in vm
+            }
+        return told
 
     def _some_are_under_way(self) -> bool:
         only = self.wanted.vms

@@ -460,6 +460,33 @@ def test_nothing_is_started_on_findings(world: World) -> None:
     assert world.parts["home1"].evacuation.begun == []
 
 
+def test_who_is_to_wait_for_a_vm_that_nobody_knows_is_told(world: World) -> None:
+    world.protect("home1", "web1")
+    named = "22222222-2222-4222-8222-222222222222"
+    world.protect("home2", named)
+
+    def after(*names: str, **how: Any) -> str:
+        wishes = {"home1": {"web1": {"name": "web1", "after": list(names)}}}
+        coordinator = world.coordinator(wishes=wishes, **how)
+        try:
+            coordinator.survey()
+        except Refused as refused:
+            return str(refused)
+        finally:
+            coordinator.close()
+        return ""
+
+    assert "VM web1: after databse: is a VM that no host has" in after("databse", named)
+    assert after("Datenbank für Köln") == after("elsewhere", listed=lambda: {"elsewhere"}) == ""
+    # One that is out already is still known.
+    world.proxies["home2"].request("POST", "/v1/evacuations", {"vm": named})
+    while named in world.parts["home2"].source.protected:
+        time.sleep(0.05)
+    assert after("Datenbank für Köln", named) == ""
+    world.proxies["home2"].dead = True
+    assert after("databse") == "", "it may be of a host that is out of reach"
+
+
 def test_progress_is_told_at_a_steady_pace_whatever_else_is_told(world: World) -> None:
     """Steps change at every look: that is no reason not to say how all stands, and how to go on."""
     world.protect("home1", "web1")

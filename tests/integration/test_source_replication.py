@@ -299,7 +299,9 @@ def test_verify_finds_and_repairs_what_rots_at_the_peer(pair: SourcePair, make_v
     assert not verdict["equal"]
     assert verdict["different_bytes"] == BLOCK
     assert vm.status()["scrub"]["different_blocks"] == 1
+    assert vm.status()["scrub"]["recent_different_blocks"] == 1
     assert pair.call(HOME, "verify", vm=vm.uuid)["equal"]
+    assert vm.status()["scrub"]["recent_different_blocks"] == 0
     vm.require_equal()
 
 

@@ -171,7 +171,9 @@ class Protected:
     passes: dict[str, Any] = field(default_factory=lambda: PassTotals().as_dict())
     start_waits: str = ""
     refused_disks: list[str] = field(default_factory=list)
-    scrub: dict[str, Any] = field(default_factory=lambda: {"turns": 1, "different_blocks": 0})
+    scrub: dict[str, Any] = field(
+        default_factory=lambda: {"turns": 1, "different_blocks": 0, "recent_different_blocks": 0}
+    )
 
 
 class Source:

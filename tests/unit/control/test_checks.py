@@ -148,7 +148,7 @@ async def test_what_is_left_over_or_missing(parts: Parts, tmp_path: Path) -> Non
     passes.mkdir()
     (passes / "x.json").write_text(f'{{"scratch": ["{scratch}/open.vda.scratch"]}}')
     (tmp_path / "hook").chmod(0o644)
-    parts.source.spoil(WEB, scrub={"turns": 1, "different_blocks": 3})
+    parts.source.spoil(WEB, scrub={"turns": 1, "different_blocks": 9, "recent_different_blocks": 3})
     job = await parts.evacuation.begin("web1", options=None)
     parts.evacuation.undecide(job.id)
     parts.hypervisor.connected, parts.hypervisor.sentence = False, "no answer"
@@ -156,6 +156,10 @@ async def test_what_is_left_over_or_missing(parts: Parts, tmp_path: Path) -> Non
     assert "1 scratch file(s) of no open pass: old.vda.scratch" in found["scratch"][0].sentence
     assert "a VM could start twice" in found["hook"][0].sentence
     assert found["scrub"][0].severity is Severity.CRITICAL
+    assert "3 blocks differed" in found["scrub"][0].sentence
+    parts.source.spoil(WEB, scrub={"turns": 2, "different_blocks": 9, "recent_different_blocks": 0})
+    [healed] = (await results(parts, tmp_path))["scrub"]
+    assert (healed.severity, "9 blocks before that" in healed.sentence) == (Severity.OK, True)
     assert "undecided: no contact with backup1" in found["evacuations"][0].sentence
     assert found["libvirt"][0].severity is Severity.CRITICAL
 

@@ -24,7 +24,7 @@ def test_metrics_of_a_whole_proxy(served: Any) -> None:
     served.client.request("PUT", "/v1/vms/web1", {"peer": "backup1"})
     last_pass = {"open_seconds": 0.2, "total_seconds": 0.5, "data_bytes": 65536, "at": 5.0}
     totals = PassTotals(made=3, failed=1, wire_bytes=4096, _closed_seconds=1.5)
-    scrub = {"turns": 2, "different_blocks": 1}
+    scrub = {"turns": 2, "different_blocks": 1, "recent_different_blocks": 1}
     served.parts.source.spoil(WEB, last_pass=last_pass, passes=totals.as_dict(), scrub=scrub)
     served.parts.store.replicas = [
         {"vm": WEB, "name": "web1", "state": "sealed", "sealed": {"generation": 9}, "allocated_bytes": 5}
@@ -41,6 +41,7 @@ def test_metrics_of_a_whole_proxy(served: Any) -> None:
     assert told["lifeboat_vm_passes_wire_bytes_total", vm] == 4096
     assert told["lifeboat_vm_passes_open_seconds_total", vm] == 1.5
     assert told["lifeboat_vm_scrub_different_blocks_total", vm] == 1.0
+    assert told["lifeboat_vm_scrub_recent_different_blocks", vm] == 1.0
     assert told["lifeboat_link_state", (("peer", "backup1"), ("state", "up"))] == 1.0
     wire = (("class", "precache"), ("direction", "sent"), ("kind", "wire"), ("peer", "backup1"))
     assert told["lifeboat_link_bytes_total", wire] == 1_000_000

@@ -187,16 +187,21 @@ class Checks:
                 yield CheckResult("disks", vm["name"], Severity.OK, "all that it has are in the replica")
 
     async def check_scrub(self) -> AsyncIterator[CheckResult]:
-        """No replica was found to differ from its source."""
+        """No replica was found to differ from its source in the last whole turn, or since."""
         for vm in self._status["vms"]:
-            differences = vm["scrub"]["different_blocks"]
-            if differences:
+            ever, recent = (vm["scrub"][key] for key in ("different_blocks", "recent_different_blocks"))
+            if recent:
                 sentence = (
-                    f"{differences} blocks differed and were sent again; look at the disks of both hosts"
+                    f"{recent} blocks differed and were sent again; look at the disks of both hosts. "
+                    f"`precache-proxy verify {vm['name']}` compares everything now: when nothing differs any "
+                    "more, or a whole scrub has found nothing, this ends"
                 )
                 yield CheckResult("scrub", vm["name"], Severity.CRITICAL, sentence)
             else:
-                yield CheckResult("scrub", vm["name"], Severity.OK, "no difference found")
+                sentence = "no difference found"
+                if ever:
+                    sentence = f"no difference in the last whole turn ({ever} blocks before that)"
+                yield CheckResult("scrub", vm["name"], Severity.OK, sentence)
 
     async def check_store_space(self) -> AsyncIterator[CheckResult]:
         """The store has room."""

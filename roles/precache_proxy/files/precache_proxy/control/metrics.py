@@ -46,6 +46,7 @@ _SCRUB_COUNTERS = (
     ("scrub_turns", "Times that a scrub has compared all blocks", "turns"),
     ("scrub_different_blocks", "Blocks that a scrub found to differ", "different_blocks"),
 )
+_RECENT_TEXT = "Blocks that differed in the last whole turn of the scrub, or since"
 
 
 class ProxyCollector(Collector):
@@ -98,6 +99,8 @@ class ProxyCollector(Collector):
             for name, text, key in counters:
                 counter = CounterMetricFamily(f"lifeboat_vm_{name}", text, labels=labels)
                 yield _family(counter, labels, parts, key)
+        recent = GaugeMetricFamily("lifeboat_vm_scrub_recent_different_blocks", _RECENT_TEXT, labels=labels)
+        yield _family(recent, labels, [{**vm, **vm["scrub"]} for vm in vms], "recent_different_blocks")
         yield _states("lifeboat_vm_state", "1 for the state that a protected VM is in", labels, vms)
 
     def _links(self) -> Iterator[Metric]:

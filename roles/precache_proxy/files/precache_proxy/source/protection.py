@@ -26,6 +26,7 @@ from precache_proxy.source.environment import Environment
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.record import ProtectionRecord
 from precache_proxy.source.replication import Replication
+from precache_proxy.source.scrub import recent_differences
 from precache_proxy.source.standing import OldHomeNotReady
 
 logger = logging.getLogger(__name__)
@@ -452,6 +453,7 @@ class Protection:
             "scrub": {
                 "turns": record.scrub_turns,
                 "different_blocks": record.scrub_differences,
+                "recent_different_blocks": recent_differences(record),
                 "offsets": dict(record.scrub_offsets),
             },
             "disk_paths": {target: disk.path for target, disk in record.disks.items()},

@@ -67,7 +67,10 @@ class ProtectionRecord:
     passed_off: dict[str, str] = field(default_factory=dict)
     scrub_offsets: dict[str, int] = field(default_factory=dict)
     scrub_turns: int = 0
+    # blocks that differed: ever, in this turn, in the last whole one
     scrub_differences: int = 0
+    scrub_turn_differences: int = 0
+    scrub_last_turn_differences: int = 0
     # the way back, until its first generation is sealed: per disk the image (path, format, bytes) whose own
     # clusters are that generation, the generation that the old home kept, and what counts since
     return_overlays: dict[str, list[Any]] = field(default_factory=dict)

@@ -72,7 +72,10 @@ def note_comparison(
     if whole and record.resync_cause:
         record.resync_cause = ""
         return
-    record.scrub_differences += -(-result.different_bytes // BLOCK_BYTES)
+    found = -(-result.different_bytes // BLOCK_BYTES)
+    record.scrub_differences += found
+    # A comparison of everything is a turn of its own: what the turn under way had found is repaired.
+    record.scrub_turn_differences = found if whole else record.scrub_turn_differences + found
     if result.different_bytes:
         logger.error(
             "VM %s: %d bytes of the replica differed from the disk and were repaired in generation %d",
@@ -83,3 +86,9 @@ def note_comparison(
     if all(record.scrub_offsets.get(target, 0) >= plan.disks[target] for target in plan.since):
         record.scrub_offsets = {}
         record.scrub_turns += 1
+        record.scrub_last_turn_differences, record.scrub_turn_differences = record.scrub_turn_differences, 0
+
+
+def recent_differences(record: ProtectionRecord) -> int:
+    """Blocks found to differ in the last whole turn, or since: none once a whole turn found none."""
+    return record.scrub_last_turn_differences + record.scrub_turn_differences

@@ -14,18 +14,18 @@ from pathlib import Path
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import DEFAULT_SOCKET
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
-    count_others,
-    forecast_lines,
-    forecast_of,
-    mark_preflights,
-)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import (
     Watch,
     meaning,
     parse,
     parse_duration,
     passed,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import (
+    count_others,
+    forecast_lines,
+    forecast_of,
+    mark_preflights,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._inventory import peers_of
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import (

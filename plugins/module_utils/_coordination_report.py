@@ -13,32 +13,34 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller im
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import (
+    SENTENCES,
+    forecast_of,
+    rate_words,
+    rounded,
+    span_words,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Orders
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import (
     KEPT,
-    iso,
     others,
     runs_at,
     whole_report,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import lag_words
 
-__all__ = ["Recorder", "forecast_lines", "forecast_of", "mark_preflights", "progress_line", "verdict_line"]
+__all__ = ["Recorder", "progress_line", "verdict_line"]
 
 _SHOWN_MOVES = 6
 _SHOWN_STEPS = 8
+# Samples in a report: at most so many, fewer where they have many pairs, but so many at least.
+_MOST_SAMPLES = 1200
+_LEAST_SAMPLES = 120
+_MOST_FIGURES = 60_000
 # What becomes of the guest, by the rung that its move has come to.
 _HOW = {Rung.PAUSED: " (stopped)", Rung.RESTART: " (restarts)"}
-
-
-def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second * 8 / 1e6:.1f} Mbit/s"
-
-
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes}:{rest:02d}"
 
 
 def progress_line(
@@ -68,134 +70,34 @@ def progress_line(
         moves.append(
             f"{names.get(uuid, uuid)}{how} {move.phase.value}"
             + ("" if share is None else f" {share * 100:.0f} %")
-            + f"{megabytes} at {_rate(move.bytes_per_second)}{end}"
+            + f"{megabytes} at {rate_words(move.bytes_per_second)}{end}"
             + (f", lag {lag / 1e6:.1f} MB" if lag and move.phase is Phase.LEAD_IN else "")
         )
     more = f" and {len(moves) - _SHOWN_MOVES} more" if len(moves) > _SHOWN_MOVES else ""
-    deadline = "" if seen.deadline_at is None else f"; deadline in {_span(seen.deadline_at - now)}"
+    staying = _staying(controller, seen, names, hosts)
+    deadline = "" if seen.deadline_at is None else f"; deadline in {span_words(seen.deadline_at - now)}"
     waiting = len(controller.waiting)
     return (
         f"{len(seen.out)} of {len(site.vms)} out, {len(seen.moves)} under way, {waiting} waiting; "
-        f"{_rate(goodput)}{deadline}"
+        f"{rate_words(goodput)}{deadline}"
         + (f" ({trouble})" if trouble else "")
         + ("; " + "; ".join(moves[:_SHOWN_MOVES]) + more if moves else "")
+        + (f"; stay: {staying}" if staying else "")
         + again
     )
 
 
-def line_known(site: SiteSummary) -> bool:
-    """Whether anybody knows what any way out carries. Else every second that is forecast is a guess."""
-    return any(site.uplinks.values()) or any(pair.bytes_per_second for pair in site.pairs)
-
-
-def forecast_of(
-    site: SiteSummary, plan: Plan, at: float, placement: t.Sequence[object] = ()
-) -> dict[str, t.Any]:
-    """A plan as JSON: what rehearsal keeps and what a report sets beside the result."""
-    horizon = plan.deadline_seconds or plan.makespan_seconds
-    return {
-        "at": iso(at),
-        "site": site.site,
-        "deadline_seconds": plan.deadline_seconds,
-        "makespan_seconds": round(plan.makespan_seconds, 2),
-        "expected_share": round(plan.expected_share(horizon), 4) if horizon else None,
-        "leaving": len(plan.leaving),
-        "vms": [
-            {
-                "name": planned.vm.name,
-                "vm": planned.vm.uuid,
-                "host": planned.vm.source,
-                "peer": planned.vm.destination,
-                "rung": planned.rung.value,
-                "reason": planned.reason,
-                "start_seconds": _rounded(planned.start_seconds),
-                "end_seconds": _rounded(planned.end_seconds),
-                "wire_bytes": round(planned.forecast.wire_bytes),
-                "stop_seconds": _rounded(planned.forecast.stop_seconds),
-                "dirty_bytes_per_second": round(planned.vm.dirty_bytes_per_second),
-                "rate_bytes_per_second": round(planned.forecast.bytes_per_second),
-                "lag_bytes": round(planned.vm.lag_bytes),
-            }
-            for planned in plan.vms
-        ],
-        "uplinks": dict(site.uplinks),
-        "line_known": line_known(site),
-        "placement": [str(finding) for finding in placement],
+def _staying(
+    controller: Controller, seen: Observation, names: t.Mapping[str, str], hosts: t.Mapping[str, HostState]
+) -> str:
+    """Who was given up, with what its replica lacks as far as its host said."""
+    told = [uuid for uuid in controller.given_up() if uuid not in seen.moves]
+    lags = {
+        str(vm["uuid"]): vm for host in hosts.values() for vm in (host.status.get("vms", []) if told else ())
     }
-
-
-def count_others(forecast: dict[str, t.Any], outcomes: t.Sequence[t.Mapping[str, t.Any]]) -> None:
-    """Those whom no plan moves count, too: who would be left behind, and who is out already."""
-    left = [outcome for outcome in outcomes if outcome["verdict"] not in OUT]
-    forecast["already_out"] = len(outcomes) - len(left)
-    if forecast["expected_share"] is not None and left:
-        known = len(forecast["vms"])
-        forecast["expected_share"] = round(forecast["expected_share"] * known / (known + len(left)), 4)
-    forecast["vms"] += [
-        {
-            "name": outcome["name"],
-            "vm": outcome.get("vm"),
-            "host": outcome.get("host"),
-            "peer": outcome.get("peer"),
-            "rung": Rung.STAY.value,
-            "reason": outcome.get("cause"),
-            "sentence": outcome.get("sentence"),
-            "start_seconds": None,
-            "end_seconds": None,
-            "wire_bytes": 0,
-            "stop_seconds": 0.0,
-            "dirty_bytes_per_second": 0,
-            "rate_bytes_per_second": 0,
-            "lag_bytes": 0,
-        }
-        for outcome in left
-    ]
-
-
-def mark_preflights(forecast: dict[str, t.Any], wrong: t.Mapping[str, str]) -> list[str]:
-    """Take those that a preflight refuses out of a forecast; names of all that would stay."""
-    for vm in forecast["vms"]:
-        if vm["vm"] in wrong:
-            vm.update(end_seconds=None, start_seconds=None, rung=Rung.STAY.value, reason="preflight",
-                      sentence=wrong[vm["vm"]])  # fmt: skip
-    forecast["leaving"] = sum(vm["end_seconds"] is not None for vm in forecast["vms"])
-    return [vm["name"] for vm in forecast["vms"] if vm["end_seconds"] is None]
-
-
-def forecast_lines(forecast: t.Mapping[str, t.Any]) -> list[str]:
-    """A forecast for people: how many, until when, and who would stay, with the reason."""
-    within = forecast["deadline_seconds"]
-    rates = [rate for rate in forecast["uplinks"].values() if rate]
-    lines = [
-        f"{forecast['leaving']} of {len(forecast['vms'])} VMs would be out"
-        + (f" in {_span(within)}" if within else "")
-        + f", the last after {_span(forecast['makespan_seconds'])}"
-        + (f"; the link carries {_rate(sum(rates))}" if rates else "; what the link carries is not known")
-        + (f"; {forecast['already_out']} are out already" if forecast.get("already_out") else "")
-    ]
-    if not forecast["vms"] and not forecast.get("already_out"):
-        lines.append(f"{forecast['site']}: no VM is protected there, listed for it or runs there")
-    for vm in forecast["vms"]:
-        if vm["end_seconds"] is None:
-            lines.append(f"{vm['name']} would stay: {_why(vm)}")
-        elif vm["rung"] != Rung.LIVE.value and vm["stop_seconds"]:
-            lines.append(f"{vm['name']} would stop for {vm['stop_seconds']:.0f} s: {_why(vm)}")
-    return lines + [str(finding) for finding in forecast["placement"]]
-
-
-def _why(vm: t.Mapping[str, t.Any]) -> str:
-    if vm.get("sentence"):
-        return str(vm["sentence"])
-    if vm["reason"] in {"does-not-converge", "pauses", "dirties-as-fast-as-sent"}:
-        return (
-            f"dirties {vm['dirty_bytes_per_second'] / 1e6:.0f} MB/s over a link of "
-            f"{_rate(vm['rate_bytes_per_second'])}"
-        )
-    return _SENTENCES.get(str(vm["reason"]), str(vm["reason"]))
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
+    words = [names.get(uuid, uuid) + lag_words(lags.get(uuid, {})) for uuid in told]
+    more = f" and {len(words) - _SHOWN_MOVES} more" if len(words) > _SHOWN_MOVES else ""
+    return ", ".join(words[:_SHOWN_MOVES]) + more
 
 
 class Recorder:
@@ -208,6 +110,8 @@ class Recorder:
         self.began_at = began_at
         self.ended_at = began_at
         self.samples: list[dict[str, t.Any]] = []
+        self._looks, self._every, self._last_is_spare = -1, 1, False
+        self._deadlines: list[tuple[float, float]] = []
         self.decisions: list[dict[str, t.Any]] = []
         self.outcomes: list[dict[str, t.Any]] = []
         # Names by host as the inventory has them, for hosts that cannot be asked; and what was asked for.
@@ -248,7 +152,10 @@ class Recorder:
             for told in orders.decisions
         ]  # fmt: skip
         self._count(hosts)
-        self.samples.append(
+        if seen.deadline_at is not None:
+            # The first, by which E is taken, and the last, by which S(D) is.
+            self._deadlines[1:] = [(at, seen.deadline_at - seen.now)]
+        self._keep(
             {
                 "at_seconds": round(at, 2),
                 "goodput_bytes_per_second": {
@@ -267,6 +174,23 @@ class Recorder:
                 else round(seen.deadline_at - seen.now, 1),
             }
         )
+
+    def _keep(self, sample: dict[str, t.Any]) -> None:
+        """One a look; of a long one every second, every fourth, ...: a report is to be read and mailed."""
+        self._looks += 1
+        if self._looks % self._every:
+            # The last one is always there.
+            self.samples[-1:] = [sample] if self._last_is_spare else [*self.samples[-1:], sample]
+            self._last_is_spare = True
+            return
+        if self._last_is_spare:
+            self.samples.pop()
+        self.samples.append(sample)
+        self._last_is_spare = False
+        most = max(_LEAST_SAMPLES, min(_MOST_SAMPLES, _MOST_FIGURES // max(1, len(self.site.pairs))))
+        if len(self.samples) > most:
+            self.samples = self.samples[::2]
+            self._every *= 2
 
     def _count(self, hosts: t.Mapping[str, HostState]) -> None:
         for host in hosts.values():
@@ -355,8 +279,8 @@ class Recorder:
                 outcome |= _lag(host, vm.uuid)
             # Of one that was found under way its proxy knows.
             outcome["rung"] = self._rungs.get(vm.uuid) or (job or {}).get("rung")
-            outcome["started_seconds"] = _rounded(self._started_at.get(vm.uuid))
-            outcome["out_seconds"] = _rounded(self._out_at.get(vm.uuid))
+            outcome["started_seconds"] = rounded(self._started_at.get(vm.uuid))
+            outcome["out_seconds"] = rounded(self._out_at.get(vm.uuid))
             outcome["forecast_end_seconds"] = planned.get(vm.uuid, {}).get("end_seconds")
             self.outcomes.append(outcome)
         self.outcomes += others(hosts, destinations, self.outcomes, self.only, self.expected, self.may_stay)
@@ -367,15 +291,13 @@ class Recorder:
         """The whole report as JSON; docs/evacuation-report.schema.json describes it."""
         outs = sorted(self._out_at.values())
         makespan = outs[-1] if outs else 0.0
-        left = [
-            sample["deadline_in_seconds"]
-            for sample in self.samples
-            if sample["deadline_in_seconds"] is not None
-        ]
-        horizon = ((left[0] if left else None) or makespan) if self.site.vms else 0.0
-        expected = (
-            sum(max(0.0, horizon - out) for out in outs) / (horizon * len(self.site.vms)) if horizon else None
-        )
+        # Those whom no plan moves count, too, unless they were out before.
+        others_told = self.outcomes[len(self.site.vms) :]
+        count = len(self.site.vms) + sum(told["verdict"] not in OUT for told in others_told)
+        deadlines = [at + left for at, left in self._deadlines]
+        horizon = next((at for at in deadlines if at > 0), makespan) if count else 0.0
+        expected = sum(max(0.0, horizon - out) for out in outs) / (horizon * count) if horizon > 0 else None
+        share = sum(out <= deadlines[-1] for out in outs) / count if deadlines and count else None
         classes: dict[str, float] = {}
         for key, count in self.carried.items():
             name = key.rsplit(" ", 1)[1]
@@ -392,6 +314,7 @@ class Recorder:
                 "makespan_seconds": round(makespan, 2),
                 "horizon_seconds": round(horizon, 2) if horizon else None,
                 "expected_share": None if expected is None else round(expected, 4),
+                "share_at_deadline": None if share is None else round(share, 4),
                 "bytes_by_class": {name: round(count) for name, count in sorted(classes.items())},
                 "forecast": self.forecast,
                 "samples": self.samples,
@@ -407,20 +330,6 @@ def _lag(host: HostState, uuid: str) -> dict[str, t.Any]:
     return {}
 
 
-_SENTENCES = {
-    "does-not-fit-before-deadline": "there was no time for it before the deadline",
-    "no-memory-at-destination": "its destination has no memory for it",
-    "no-space-at-destination": "the store of its destination has no room for what changed since",
-    "does-not-converge": "it dirties memory faster than it is sent, and may not be paused",
-    "no-rung-allowed": "nothing that leads out is allowed for it",
-    "not-reached-its-turn": "its turn did not come",
-    "too-late": "it would not have arrived in time, and gave way to others",
-    "unreachable": "its host could not be reached",
-    "link-down": "there was no link to its destination",
-    "not-heard": "its host gave no answer in time",
-}
-
-
 def _unknown(name: str, host: str, there: str | None) -> dict[str, str]:
     """What is told of a VM that was asked to leave a host that never said whether it did."""
     if there is not None:
@@ -434,9 +343,4 @@ def _unknown(name: str, host: str, there: str | None) -> dict[str, str]:
 
 
 def _stays(name: str, reason: str) -> str:
-    return f"VM {name} stays: {_SENTENCES.get(reason, reason)}; its replica is what survives"
-
-
-def would_stay_sentence(name: str, reason: str) -> str:
-    """Why a VM would not leave by the plan."""
-    return f"VM {name} would stay: {_SENTENCES.get(reason, reason)}"
+    return f"VM {name} stays: {SENTENCES.get(reason, reason)}; its replica is what survives"

@@ -56,11 +56,20 @@ def table(outcomes: t.Sequence[Outcome]) -> list[str]:
         for row in [_HEAD, *rows]
     ]
     reasons = [
-        "{}: {}".format(outcome.get("name"), outcome["sentence"])
+        "{}: {}{}".format(outcome.get("name"), outcome["sentence"], lag_words(outcome))
         for outcome in outcomes
         if outcome.get("sentence") and outcome.get("verdict") not in ("evacuated", "already-there")
     ]
     return lines + ([""] if reasons else []) + reasons
+
+
+def lag_words(told: Outcome) -> str:
+    """How old the replica is that survives of a VM, "" where nobody said."""
+    if told.get("lag_bytes") is None or told.get("verdict") in ("evacuated", "already-there"):
+        return ""
+    seconds = told.get("lag_seconds")
+    age = "" if seconds is None else f", {seconds:.0f} s old"
+    return f" (its replica lacks {told['lag_bytes'] / 1e6:.1f} MB{age})"
 
 
 def totals(outcomes: t.Sequence[Outcome]) -> dict[str, t.Any]:

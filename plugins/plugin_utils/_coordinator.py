@@ -23,13 +23,13 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
     Recorder,
-    line_known,
     progress_line,
     verdict_line,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import PASSING, Eyes
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import line_known
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
     Orders,
@@ -67,6 +67,8 @@ _ERRANDS_SECONDS = 1.0
 _REFUSED_PATIENCE_SECONDS = 60.0
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
+# Of so many that stay it is asked with each line of progress what their replicas lack.
+_LAGS_ASKED = 6
 _UNREACHED_PATIENCE_SECONDS = 300.0
 # Where all others are done, so long is waited for a link that is down.
 _LINK_PATIENCE_SECONDS = 60.0
@@ -183,6 +185,7 @@ class Coordinator(Surveyor):
                 self._say(progress_line(site, seen, controller, self._clock(), self.hosts, trouble,
                                         self._again))  # fmt: skip
                 said_at = self._clock()
+                self._ask_for_lags(controller, seen)
             # Those that start now are seen at the next look.
             idle = 0 if seen.moves or orders.starts or self._starting else idle + 1
             if idle and all(vm.uuid in seen.out for vm in site.vms):
@@ -446,6 +449,26 @@ class Coordinator(Surveyor):
             # Of one that has begun its job holds the passes; one that waits on has them again.
             if self._postponed.pop(uuid) > now and uuid in controller.waiting:
                 self._ask_to_postpone(controller.source_of(uuid), uuid, 0.0)
+
+    def _ask_for_lags(self, controller: Controller, seen: Observation) -> None:
+        """Of those that stay: what their replicas lack. Of a few; for each of them QEMU is asked."""
+        staying = [uuid for uuid in controller.given_up() if uuid not in seen.moves]
+        for uuid in staying[:_LAGS_ASKED]:
+            host = self.hosts[controller.source_of(uuid)]
+            known = next((vm for vm in host.status.get("vms", []) if vm["uuid"] == uuid), None)
+            if known is None or host.lost:
+                continue
+
+            def told(vm: t.Any, error: ProxyError | None, known: dict[str, t.Any] = known) -> None:
+                if error is None:
+                    known.update({key: vm.get(key) for key in ("lag_bytes", "lag_seconds", "generation")})
+
+            self._errands.send(
+                host.name,
+                f"lag {uuid}",
+                lambda host=host, uuid=uuid: self._sources[host.name].request("GET", vm_path(uuid)),
+                told,
+            )
 
     def _ask_to_postpone(self, host: str, uuid: str, seconds: float) -> None:
         if host in self._cannot_postpone or self.hosts[host].lost:

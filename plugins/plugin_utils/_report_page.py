@@ -164,6 +164,8 @@ def _key_figures(report: Json) -> list[tuple[str, str, str]]:
          f"forecast {_seconds(forecast['makespan_seconds'])}{guess}"),
         ("E, the share saved at a random moment", "–" if share is None else f"{share * 100:.0f} %",
          f"forecast {forecast['expected_share'] * 100:.0f} %" if forecast.get("expected_share") else ""),
+        *([("safe at the deadline", f"{coordination['share_at_deadline'] * 100:.0f} %", "")]
+          if coordination.get("share_at_deadline") is not None else []),
         ("longest stop of a guest", _seconds(max(stops)) if stops else "–", ""),
         ("sent over the WAN", f"{sent / 1e6:,.0f} MB", ""),
     ]  # fmt: skip

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
-    would_stay_sentence,
-)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch, passed
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     HostState,
     Wishes,
     site_summary,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import (
+    would_stay_sentence,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import (
     Outcome,

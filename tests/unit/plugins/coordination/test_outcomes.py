@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
     Recorder,
-    count_others,
     progress_line,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes, HostState
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import (
+    count_others,
+    forecast_of,
+    mark_preflights,
+)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
+    Observation,
+    Orders,
+    PairView,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import missing, others, silent
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import read_rate
@@ -23,6 +32,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
     SiteSummary,
     VmSummary,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._verdicts import table
 
 
 def job(name: str, verdict: str | None = None, **more: Any) -> dict[str, Any]:
@@ -55,6 +65,22 @@ def test_a_line_tells_who_moves_how_far_how_fast_and_until_when() -> None:
     assert "0 of 1 out, 1 under way, 0 waiting; 40.0 Mbit/s; deadline in 1:00" in line
     assert "web1 bulk 43 %, 12 MB at 32.0 Mbit/s, 3 s left" in line
     assert line.endswith("run the same command again")
+
+
+def test_of_those_that_stay_a_line_and_the_table_tell_the_lag() -> None:
+    vm = VmSummary("u-web1", "web1", "home1", "backup1")
+    site = SiteSummary("home", (vm,), (PairSummary("home1", "backup1", "home"),))
+    controller = Controller(site)
+    seen = Observation(100.0)
+    controller._over["u-web1"] = "too-late"
+    hosts = {"home1": host("home1", vms=("web1",))}
+    assert "; stay: web1" in progress_line(site, seen, controller, 100.0, hosts)
+    hosts["home1"].status["vms"][0] |= {"lag_bytes": 12.34e6, "lag_seconds": 34.0}
+    line = progress_line(site, seen, controller, 100.0, hosts)
+    assert "; stay: web1 (its replica lacks 12.3 MB, 34 s old)" in line
+    outcome = {"name": "web1", "verdict": "stayed", "sentence": "VM web1 stays", "lag_bytes": 12.34e6}
+    assert table([outcome])[-1] == "web1: VM web1 stays (its replica lacks 12.3 MB)"
+    assert table([{**outcome, "verdict": "evacuated"}])[-1].startswith("web1  -")
 
 
 def test_steps_of_many_vms_share_a_line_and_a_verdict_has_its_own() -> None:
@@ -165,11 +191,66 @@ def test_who_may_stand_where_libvirt_is_silent_is_no_silence() -> None:
 
 
 def test_a_forecast_counts_those_whom_no_plan_moves() -> None:
-    told: dict[str, Any] = {"vms": [{"end_seconds": 5.0}], "expected_share": 0.8, "site": "home"}
+    told: dict[str, Any] = {"vms": [{"end_seconds": 5.0}], "expected_share": 0.8, "site": "home",
+                            "deadline_seconds": 25.0}  # fmt: skip
     count_others(told, [{"name": "gone", "verdict": "already-there"},
                         {"name": "stray", "verdict": "would-fail", "cause": "not-protected"}])  # fmt: skip
     assert (told["already_out"], told["expected_share"]) == (1, 0.4)
     assert [(one["name"], one["end_seconds"]) for one in told["vms"][1:]] == [("stray", None)]
+
+
+def test_a_forecast_is_figured_again_without_those_that_a_preflight_refuses() -> None:
+    vms = (VmSummary("u-a", "a", "home1", "backup1", memory_used_bytes=1e8),
+           VmSummary("u-b", "b", "home1", "backup1", memory_used_bytes=9e8))  # fmt: skip
+    site = SiteSummary("home", vms, (PairSummary("home1", "backup1", "home"),), (), {"home": 1e7})
+    told = forecast_of(site, make_plan(site, 100.0), 0.0)
+    ends = {vm["name"]: vm["end_seconds"] for vm in told["vms"]}
+    whole = told["expected_share"]
+    assert mark_preflights(told, {"u-b": "its disk is no file"}) == ["b"]
+    assert (told["leaving"], told["makespan_seconds"]) == (1, ends["a"])
+    assert told["expected_share"] == pytest.approx((100.0 - ends["a"]) / 200.0, abs=1e-4)
+    assert told["expected_share"] < whole
+
+
+def recorded(looks: int, pairs: int = 1, deadline_at: float | None = None) -> Recorder:
+    """What is kept of so many looks, 2 s apart; the one VM is out after 10 s."""
+    vm = VmSummary("u-web1", "web1", "home1", "backup1")
+    keys = [("home1", f"backup{number + 1}") for number in range(pairs)]
+    site = SiteSummary("home", (vm,), tuple(PairSummary(*key, "home") for key in keys))
+    recorder, controller = Recorder(site, 0.0, make_plan(site, None), None), Controller(site)
+    views = {key: PairView(goodput_bytes_per_second=5e6) for key in keys}
+    for look in range(looks):
+        out = {"u-web1"} if look >= 5 else set()
+        seen = Observation(2.0 * look, pairs=views, out=out, deadline_at=deadline_at)
+        recorder.observe(seen, Orders(), {"home1": host("home1")}, controller)
+    return recorder
+
+
+def test_a_long_evacuation_has_no_longer_report() -> None:
+    told = recorded(9000)
+    times = [sample["at_seconds"] for sample in told.samples]
+    assert 500 < len(times) <= 1202
+    assert (times[0], times[-1], times) == (0.0, 2.0 * 8999, sorted(set(times)))
+    steps = {later - earlier for earlier, later in itertools.pairwise(times[:-1])}
+    assert len(steps) == 1, "at even steps, and the last one"
+    assert len(recorded(900, pairs=500).samples) <= 122
+    assert len(recorded(100).samples) == 100
+
+
+def test_those_whom_no_plan_moves_count_in_the_report_and_what_was_safe_at_the_deadline_is_told() -> None:
+    told = recorded(20, deadline_at=40.0)
+    told.outcomes = [
+        {"name": "web1", "verdict": "evacuated"},
+        {"name": "stray", "verdict": "stayed"},
+        {"name": "gone", "verdict": "already-there"},
+    ]
+    report = told.report("feedback", "40", {})["coordination"]
+    assert report["expected_share"] == pytest.approx((40.0 - 10.0) / 40.0 / 2, abs=1e-3)
+    assert report["share_at_deadline"] == 0.5
+    assert recorded(20).report("feedback", "", {})["coordination"]["share_at_deadline"] is None
+    early = recorded(20, deadline_at=4.0)
+    early.outcomes = [{"name": "web1", "verdict": "evacuated"}]
+    assert early.report("feedback", "4", {})["coordination"]["share_at_deadline"] == 0.0
 
 
 def test_one_that_came_home_to_another_host_is_not_out() -> None:

@@ -223,6 +223,30 @@ def test_protect_exclusive_ends_what_is_not_listed(site: Site) -> None:
     assert site.first.source.changes[-1] == "unprotect web1 keep_replica=True"
 
 
+def test_protect_exclusive_spares_the_way_home_of_what_another_host_lists(site: Site) -> None:
+    protect(site)
+    Client(site.second.config.paths.control_socket).request("PUT", f"/v1/vms/{WEB}", {"peer": "backup1"})
+    told = good(site.play("protect", "--limit", "home2", lifeboat_vms_exclusive=True))
+    assert recap(told)["home2"]["changed"] == 0
+    assert WEB in site.second.source.protected
+
+
+def test_protect_leaves_a_vm_alone_that_an_evacuation_took_away(site: Site) -> None:
+    protect(site)
+    client = Client(site.first.config.paths.control_socket)
+    job = client.request("POST", "/v1/evacuations", {"vm": "web1"})
+    while not job["ended"]:
+        job = client.request("GET", f"/v1/evacuations/{job['id']}?wait_seconds=1")
+    changes = list(site.first.source.changes)
+    told = good(site.play("protect", "--limit", "home1"))
+    assert "VM web1: it was evacuated to backup1, which protects it now" in told.stdout
+    assert (recap(told)["home1"]["changed"], site.first.source.changes) == (0, changes)
+    # back again, whichever way, and not protected: it is listed
+    site.first.hypervisor.domains = [(WEB, "web1", True)]
+    told = good(site.play("protect", "--limit", "home1"))
+    assert (recap(told)["home1"]["changed"], WEB in site.first.source.protected) == (1, True)
+
+
 def test_status_fails_with_a_list_and_changes_nothing(site: Site) -> None:
     protect(site)
     site.first.source.spoil(WEB, lag_seconds=95.0)

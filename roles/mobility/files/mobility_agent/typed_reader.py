@@ -19,6 +19,11 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 _UUID = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 
 
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    """A truth value is a whole number to Python, and to nobody who writes a configuration."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
 class Reader:
     """One table. A key without default is required; a bad value is noted and the default stands in."""
 
@@ -103,8 +108,7 @@ class Reader:
         """A whole number in ``low..high``."""
 
         def fits(value: Any) -> int | None:
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            return value if whole and low <= value <= high else None
+            return value if _is_whole(value, low, high) else None
 
         taken = self._take(key, default, fits, f"write a whole number from {low} to {high}")
         return low if taken is None else taken
@@ -113,9 +117,7 @@ class Reader:
         """A required list of whole numbers in ``low..high``."""
 
         def fits(value: Any) -> tuple[int, ...] | None:
-            good = isinstance(value, list) and all(
-                type(item) is int and low <= item <= high for item in value
-            )
+            good = isinstance(value, list) and all(_is_whole(item, low, high) for item in value)
             return tuple(value) if good else None
 
         return self._take(key, None, fits, f"write a list of whole numbers from {low} to {high}") or ()

@@ -13,6 +13,7 @@ import time
 import typing as t
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import (
@@ -113,6 +114,8 @@ class Coordinator(Surveyor):
         # Until when passes were asked to wait, and hosts whose proxy cannot do that.
         self._postponed: dict[str, float] = {}
         self._cannot_postpone: set[str] = set()
+        # Jobs that were under way at the first look were begun before; those that appear later, beside us.
+        self._looked = False
         self._to_pause: set[str] = set()
         self._shares: dict[str, tuple[float | None, float]] = {}
         self._refusals: dict[str, dict[str, t.Any]] = {}
@@ -165,6 +168,7 @@ class Coordinator(Surveyor):
             self._look(interval)
             self._errands.settle(0.0)
             self._adopt(site)
+            self._looked = True
             deadline_at = self._deadline.now(self._clock())
             seen = eyes.look(self.hosts, self._clock(), set(self._begun.values()), deadline_at)
             seen = self._with_refusals(seen)
@@ -227,6 +231,9 @@ class Coordinator(Surveyor):
                     if uuid not in self._unanswered or self._job_before.get(uuid) == identifier:
                         continue
                     self.changed = True
+                elif self._looked and uuid not in self._starting | self._unanswered:
+                    self._say(f"{job['name']}: was begun by somebody else, another coordinator or by hand; "
+                              "two that share out one line are in each other's way: end one")  # fmt: skip
                 self._begun[uuid] = identifier
                 self._unanswered.discard(uuid)
                 self._refusals.pop(uuid, None)
@@ -463,12 +470,8 @@ class Coordinator(Surveyor):
                 if error is None:
                     known.update({key: vm.get(key) for key in ("lag_bytes", "lag_seconds", "generation")})
 
-            self._errands.send(
-                host.name,
-                f"lag {uuid}",
-                lambda host=host, uuid=uuid: self._sources[host.name].request("GET", vm_path(uuid)),
-                told,
-            )
+            look = partial(self._sources[host.name].request, "GET", vm_path(uuid))
+            self._errands.send(host.name, f"lag {uuid}", look, told)
 
     def _ask_to_postpone(self, host: str, uuid: str, seconds: float) -> None:
         if host in self._cannot_postpone or self.hosts[host].lost:

@@ -460,6 +460,23 @@ def test_nothing_is_started_on_findings(world: World) -> None:
     assert world.parts["home1"].evacuation.begun == []
 
 
+def test_a_second_coordinator_is_noticed(world: World) -> None:
+    world.protect("home1", "web1")
+    world.protect("home2", "22222222-2222-4222-8222-222222222222")
+    for parts in world.parts.values():
+        parts.evacuation.step_seconds = 0.5
+    request = world.proxies["home2"].request
+    asked = threading.Timer(
+        2.0, request, ("POST", "/v1/evacuations", {"vm": "22222222-2222-4222-8222-222222222222"})
+    )
+    asked.start()
+    report = report_of(world, strategy="sequential")
+    assert set(verdicts(report).values()) == {"evacuated"}
+    (line,) = [line for line in world.said if "begun by somebody else" in line]
+    assert line.startswith("Datenbank für Köln: ")
+    world.said.clear()
+
+
 def test_who_is_to_wait_for_a_vm_that_nobody_knows_is_told(world: World) -> None:
     world.protect("home1", "web1")
     named = "22222222-2222-4222-8222-222222222222"

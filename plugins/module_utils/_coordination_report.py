@@ -299,9 +299,9 @@ class Recorder:
         expected = sum(max(0.0, horizon - out) for out in outs) / (horizon * count) if horizon > 0 else None
         share = sum(out <= deadlines[-1] for out in outs) / count if deadlines and count else None
         classes: dict[str, float] = {}
-        for key, count in self.carried.items():
+        for key, carried in self.carried.items():
             name = key.rsplit(" ", 1)[1]
-            classes[name] = classes.get(name, 0.0) + count
+            classes[name] = classes.get(name, 0.0) + carried
         return {
             **whole_report(
                 self.site.site, hosts, self.outcomes, self.began_at, self.ended_at, check_mode=False

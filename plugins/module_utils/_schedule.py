@@ -44,7 +44,7 @@ class Times:
     reasons: list[str]
 
 
-class _Room:
+class Room:
     """What a destination has left; None: not known, and then not judged."""
 
     __slots__ = ("memory_bytes", "store_bytes")
@@ -69,7 +69,7 @@ class _Room:
             self.store_bytes -= vm.lag_bytes
 
 
-_UNLIMITED = _Room(None, None)
+_UNLIMITED = Room(None, None)
 
 
 class Line:
@@ -193,7 +193,7 @@ class Schedule:
         """Who starts when if each goes by its forecast's rung, or by another where only that is in time."""
         count = len(self._vms)
         self._uplinks = {}
-        rooms = {item.name: _Room(item.memory_free_bytes, item.store_free_bytes)
+        rooms = {item.name: Room(item.memory_free_bytes, item.store_free_bytes)
                  for item in self._site.destinations}  # fmt: skip
         for line in self._by_pair.values():
             line.empty()

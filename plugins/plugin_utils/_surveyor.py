@@ -13,6 +13,11 @@ from urllib.parse import quote
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch, passed
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import (
+    at_once,
+    by_pair,
+    fixed_plan,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     HostState,
     Wishes,
@@ -312,6 +317,9 @@ class Surveyor:
         now = self._clock()
         at = self._deadline.now(now)
         plan = make_plan(site, None if at is None else at - now, overlap=self.wanted.strategy != "sequential")
+        count = at_once(self.wanted.strategy, site)
+        if count is not None:
+            plan = fixed_plan(plan, site, by_pair(site, site.vms), count)
         return plan, placement_findings(site)
 
     def close(self) -> None:

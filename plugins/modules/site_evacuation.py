@@ -13,6 +13,8 @@ description:
   - Sees all hypervisors of a site and their peers at once, decides who goes when, how and with how much of
     the link, and adapts every few seconds.
   - Runs on the controller, once for all hosts (C(run_once)). Talks to the proxies through SSH by paramiko.
+  - How VMs may leave that C(lifeboat_vms) says nothing of, the variables C(evacuate_fallback),
+    C(evacuate_shutdown_seconds) and C(evacuate_power_off) of their hosts say.
   - Holds no state. When the controller dies the jobs go on in the proxies, and running it again carries on.
   - A VM that does not get out does not fail this task, so that a report can be made of all. Look at the
     verdicts.
@@ -80,6 +82,8 @@ options:
     description:
       - When the power goes. Seconds from now, V(20m), V(14:30), an ISO 8601 instant,
         or V(ups:NAME@HOST), which is asked for its C(battery.runtime) by C(upsc), again and again.
+      - One that has passed is refused unless VMs are under way; then their ends are told, and nothing new
+        starts.
       - A time of day wants quotes in YAML, which without them makes seconds of it (14:30 becomes V(870)). The
         first line of the output says how the deadline was understood.
     type: str

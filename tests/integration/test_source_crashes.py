@@ -214,7 +214,7 @@ def test_the_watchdog_ends_what_a_killed_proxy_left_open(pair: SourcePair) -> No
 def test_a_writing_guest_never_sees_an_error_however_small_the_scratch(pair: SourcePair, lab: Lab) -> None:
     """Copy-before-write fills the scratch while a slow link is fed: the pass is cut into slices."""
     pair.start(BACKUP)
-    pair.start(HOME, scratch_limit_bytes=32 * MIB, open_pass_limit=4)
+    pair.start(HOME, scratch_limit_bytes=64 * MIB, open_pass_limit=4)
     vm = pair.make_vm("writer", {"vda": "128M"})
     vm.write("vda", 1, 0, "128M")
     pair.protect(vm)

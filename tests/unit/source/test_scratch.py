@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from precache_proxy.errors import NoSpace
 from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.scratch import Lease, PassRecord, ScratchPool, allocated_bytes, boottime_seconds
+from precache_proxy.source.settings import SourceSettings
 from precache_proxy.source.watchdog import lock_holders, why_end
 from precache_proxy.units import MIB
 
@@ -36,6 +38,25 @@ async def test_the_space_is_taken_before_and_given_back_after(tmp_path: Path) ->
         assert pool.open_passes == 1
     assert list((tmp_path / "scratch").iterdir()) == []
     assert pool.open_passes == 0
+
+
+@pytest.mark.parametrize("limit_bytes", [64 * MIB, 100 * MIB + 1])
+async def test_as_many_as_may_be_open_keep_the_limit_together(tmp_path: Path, limit_bytes: int) -> None:
+    settings = SourceSettings("home1", ("backup1",), scratch_limit_bytes=limit_bytes)
+    pool = ScratchPool(
+        tmp_path,
+        pass_limit_bytes=settings.pass_scratch_limit_bytes,
+        open_pass_limit=settings.open_backup_limit,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        leases = [
+            await stack.enter_async_context(pool.lease(f"vm{number}", limit_seconds=60))
+            for number in range(settings.open_backup_limit)
+        ]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(stack.enter_async_context(pool.lease("more", limit_seconds=60)), 0.1)
+        assert sum(lease.limit_bytes for lease in leases) <= limit_bytes
+        assert min(lease.limit_bytes for lease in leases) >= 8 * MIB
 
 
 async def test_ballast_shrinks_as_scratch_grows_and_the_pass_is_ended_in_time(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def _source(reader: Reader, state: Path) -> SourceConfig:
     return SourceConfig(
         rpo_seconds=reader.duration("rpo_seconds", SourceConfig.rpo_seconds, 1, 30 * 86400),
         scratch_directory=reader.path("scratch_directory", state / "scratch"),
-        scratch_limit_bytes=reader.size("scratch_limit_bytes", SourceConfig.scratch_limit_bytes, 16 * MIB),
+        scratch_limit_bytes=reader.size("scratch_limit_bytes", SourceConfig.scratch_limit_bytes, 64 * MIB),
         pass_limit_seconds=reader.duration("pass_limit_seconds", SourceConfig.pass_limit_seconds, 1, 3600),
         slice_bytes=reader.size("slice_bytes", SourceConfig.slice_bytes, 1 * MIB),
     )

@@ -82,7 +82,7 @@ class Source:
         scratch = ScratchPool(
             settings.scratch_directory,
             pass_limit_bytes=settings.pass_scratch_limit_bytes,
-            open_pass_limit=settings.open_pass_limit * 2,
+            open_pass_limit=settings.open_backup_limit,
         )
         await asyncio.to_thread(scratch.clean)
         await asyncio.to_thread(durable.make_directory, self.directory, 0o750)

@@ -15,7 +15,7 @@ DEFAULT_RPO_SECONDS = 15.0
 class SourceSettings:
     """``name`` is this proxy's own, ``peers`` the names that it may protect to.
 
-    ``scratch_limit_bytes`` is shared by all open passes; ``pass_limit_seconds`` is how long one backup job
+    ``scratch_limit_bytes`` is shared by all open backup jobs; ``pass_limit_seconds`` is how long one of them
     stays open; ``slice_bytes`` is how much goes over between two marks of a first copy.
     """
 
@@ -34,6 +34,11 @@ class SourceSettings:
     qemu_user: str | None = None
 
     @property
+    def open_backup_limit(self) -> int:
+        """Backup jobs open at once: those of passes, of long work beside them, and of who goes first."""
+        return self.open_pass_limit * 2
+
+    @property
     def pass_scratch_limit_bytes(self) -> int:
-        """The share of one pass in the scratch space."""
-        return self.scratch_limit_bytes // self.open_pass_limit
+        """The share of one backup job in the scratch space: all of them together keep the limit."""
+        return self.scratch_limit_bytes // self.open_backup_limit

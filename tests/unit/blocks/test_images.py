@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -11,12 +10,17 @@ import pytest
 
 from precache_proxy.blocks import images
 from precache_proxy.errors import HypervisorError, InvalidInput, NotFound
-from precache_proxy.units import KIB, MIB
+from precache_proxy.units import MIB
 
 
 def write(image: Path, *commands: str) -> None:
     flags = [word for command in commands for word in ("-c", command)]
     subprocess.run(["qemu-io", "-f", "qcow2", *flags, str(image)], check=True, capture_output=True)
+
+
+def commit(image: Path) -> None:
+    """As the store does it, what it holds goes into the image below."""
+    subprocess.run(["qemu-img", "commit", "-q", "-d", "-f", "qcow2", f"file:{image}"], check=True)
 
 
 def reads(image: Path, pattern: int, offset: str, length: str) -> bool:
@@ -45,8 +49,7 @@ async def test_chain_commit_rebase_and_grown_overlay(tmp_path: Path) -> None:
         "qcow2",
     )
     assert [entry.backing and Path(entry.backing).name for entry in chain] == ["mid,dle", "base", None]
-    await images.commit(middle, base)
-    await images.commit(middle, base)
+    commit(middle)
     await images.rebase(top, "base", "qcow2")
     middle.unlink()
     assert reads(top, 1, "0", "64k")
@@ -55,7 +58,6 @@ async def test_chain_commit_rebase_and_grown_overlay(tmp_path: Path) -> None:
     assert len(await images.info(top, "qcow2", in_use=True)) == 2
     await images.resize(base, "qcow2", 2 * MIB)
     assert (await images.info(base, "qcow2"))[0].size_bytes == 2 * MIB
-    assert await images.measure(top, "qcow2") > 192 * KIB
 
 
 async def test_bitmaps_and_check(tmp_path: Path) -> None:
@@ -86,10 +88,3 @@ async def test_errors_name_the_file(tmp_path: Path) -> None:
         await images.create(image, MIB)
     with pytest.raises(HypervisorError, match="image"):
         await images.resize(image, "qcow2", 512)
-
-
-def test_owner_and_mode(tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    image.touch()
-    images.give([image], os.getuid(), os.getgid(), 0o600)
-    assert image.stat().st_mode & 0o777 == 0o600

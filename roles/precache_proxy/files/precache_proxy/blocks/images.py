@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,6 @@ async def create(
     image.chmod(0o640)  # qemu-img leaves a disk readable to everybody on the host
 
 
-async def commit(overlay: Path, base: Path) -> None:
-    """Write what all images from ``overlay`` down hold into ``base``, which must be below it. Nothing is
-    emptied or removed, so a commit that was cut can be repeated."""
-    await qemu_img(overlay, "commit", "-q", "-d", "-f", "qcow2", "-b", _plain(base), _plain(overlay))
-
-
 async def rebase(overlay: Path, backing: str, backing_format: str) -> None:
     """Have ``overlay`` name another backing file of the same content; nothing is copied or compared."""
     target = ("-b", backing, "-F", backing_format)
@@ -178,19 +172,6 @@ async def add_bitmap(
 async def remove_bitmap(image: Path, name: str, *, admit: Admit | None = None) -> None:
     """Remove a persistent bitmap, also an inconsistent one, from a qcow2 image that nobody has open."""
     await qemu_img(image, "bitmap", "--remove", "-f", "qcow2", _plain(image), name, admit=admit)
-
-
-async def measure(image: Path, format: str) -> int:  # noqa: A002
-    """Bytes that a qcow2 copy of the image's content (its chain's) needs."""
-    report = await qemu_img(image, "measure", "--output=json", "-O", "qcow2", _name(image, format))
-    return int(json.loads(report)["required"])
-
-
-def give(paths: Iterable[Path], user_id: int, group_id: int, mode: int = 0o640) -> None:
-    """Set owner and mode of image files, e.g. to QEMU's user; a failure leaves those before it changed."""
-    for path in paths:
-        os.chown(path, user_id, group_id)
-        path.chmod(mode)
 
 
 def locked(path: Path) -> bool:

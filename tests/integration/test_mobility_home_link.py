@@ -12,6 +12,7 @@ from integration.mobility_agents import Agents, agents_running
 from integration.mobility_net import BRIDGE, HOME_PREFIX, Guest, Namespace, eventually, pings
 
 pytestmark = pytest.mark.timeout(180)
+HOME_ROUTER, HOME_ROUTER_MAC = "fe80::a", "02:00:00:00:0a:01"
 
 
 class HomeLink:
@@ -35,6 +36,28 @@ class HomeLink:
         self._net.wire(self._net[gateway], self.DEVICE, self._switch, gateway)
         self._switch.ip(f"link set {gateway} master lan")
         self._net[gateway].ip(f"link set {self.DEVICE} master {BRIDGE}")
+
+    def router(self) -> Namespace:
+        """A physical router of the link, to which the internet leads the home prefix."""
+        space, router = self._net.space("homerouter"), self._net["router"]
+        self._net.wire(space, self.DEVICE, self._switch, "homerouter")
+        self._switch.ip("link set homerouter master lan")
+        self._net.wire(space, "up0", router, "home")
+        space.sysctl(all__forwarding=1)
+        space.ip(
+            f"link set {self.DEVICE} address {HOME_ROUTER_MAC}",
+            f"address add {HOME_ROUTER}/64 dev {self.DEVICE} nodad",
+            f"route add {HOME_PREFIX} dev {self.DEVICE}",
+            "address add 2001:db8:40::2/64 dev up0 nodad",
+            "route add default via 2001:db8:40::1",
+        )
+        router.ip("address add 2001:db8:40::1/64 dev home nodad")
+        self.lead_home()
+        return space
+
+    def lead_home(self) -> None:
+        """The internet leads the home prefix to the home router."""
+        self._net["router"].ip(f"route replace {HOME_PREFIX} via 2001:db8:40::2")
 
     def host(self, name: str, address: object) -> Namespace:
         """A host with an address of the home prefix, on-link like all its neighbours."""
@@ -113,6 +136,49 @@ def test_a_vm_at_home_keeps_its_address_and_neighbours_follow_it_away_and_back(a
     assert pings(net["client"], guest.home)
 
 
+def test_a_vm_keeps_its_physical_home_router_wherever_it_is(agents: Agents) -> None:
+    net, client = agents.net, agents.net["client"]
+    bridges = {
+        # At home the router is another: a gateway there has a MAC and an address of its own.
+        "gateway1": {"mac": "02:00:00:00:b1:01", "link_local": "fe80::b1", "shared": True},
+        "gateway2": {"mac": HOME_ROUTER_MAC, "link_local": HOME_ROUTER},
+    }
+    for name, bridge in bridges.items():
+        agents[name].stop()
+        agents[name].settings["bridges"] = [{"name": BRIDGE, **bridge}]
+    agents["gateway1"].settings["prefixes"][0]["native"] = True
+    for name in bridges:
+        agents[name].start()
+    link = home_link(agents, "gateway1")
+    router = link.router()
+    guest = net.guest("guest1", "gateway1")
+    guest.space.ip(f"route replace default via {HOME_ROUTER} dev eth0")
+    agents["gateway1"].arrive(guest, 1, wait_seconds=5)
+    assert pings(client, guest.home)
+    assert _router_mac(guest) == HOME_ROUTER_MAC
+
+    # Away, and home's router still leads its prefix: the anchor answers on the link and tunnels.
+    agents.move(guest, "gateway2", 2)
+    eventually(lambda: agents["anchor1"].holder(guest) == "gateway2")
+    assert pings(client, guest.home)
+    assert guest.pings(net.ADDRESSES["client"])
+    assert _router_mac(guest) == HOME_ROUTER_MAC
+    # Home falls.
+    router.ip("link set up0 down", f"link set {link.DEVICE} down")
+    net.attract("anchor1")
+    assert pings(client, guest.home)
+    assert guest.pings(net.ADDRESSES["client"])
+
+    router.ip("link set up0 up", f"link set {link.DEVICE} up")
+    router.ip("route replace default via 2001:db8:40::1", f"route replace {HOME_PREFIX} dev {link.DEVICE}")
+    link.lead_home()
+    agents.move(guest, "gateway1", 3)
+    eventually(lambda: not _tunnelled(net["anchor1"], guest))
+    assert pings(client, guest.home)
+    assert guest.pings(net.ADDRESSES["client"])
+    assert _router_mac(guest) == HOME_ROUTER_MAC
+
+
 def test_a_neighbour_at_home_reaches_a_vm_that_is_away_and_one_that_is_withdrawn(agents: Agents) -> None:
     link = home_link(agents)
     anchor = agents["anchor1"]
@@ -137,6 +203,11 @@ def test_a_neighbour_at_home_reaches_a_vm_that_is_away_and_one_that_is_withdrawn
     assert pings(neighbour, guest.home)
     (own,) = returned.show("link", "show", "dev", "eth0")
     assert whom(neighbour, guest) == own["address"]
+
+
+def _router_mac(guest: Guest) -> str:
+    (found,) = guest.space.show("neighbour", "show", "to", HOME_ROUTER, "dev", "eth0")
+    return str(found["lladdr"])
 
 
 def _tunnelled(anchor: Namespace, guest: Guest) -> bool:

@@ -4,12 +4,21 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from integration.mobility_agents import ANCHORS, Agents, Conversation, Refused, agents_running
+from integration.mobility_agents import (
+    ANCHORS,
+    Agents,
+    Conversation,
+    Refused,
+    agents_running,
+    probe_gap,
+)
 from integration.mobility_net import BRIDGE, ROUTER_MAC, eventually, pings
 
 
@@ -305,16 +314,103 @@ def test_the_anchor_takes_the_prefix_over_when_the_home_router_falls_silent(tmp_
     attraction = {"mode": "when-silent", "watch": watched, "silent_seconds": 1}
     with agents_running(tmp_path, attraction=attraction) as agents:
         net = agents.net
-
-        def attracted() -> bool:
-            return bool(net["anchor1"].show("route", "show", "table", "main", "proto", "76"))
-
         time.sleep(2)
-        assert not attracted()
+        assert not _attracts(agents, "anchor1")
         net["router"].ip("link set gateway1 down")
-        eventually(attracted, 5)
+        eventually(lambda: _attracts(agents, "anchor1"), 5)
         net["router"].ip("link set gateway1 up")
-        eventually(lambda: not attracted(), 8)
+        eventually(lambda: not _attracts(agents, "anchor1"), 8)
+
+
+def test_an_attracting_anchor_goes_on_attracting_over_a_restart(tmp_path: Path) -> None:
+    attraction = {"mode": "when-silent", "watch": "2001:db8:b1::2", "silent_seconds": 1}
+    with agents_running(tmp_path, attraction=attraction) as agents:
+        net, anchor = agents.net, agents["anchor1"]
+        for mode in ("when-silent", "always"):
+            net["router"].ip("link set gateway1 down")
+            eventually(lambda: _attracts(agents, "anchor1"), 5)
+            changes = subprocess.Popen(
+                net["anchor1"].command("ip", "-6", "monitor", "route"), stdout=subprocess.PIPE, text=True
+            )
+            anchor.stop()
+            anchor.settings["attraction"]["mode"] = mode
+            anchor.start()
+            time.sleep(1.5)
+            changes.terminate()
+            told = [line for line in changes.communicate(timeout=10)[0].splitlines() if "unreachable" in line]
+            assert told == []
+            assert _attracts(agents, "anchor1")
+
+
+def test_a_native_home_that_comes_back_leads_packets_to_where_its_vm_went(tmp_path: Path) -> None:
+    attraction = {"mode": "when-silent", "watch": "2001:db8:b1::2", "silent_seconds": 1}
+    with agents_running(tmp_path, attraction=attraction) as agents:
+        net, home = agents.net, agents["gateway1"]
+        home.stop()
+        home.settings["prefixes"][0]["native"] = True
+        home.start()
+        net.attract("gateway1")
+        guest = agents.settle()
+        talk = Conversation(net["client"], guest)
+        # The home site has no power any more, and the VM runs at the backup site.
+        home.kill()
+        net["router"].ip("link set gateway1 down")
+        for table in ("7600", "7601", "7602"):
+            net["gateway1"].run("ip", "-6", "route", "flush", "table", table, check=False)
+        guest.plug("gateway2")
+        agents["gateway2"].arrive(guest, 2)
+        eventually(lambda: _attracts(agents, "anchor1"))
+        net.attract("anchor1")
+        talk.goes_on(20)
+        # The home router is back before its gateway, which alone knows whom to ask: nothing is handed back.
+        net["router"].ip("link set gateway1 up")
+        time.sleep(2)
+        assert _attracts(agents, "anchor1")
+        talk.goes_on()
+        # The gateway's hypervisor says that nothing runs, before any anchor can be reached.
+        net["router"].ip("link set gateway1 down")
+        home.start()
+        home.depart(guest, withdraw=True)
+        assert (home.vm(guest)["state"], home.vm(guest)["to"]) == ("away", None)
+        net["router"].ip("link set gateway1 up")
+        eventually(lambda: home.vm(guest)["to"] == str(net.tunnel("gateway2")))
+        eventually(lambda: not _attracts(agents, "anchor1"))
+        net.attract("gateway1")
+        talk.goes_on()
+        talk.end()
+        assert agents["anchor1"].holder(guest) == "gateway2"
+
+
+def test_a_loop_link_that_somebody_removed_is_made_anew_and_registrations_go_on(agents: Agents) -> None:
+    guest = agents.settle()
+    agents.net["gateway1"].ip("link del lbtun0")
+    # What VMs send would go by the other anchor now, and there is no link for it.
+    agents["anchor1"].kill()
+    agents.net["anchor1"].ip("link set up0 down")
+    agents.net.attract("anchor2")
+    status = lambda: agents["gateway1"].ask("GET", "/v1/status")["gateway"]  # noqa: E731
+    eventually(lambda: status()["anchor_in_use"] == "anchor2")
+    assert guest.pings(agents.net.ADDRESSES["client"])
+    assert status()["anchors"]["anchor2"]["state"] == "up"
+
+
+def test_one_of_two_anchors_dies_and_new_packets_pass_within_three_seconds(tmp_path: Path) -> None:
+    # With the default of half a second between heartbeats.
+    with agents_running(tmp_path, heartbeat_seconds=0.5) as agents, ThreadPoolExecutor(1) as threads:
+        guest = agents.settle()
+        probes = threads.submit(probe_gap, agents.net["client"], guest.home, 6)
+        time.sleep(1)
+        agents["anchor1"].kill()
+        agents.net["anchor1"].ip("link set up0 down")
+        agents.net.attract("anchor2")
+        longest_gap_seconds, lost = probes.result()
+        print(f"one anchor of two died: {longest_gap_seconds:.2f} s without an answer, {lost} probes lost")
+        assert lost > 0
+        assert longest_gap_seconds < 3
+
+
+def _attracts(agents: Agents, anchor: str) -> bool:
+    return bool(agents.net[anchor].show("route", "show", "table", "main", "proto", "76"))
 
 
 def test_state_written_by_a_killed_agent_is_whole(agents: Agents, tmp_path: Path) -> None:

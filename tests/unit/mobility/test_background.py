@@ -71,3 +71,12 @@ async def test_a_round_that_fails_is_not_the_last_one(monkeypatch: pytest.Monkey
     assert rounds == [0, 1, 2]
     assert background.failure() is None
     await background.stop()
+
+
+async def test_work_that_is_woken_while_it_is_stopped_ends_all_the_same() -> None:
+    wake = asyncio.Event()
+    background = Background()
+    background.start(again_and_again("work", lambda: 60.0, wake, 0.001))
+    await asyncio.sleep(0.01)
+    wake.set()
+    await asyncio.wait_for(background.stop(), 5)

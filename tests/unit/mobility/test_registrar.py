@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from dataclasses import replace
 from ipaddress import IPv6Address, IPv6Network
 from itertools import pairwise
 
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 
 from mobility_agent.anchor.bindings import BindingTable, KnownGateway, Rules
 from mobility_agent.gateway.registrar import Outcome, Outgoing, Registrar
-from mobility_agent.messages.headers import Status
+from mobility_agent.messages.headers import Heartbeat, Status
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.messages.registration import Acknowledgement
+from mobility_agent.signalling.heartbeat import Pulse
 
 VM = "11111111-2222-3333-4444-555555555555"
 HOMES = (IPv6Network("2001:db8:100::5/128"),)
@@ -272,6 +274,25 @@ def test_a_claim_goes_ahead_of_thousands_of_refreshes() -> None:
     assert len(net.tables["anchor1"]) == 3001
 
 
+def test_few_messages_wait_at_an_anchor_that_is_near_and_many_are_under_way_to_one_that_is_far() -> None:
+    net = Net(delay=0.2)
+    registrar = net.gateways["old"]
+    registrar.anchor_answers("anchor1", 0.001, 0.0)
+    registrar.anchor_answers("anchor2", 0.2, 0.0)
+    for number in range(2000):
+        homes = (IPv6Network((HOMES[0].network_address + 1 + number).packed),)
+        registrar.attach(f"{number:08x}-0000-0000-0000-000000000000", homes, 1, REFRESH, 0.0)
+    sent = [outgoing.anchor for outgoing in registrar.due(0.0, WALL)]
+    assert (sent.count("anchor1"), sent.count("anchor2")) == (32, 500)
+    # A queue of our own making does not let us make a longer one.
+    for _ in range(20):
+        registrar.anchor_answers("anchor1", 0.5, 0.0)
+    assert [outgoing.anchor for outgoing in registrar.due(0.0, WALL)] == []
+    # A claim goes first, and waits for nobody.
+    registrar.attach(VM, HOMES, 1, HANDOFF, 5.0)
+    assert [outgoing.registration.vm for outgoing in registrar.due(5.0, WALL + 5)][:2] == [VM, VM]
+
+
 def test_an_anchor_that_answers_again_hears_at_once_what_it_missed() -> None:
     net = Net()
     registrar = net.gateways["old"]
@@ -303,6 +324,103 @@ def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     registrar.attach(VM, HOMES, 1, HANDOFF, 0.0)
     registrar.due(0.0, WALL)
     assert registrar.acknowledge("anchor1", Acknowledgement(VM, 0, 999, 120, 0), 0.0).kind == "ignored"
+
+
+def test_an_answer_of_another_time_is_ignored_though_its_number_fits() -> None:
+    registrar = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    registrar.attach(VM, HOMES, 1, HANDOFF, 0.0)
+    sent = {outgoing.anchor: outgoing for outgoing in registrar.due(0.0, WALL)}["anchor1"]
+    ticks = sent.registration.ticks
+    replayed = Acknowledgement(VM, Status.ACCEPTED, sent.sequence, 120, ticks - 1)
+    assert registrar.acknowledge("anchor1", replayed, 0.0).kind == "ignored"
+    # That of an earlier of several copies counts: it names its own time.
+    registrar.due(10.0, WALL + 10)
+    assert registrar.acknowledge("anchor1", replace(replayed, ticks=ticks), 10.0).kind == "registered"
+
+
+def test_numbers_do_not_begin_anew_at_each_start() -> None:
+    def first() -> int:
+        registrar = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+        registrar.attach(VM, HOMES, 1, HANDOFF, 0.0)
+        return registrar.due(0.0, WALL)[0].sequence
+
+    assert len({first() for _ in range(8)}) > 1
+    assert len({Pulse(1.0, 0.0).due(0.0, WALL).sequence for _ in range(8)}) > 1  # type: ignore[union-attr]
+
+
+def test_silence_is_noticed_when_it_is_due_and_not_a_beat_later() -> None:
+    pulse = Pulse(0.5, 0.0)
+    request = pulse.due(0.0, WALL)
+    assert request is not None
+    pulse.answered(Heartbeat(request.sequence, response=True), 0.1)
+    for at in (0.5, 1.0, 1.5):
+        assert pulse.due(at, WALL + at)
+    assert pulse.next_at == pytest.approx(0.1 + 1.5 + 0.1)
+    assert not pulse.fell_silent(1.69)
+    assert pulse.fell_silent(1.71)
+
+
+def test_who_comes_back_to_what_went_elsewhere_hears_where_it_is() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(1)
+    net.gateways["new"].attach(VM, HOMES, 2, HANDOFF, net.now)
+    net.run(1)
+    registrar = net.gateways["old"]
+    registrar.forget(VM)
+    net.outcomes.clear()
+    # For as long as it takes: at first no anchor can be reached.
+    net.down = set(ANCHORS)
+    registrar.release(VM, HOMES, 1, net.now)
+    net.run(120)
+    net.down = set()
+    net.run(4)
+    (lost,) = [outcome for _, who, outcome in net.outcomes if who == "old" and outcome.kind == "lost"]
+    assert (lost.holder, lost.epoch) == (GATEWAYS["new"][1], 2)
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["new"][1]] * 2
+    # In the epoch of the holder, too, which the answer is a yes to.
+    registrar.release(VM, HOMES, 2, net.now)
+    net.run(1)
+    assert net.kinds("old").count("lost") == 2
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["new"][1]] * 2
+
+
+def test_what_is_nowhere_is_told_once_all_anchors_have_said_so() -> None:
+    net = Net()
+    registrar = net.gateways["old"]
+    registrar.attach(VM, HOMES, 1, HANDOFF, net.now)
+    net.run(1)
+    net.down = {"anchor2"}
+    registrar.release(VM, HOMES, 1, net.now)
+    net.run(30)
+    assert "nowhere" not in net.kinds("old")
+    net.down = set()
+    net.run(4)
+    (told,) = [outcome for _, _, outcome in net.outcomes if outcome.kind == "nowhere"]
+    assert told.epoch == 1
+    assert registrar.status(VM) == {}
+    registrar.release("22222222-2222-3333-4444-555555555555", HOMES, 1, net.now)
+    net.run(1)
+    assert [outcome.epoch for _, _, outcome in net.outcomes if outcome.kind == "nowhere"] == [1, None]
+
+
+def test_a_vm_that_was_shut_off_elsewhere_and_starts_here_takes_up_the_epoch() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 4, HANDOFF, net.now)
+    net.run(1)
+    net.gateways["old"].withdraw(VM, net.now)
+    net.run(1)
+    net.gateways["new"].attach(VM, HOMES, 0, START, net.now)
+    net.run(1)
+    assert "adopted" in net.kinds("new")
+    assert "lost" not in net.kinds("new")
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["new"][1]] * 2
+    assert net.gateways["new"].epoch(VM) == 4
+    # Where somebody holds it, a start in an older epoch is none.
+    net.gateways["old"].attach(VM, HOMES, 0, START, net.now)
+    net.run(1)
+    assert "lost" in net.kinds("old")
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["new"][1]] * 2
 
 
 @settings(max_examples=60, deadline=None)

@@ -31,10 +31,14 @@ class Background:
     async def stop(self) -> None:
         """Cancel it and wait until it has ended; nothing happens where none was started."""
         task, self._task = self._task, None
-        if task is not None:
+        if task is None:
+            return
+        while not task.done():
+            # Asked for until it listens: asyncio.wait_for may swallow it.
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait({task}, timeout=_AFTER_FAILURE_SECONDS)
+        with contextlib.suppress(asyncio.CancelledError):
+            task.result()
 
 
 async def again_and_again(
@@ -53,4 +57,6 @@ async def again_and_again(
             await asyncio.sleep(_AFTER_FAILURE_SECONDS)
             continue
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(wake.wait(), pause)
+            # Not wait_for: it may swallow being stopped when it is woken just then.
+            async with asyncio.timeout(pause):
+                await wake.wait()

@@ -35,6 +35,7 @@ from mobility_agent.signalling.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+_LOCK = "mobility.lock"
 _LINKS_SECONDS = 2.0
 _REPAIR_SECONDS = 300.0
 # RFC 8201 section 4: ask the path anew after ten minutes.
@@ -54,6 +55,7 @@ class Daemon:
         self._mtu_learnt: dict[IPv6Address, float] = {}
         self._server = ControlServer(self.parts)
         self._stopping = asyncio.Event()
+        self._booted = False
         self._home_links: dict[str, Responder] = {}
         self._bridges: set[str] = set()
         self._kept_off: set[str] = set()
@@ -69,6 +71,8 @@ class Daemon:
         config, parts = self._config, self.parts
         for directory in (config.state, config.run):
             directory.mkdir(parents=True, exist_ok=True)
+        # What lies there is gone when the host starts anew.
+        self._booted = not (config.run / _LOCK).exists()
         with _lock(config):
             findings = parts.path.findings()
             for finding in findings:
@@ -131,7 +135,7 @@ class Daemon:
             parts.anchor.restore()
         if parts.gateway is not None:
             self._keep_links()
-            parts.gateway.restore()
+            parts.gateway.restore(booted=self._booted)
         parts.path.start()
         self._mtu_listener.start()
         parts.transport.start()
@@ -288,14 +292,13 @@ class Daemon:
 @contextlib.contextmanager
 def _lock(config: Config) -> Iterator[None]:
     """Serve alone."""
-    descriptor = os.open(config.run / "mobility.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    descriptor = os.open(config.run / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Conflict(
-                f"{config.run / 'mobility.lock'}: another agent runs here; stop it with "
-                "`systemctl stop mobility-agent`"
+                f"{config.run / _LOCK}: another agent runs here; stop it with `systemctl stop mobility-agent`"
             ) from None
         yield
     finally:

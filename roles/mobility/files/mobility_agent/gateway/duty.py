@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv6Address, IPv6Network
 from typing import Any
 
 from mobility_agent.background import Background, again_and_again
@@ -17,19 +17,20 @@ from mobility_agent.config import Config, Peer
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.path import DataPath
 from mobility_agent.durable import Journal
-from mobility_agent.errors import Conflict, Finding, InvalidInput, NotFound
+from mobility_agent.errors import MobilityError, NotFound
 from mobility_agent.gateway.anchors import AnchorWatch
+from mobility_agent.gateway.arrivals import INSTEAD_OF_IPV4, IS_IPV4, Arrivals
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
 from mobility_agent.gateway.registrar import Outcome, Registrar
-from mobility_agent.homes import Home, is_single, only_ipv6, within
+from mobility_agent.homes import Home, is_single, only_ipv6
 from mobility_agent.messages.headers import BindingAcknowledgement, Heartbeat, Message, Revocation
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.messages.registration import acknowledge_loss, read_acknowledgement, read_loss
 
 logger = logging.getLogger(__name__)
 
-_IS_IPV4 = "is IPv4, which tunnels do not carry"
-_INSTEAD_OF_IPV4 = "give it IPv6 addresses, or let routing follow it (mobility_bgp_as)"
+# How often it is asked whether VMs that left here still are where they went.
+_INQUIRY_SECONDS = 86400.0
 
 
 class GatewayDuty:
@@ -52,7 +53,9 @@ class GatewayDuty:
         self.registrar = Registrar(self._anchors, config.tunnel_address, config.lifetime_seconds)
         self._link_locals = {bridge.name: bridge.link_local for bridge in config.bridges}
         self.attachments = Attachments()
+        self._arrivals = Arrivals(config, path, self.attachments, self._link_locals)
         self._forwards: dict[str, float] = {}
+        self._inquire_at = 0.0
         self._wake = asyncio.Event()
         self._answered = asyncio.Event()
         self._commits: set[asyncio.Task[None]] = set()
@@ -63,14 +66,23 @@ class GatewayDuty:
 
     # --- start and stop ---
 
-    def restore(self) -> None:
-        """Read what was kept, and want its routes. Call before the data path starts."""
+    def restore(self, *, booted: bool = False) -> None:
+        """Read what was kept, and want its routes. Call before the data path starts.
+
+        ``booted``: this host has started since then, so that no VM runs that nobody has told of since. Where
+        anchors order claims they say what became of it; where routing is told, it must not be told of a VM
+        that runs elsewhere by now.
+        """
         for vm, record in self._journal.open().items():
             try:
                 attachment = Attachment.from_record(vm, record)
             except (KeyError, ValueError) as error:
                 logger.warning("VM %s: its record is damaged (%s) and was left out", vm, error)
                 continue
+            if booted and self._config.announce and attachment.state == HERE:
+                logger.info("VM %s: was here before this host started; routing is told when it runs here", vm)
+                attachment = replace(attachment, state=AWAY, to=None)
+                self._journal.put(vm, attachment.as_record())
             self.attachments.put(attachment)
             self._want(attachment)
         self._watch.begin()
@@ -94,6 +106,8 @@ class GatewayDuty:
         for attachment in self.attachments.all():
             if attachment.state == HERE:
                 self._claim(attachment, now)
+        self._inquire_at = now
+        self._sync()
         self._background.start(again_and_again("gateway", self._round, self._wake, 0.001))
 
     def failure(self) -> BaseException | None:
@@ -120,6 +134,11 @@ class GatewayDuty:
         """Heartbeats, registrations that are due, forwarding that ends; for how long nothing is due then."""
         now = time.monotonic()
         self._watch.beat(now)
+        if now >= self._inquire_at:
+            self._inquire_at = now + _INQUIRY_SECONDS
+            for known in self.attachments.all():
+                if known.state == AWAY:
+                    self._inquire(known, now)
         self._send_due()
         for vm in [vm for vm, until in self._forwards.items() if until <= now]:
             del self._forwards[vm]
@@ -127,10 +146,16 @@ class GatewayDuty:
             if attachment is not None and attachment.state == AWAY:
                 # It may move on, and the anchors know.
                 self._path.set_away(attachment.homes, None)
-        times = self._watch.times() + list(self._forwards.values())
+        times = [*self._watch.times(), *self._forwards.values(), self._inquire_at]
         due = self.registrar.next_due()
         times += [] if due is None else [due]
-        return min(times, default=now + 60) - time.monotonic()
+        return min(times) - time.monotonic()
+
+    def _inquire(self, attachment: Attachment, now: float) -> None:
+        """It is not here: who has it, if anybody?"""
+        homes = only_ipv6(attachment.homes)
+        if homes and self._anchors:
+            self.registrar.release(attachment.vm, homes, attachment.epoch, now)
 
     def nudge(self) -> None:
         """Something is due: send it now."""
@@ -166,16 +191,25 @@ class GatewayDuty:
     def _follow(self, outcome: Outcome) -> None:
         attachment = self.attachments.get(outcome.vm)
         match outcome.kind:
-            case "registered" if attachment is not None:
+            case "registered" if (
+                attachment is not None and attachment.handoff is not HandoffIndicator.UNCHANGED
+            ):
                 logger.info("%s", outcome.sentence)
-                if attachment.handoff is not HandoffIndicator.UNCHANGED:
-                    self._keep(replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False))
+                self._keep(replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False))
             case "raised" if attachment is not None and outcome.epoch is not None:
                 logger.info("%s", outcome.sentence)
                 self._keep(
                     replace(attachment, epoch=outcome.epoch, handoff=HandoffIndicator.BETWEEN_GATEWAYS)
                 )
-            case "lost":
+            case "adopted" if attachment is not None and outcome.epoch is not None:
+                logger.info("%s", outcome.sentence)
+                self._keep(replace(attachment, epoch=outcome.epoch))
+            case "nowhere" if attachment is not None and attachment.state == AWAY:
+                # Where it only is off for now its place stays known, as long as an anchor knows of it.
+                if attachment.to is None or outcome.epoch is None:
+                    self._forget(attachment)
+                    logger.info("VM %s: forgotten, no anchor has it anywhere", attachment.vm)
+            case "lost" if attachment is None or (attachment.state, attachment.to) != (AWAY, outcome.holder):
                 logger.warning("%s", outcome.sentence)
                 self._leave(outcome.vm, outcome.holder, outcome.epoch or 0)
             case "corrected" | "refused":
@@ -212,45 +246,25 @@ class GatewayDuty:
     def _keep(self, attachment: Attachment) -> None:
         self.attachments.put(attachment)
         self._journal.put(attachment.vm, attachment.as_record())
+        self._sync()
+
+    def _sync(self) -> None:
         # Who must know that it is kept awaits a commit of its own; this one only sees that it happens.
         commit = asyncio.get_running_loop().create_task(self._commit())
         self._commits.add(commit)
         commit.add_done_callback(self._commits.discard)
 
+    def _forget(self, attachment: Attachment) -> None:
+        """Nothing of it is known here any more."""
+        self._forwards.pop(attachment.vm, None)
+        self._path.clear(attachment.homes)
+        self.attachments.remove(attachment.vm)
+        self._journal.remove(attachment.vm)
+        self._sync()
+
     async def _commit(self) -> None:
         with contextlib.suppress(OSError):
             await self._journal.commit()
-
-    def _judge(self, vm: str, homes: tuple[Home, ...], bridge: str, epoch: int, *, evident: bool) -> None:
-        findings: list[Finding] = []
-        subject = f"VM {vm}"
-        for home in homes:
-            if isinstance(home, IPv4Network) and not self._config.announce:
-                findings.append(Finding(subject, f"{home} {_IS_IPV4}", _INSTEAD_OF_IPV4))
-            elif not any(within(home, prefix) for prefix in self._config.networks):
-                way_out = "correct its home addresses, or add the prefix to mobility_prefixes"
-                findings.append(Finding(subject, f"{home} is in no home prefix", way_out))
-            elif any(prefix.router in home for prefix in self._config.ipv4_prefixes):
-                way_out = "give the VM another, or the router (mobility_prefixes)"
-                findings.append(Finding(subject, f"{home} is the router's address", way_out))
-            owner = self.attachments.owner(home)
-            if owner is not None and owner.vm != vm and owner.state == HERE:
-                fact = f"{home} is the address of VM {owner.vm}, which is here"
-                findings.append(Finding(subject, fact, "give each VM addresses of its own"))
-        if bridge not in self._link_locals:
-            known = ", ".join(self._link_locals)
-            findings.append(Finding(subject, f"no gateway on bridge {bridge}", f"use one of {known}"))
-        elif not self._path.has_device(bridge):
-            way_out = "start its network, or make it; see `ip link`"
-            findings.append(Finding(subject, f"bridge {bridge} is not there", way_out))
-        if findings:
-            raise InvalidInput("; ".join(str(finding) for finding in findings), findings)
-        known_before = self.attachments.get(vm)
-        if known_before is not None and epoch < known_before.epoch and not evident:
-            raise Conflict(
-                f"{subject}: epoch {epoch} is older than epoch {known_before.epoch}, which is known here; "
-                "hand it off with a newer one"
-            )
 
     def follows(self, vm: str, homes: tuple[Home, ...]) -> tuple[Home, ...]:
         """Of what a VM's definition says, the addresses that can follow it here."""
@@ -259,7 +273,7 @@ class GatewayDuty:
         found = only_ipv6(homes)
         if len(found) < len(homes):
             left = ", ".join(str(home) for home in homes if home not in found)
-            logger.warning("VM %s: %s %s, and is left out; %s", vm, left, _IS_IPV4, _INSTEAD_OF_IPV4)
+            logger.warning("VM %s: %s %s, and is left out; %s", vm, left, IS_IPV4, INSTEAD_OF_IPV4)
         return found
 
     async def arrive(
@@ -281,16 +295,16 @@ class GatewayDuty:
         KernelRefused; then nothing was changed.
         """
         began = time.monotonic()
-        self._judge(vm, homes, bridge, epoch, evident=evident)
+        self._arrivals.judge(vm, homes, bridge, epoch, evident=evident)
         before = self.attachments.get(vm)
         if evident and before is not None:
             # Asked for at once what the anchors would make us ask for a round trip later.
             epoch = max(epoch, before.epoch + (before.state == AWAY))
         attachment = Attachment(vm, homes, mac, bridge, epoch, time.time(), handoff=handoff, evident=evident)
+        self._place(attachment, before)
         if before is not None:
             self._path.clear(set(before.homes) - set(homes))
         self._forget_former_owners(vm, homes)
-        self._path.set_local(homes, bridge, mac)
         self._forwards.pop(vm, None)
         self.attachments.put(attachment)
         self._claim(attachment, began)
@@ -302,6 +316,21 @@ class GatewayDuty:
         await self._acknowledged(vm, began + wait_seconds)
         logger.info("VM %s: here on %s, epoch %d", vm, bridge, epoch, extra={"VM": vm})
         return self.describe(self.attachments.get(vm) or attachment)
+
+    def _place(self, attachment: Attachment, before: Attachment | None) -> None:
+        """Lead its packets to its bridge; what the kernel refuses is not wanted any more, either."""
+        try:
+            self._path.set_local(attachment.homes, attachment.bridge, attachment.mac)
+        except MobilityError:
+            owners = {owner.vm: owner for home in attachment.homes if (owner := self.attachments.owner(home))}
+            if before is not None:
+                owners[before.vm] = before
+            with contextlib.suppress(MobilityError):
+                self._path.clear(attachment.homes)
+            for owner in owners.values():
+                with contextlib.suppress(MobilityError):
+                    self._want(owner)
+            raise
 
     def _forget_former_owners(self, vm: str, homes: tuple[Home, ...]) -> None:
         """An address that somebody had who has left: what is still due for that one must not touch it."""
@@ -332,19 +361,31 @@ class GatewayDuty:
         if attachment is None:
             raise NotFound(f"VM {vm}: not known to this gateway; see `mobility-agent status`")
         if withdraw:
-            self.registrar.withdraw(vm, time.monotonic())
-            self._send_due()
-            self._path.clear(attachment.homes)
-            self.attachments.remove(vm)
-            self._journal.remove(vm)
-            logger.info("VM %s: withdrawn", vm, extra={"VM": vm})
+            self._withdraw(attachment)
         elif attachment.state == HERE or to is not None:
             self.registrar.forget(vm)
             self._leave(vm, to, attachment.epoch)
         self._wake.set()
         await self._commit()
         known = self.attachments.get(vm)
-        return {"vm": vm, "state": "withdrawn"} if known is None else self.describe(known)
+        return {"vm": vm, "state": "withdrawn"} if withdraw or known is None else self.describe(known)
+
+    def _withdraw(self, attachment: Attachment) -> None:
+        """It runs nowhere, or so it seems: the anchors know whether it came to run elsewhere meanwhile.
+
+        Until they have said so it is gone to a place not known yet: what comes for it must not leave by the
+        home router, and neighbours at home must not find nobody.
+        """
+        if attachment.state == HERE and self._anchors and only_ipv6(attachment.homes):
+            gone = replace(attachment, state=AWAY, to=None, handoff=HandoffIndicator.UNCHANGED, evident=False)
+            self._want(gone)
+            self._keep(gone)
+            self._inquire(gone, time.monotonic())
+            self._send_due()
+        else:
+            self.registrar.forget(attachment.vm)
+            self._forget(attachment)
+        logger.info("VM %s: withdrawn", attachment.vm, extra={"VM": attachment.vm})
 
     def _leave(self, vm: str, to: IPv6Address | None, epoch: int) -> None:
         """Its packets follow it; who is on the link sends them to us from now on."""
@@ -396,7 +437,10 @@ class GatewayDuty:
         for attachment in list(self.attachments.all()):
             if attachment.state == HERE and attachment.vm not in running:
                 logger.info("VM %s: does not run here any more", attachment.vm)
-                await self.depart(attachment.vm, None, withdraw=True)
+                try:
+                    await self.depart(attachment.vm, None, withdraw=True)
+                except MobilityError as error:
+                    logger.error("VM %s: %s; tried again", attachment.vm, error)
 
     def bridge_came(self, bridge: str) -> None:
         """A bridge is there (again): its VMs are told to their neighbours."""

@@ -11,6 +11,7 @@ refreshes is as quick as alone.
 from __future__ import annotations
 
 import heapq
+import secrets
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,10 +29,17 @@ _BACKOFF = 1.5
 _SLOWEST_RETRY_SECONDS = 3.0
 _REFUSED_RETRY_SECONDS = 30.0
 _WITHDRAWALS = 8
-_WINDOW = 256
+# Routine messages under way to one anchor: enough to keep it busy over the way there, and no more, since a
+# claim that comes meanwhile waits behind them.
+_LEAST_WINDOW, _UNKNOWN_WINDOW, _MOST_WINDOW = 32, 256, 512
+_ROUTINE_PER_SECOND = 2500
+# By how much the least round trip is believed to grow with each one measured: the way may become longer, but
+# a queue that we made ourselves must not let us make a longer one.
+_GROWTH = 1.01
 # Clocks nearer than this are left as they are: two gateways then order their claims by true time.
 _TOLERATED_OFFSET_SECONDS = 1.0
 _CORRECTIONS = 3
+_ABOUT_TIME = frozenset({Status.TIMESTAMP_MISMATCH, Status.TIMESTAMP_TOO_LOW})
 
 
 class Phase(Enum):
@@ -51,7 +59,8 @@ class _Line:
     anchor: str
     phase: Phase
     handoff: HandoffIndicator
-    sequences: deque[int] = field(default_factory=lambda: deque(maxlen=8))
+    # The last ones sent, each with its timestamp: an answer names both (RFC 5213 section 5.5).
+    sequences: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=8))
     ticks: int = 0
     attempts: int = 0
     corrections: int = 0
@@ -72,10 +81,19 @@ class _Anchor:
 
     name: str
     round_trip_seconds: float | None = None
+    least_seconds: float | None = None
     clock_offset_seconds: float = 0.0
-    sequence: int = 0
+    # Not the same at every start: else an answer to the one before would fit again.
+    sequence: int = field(default_factory=lambda: secrets.randbelow(1 << 16))
     under_way: int = 0
     backlog: deque[_Line] = field(default_factory=deque)
+
+    @property
+    def window(self) -> int:
+        """How many routine messages may be under way."""
+        if self.least_seconds is None:
+            return _UNKNOWN_WINDOW
+        return min(max(int(_ROUTINE_PER_SECOND * self.least_seconds), _LEAST_WINDOW), _MOST_WINDOW)
 
 
 @dataclass(slots=True)
@@ -86,6 +104,9 @@ class _Claim:
     epoch: int
     link_local: IPv6Address | None
     evident: bool
+    # Not here any more, and asked for until every anchor has said who has it.
+    released: bool = False
+    known_epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +123,9 @@ class Outcome:
     """What an answer meant.
 
     ``kind``: registered (a claim was accepted), refreshed, withdrawn, corrected (sent again with the anchor's
-    time), raised (sent again with a newer epoch), lost (bound elsewhere: withdraw locally), refused, ignored.
+    time), raised (sent again with a newer epoch), adopted (started here where nobody had it: sent again with
+    the anchor's epoch), lost (bound elsewhere: withdraw locally), nowhere (released, and no anchor has it
+    anywhere; ``epoch`` None: none knows of it at all), refused, ignored.
     """
 
     kind: str
@@ -148,6 +171,12 @@ class Registrar:
         for anchor in self._anchors:
             self._start(vm, anchor, Phase.WITHDRAWING, HandoffIndicator.UNCHANGED, now)
 
+    def release(self, vm: str, homes: tuple[IPv6Network, ...], epoch: int, now: float) -> None:
+        """``vm`` is not here: take it back from every anchor, for as long as that takes; hear who has it."""
+        self._claims[vm] = _Claim(homes, epoch, None, evident=False, released=True)
+        for anchor in self._anchors:
+            self._start(vm, anchor, Phase.WITHDRAWING, HandoffIndicator.UNCHANGED, now)
+
     def forget(self, vm: str) -> None:
         """Say no more of ``vm``."""
         self._claims.pop(vm, None)
@@ -182,8 +211,9 @@ class Registrar:
     def due(self, now: float, wall: float) -> list[Outgoing]:
         """What is to be sent now. ``now``: monotonic; ``wall``: seconds since 1970."""
         outgoing: list[Outgoing] = []
+        urgent: list[Outgoing] = []
         for anchor in self._anchors.values():
-            while anchor.backlog and anchor.under_way < _WINDOW:
+            while anchor.backlog and anchor.under_way < anchor.window:
                 line = anchor.backlog.popleft()
                 if self._current(line) and line.due_at <= now and not line.under_way:
                     outgoing += self._send(line, anchor, now, wall)
@@ -193,22 +223,24 @@ class Registrar:
             if at != line.due_at or not self._current(line):
                 continue
             anchor = self._anchors[line.anchor]
-            if line.under_way or line.urgent or anchor.under_way < _WINDOW:
+            if line.urgent:
+                urgent += self._send(line, anchor, now, wall)
+            elif line.under_way or anchor.under_way < anchor.window:
                 outgoing += self._send(line, anchor, now, wall)
             else:
                 anchor.backlog.append(line)
-        return outgoing
+        return urgent + outgoing
 
     def _send(self, line: _Line, anchor: _Anchor, now: float, wall: float) -> list[Outgoing]:
         claim = self._claims[line.vm]
         withdrawing = line.phase is Phase.WITHDRAWING
-        if withdrawing and line.attempts >= _WITHDRAWALS:
+        if withdrawing and line.attempts >= _WITHDRAWALS and not claim.released:
             # Its lifetime ends it there.
             self._drop(line)
             return []
         anchor.sequence = (anchor.sequence + 1) & 0xFFFF
-        line.sequences.append(anchor.sequence)
         line.ticks = max(line.ticks + 1, Timestamp.of_seconds(wall + anchor.clock_offset_seconds).ticks)
+        line.sequences.append((anchor.sequence, line.ticks))
         if not line.under_way:
             line.under_way = True
             anchor.under_way += 1
@@ -244,7 +276,7 @@ class Registrar:
 
     def next_due(self) -> float | None:
         """When :meth:`due` will have something to send (monotonic seconds)."""
-        if any(anchor.backlog and anchor.under_way < _WINDOW for anchor in self._anchors.values()):
+        if any(anchor.backlog and anchor.under_way < anchor.window for anchor in self._anchors.values()):
             return 0.0
         return self._queue[0][0] if self._queue else None
 
@@ -252,7 +284,10 @@ class Registrar:
         """Take an anchor's answer, already authenticated."""
         anchor = self._anchors[anchor_name]
         line = self._lines.get((answer.vm, anchor_name))
-        if line is None or answer.sequence not in line.sequences:
+        asked_at = None if line is None else dict(line.sequences).get(answer.sequence)
+        # One about the timestamp carries the anchor's instead.
+        fits = asked_at is not None and (answer.status in _ABOUT_TIME or answer.ticks == asked_at)
+        if line is None or not fits:
             return Outcome(
                 "ignored", answer.vm, anchor_name, f"VM {answer.vm}: answer to nothing that was asked"
             )
@@ -261,7 +296,7 @@ class Registrar:
         line.attempts = 0
         if answer.accepted:
             return self._accepted(line, answer, now)
-        if answer.status in {Status.TIMESTAMP_MISMATCH, Status.TIMESTAMP_TOO_LOW}:
+        if answer.status in _ABOUT_TIME:
             corrected = self._correct(line, anchor, answer, now)
             if corrected is not None:
                 return corrected
@@ -273,8 +308,7 @@ class Registrar:
 
     def _accepted(self, line: _Line, answer: Acknowledgement, now: float) -> Outcome:
         if line.phase is Phase.WITHDRAWING:
-            self._drop(line)
-            return Outcome("withdrawn", line.vm, line.anchor, f"VM {line.vm}: withdrawn from {line.anchor}")
+            return self._withdrawn(line, answer, f"VM {line.vm}: withdrawn from {line.anchor}")
         kind = "refreshed" if line.phase is Phase.REGISTERED else "registered"
         line.phase, line.handoff = Phase.REGISTERED, HandoffIndicator.UNCHANGED
         line.corrections = 0
@@ -308,8 +342,14 @@ class Registrar:
     def _held(self, line: _Line, claim: _Claim, answer: Acknowledgement, now: float) -> Outcome:
         held = answer.epoch or 0
         if line.phase is Phase.WITHDRAWING:
-            self._drop(line)
-            return Outcome("withdrawn", line.vm, line.anchor, f"VM {line.vm}: {line.anchor} has it elsewhere")
+            return self._withdrawn(line, answer, f"VM {line.vm}: {line.anchor} has it elsewhere")
+        if answer.holder is None and line.handoff is HandoffIndicator.NEW_INTERFACE:
+            # It was shut off where it had gone, and starts here: it takes up where that ended.
+            claim.epoch = held
+            for anchor in self._anchors:
+                self._start(line.vm, anchor, Phase.CLAIMING, HandoffIndicator.NEW_INTERFACE, now)
+            sentence = f"VM {line.vm}: started here; {line.anchor} knew epoch {held}, claimed as that"
+            return Outcome("adopted", line.vm, line.anchor, sentence, held)
         if claim.evident and line.handoff is not HandoffIndicator.UNCHANGED and held >= claim.epoch:
             claim.epoch = held + 1
             for anchor in self._anchors:
@@ -326,6 +366,18 @@ class Registrar:
         self.forget(line.vm)
         return lost
 
+    def _withdrawn(self, line: _Line, answer: Acknowledgement, sentence: str) -> Outcome:
+        claim = self._claims[line.vm]
+        if claim.released and answer.holder is not None and answer.holder != self._care_of:
+            sentence = f"VM {line.vm}: is not here; {line.anchor} has it at {answer.holder}"
+            self.forget(line.vm)
+            return Outcome("lost", line.vm, line.anchor, sentence, answer.epoch, answer.holder)
+        if answer.epoch is not None:
+            claim.known_epoch = max(answer.epoch, claim.known_epoch or 0)
+        self._drop(line)
+        kind = "nowhere" if claim.released and line.vm not in self._claims else "withdrawn"
+        return Outcome(kind, line.vm, line.anchor, sentence, claim.known_epoch)
+
     def _refused(self, line: _Line, answer: Acknowledgement, now: float) -> Outcome:
         try:
             word = Status(answer.status).name.lower().replace("_", " ")
@@ -333,7 +385,8 @@ class Registrar:
             word = "status not known here"
         line.phase = Phase.REFUSED if line.phase is not Phase.WITHDRAWING else Phase.WITHDRAWING
         line.sentence = f"VM {line.vm}: {line.anchor} refused with {answer.status} ({word}); see its journal"
-        self._schedule(line, now + _REFUSED_RETRY_SECONDS)
+        passing = answer.status == Status.INSUFFICIENT_RESOURCES
+        self._schedule(line, now + (_SLOWEST_RETRY_SECONDS if passing else _REFUSED_RETRY_SECONDS))
         return Outcome("refused", line.vm, line.anchor, line.sentence, answer.epoch, answer.holder)
 
     def lost(self, anchor_name: str, vm: str, epoch: int, ticks: int) -> bool:
@@ -372,6 +425,10 @@ class Registrar:
         before = anchor.round_trip_seconds
         anchor.round_trip_seconds = (
             round_trip_seconds if before is None else before + (round_trip_seconds - before) / 4
+        )
+        least = anchor.least_seconds
+        anchor.least_seconds = (
+            round_trip_seconds if least is None else min(round_trip_seconds, least * _GROWTH)
         )
         anchor.clock_offset_seconds = (
             offset_seconds if abs(offset_seconds) > _TOLERATED_OFFSET_SECONDS else 0.0

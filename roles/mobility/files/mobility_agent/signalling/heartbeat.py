@@ -6,6 +6,7 @@ Pure: one :class:`Pulse` for each anchor.
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ class Pulse:
 
     def __init__(self, interval_seconds: float, now: float) -> None:
         self._interval = interval_seconds
-        self._sequence = 0
+        # Not the same at every start: else answers to the one before would fit again.
+        self._sequence = secrets.randbits(32)
         self._sent: OrderedDict[int, tuple[float, float]] = OrderedDict()
         self._next_at = now
         self._answered_at: float | None = None
@@ -42,8 +44,13 @@ class Pulse:
 
     @property
     def next_at(self) -> float:
-        """When :meth:`due` has something to say (monotonic seconds)."""
-        return self._next_at
+        """When :meth:`due` or :meth:`fell_silent` has something to say (monotonic seconds)."""
+        return min(self._next_at, self._silent_at())
+
+    def _silent_at(self) -> float:
+        if not self.up or self._answered_at is None:
+            return float("inf")
+        return self._answered_at + _MISSED * self._interval + (self.round_trip_seconds or 0.0)
 
     def due(self, now: float, wall: float) -> Heartbeat | None:
         """The request to send now, if it is time."""
@@ -77,10 +84,7 @@ class Pulse:
 
     def fell_silent(self, now: float) -> bool:
         """True once, when the anchor has not answered for as long as three requests take."""
-        if not self.up or self._answered_at is None:
-            return False
-        patience = _MISSED * self._interval + (self.round_trip_seconds or 0.0)
-        if now - self._answered_at <= patience:
+        if now <= self._silent_at():
             return False
         self.up = False
         return True

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The gateway when its home comes back, when its kernel refuses, and when its host has started anew."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from mobility_agent.config import parse
+from mobility_agent.durable import Journal
+from mobility_agent.errors import KernelRefused
+from mobility_agent.gateway.attachments import AWAY, HERE
+from mobility_agent.gateway.duty import GatewayDuty
+from mobility_agent.messages.headers import BindingUpdate, Heartbeat, Message, Status
+from mobility_agent.messages.registration import Acknowledgement, read_registration
+
+VM = "11111111-2222-3333-4444-555555555555"
+HOME = IPv6Network("2001:db8:100::5/128")
+MAC = "52:54:00:00:00:01"
+BACKUP = IPv6Address("2001:db8:2::d")
+KEYS = '[[keys]]\nindex = 256\nsecret = "00112233445566778899aabbccddeeff"\n'
+CONFIG = """
+name = "home"
+address = "2001:db8:1::2"
+tunnel_address = "2001:db8:1::d"
+gateway = true
+{announce}
+[paths]
+state = "{state}"
+[[prefixes]]
+prefix = "2001:db8:100::/64"
+native = true
+[[bridges]]
+name = "vmbr0"
+[[peers]]
+name = "backup"
+address = "2001:db8:2::2"
+tunnel_address = "2001:db8:2::d"
+gateway = true
+"""
+ANCHORS = """
+[[peers]]
+name = "anchor1"
+address = "2001:db8:a1::2"
+tunnel_address = "2001:db8:a1::d"
+anchor = true
+[[peers]]
+name = "anchor2"
+address = "2001:db8:a2::2"
+tunnel_address = "2001:db8:a2::d"
+anchor = true
+"""
+
+
+class Kernel:
+    """Where a data path was last told to lead the packets of each address."""
+
+    def __init__(self) -> None:
+        self.leads: dict[IPv6Network, object] = {}
+        self.refuses = False
+        self.anchor: IPv6Address | None = None
+
+    def _judge(self) -> None:
+        if self.refuses:
+            raise KernelRefused("no")
+
+    def set_local(self, homes: Iterable[IPv6Network], bridge: str, _mac: str) -> None:
+        self.leads.update(dict.fromkeys(homes, bridge))
+        self._judge()
+
+    def set_lost(self, homes: Iterable[IPv6Network]) -> None:
+        self.leads.update(dict.fromkeys(homes, "nowhere"))
+
+    def set_away(self, homes: Iterable[IPv6Network], to: IPv6Address | None) -> None:
+        self.leads.update(dict.fromkeys(homes, to or "routing"))
+
+    def clear(self, homes: Iterable[IPv6Network]) -> None:
+        for home in homes:
+            self.leads.pop(home, None)
+
+    def set_anchor(self, tunnel: IPv6Address) -> None:
+        self._judge()
+        self.anchor = tunnel
+
+    def has_device(self, _bridge: str) -> bool:
+        return True
+
+
+class Gateway:
+    """One gateway with its disk; anchors answer when the test says so."""
+
+    def __init__(self, directory: Path, *, announce: bool = False) -> None:
+        text = CONFIG.format(state=directory, announce="announce = true" if announce else "")
+        self.config = parse(text + ("" if announce else ANCHORS), KEYS)
+        self.directory = directory
+        self.sent: list[tuple[str, Message]] = []
+        self.start()
+
+    def start(self, *, booted: bool = False) -> None:
+        self.kernel = Kernel()
+        journal = Journal(self.directory / "attachments.journal")
+        self.duty = GatewayDuty(
+            self.config, cast(Any, self.kernel), journal, lambda peer, m: self.sent.append((peer.name, m)), {}
+        )
+        self.duty.restore(booted=booted)
+        self.duty.start()
+
+    async def arrive(self, epoch: int) -> None:
+        await self.duty.arrive(VM, (HOME,), MAC, "vmbr0", epoch)
+
+    async def answer(
+        self,
+        epoch: int | None,
+        holder: IPv6Address | None,
+        status: Status = Status.ACCEPTED,
+        anchors: tuple[str, ...] = ("anchor1", "anchor2"),
+    ) -> None:
+        """What anchors say to the last that each was asked."""
+        await asyncio.sleep(0.01)
+        for name in anchors:
+            updates = [m for who, m in self.sent if who == name and isinstance(m, BindingUpdate)]
+            asked = read_registration(updates[-1], self.config.address)
+            told = Acknowledgement(
+                VM, status, updates[-1].sequence, asked.lifetime_seconds, asked.ticks, (HOME,), epoch, holder
+            )
+            peer = self.config.peer(name)
+            assert peer is not None
+            self.duty.take(peer, told.message())
+        await asyncio.sleep(0.01)
+
+    def where(self) -> tuple[str, IPv6Address | None] | None:
+        known = self.duty.attachments.get(VM)
+        return None if known is None else (known.state, known.to)
+
+
+async def test_a_home_that_comes_back_drops_packets_until_the_anchors_say_where_a_vm_went(
+    tmp_path: Path,
+) -> None:
+    gateway = Gateway(tmp_path)
+    await gateway.arrive(1)
+    await gateway.answer(1, gateway.config.tunnel_address)
+    await gateway.duty.stop()
+
+    # It was failed over while the host was off; libvirt answers before any anchor does.
+    gateway.start(booted=True)
+    await gateway.duty.reconcile(set())
+    assert gateway.where() == (AWAY, None)
+    assert gateway.kernel.leads == {HOME: "nowhere"}
+    assert gateway.duty.elsewhere(HOME.network_address, duplicate_detection=False)
+    # One anchor may know less than the other.
+    await gateway.answer(1, None, anchors=("anchor2",))
+    assert gateway.where() == (AWAY, None)
+    await gateway.answer(2, BACKUP, Status.SEQUENCE_OUT_OF_WINDOW, anchors=("anchor1",))
+    assert gateway.where() == (AWAY, BACKUP)
+    assert gateway.kernel.leads == {HOME: BACKUP}
+    assert gateway.duty.registrar.status(VM) == {}
+    await gateway.duty.stop()
+
+
+async def test_a_vm_that_runs_nowhere_is_forgotten_when_every_anchor_has_said_so(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    await gateway.arrive(1)
+    await gateway.answer(1, gateway.config.tunnel_address)
+    assert (await gateway.duty.depart(VM, None, withdraw=True))["state"] == "withdrawn"
+    await gateway.answer(1, None, anchors=("anchor1",))
+    assert gateway.where() == (AWAY, None)
+    await gateway.duty.stop()
+    # Over a restart, too.
+    gateway.start()
+    await gateway.answer(1, None)
+    assert gateway.where() is None
+    assert gateway.kernel.leads == {}
+    await gateway.duty.stop()
+
+
+async def test_a_vm_that_went_stays_known_as_long_as_an_anchor_knows_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mobility_agent.gateway.duty._INQUIRY_SECONDS", 0.05)
+    gateway = Gateway(tmp_path)
+    await gateway.arrive(1)
+    await gateway.duty.depart(VM, BACKUP)
+    await asyncio.sleep(0.06)
+    # Off for the night.
+    await gateway.answer(2, None)
+    assert gateway.where() == (AWAY, BACKUP)
+    await asyncio.sleep(0.06)
+    # No anchor knows of it: it is no more.
+    await gateway.answer(None, None)
+    assert gateway.where() is None
+    assert gateway.kernel.leads == {}
+    await gateway.duty.stop()
+
+
+async def test_a_refused_arrival_leaves_nothing_and_is_refused_again(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    gateway.kernel.refuses = True
+    for _ in range(2):
+        with pytest.raises(KernelRefused):
+            await gateway.arrive(1)
+        assert gateway.where() is None
+        assert gateway.kernel.leads == {}
+    gateway.kernel.refuses = False
+    await gateway.arrive(1)
+    assert gateway.where() == (HERE, None)
+    # And one that is here and shall be elsewhere on this host stays where it was.
+    gateway.kernel.refuses = True
+    with pytest.raises(KernelRefused):
+        await gateway.arrive(2)
+    assert gateway.kernel.leads == {HOME: "vmbr0"}
+    await gateway.duty.stop()
+
+
+async def test_registrations_go_on_while_the_kernel_refuses_the_way_by_an_anchor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = Gateway(tmp_path)
+    gateway.kernel.refuses = True
+    watch = gateway.duty._watch
+    assert watch.in_use == "anchor1"
+    peer = gateway.config.peer("anchor2")
+    assert peer is not None
+    request = None
+    for _ in range(100):
+        request = next((m for who, m in gateway.sent if who == "anchor2"), None)
+        if request is not None:
+            break
+        await asyncio.sleep(0.01)
+    assert isinstance(request, Heartbeat)
+    gateway.duty.take(peer, Heartbeat(request.sequence, response=True))
+    assert watch.in_use == "anchor1"
+    before = len(gateway.sent)
+    gateway.kernel.refuses = False
+    watch.beat(time.monotonic() + 1)
+    assert watch.in_use == "anchor2"
+    assert gateway.kernel.anchor == peer.tunnel_address
+    assert len(gateway.sent) > before
+    assert gateway.duty.failure() is None
+    await gateway.duty.stop()
+
+
+async def test_routing_is_not_told_of_vms_that_ran_before_the_host_started(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path, announce=True)
+    await gateway.arrive(1)
+    await gateway.duty.stop()
+    gateway.start()
+    assert gateway.kernel.leads == {HOME: "vmbr0"}
+    await gateway.duty.stop()
+    gateway.start(booted=True)
+    assert gateway.kernel.leads == {HOME: "routing"}
+    await asyncio.sleep(0.02)
+    await gateway.duty.stop()
+    # It stays so over a restart of the agent, until the VM runs here.
+    gateway.start()
+    assert gateway.kernel.leads == {HOME: "routing"}
+    await gateway.arrive(1)
+    assert gateway.kernel.leads == {HOME: "vmbr0"}
+    await gateway.duty.stop()

@@ -89,7 +89,7 @@ class SourceProxy:
         if method == "protect":
             return await self.source.protect(Protect(**arguments))
         if method == "check":
-            return (await self.source.check(Protect(**arguments))).uuid
+            return await self.source.check(Protect(**arguments))
         if method == "send_residual":
             return await self.source.send_residual(frozen=_images(arguments, "frozen"), **arguments)
         if method == "replica_tops":

@@ -27,8 +27,8 @@ GOES_ON = (
 )  # fmt: skip
 ARRIVAL_GOES_BACK = ("arrival-recorded", "arrival-guarded", "arrival-prepared")
 ARRIVAL_GOES_ON = (
-    "arrival-tracked", "arrival-released", "arrival-resumed", "arrival-activated", "landing-begun",
-    "landing-collapsed",
+    "arrival-tracked", "arrival-released", "arrival-resumed", "arrival-activated", "return-sealed",
+    "landing-begun", "landing-merged", "landing-collapsed",
 )  # fmt: skip
 ROLLBACK = ("rollback-begun", "rollback-peer-cleaned", "rollback-merged", "arrival-aborting")
 # Each test run takes these; the whole table is for `make soak`.
@@ -47,7 +47,7 @@ def check_settled(pair: EvacuationPair, guest: Guest, job_id: str, canary: str, 
 
 def test_every_point_of_an_evacuation_is_in_a_table_here() -> None:
     named = {*GOES_BACK, *GOES_ON, *ARRIVAL_GOES_BACK, *ARRIVAL_GOES_ON, *ROLLBACK}
-    prefixes = ("departure-", "arrival-", "landing-", "rollback-")
+    prefixes = ("departure-", "arrival-", "landing-", "return-", "rollback-")
     assert named == {point for point in CRASH_POINTS if point.startswith(prefixes)}
 
 

@@ -210,8 +210,8 @@ ARRIVAL_GOES_BACK = (
     "arrival-recorded", "arrival-guarded", "restart-state-placed", "restart-defined", "arrival-prepared",
 )  # fmt: skip
 ARRIVAL_GOES_ON = (
-    "arrival-tracked", "arrival-released", "arrival-resumed", "arrival-activated", "landing-begun",
-    "landing-collapsed",
+    "arrival-tracked", "arrival-released", "arrival-resumed", "arrival-activated", "return-sealed",
+    "landing-begun", "landing-merged", "landing-collapsed",
 )  # fmt: skip
 ROLLBACK = ("rollback-begun", "rollback-peer-cleaned", "rollback-merged", "arrival-aborting")
 # Each test run takes these; the whole table is for `make soak`.
@@ -224,7 +224,7 @@ def test_every_point_of_a_restart_is_in_a_table_here() -> None:
     of_a_migration = {
         "departure-before-freeze", "departure-frozen", "departure-migrating", "departure-migrated",
     }  # fmt: skip
-    prefixes = ("departure-", "arrival-", "landing-", "rollback-")
+    prefixes = ("departure-", "arrival-", "landing-", "return-", "rollback-")
     assert {point for point in CRASH_POINTS if point.startswith(prefixes)} == of_a_migration | {
         point for point in named if not point.startswith("restart-")
     }

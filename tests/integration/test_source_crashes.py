@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from integration.evacuation_pair import sampled
 from integration.source_pair import (
     BACKUP,
     DIRECTORY,
@@ -278,11 +279,67 @@ STORE_POINTS = (
 )  # fmt: skip
 
 
+FIRST_COPY_POINTS = ("seed-checkpointed", "seed-copied")
+
+
 def test_the_tables_name_every_point_of_a_pass() -> None:
     tested = {*SOURCE_POINTS, *STORE_POINTS, "store-mark", "store-marked"}
+    tested |= {*FIRST_COPY_POINTS, "resync-sealed", "raw-overlay-on"}
     # what a start or a removal does is not part of a pass; tests/unit/store has it
     elsewhere = {"store-recovering", "store-removing"}
-    assert tested | elsewhere == {point for point in CRASH_POINTS if point.startswith(("pass-", "store-"))}
+    prefixes = ("pass-", "store-", "seed-", "resync-", "raw-")
+    assert tested | elsewhere == {point for point in CRASH_POINTS if point.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("point", sampled({"seed-checkpointed"}, *FIRST_COPY_POINTS))
+def test_the_source_killed_around_a_first_copy(pair: SourcePair, point: str) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME, crash_at=point)
+    vm = pair.make_vm("first", {"vda": "64M", "vdb": "32M"})
+    vm.write("vda", 1, 0, "4M")
+    with contextlib.suppress(OSError):  # it may be dead before it has answered
+        pair.call(HOME, "protect", vm=vm.name, peer=BACKUP, rpo_seconds=3600)
+    pair.wait_gone(HOME)
+    vm.write("vda", 2, "1M", BLOCK)  # behind the copy, where there is one
+    vm.write("vdb", 3, "1M", BLOCK)
+    pair.start(HOME)
+    check_carried_on(pair, vm)
+
+
+@pytest.mark.soak
+def test_the_source_killed_after_a_resync_was_sealed(pair: SourcePair) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME)
+    vm = pair.make_vm("again", {"vda": "64M"})
+    vm.write("vda", 1, 0, "4M")
+    pair.protect(vm)
+    pair.restart(HOME, crash_at="resync-sealed")
+    vm.wait_protected()
+    with contextlib.suppress(OSError):
+        pair.call(HOME, "resync", vm=vm.uuid)
+    pair.wait_gone(HOME)
+    vm.write("vda", 2, "1M", BLOCK)
+    pair.start(HOME)
+    pair.wait(vm.status, lambda one: one["state"] == "protected" and one["cause"] == "ok", timeout_seconds=60)
+    check_carried_on(pair, vm)
+
+
+@pytest.mark.soak
+def test_the_source_killed_with_a_raw_disks_overlay_on(pair: SourcePair) -> None:
+    pair.start(BACKUP)
+    pair.start(HOME, crash_at="raw-overlay-on")
+    vm = pair.make_vm("rawhide", {"vda": "64M"}, formats="raw")
+    vm.write("vda", 1, 0, "4M")
+    with pytest.raises(OSError):
+        pair.call(HOME, "protect", vm=vm.name, peer=BACKUP, raw_overlay_consent=True)
+    pair.wait_gone(HOME)
+    vm.write("vda", 2, "1M", BLOCK)
+    pair.start(HOME)
+    # the same command again: the disk has what it needs, and nothing is put on it twice
+    pair.protect(vm, raw_overlay_consent=True)
+    vm.disks["vda"] = vm.status()["disk_paths"]["vda"]
+    assert vm.disks["vda"].endswith(".lifeboat.qcow2")
+    check_carried_on(pair, vm)
 
 
 def passes_until_dead(vm: Vm) -> None:

@@ -54,6 +54,7 @@ CRASH_POINTS: Final[dict[str, str]] = {
     "arrival-activated": "activated is durable, the guard still stands, the source has no answer",
     "arrival-aborting": "aborting is durable, nothing was removed",
     "landing-begun": "the way back is protected, no layer was collapsed",
+    "landing-merged": "a disk's layers are merged into its lowest image, their files are still there",
     "landing-collapsed": "layers are collapsed, the landing is not recorded",
     # a VM from a generation, its home taken for dead: at the destination, then at the home
     "fail-over-prepared": "it stands there and the operator's word is durable, the home was not asked",
@@ -61,6 +62,11 @@ CRASH_POINTS: Final[dict[str, str]] = {
     "home-forbidden": "the home's tombstone is durable, nothing was ended",
     "home-jobs-ended": "the home's jobs are ended, the domain is still defined",
     # free for the rooms below
+    "raw-overlay-on": "a raw disk has its overlay, no record says that the VM is protected",
+    "seed-checkpointed": "the first copy's checkpoint is there, the record does not know it",
+    "seed-copied": "the peer holds the first copy, no generation is sealed",
+    "resync-sealed": "what differed is sealed, the record still says that tracking was lost",
+    "return-sealed": "the way back's first generation is sealed, the record still names its overlays",
     "pass-begun": "the watchdog's record of a backup is there, the backup is not",
     "pass-open": "a pull backup is open in QEMU",
     "pass-sent": "a generation was sent, no acknowledgement yet",

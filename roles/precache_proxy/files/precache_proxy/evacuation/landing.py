@@ -206,6 +206,7 @@ class Landing:
                 await self._records.save(arrival)
                 await layers.commit(self._domains, vm, key, top=None, base=base)
                 await layers.wait_for_layer(self._domains, vm, key, base)
+                crash_point("landing-merged")
             for path in disk.merged:
                 # Generations of the replica and our overlays: their content is in the base now.
                 await asyncio.to_thread(durable.remove, Path(path))

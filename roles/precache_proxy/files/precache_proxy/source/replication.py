@@ -104,6 +104,7 @@ class Replication:
             self.vm, overlays, socket_directory=self.environment.run_directory / "nbd", top_layers=True
         )
         result = await self._make(plan, source, layout, reason="way back", disks=list(overlays))
+        crash_point("return-sealed")
         record.return_overlays = {}
         record.attachments = digests
         await self.standing.save()
@@ -138,6 +139,7 @@ class Replication:
         finally:
             record.seeding_offsets = dict(seeding.offsets)
             await self.standing.save()
+        crash_point("seed-copied")
 
     async def _keep_seeding_checkpoint(self, layout: Layout, *, active: bool) -> None:
         """The checkpoint that stood before the first block was read counts still. Raises TrackingLost."""
@@ -161,6 +163,7 @@ class Replication:
             await self._tracker.create_checkpoint(self.vm, name, list(layout.tracked), layout.absent)
         else:
             await offline.replace_bitmaps(self.disks.claims, layout.tracked, name)
+        crash_point("seed-checkpointed")
         record.seeding_checkpoint = name
         record.seeding_offsets = {}
         record.disks = self.disks.records(layout, {})
@@ -242,6 +245,8 @@ class Replication:
         )
         before_off = {target: stamp(disk.path) for target, disk in layout.tracked.items()}
         result = await self._make(plan, self.disks.source(layout, active=active), layout, reason=reason)
+        if resync:
+            crash_point("resync-sealed")
         record.attachments = digests
         record.passed_off = {} if active else before_off
         if scrub_bytes or compare_all:

@@ -13,6 +13,7 @@ from typing import Any
 from precache_proxy import durable
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel.channel import Channel
+from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, IntegrityError, LifeboatError, NotFound
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.domain_xml import Definition
@@ -232,6 +233,7 @@ class Source:
             present = self._protections.get(definition.uuid)
             if spec.raw_overlay_consent:
                 await raw_overlay.put_on(self._hypervisor, definition, spec.disks)
+                crash_point("raw-overlay-on")
             wanted: dict[str, Any] = {
                 "rpo_seconds": spec.rpo_seconds,
                 "priority": spec.priority,

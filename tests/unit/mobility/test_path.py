@@ -122,3 +122,17 @@ def test_a_device_that_is_gone_is_a_refusal_and_mended_when_it_is_back(
     path.set_anchor(ONE)
     assert path.mend()
     assert len(started) == 2
+
+
+def test_a_path_that_is_too_narrow_for_any_tunnel_is_named(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_module.judgement, "findings", lambda *_unused: [])
+    path = made(anchor=True)
+    path.learn_mtu(ONE, 1400)
+    assert path.findings() == []
+    path.learn_mtu(ONE, 1300)
+    (finding,) = path.findings()
+    assert f"path to {ONE}: carries 1300 octets" in str(finding)
+    path.learn_mtu(ONE, None)
+    assert path.findings() == []

@@ -28,7 +28,7 @@ from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
 from mobility_agent.datapath.routes import Route
 from mobility_agent.datapath.settings import SEG6, PathSettings
-from mobility_agent.datapath.wanted import MAIN_TABLE, OUTER_HEADER_OCTETS, Wanted
+from mobility_agent.datapath.wanted import LEAST_OUTER_OCTETS, MAIN_TABLE, OUTER_HEADER_OCTETS, Wanted
 from mobility_agent.errors import Finding, KernelRefused, MobilityError
 from mobility_agent.homes import Address, Home, is_single
 
@@ -382,7 +382,13 @@ class DataPath:
 
     def findings(self) -> list[Finding]:
         """What of this host stands in the way; empty when all is well."""
-        return judgement.findings(self.settings, self._ground)
+        found = judgement.findings(self.settings, self._ground)
+        for care_of, octets in self._wanted.mtu_octets.items():
+            if octets < LEAST_OUTER_OCTETS:
+                fact = f"carries {octets} octets: larger ones of the VMs' packets are lost in the tunnel"
+                way_out = f"have it carry {LEAST_OUTER_OCTETS}; see what tunnels are on the way"
+                found.append(Finding(f"path to {care_of}", fact, way_out, "unsupported"))
+        return found
 
 
 def _host(address: IPv6Address) -> IPv6Network:

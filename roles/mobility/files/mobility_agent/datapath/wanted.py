@@ -14,6 +14,8 @@ from mobility_agent.homes import Home
 MAIN_TABLE = 254
 OUTER_HEADER_OCTETS = 40
 _MINIMUM_MTU = 1280
+#: What a path must carry: of less no sender can be told, and nobody fragments the outer packet.
+LEAST_OUTER_OCTETS = _MINIMUM_MTU + OUTER_HEADER_OCTETS
 
 
 @dataclass(slots=True)

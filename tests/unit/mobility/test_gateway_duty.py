@@ -152,7 +152,7 @@ async def test_a_home_that_comes_back_drops_packets_until_the_anchors_say_where_
     await gateway.duty.reconcile(set())
     assert gateway.where() == (AWAY, None)
     assert gateway.kernel.leads == {HOME: "nowhere"}
-    assert gateway.duty.elsewhere(HOME.network_address, duplicate_detection=False)
+    assert gateway.duty.neighbourhood.elsewhere(HOME.network_address, duplicate_detection=False)
     # One anchor may know less than the other.
     await gateway.answer(1, None, anchors=("anchor2",))
     assert gateway.where() == (AWAY, None)

@@ -155,7 +155,7 @@ class Daemon:
 
     def _elsewhere(self, address: IPv6Address, duplicate_detection: bool) -> bool:
         gateway = self.parts.gateway
-        return gateway is not None and gateway.elsewhere(address, duplicate_detection)
+        return gateway is not None and gateway.neighbourhood.elsewhere(address, duplicate_detection)
 
     def _away_from(self, device: str, address: IPv6Address, _duplicate_detection: bool) -> bool:
         # Who asks whether the address of a VM that is away is free is told that it is not.
@@ -207,7 +207,7 @@ class Daemon:
                 self._bridges.add(bridge.name)
                 if parts.state == "running" and parts.gateway is not None:
                     parts.path.bridge_came(bridge.name)
-                    parts.gateway.bridge_came(bridge.name)
+                    parts.gateway.neighbourhood.bridge_came(bridge.name)
             elif not there and bridge.name in self._bridges:
                 logger.warning("bridge %s: is gone", bridge.name)
                 self._bridges.discard(bridge.name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_network
 from typing import Any
 
-from mobility_agent.homes import Home
+from mobility_agent.homes import Home, is_single
 from mobility_agent.messages.options import HandoffIndicator
 
 HERE, AWAY = "here", "away"
@@ -71,6 +71,8 @@ class Attachments:
     def __init__(self) -> None:
         self._by_vm: dict[str, Attachment] = {}
         self._owners: dict[Home, str] = {}
+        # Those of a VM that are more than one address.
+        self._wide: set[Home] = set()
 
     def __len__(self) -> int:
         return len(self._by_vm)
@@ -88,6 +90,7 @@ class Attachments:
         self.remove(attachment.vm)
         self._by_vm[attachment.vm] = attachment
         self._owners.update(dict.fromkeys(attachment.homes, attachment.vm))
+        self._wide.update(home for home in attachment.homes if not is_single(home))
 
     def remove(self, vm: str) -> None:
         """Know nothing of the VM any more."""
@@ -95,8 +98,14 @@ class Attachments:
         for home in known.homes if known is not None else ():
             if self._owners.get(home) == vm:
                 del self._owners[home]
+                self._wide.discard(home)
 
     def owner(self, home: Home) -> Attachment | None:
         """The VM that has ``home``."""
         vm = self._owners.get(home)
         return None if vm is None else self._by_vm[vm]
+
+    def around(self, address: IPv6Address) -> Iterable[Attachment]:
+        """The VMs that have a whole prefix with ``address`` in it."""
+        # Asked at every neighbour solicitation: not by looking at thousands of VMs.
+        return [self._by_vm[self._owners[home]] for home in self._wide if address in home]

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv6Address
 from typing import Any
 
 from mobility_agent.background import Background, again_and_again
@@ -21,8 +21,9 @@ from mobility_agent.errors import MobilityError, NotFound
 from mobility_agent.gateway.anchors import AnchorWatch
 from mobility_agent.gateway.arrivals import INSTEAD_OF_IPV4, IS_IPV4, Arrivals
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
+from mobility_agent.gateway.neighbourhood import Neighbourhood
 from mobility_agent.gateway.registrar import Outcome, Registrar
-from mobility_agent.homes import Home, is_single, only_ipv6
+from mobility_agent.homes import Home, only_ipv6
 from mobility_agent.messages.headers import BindingAcknowledgement, Heartbeat, Message, Revocation
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.messages.registration import acknowledge_loss, read_acknowledgement, read_loss
@@ -48,11 +49,11 @@ class GatewayDuty:
         self._path = path
         self._journal = journal
         self._send = send
-        self._responders = responders
         self._anchors = {peer.name: peer for peer in config.anchors}
         self.registrar = Registrar(self._anchors, config.tunnel_address, config.lifetime_seconds)
         self._link_locals = {bridge.name: bridge.link_local for bridge in config.bridges}
         self.attachments = Attachments()
+        self.neighbourhood = Neighbourhood(config.prefixes, self.attachments, responders)
         self._arrivals = Arrivals(config, path, self.attachments, self._link_locals)
         self._forwards: dict[str, float] = {}
         self._inquire_at = 0.0
@@ -309,7 +310,7 @@ class GatewayDuty:
         self.attachments.put(attachment)
         self._claim(attachment, began)
         self._send_due()
-        self._announce(attachment, attachment.mac)
+        self.neighbourhood.announce(attachment, attachment.mac)
         self._wake.set()
         self._journal.put(vm, attachment.as_record())
         await self._commit()
@@ -405,32 +406,9 @@ class GatewayDuty:
         )
         self._want(gone)
         self._keep(gone)
-        self._announce(gone, None)
+        self.neighbourhood.announce(gone, None)
         self._wake.set()
         logger.info("VM %s: gone to %s", vm, to or "a place not known yet", extra={"VM": vm})
-
-    def _announce(self, attachment: Attachment, mac: str | None) -> None:
-        responder = self._responders.get(attachment.bridge)
-        for home in attachment.homes if responder is not None else ():
-            if is_single(home) and responder is not None:
-                responder.announce(home.network_address, mac)
-
-    def elsewhere(self, address: IPv6Address, duplicate_detection: bool) -> bool:
-        """Whether to answer neighbour discovery for ``address``: it is a home address, and it is not here.
-
-        Where a prefix is native, others may have addresses that no agent knows of: only for VMs that are
-        known to be gone. And who asks whether an address is free is told no only for those.
-        """
-        owner = self.attachments.owner(IPv6Network(address))
-        if owner is not None:
-            return owner.state == AWAY
-        prefix = next((prefix for prefix in self._config.prefixes if address in prefix.network), None)
-        if prefix is None or prefix.native or duplicate_detection:
-            return False
-        # A whole prefix may be one VM's.
-        return not any(
-            address in home for known in self.attachments.all() if known.state == HERE for home in known.homes
-        )
 
     async def reconcile(self, running: set[str]) -> None:
         """What the hypervisor says is running is right: withdraw what is not."""
@@ -441,12 +419,6 @@ class GatewayDuty:
                     await self.depart(attachment.vm, None, withdraw=True)
                 except MobilityError as error:
                     logger.error("VM %s: %s; tried again", attachment.vm, error)
-
-    def bridge_came(self, bridge: str) -> None:
-        """A bridge is there (again): its VMs are told to their neighbours."""
-        for attachment in self.attachments.all():
-            if attachment.bridge == bridge:
-                self._announce(attachment, attachment.mac if attachment.state == HERE else None)
 
     # --- what is asked about ---
 

@@ -60,18 +60,20 @@ class Agenda:
 
     def renew(self, site: SiteSummary, seen: Observation, left: float | None, under_way: UnderWay) -> None:
         """Plan anew; ``site`` has those that wait, and what is known of it by now."""
-        self.plan = make_plan(site, left, overlap=self._overlap, known=self._forecasts)
+        gates = self._uplinks.gates if self._uplinks.adaptive else {}
+        busy = {name: under_way.busy_seconds(gate) for name, gate in gates.items()}
+        self.plan = make_plan(site, left, overlap=self._overlap, known=self._forecasts, busy_seconds=busy)
         self._made_at = seen.now
         self._made_with = self._inputs(seen, left)
-        # The plan is of those that wait, on a line that is theirs: it is, once those under way are through.
-        gates = self._uplinks.gates.values() if self._uplinks.adaptive else ()
-        free_in = {id(gate): under_way.free_in_seconds(gate) for gate in gates}
+        # The next may begin when the first of those under way is through.
+        free_in = {id(gate): under_way.free_in_seconds(gate) for gate in gates.values()}
         for planned in self.plan.vms:
             uuid = planned.vm.uuid
             self._rank[uuid] = planned.position
             self.worth[uuid] = planned.vm.weight / max(planned.forecast.seconds, 1e-3)
             if planned.start_seconds is not None:
-                starts_in = planned.start_seconds + free_in.get(id(self._uplinks.gate_of(planned.vm)), 0.0)
+                key = id(self._uplinks.gate_of(planned.vm))
+                starts_in = planned.start_seconds + free_in.get(key, 0.0)
                 self.starts_at[uuid] = seen.now + starts_in
             else:
                 self.starts_at.pop(uuid, None)

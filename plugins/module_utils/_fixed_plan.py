@@ -180,8 +180,8 @@ def _rates(moving: t.Sequence[_Moving], site: SiteSummary, now: float) -> dict[i
         for line in {one.line for one in sending}:
             of_pair = [one for one in sending if one.line is line]
             most, sent = line.pair.bytes_per_second, sum(told[id(one)] for one in of_pair)
-            for one in of_pair if most and sent > most else ():
-                told[id(one)] *= most / sent
+            if most is not None and 0 < most < sent:
+                told |= {id(one): told[id(one)] * most / sent for one in of_pair}
     return told
 
 

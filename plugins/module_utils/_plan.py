@@ -25,6 +25,9 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 # A reason word of a plan, beside those of a schedule and of a forecast.
 QUICKER_FOR_OTHERS = "quicker-so-that-more-get-out"
 _SEARCHED_THOROUGHLY = 2000
+# One large VM that is a little late has taken the place of many small ones: some time is kept, unless it
+# is much that is gained with less.
+SPARES = ((0.15, 0.0), (0.05, 0.2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +78,16 @@ def make_plan(
     *,
     overlap: bool = True,
     known: Forecasts | None = None,
+    busy_seconds: t.Mapping[str, float] | None = None,
+    spares: t.Sequence[tuple[float, float]] = SPARES,
 ) -> Plan:
     """The plan for now.
 
     ``deadline_seconds`` counts from now, None: no limit is known. ``overlap`` False: one VM at a time per
     site and no lead-in behind another's transfer, as the strategy ``sequential`` moves them.
-    ``known``: forecasts of plans before, for who plans again and again.
+    ``known``: forecasts of plans before, for who plans again and again. ``busy_seconds``: for how long those
+    under way still have an uplink to themselves. ``spares``: the shares of the time that are kept free, and
+    what must be gained in weight, where others are chosen than the first that fit.
     """
     known = known if known is not None else Forecasts()
     by_pair = lines(site)
@@ -89,19 +96,27 @@ def make_plan(
         line = by_pair[vm.pair]
         chosen[vm.uuid] = known.first(vm, line.rate, line.trip)
     ordered = order(site.vms, {uuid: max(told.seconds, 1e-3) for uuid, told in chosen.items()})
-    schedule = Schedule(site, ordered, by_pair, deadline_seconds, known, overlap=overlap)
+    schedule = Schedule(
+        site, ordered, by_pair, deadline_seconds, known, overlap=overlap, busy_seconds=busy_seconds
+    )
     forecasts = [chosen[vm.uuid] for vm in ordered]
     best = schedule.run(forecasts)
     given_up = [place for place, reason in enumerate(best.reasons) if reason == TOO_LATE]
     if not given_up or deadline_seconds is None:
         return _plan(ordered, best, deadline_seconds)
-    # Those that fit in their order may weigh less than others would: they come first instead.
-    other_order = _exchanged(ordered, schedule, forecasts)
-    if other_order != ordered:
-        other_schedule = Schedule(site, other_order, by_pair, deadline_seconds, known, overlap=overlap)
+    # Those that fit in their order may weigh less than others would: those come first instead.
+    first, tried = (ordered, schedule, forecasts), [ordered]
+    for spare_share, must_gain in spares if len(ordered) <= _SEARCHED_THOROUGHLY else spares[:1]:
+        other_order = _exchanged(*first, spare_share)
+        if other_order in tried:
+            continue
+        tried.append(other_order)
+        other_schedule = Schedule(
+            site, other_order, by_pair, deadline_seconds, known, overlap=overlap, busy_seconds=busy_seconds
+        )
         other_forecasts = [chosen[vm.uuid] for vm in other_order]
         other = other_schedule.run(other_forecasts)
-        if _worth(other_order, other) > _worth(ordered, best):
+        if _worth(other_order, other) > (1.0 + must_gain) * _worth(ordered, best):
             ordered, schedule, forecasts, best = other_order, other_schedule, other_forecasts, other
             given_up = [place for place, reason in enumerate(best.reasons) if reason == TOO_LATE]
     # Just enough guests are stopped for the others' sake; where that is not enough, all that may be.
@@ -119,7 +134,7 @@ def make_plan(
 
 
 def _exchanged(
-    ordered: list[VmSummary], schedule: Schedule, forecasts: t.Sequence[Forecast]
+    ordered: list[VmSummary], schedule: Schedule, forecasts: t.Sequence[Forecast], spare_share: float
 ) -> list[VmSummary]:
     """The order with those first that weigh most together and are out in time; a group counts as one."""
     names = [unit_of(vm) for vm in ordered]
@@ -137,7 +152,7 @@ def _exchanged(
     for line, inside in by_line.items():
         of_line = [units[name] for name in inside]
         of_line.sort(key=lambda unit: -unit.weight / max(unit.seconds, 1e-6))
-        saved |= weightiest(of_line, schedule.seconds_of(line))
+        saved |= weightiest(of_line, schedule.seconds_of(line, spare_share))
     # Sorting keeps the order of those that are alike in this.
     places = sorted(range(len(ordered)), key=lambda place: names[place] not in saved)
     return [ordered[place] for place in places]

@@ -121,7 +121,10 @@ def lines(site: SiteSummary) -> dict[tuple[str, str], Line]:
 
 
 class Schedule:
-    """An order of VMs on their lines. ``overlap`` False: one at a time, with nothing behind another."""
+    """An order of VMs on their lines. ``overlap`` False: one at a time, with nothing behind another.
+
+    ``busy_seconds``: for how long those under way have an uplink to themselves.
+    """
 
     def __init__(
         self,
@@ -132,8 +135,10 @@ class Schedule:
         known: Forecasts,
         *,
         overlap: bool,
+        busy_seconds: t.Mapping[str, float] | None = None,
     ) -> None:
         self._site = site
+        self._busy = busy_seconds or {}
         self._vms = ordered
         self._deadline = deadline_seconds
         self._overlap = overlap
@@ -179,9 +184,10 @@ class Schedule:
         """The uplink by which it leaves; one for all where one at a time goes."""
         return self._lines[position].pair.uplink if self._overlap else ""
 
-    def seconds_of(self, uplink: str) -> float:
-        """The seconds that all places of an uplink have until the deadline."""
-        deadline = float("inf") if self._deadline is None else self._deadline
+    def seconds_of(self, uplink: str, spare_share: float) -> float:
+        """The seconds that all places of an uplink have until the deadline, less that share of them."""
+        deadline = float("inf") if self._deadline is None else self._deadline * (1.0 - spare_share)
+        deadline -= self._busy_seconds(uplink)
         if not self._overlap:
             return deadline
         told = [line for line in self._by_pair.values() if line.pair.uplink == uplink]
@@ -240,6 +246,11 @@ class Schedule:
                 self._give_back(freed_uplink, self._lines[position])
             else:
                 over(position)
+
+    def _busy_seconds(self, uplink: str) -> float:
+        if not self._overlap:
+            return max(self._busy.values(), default=0.0)
+        return self._busy.get(uplink, 0.0)
 
     def _push(self, position: int) -> None:
         line = self._lines[position]

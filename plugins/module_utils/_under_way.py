@@ -87,6 +87,11 @@ class UnderWay:
                     told = min(told, live_seconds(move, move.bytes_per_second))
         return told
 
+    def busy_seconds(self, gate: Gate) -> float:
+        """For how long all that is left of them takes what the uplink carries; 0 where nothing says."""
+        rate = gate.capacity or gate.goodput
+        return self._queued_bytes(gate, rate) / rate if rate else 0.0
+
     def _packs(self, vm: VmSummary) -> None:
         self.packing[vm.source] = self.packing.get(vm.source, 0) + 1
 

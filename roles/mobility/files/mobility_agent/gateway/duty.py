@@ -165,7 +165,11 @@ class GatewayDuty:
     def _send_due(self) -> None:
         for outgoing in self.registrar.due(time.monotonic(), time.time()):
             message = outgoing.registration.update(outgoing.sequence)
-            self._send(self._anchors[outgoing.anchor], message)
+            try:
+                self._send(self._anchors[outgoing.anchor], message)
+            except ValueError as error:
+                # One with too many addresses for a message must not keep the others from being sent.
+                logger.error("VM %s: %s", outgoing.registration.vm, error)
 
     # --- messages ---
 

@@ -282,7 +282,7 @@ def test_order_keeps_dependencies_and_groups_where_both_can_be_kept(vms: list[Vm
 
 
 def test_a_guest_has_the_time_to_shut_down_that_the_deadline_leaves() -> None:
-    """The forecast counts twenty seconds; a proxy that is told nothing waits for sixty before it powers off."""
+    """The forecast counts twenty seconds; a proxy that is told nothing waits for sixty, then powers off."""
     boots = vm("a", lag_bytes=0.0, rungs=(Rung.RESTART, Rung.STAY))
     rest = forecast(boots, Rung.RESTART, 10 * MB, 0.0).seconds - 20.0
     assert shutdown_seconds_within(boots, None, 10 * MB, 0.0) == 60.0

@@ -164,3 +164,16 @@ def test_the_peers_that_protect_places_by_are_asked(
     assert told.returncode != 0
     assert "destination backup1: stands at home, the site to be emptied" in " ".join(told.stdout.split())
     assert stage.parts.evacuation.begun == []
+
+
+def test_a_hosts_variables_say_how_its_vms_may_leave(stage: Stage) -> None:
+    protect(stage)
+    stage.variables |= {"evacuate_fallback": "restart, stay", "evacuate_power_off": False}
+    done = stage.evacuate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    [options] = stage.parts.evacuation.options
+    assert (options.mode, options.power_off) == ("restart", False)
+    stage.variables |= {"evacuate_fallback": "teleport", "evacuate_shutdown_seconds": "long"}
+    told = " ".join(stage.evacuate().stdout.split())
+    assert "home1: evacuate_fallback teleport: is not known" in told
+    assert "evacuate_shutdown_seconds" in told

@@ -13,13 +13,10 @@ import time
 import typing as t
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from functools import partial
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import (
     ProxyError,
-    job_path,
-    vm_path,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_report import (
@@ -42,12 +39,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
     SiteSummary,
     VmSummary,
 )
-from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._errands import Done, Errands
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._requester import Requester
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
     Find,
     Proxy,
     Refused,
-    Surveyor,
     Wanted,
     ask,
     nobody,
@@ -56,8 +52,6 @@ from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor impo
 
 __all__ = ["Abandoned", "Coordinator", "Proxy", "Refused", "Wanted", "told_of"]
 
-_SHARE_LEASE_SECONDS = 20.0
-_POSTPONE_SECONDS = 30.0
 # How long a host may take to say how it stands; so long it is late, and then it is not reached.
 _ANSWER_SECONDS = 15.0
 # How long the last look waits for whoever is late.
@@ -68,8 +62,6 @@ _ERRANDS_SECONDS = 1.0
 _REFUSED_PATIENCE_SECONDS = 60.0
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
-# Of so many that stay it is asked with each line of progress what their replicas lack.
-_LAGS_ASKED = 6
 _UNREACHED_PATIENCE_SECONDS = 300.0
 # Where all others are done, so long is waited for a link that is down.
 _LINK_PATIENCE_SECONDS = 60.0
@@ -85,7 +77,7 @@ class Abandoned(Exception):
     """Whoever began this is gone: another may be going on with it, and two would be in each other's way."""
 
 
-class Coordinator(Surveyor):
+class Coordinator(Requester):
     """Works on proxies that are given, with a clock and a way to say things that are given."""
 
     def __init__(
@@ -104,20 +96,13 @@ class Coordinator(Surveyor):
         self._sleep = sleep
         self._abandoned = abandoned
         self._pending: dict[str, Future[dict[str, t.Any]]] = {}
-        self._begun: dict[str, str] = {}
-        self._errands = Errands(self._pool)
         # Asked to start: no answer yet; and those whose answer was lost.
         self._starting: set[str] = set()
         self._unanswered: set[str] = set()
         # The newest job that was known of each when it was last asked to start, "" for none.
         self._job_before: dict[str, str] = {}
-        # Until when passes were asked to wait, and hosts whose proxy cannot do that.
-        self._postponed: dict[str, float] = {}
-        self._cannot_postpone: set[str] = set()
         # Jobs that were under way at the first look were begun before; those that appear later, beside us.
         self._looked = False
-        self._to_pause: set[str] = set()
-        self._shares: dict[str, tuple[float | None, float]] = {}
         self._refusals: dict[str, dict[str, t.Any]] = {}
         # Refused for what may pass: since when, and what was said last.
         self._put_off: dict[str, tuple[float, dict[str, t.Any]]] = {}
@@ -415,105 +400,3 @@ class Coordinator(Surveyor):
 
     def _begin(self, host: str, body: t.Mapping[str, object]) -> dict[str, t.Any]:
         return dict(self._sources[host].request("POST", "/v1/evacuations", body))
-
-    def _pause(self, controller: Controller, uuid: str, eyes: Eyes) -> None:
-        def told(_job: t.Any, error: ProxyError | None) -> None:
-            if error is None:
-                eyes.paused.add(uuid)
-            elif error.cause == "unreachable":
-                self._to_pause.add(uuid)
-
-        self._ask(controller, uuid, "steer", {"pause_guest": True}, told, key="pause")
-
-    def _share(self, controller: Controller, uuid: str, share: float | None, now: float) -> None:
-        before, until = self._shares.get(uuid, (None, float("inf")))
-        renewed = until - now > _SHARE_LEASE_SECONDS / 2
-        if share == before and (share is None or renewed):
-            return
-        if share is not None and before is not None and abs(share - before) < 0.1 * before and renewed:
-            return
-        if uuid not in self._begun:
-            return
-        body: dict[str, object] = {
-            "share_bytes_per_second": None if share is None else max(share, 16_384.0),
-            "for_seconds": _SHARE_LEASE_SECONDS,
-        }
-
-        def told(_job: t.Any, error: ProxyError | None) -> None:
-            if error is not None:
-                self._shares.pop(uuid, None)
-
-        self._shares[uuid] = (share, now + _SHARE_LEASE_SECONDS)
-        self._ask(controller, uuid, "steer", body, told, key="share")
-
-    def _postpone(self, controller: Controller, held: t.Collection[str], now: float) -> None:
-        """Let the passes of those whose turn is near wait; a lease that ends by itself, as shares do."""
-        for uuid in held:
-            if self._postponed.get(uuid, 0.0) - now <= _POSTPONE_SECONDS / 2:
-                self._postponed[uuid] = now + _POSTPONE_SECONDS
-                self._ask_to_postpone(controller.source_of(uuid), uuid, _POSTPONE_SECONDS)
-        for uuid in [uuid for uuid in self._postponed if uuid not in held]:
-            # Of one that has begun its job holds the passes; one that waits on has them again.
-            if self._postponed.pop(uuid) > now and uuid in controller.waiting:
-                self._ask_to_postpone(controller.source_of(uuid), uuid, 0.0)
-
-    def _ask_for_lags(self, controller: Controller, seen: Observation) -> None:
-        """Of those that stay: what their replicas lack. Of a few; for each of them QEMU is asked."""
-        staying = [uuid for uuid in controller.given_up() if uuid not in seen.moves]
-        for uuid in staying[:_LAGS_ASKED]:
-            host = self.hosts[controller.source_of(uuid)]
-            known = next((vm for vm in host.status.get("vms", []) if vm["uuid"] == uuid), None)
-            if known is None or host.lost:
-                continue
-
-            def told(vm: t.Any, error: ProxyError | None, known: dict[str, t.Any] = known) -> None:
-                if error is None:
-                    known.update({key: vm.get(key) for key in ("lag_bytes", "lag_seconds", "generation")})
-
-            look = partial(self._sources[host.name].request, "GET", vm_path(uuid))
-            self._errands.send(host.name, f"lag {uuid}", look, told)
-
-    def _ask_to_postpone(self, host: str, uuid: str, seconds: float) -> None:
-        if host in self._cannot_postpone or self.hosts[host].lost:
-            return
-
-        def told(_vm: t.Any, error: ProxyError | None) -> None:
-            # Precaching that goes on takes some of the line, and nothing else: no reason to say anything.
-            if error is not None and error.cause == "not-found":
-                self._cannot_postpone.add(host)
-
-        proxy, body = self._sources[host], {"for_seconds": seconds}
-        path = f"{vm_path(uuid)}/postpone"
-        self._errands.send(host, f"postpone {uuid}", lambda: proxy.request("POST", path, body), told)
-
-    def _ask(
-        self,
-        controller: Controller,
-        uuid: str,
-        what: str,
-        body: t.Mapping[str, object] | None,
-        told: Done | None = None,
-        *,
-        key: str = "",
-    ) -> None:
-        self._steer(controller.source_of(uuid), self._begun.get(uuid, uuid), what, body, told, key=key)
-
-    def _steer(
-        self,
-        host: str,
-        job: str,
-        what: str,
-        body: t.Mapping[str, object] | None,
-        told: Done | None = None,
-        *,
-        key: str = "",
-    ) -> None:
-        def over(answer: t.Any, error: ProxyError | None) -> None:
-            # It may have ended since we looked: the next look says.
-            if error is not None and error.cause not in {"conflict", "not-found", "unreachable"}:
-                self._say(f"{host}: {error.message}")
-            if told is not None:
-                told(answer, error)
-
-        proxy, path = self._sources[host], job_path(job, what)
-        self._errands.send(host, f"{key or what} {job}", lambda: proxy.request("POST", path, body), over)

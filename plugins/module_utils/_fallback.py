@@ -115,7 +115,9 @@ def judge(
     hopeless = move.hopeless or (certain and not forecast(vm, Rung.LIVE, rate, round_trip_seconds).feasible)
     if hopeless and outruns and Rung.PAUSED in allowed:
         return Fall(Rung.PAUSED, "does-not-converge", _said(move, rate))
-    if hopeless and outruns and Rung.RESTART in allowed and (seconds_left is None or seconds_left > 0):
+    restart = usual_shutdown_seconds(vm) + BOOT_SECONDS + lead_in_seconds(round_trip_seconds) + 2 * closing
+    may_restart = Rung.RESTART in allowed and (seconds_left is None or restart <= seconds_left)
+    if hopeless and outruns and may_restart:
         return Fall(Rung.RESTART, "does-not-converge", _said(move, rate))
     if seconds_left is None or seconds_left <= 0:
         return None
@@ -127,8 +129,7 @@ def judge(
         if seconds_left <= latest + max(MARGIN_SECONDS, 0.1 * latest):
             return Fall(Rung.PAUSED, "deadline", f"{seconds_left:.0f} s are left, live takes {_long(live)}")
         return None
-    restart = usual_shutdown_seconds(vm) + BOOT_SECONDS + lead_in_seconds(round_trip_seconds) + 2 * closing
-    if Rung.RESTART in allowed and restart <= seconds_left and paused > seconds_left:
+    if may_restart and paused > seconds_left:
         return Fall(
             Rung.RESTART, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(paused)}"
         )

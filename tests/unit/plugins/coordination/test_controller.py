@@ -396,6 +396,9 @@ def test_nothing_under_way_is_cancelled_for_a_deadline_that_has_passed(left: flo
     assert judge(busy, bulk, 6e6, 0.18, left) is None
     outruns = replace(bulk, hopeless=True, dirty_bytes_per_second=9e6)
     assert judge(busy, outruns, 6e6, 0.18, left) is None, "a restart could not be begun any more"
+    for seconds, rung in ((20.0, None), (60.0, Rung.RESTART)):
+        fall = judge(busy, outruns, 6e6, 0.18, seconds)
+        assert (fall and fall.rung) == rung, "not cancelled for a restart for which there is no time"
     stopped = judge(replace(busy, rungs=(Rung.LIVE, Rung.PAUSED)), outruns, 6e6, 0.18, left)
     assert stopped is not None
     assert stopped.rung is Rung.PAUSED, "else it would go on for ever"

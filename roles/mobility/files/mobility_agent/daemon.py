@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from ipaddress import IPv6Address
 
 from mobility_agent.anchor.duty import AnchorDuty
@@ -265,14 +265,14 @@ class Daemon:
         parts = self.parts
         await self._server.stop()
         if parts.learner is not None:
-            await parts.learner.stop()
+            await _stopped(parts.learner.stop())
         if self._learning is not None:
             self._learning.close()
         if parts.moves is not None:
-            await parts.moves.stop()
+            await _stopped(parts.moves.stop())
         for duty in (parts.gateway, parts.anchor):
             if duty is not None:
-                await duty.stop()
+                await _stopped(duty.stop())
         parts.transport.stop()
         self._mtu_listener.stop()
         for responder in (*parts.responders.values(), *self._home_links.values()):
@@ -287,6 +287,14 @@ class Daemon:
             except (MobilityError, OSError) as error:
                 logger.error("data path: not all of it was withdrawn: %s", error)
         parts.path.close()
+
+
+async def _stopped(stop: Coroutine[None, None, None]) -> None:
+    """What one part says of its end keeps no other from ending well."""
+    try:
+        await stop
+    except Exception:
+        logger.exception("while stopping")
 
 
 @contextlib.contextmanager

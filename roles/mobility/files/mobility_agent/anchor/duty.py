@@ -144,13 +144,15 @@ class AnchorDuty:
 
     async def stop(self) -> None:
         """Serve no more; routes and records stay."""
-        await self.attractor.stop()
-        await self._background.stop()
-        for task in list(self._tasks):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self._journal.close()
+        try:
+            await self.attractor.stop()
+            await self._background.stop()
+            for task in list(self._tasks):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        finally:
+            self._journal.close()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

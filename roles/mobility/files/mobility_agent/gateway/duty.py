@@ -117,8 +117,10 @@ class GatewayDuty:
 
     async def stop(self) -> None:
         """Serve no more; routes and records stay."""
-        await self._background.stop()
-        self._journal.close()
+        try:
+            await self._background.stop()
+        finally:
+            self._journal.close()
 
     def _claim(self, attachment: Attachment, now: float) -> None:
         self.registrar.attach(

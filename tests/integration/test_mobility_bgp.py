@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network
@@ -145,6 +146,16 @@ def test_routers_follow_a_vm_by_bgp_and_its_connection_goes_on(tmp_path: Path) -
         # The site that it left dies: nothing of it is needed any more.
         net["router"].ip("link set gateway1 down")
         assert pings(net["client"], guest.home)
+        # A host loses power: routing is told of the VM when it runs there again, and not from a journal.
+        agents["gateway2"].kill()
+        (agents["gateway2"].directory / "run" / "mobility.lock").unlink()
+        net["gateway2"].run("ip", "-6", "route", "flush", "table", "main", "proto", "76")
+        eventually(lambda: way(net, guest) is None, 20)
+        agents["gateway2"].start()
+        time.sleep(1)
+        assert way(net, guest) is None
+        agents["gateway2"].arrive(guest, 4)
+        eventually(lambda: way(net, guest) == "gateway2", 20)
         agents["gateway2"].depart(guest, withdraw=True)
         eventually(lambda: way(net, guest) is None, 20)
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from mobility_agent import durable
 from mobility_agent.anchor.duty import AnchorDuty
 from mobility_agent.config import Peer, parse
 from mobility_agent.durable import Journal
@@ -165,6 +166,31 @@ async def test_what_the_disk_refused_is_not_acknowledged_before_it_is_kept(
         assert await anchor.ask("backup", 2, HandoffIndicator.UNCHANGED) is None
     assert await anchor.ask("backup", 2) == Status.ACCEPTED
     assert anchor.kept()[VM]["epoch"] == 2
+
+
+async def test_what_is_asked_twice_while_the_disk_is_slow_is_written_once_and_answered_after_it(
+    anchor: Anchor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    sync = durable.os.fdatasync
+
+    def slow(file: int) -> None:
+        time.sleep(0.3)
+        sync(file)
+        synced.append(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fdatasync", slow)
+        assert await anchor.ask("home", 1) is None
+        assert await anchor.ask("home", 1) is None
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if anchor.sent:
+                break
+    assert len(synced) == 1
+    statuses = [m.status for _who, m in anchor.sent if isinstance(m, BindingAcknowledgement)]
+    assert statuses == [Status.ACCEPTED, Status.ACCEPTED]
+    assert (anchor.directory / "bindings.journal").read_bytes().count(b"\n") == 1
 
 
 async def test_who_had_a_vm_is_awaited_until_it_knows(anchor: Anchor) -> None:

@@ -58,11 +58,15 @@ class _Telling:
     told: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Owed:
-    """A VM that is bound, but not in the kernel or not on disk yet: ``before`` is what held until then."""
+    """A VM that is bound, but not on disk yet: ``before`` is what held until then.
+
+    ``failed``: nor will it be, or its routes are not in the kernel, unless all of it is done again.
+    """
 
     before: Binding | None
+    failed: bool = False
 
 
 class AnchorDuty:
@@ -208,8 +212,9 @@ class AnchorDuty:
         )
         self._log(verdict)
         owed = self._owed.get(asked.vm)
-        if verdict.accepted and owed is not None:
-            # Asked again for what was not carried out, or is not kept: as if for the first time.
+        if verdict.accepted and owed is not None and owed.failed:
+            # Asked again for what was not carried out, or was not kept: as if for the first time.
+            del self._owed[asked.vm]
             cause = "bound" if verdict.cause == "refreshed" else verdict.cause
             verdict = replace(verdict, before=owed.before, cause=cause)
         if verdict.cause in _ENLIGHTENING:
@@ -218,14 +223,14 @@ class AnchorDuty:
             self._carry_out(verdict)
         except MobilityError as error:
             logger.error("VM %s: bound, but without a route: %s", asked.vm, error)
-            self._owed[asked.vm] = _Owed(verdict.before)
+            self._owed[asked.vm] = _Owed(verdict.before, failed=True)
             self._send(peer, refusal(update, Status.INSUFFICIENT_RESOURCES))
             return
         if not update.acknowledge:
             return
         answer = self._answer(asked, verdict, update.sequence)
         kept = verdict.before != verdict.after and verdict.cause != "refreshed"
-        if kept:
+        if kept or (verdict.accepted and asked.vm in self._owed):
             # Nobody is told that it is bound before it would be bound after a power cut, too.
             owed = self._owed.setdefault(asked.vm, _Owed(verdict.before))
             self._unsent.append((peer, asked.vm, owed, answer))
@@ -248,6 +253,8 @@ class AnchorDuty:
             await self._journal.commit()
         except OSError:
             # It was logged; the gateways ask again, and perhaps there is room then.
+            for _unused, _vm, owed, _answer in answers:
+                owed.failed = True
             return
         for peer, vm, owed, answer in answers:
             if self._owed.get(vm) is owed:

@@ -384,13 +384,6 @@ class Conversation:
         assert min(self.received.values()) > 0
 
 
-def memory_octets(process: subprocess.Popen[bytes]) -> int:
-    """What the process holds in memory."""
-    text = Path(f"/proc/{process.pid}/status").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
-
-
 def probe_gap(space: Namespace, target: IPv6Address, seconds: float) -> tuple[float, int]:
     """(longest time without an answer in seconds, probes lost) of pings every 10 ms."""
     count = int(seconds * 100)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from integration.mobility_agents import ANCHORS, Agent, Agents, Conversation, agents_running
+from integration.mobility_agents import ANCHORS, Agent, Agents, agents_running, probe_gap
 from integration.mobility_net import BRIDGE, HOME_PREFIX, eventually
 from mobility_agent.durable import Journal
 
@@ -23,6 +26,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 
 VMS = 5000
 REGISTERED_SECONDS, RESTARTED_SECONDS, ANCHOR_MIB = 10.0, 5.0, 150.0
+# "As quick as alone": what a hand-over may take more than alone, on two cores that four busy processes share
+# with it: a tenth of what an arrival may take in all. Seen: 0.05 to 0.06. Of at least so many the median.
+MORE_AMONG_THEM_SECONDS, MEASURED = 0.1, 3
 
 
 def _keep(state: Path) -> None:
@@ -69,6 +75,10 @@ def agents(tmp_path: Path) -> Iterator[Agents]:
         yield agents
 
 
+def _status(agent: Agent) -> dict[str, Any]:
+    return dict(agent.ask("GET", "/v1/status")["gateway"])
+
+
 def test_five_thousand_vms(agents: Agents, tmp_path: Path) -> None:
     figures: dict[str, float] = {}
     gateway = agents["gateway1"]
@@ -82,33 +92,44 @@ def test_five_thousand_vms(agents: Agents, tmp_path: Path) -> None:
     figures["anchor_mib"] = max(_resident_mib(agents[name]) for name in ANCHORS)
 
     # One among them is handed over, first alone and then while all others are confirmed anew.
-    guest = agents.net.guest("one", at="gateway1")
-    gateway.arrive(guest, 1, wait_seconds=10)
-    talk = Conversation(agents.net["client"], guest)
+    guest, still = agents.net.guest("one", at="gateway1"), agents.net.guest("still", at="gateway1")
+    for one in (guest, still):
+        gateway.arrive(one, 1, wait_seconds=10)
+    epoch = 1
 
-    def hand_over(to: str, epoch: int) -> float:
+    def hand_over() -> float:
+        """Away and back; how long until both anchors had acknowledged that it is back, in seconds."""
+        nonlocal epoch
+        agents["gateway2"].arrive(guest, epoch + 1, wait_seconds=10)
+        epoch += 2
         begun = time.monotonic()
-        answer = agents[to].arrive(guest, epoch, wait_seconds=10)
+        answer = gateway.arrive(guest, epoch, wait_seconds=10)
         assert sorted(answer["acknowledged"]) == sorted(ANCHORS)
         return time.monotonic() - begun
 
-    guest.plug("gateway2")
-    figures["one_alone_seconds"] = hand_over("gateway2", 2)
-    gateway.kill()
-    talk.goes_on()
-    began = time.monotonic()
-    gateway.start(wait=False)
-    eventually(gateway.answers, 60, 0.02)
-    guest.plug("gateway1")
-    figures["one_among_them_seconds"] = hand_over("gateway1", 3)
-    eventually(lambda: gateway.ask("GET", "/v1/status")["gateway"]["registrations_pending"] == 0, 60)
-    figures["restarted_seconds"] = time.monotonic() - began
-    talk.goes_on()
-    talk.end()
-    figures["longest_stall_seconds"] = max(talk.longest_gap_seconds.values())
+    alone = [hand_over() for _ in range(9)]
+    figures["one_alone_seconds"] = statistics.median(alone)
+    # What is asked of a restart: that no packet of a VM which is here and stays here is lost.
+    with ThreadPoolExecutor(1) as threads:
+        probes = threads.submit(probe_gap, agents.net["client"], still.home, 10)
+        time.sleep(1)
+        gateway.kill()
+        began = time.monotonic()
+        gateway.start(wait=False)
+        eventually(gateway.answers, 60, 0.02)
+        among: list[float] = []
+        while _status(gateway)["registrations_pending"]:
+            taken = hand_over()
+            if _status(gateway)["registrations_pending"]:
+                among.append(taken)
+        figures["restarted_seconds"] = time.monotonic() - began
+        figures["longest_gap_seconds"], figures["lost"] = probes.result()
+    assert len(among) >= MEASURED
+    figures["one_among_them_seconds"] = statistics.median(among)
+    figures["slowest_among_them_seconds"] = max(among)
     print(json.dumps(figures))
-    assert talk.failures == []
     assert figures["registered_seconds"] < REGISTERED_SECONDS
     assert figures["restarted_seconds"] < RESTARTED_SECONDS
     assert figures["anchor_mib"] < ANCHOR_MIB
-    assert figures["one_among_them_seconds"] < figures["one_alone_seconds"] + 1
+    assert figures["lost"] == 0
+    assert figures["one_among_them_seconds"] < figures["one_alone_seconds"] + MORE_AMONG_THEM_SECONDS

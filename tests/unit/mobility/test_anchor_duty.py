@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Iterable
 from ipaddress import IPv6Address, IPv6Network
@@ -172,10 +173,10 @@ async def test_what_is_asked_twice_while_the_disk_is_slow_is_written_once_and_an
     anchor: Anchor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
-    sync = durable.os.fdatasync
+    sync, written = durable.os.fdatasync, threading.Event()
 
     def slow(file: int) -> None:
-        time.sleep(0.3)
+        written.wait(10)
         sync(file)
         synced.append(file)
 
@@ -183,9 +184,10 @@ async def test_what_is_asked_twice_while_the_disk_is_slow_is_written_once_and_an
         patch.setattr(durable.os, "fdatasync", slow)
         assert await anchor.ask("home", 1) is None
         assert await anchor.ask("home", 1) is None
-        for _ in range(100):
+        written.set()
+        for _ in range(200):
             await asyncio.sleep(0.01)
-            if anchor.sent:
+            if len(anchor.sent) == 2:
                 break
     assert len(synced) == 1
     statuses = [m.status for _who, m in anchor.sent if isinstance(m, BindingAcknowledgement)]

@@ -119,7 +119,7 @@ class Transport:
 
     def _read(self) -> None:
         # A bounded share, so that timers and the control interface get their turn in a flood.
-        for _unused in range(64):
+        for _unused in range(16):
             if self._socket is None:
                 return
             try:

@@ -108,9 +108,31 @@ def test_a_refresh_from_a_care_of_address_that_is_not_bound_is_refused(anchor: A
     anchor.ask(OLD, 4, HANDOFF)
     verdict = anchor.ask(NEW, 4, REFRESH, at=5)
     assert (verdict.status, verdict.cause) == (Status.ADMINISTRATIVELY_PROHIBITED, "not-bound")
-    anchor.ask(OLD, 4, REFRESH, at=6, lifetime=0)
-    assert anchor.ask(NEW, 4, REFRESH, at=7).cause == "not-bound"
+    # Nor from one that had it and may not know yet that it lost it, when nobody has it.
+    anchor.ask(NEW, 5, HANDOFF, at=6)
+    anchor.ask(NEW, 5, REFRESH, at=7, lifetime=0)
+    assert anchor.ask(OLD, 5, REFRESH, at=8).cause == "not-bound"
     assert anchor.where() is None
+
+
+def test_one_that_only_asks_in_the_holders_epoch_does_not_lock_the_holder_out(anchor: Anchor) -> None:
+    # This anchor was away while the VM went from OLD to NEW in epoch 2.
+    anchor.ask(OLD, 1, HANDOFF)
+    assert anchor.ask(OLD, 2, REFRESH, at=1, lifetime=0).cause == "withdrawn"
+    assert anchor.ask(NEW, 2, REFRESH, at=2).accepted
+    assert anchor.where() == NEW_CARE_OF
+
+
+def test_a_gateway_on_the_same_home_link_is_not_awaited() -> None:
+    prefix = RULES.prefixes[0]
+    both = Anchor()
+    both.table = BindingTable(replace(RULES, home_gateways=[(prefix, frozenset({OLD, NEW}))]))
+    one = Anchor()
+    one.table = BindingTable(replace(RULES, home_gateways=[(prefix, frozenset({OLD}))]))
+    for anchor in both, one:
+        anchor.ask(OLD, 1, HANDOFF)
+        anchor.ask(NEW, 2, HANDOFF)
+    assert (both.table.awaited(prefix), one.table.awaited(prefix)) == (0, 1)
 
 
 def test_of_two_starts_in_one_epoch_the_later_wins(anchor: Anchor) -> None:
@@ -247,8 +269,9 @@ def test_an_epoch_never_goes_back_and_a_replay_never_changes_anything(
             moved = verdict.before is not None and verdict.before.care_of != verdict.after.care_of
             if moved and verdict.before is not None and verdict.before.active:
                 assert verdict.after.epoch > epoch or handoff is START
-            if handoff is REFRESH and moved:
-                assert verdict.after.epoch > epoch
+            if handoff is REFRESH and moved and verdict.before is not None:
+                nobodys = not verdict.before.active and gateway not in verdict.before.untold
+                assert verdict.after.epoch > epoch or nobodys or lifetime == 0
             epoch, ticks = verdict.after.epoch, verdict.after.ticks
             accepted.append((gateway, asked_epoch, handoff, at, lifetime))
         else:

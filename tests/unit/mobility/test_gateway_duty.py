@@ -17,8 +17,14 @@ from mobility_agent.durable import Journal
 from mobility_agent.errors import KernelRefused
 from mobility_agent.gateway.attachments import AWAY, HERE
 from mobility_agent.gateway.duty import GatewayDuty
-from mobility_agent.messages.headers import BindingUpdate, Heartbeat, Message, Status
-from mobility_agent.messages.registration import Acknowledgement, read_registration
+from mobility_agent.messages.headers import (
+    BindingUpdate,
+    Heartbeat,
+    Message,
+    RevocationAcknowledgement,
+    Status,
+)
+from mobility_agent.messages.registration import Acknowledgement, Loss, read_registration
 
 VM = "11111111-2222-3333-4444-555555555555"
 HOME = IPv6Network("2001:db8:100::5/128")
@@ -195,6 +201,31 @@ async def test_a_vm_that_went_stays_known_as_long_as_an_anchor_knows_of_it(
     await gateway.answer(None, None)
     assert gateway.where() is None
     assert gateway.kernel.leads == {}
+    await gateway.duty.stop()
+
+
+async def test_of_a_vm_that_was_forgotten_the_anchors_word_is_taken_where_it_runs_now(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    await gateway.arrive(1)
+    await gateway.answer(1, gateway.config.tunnel_address)
+    await gateway.duty.depart(VM, None, withdraw=True)
+    await gateway.answer(1, None)
+    assert gateway.where() is None
+    anchor = gateway.config.peer("anchor1")
+    assert anchor is not None
+    strange = IPv6Network("2001:db8:999::5/128")
+    gateway.duty.take(anchor, Loss(VM, (strange,), 2, 8, BACKUP).message(1))
+    gateway.duty.take(anchor, Loss(VM, (HOME,), 2, 8, None).message(2))
+    assert gateway.where() is None
+    gateway.sent.clear()
+    gateway.duty.take(anchor, Loss(VM, (HOME,), 2, 9, BACKUP).message(3))
+    assert [who for who, m in gateway.sent if isinstance(m, RevocationAcknowledgement)] == ["anchor1"]
+    assert gateway.where() == (AWAY, BACKUP)
+    assert gateway.kernel.leads == {HOME: BACKUP}
+    await asyncio.sleep(0.02)
+    await gateway.duty.stop()
+    gateway.start()
+    assert gateway.where() == (AWAY, BACKUP)
     await gateway.duty.stop()
 
 

@@ -11,7 +11,8 @@ which they are asked:
 5. the timestamp is near the anchor's clock (RFC 5213 section 5.5), so that no gateway can reserve the future;
 6. a newer epoch takes the binding over; within one epoch only the claim of a VM newly *started* does
    (handoff indicator 1). A hand-off (3) without a newer epoch and a refresh (5) from a care-of address that
-   is not bound are refused: so an old gateway's refresh never steals a binding back.
+   is not bound are refused: so an old gateway's refresh never steals a binding back. What is bound nowhere
+   may be refreshed by any but those that had it and may not know yet that they lost it.
 
 A withdrawn or expired binding stays known without a route: its epoch still counts.
 """
@@ -45,6 +46,8 @@ class Rules:
 
     prefixes: Sequence[IPv6Network]
     gateways: Mapping[IPv6Address, KnownGateway]
+    #: Which gateways stand on the home link of a prefix.
+    home_gateways: Sequence[tuple[IPv6Network, frozenset[IPv6Address]]] = ()
     timestamp_window_seconds: float = 10.0
     max_lifetime_seconds: int = 600
 
@@ -226,12 +229,19 @@ class BindingTable:
         self._bindings[vm] = binding = replace(binding, untold=rest)
         return binding
 
+    def to_tell(self, binding: Binding) -> tuple[IPv6Address, ...]:
+        """The untold gateways, ours, at which packets could end; none that shares the VM's home link."""
+        beside: set[IPv6Address] = set()
+        for prefix, gateways in self.rules.home_gateways if binding.untold else ():
+            if binding.gateway in gateways and all(home.subnet_of(prefix) for home in binding.homes):
+                beside |= gateways
+        return tuple(one for one in binding.untold if one in self.rules.gateways and one not in beside)
+
     def awaited(self, prefix: IPv6Network) -> int:
         """How many VMs of ``prefix`` are bound while a gateway that had them, one of ours, is untold."""
-        gateways = self.rules.gateways
         return sum(
             binding.active
-            and any(gateway in gateways for gateway in binding.untold)
+            and bool(self.to_tell(binding))
             and any(home.subnet_of(prefix) for home in binding.homes)
             for binding in self._bindings.values()
         )
@@ -280,7 +290,7 @@ class BindingTable:
             )
             return Status.ADMINISTRATIVELY_PROHIBITED, "foreign-care-of", fact
         if before is not None:
-            stale = self._stale(asked, before, known.name)
+            stale = self._stale(asked, gateway, before, known.name)
             if stale is not None:
                 return stale
         if asked.lifetime_seconds:
@@ -294,7 +304,9 @@ class BindingTable:
             return Status.TIMESTAMP_MISMATCH, "clock", fact
         return None
 
-    def _stale(self, asked: Registration, before: Binding, name: str) -> tuple[Status, str, str] | None:
+    def _stale(
+        self, asked: Registration, gateway: IPv6Address, before: Binding, name: str
+    ) -> tuple[Status, str, str] | None:
         subject = f"VM {asked.vm}"
         if asked.epoch < before.epoch:
             fact = f"{subject}: {name} claims epoch {asked.epoch}, but epoch {before.epoch} is known"
@@ -308,7 +320,8 @@ class BindingTable:
             return Status.TIMESTAMP_TOO_LOW, "replay", fact
         if asked.care_of == before.care_of or asked.lifetime_seconds == 0:
             return None
-        if asked.refresh:
+        # Withdrawn here in the holder's epoch by one that only asked: the holder must not be locked out.
+        if asked.refresh and (before.active or gateway in before.untold):
             fact = f"{subject}: {name} refreshes a binding that it does not hold"
             return Status.ADMINISTRATIVELY_PROHIBITED, "not-bound", fact
         if before.active and asked.handoff is not HandoffIndicator.NEW_INTERFACE:

@@ -92,9 +92,15 @@ class AnchorDuty:
             for peer in config.partners
             if peer.gateway
         }
+        addresses = {peer.name: peer.address for peer in config.partners}
+        self._home_gateways = [
+            (prefix.network, frozenset(addresses[name] for name in prefix.link_gateways))
+            for prefix in config.prefixes
+        ]
         self._rules = Rules(
             prefixes=[prefix.network for prefix in config.prefixes],
             gateways=gateways,
+            home_gateways=self._home_gateways,
             timestamp_window_seconds=config.timestamp_window_seconds,
         )
         self.table = BindingTable(self._rules)
@@ -106,11 +112,6 @@ class AnchorDuty:
             self.table.awaited,
         )
         self._peers = {peer.address: peer for peer in config.partners}
-        addresses = {peer.name: peer.address for peer in config.partners}
-        self._home_gateways = [
-            (prefix.network, frozenset(addresses[name] for name in prefix.link_gateways))
-            for prefix in config.prefixes
-        ]
         self._tellings: dict[tuple[str, IPv6Address], _Telling] = {}
         self._telling_sequence = 0
         self._background = Background()
@@ -217,7 +218,8 @@ class AnchorDuty:
             del self._owed[asked.vm]
             cause = "bound" if verdict.cause == "refreshed" else verdict.cause
             verdict = replace(verdict, before=owed.before, cause=cause)
-        if verdict.cause in _ENLIGHTENING:
+        nowhere = verdict.after is None or not verdict.after.active
+        if verdict.cause in _ENLIGHTENING and not (verdict.cause == "not-bound" and nowhere):
             self._told(asked.vm, peer.address)
         try:
             self._carry_out(verdict)
@@ -300,8 +302,13 @@ class AnchorDuty:
             self._journal.put(after.vm, after.as_record())
             self._show_on_home_link(before, after)
         displaced = verdict.displaced
+        losers = dict.fromkeys(self.table.to_tell(after) if after.active else ())
         if displaced is not None:
-            self._tell_loss(displaced, after)
+            losers[displaced.gateway] = None
+        for gateway in losers:
+            # One that was cut off when it lost the VM, or had given it up before it ran elsewhere, does not
+            # ask: each refresh tells it once more.
+            self._tell_loss(gateway, after, once=verdict.cause == "refreshed" and displaced is None)
         self._wake.set()
 
     # --- the home link ---
@@ -344,12 +351,15 @@ class AnchorDuty:
 
     # --- who lost ---
 
-    def _tell_loss(self, displaced: Binding, after: Binding) -> None:
+    def _tell_loss(self, gateway: IPv6Address, after: Binding, *, once: bool = False) -> None:
+        if once and (after.vm, gateway) in self._tellings:
+            return
         self._telling_sequence = (self._telling_sequence + 1) & 0xFFFF
         holder = after.care_of if after.active else None
-        loss = Loss(after.vm, displaced.homes, after.epoch, after.ticks, holder)
-        telling = _Telling(displaced.gateway, loss, self._telling_sequence, time.monotonic())
-        self._tellings[after.vm, displaced.gateway] = telling
+        loss = Loss(after.vm, after.homes, after.epoch, after.ticks, holder)
+        told = _TELLINGS - 1 if once else 0
+        telling = _Telling(gateway, loss, self._telling_sequence, time.monotonic(), told)
+        self._tellings[after.vm, gateway] = telling
         # The new holder may lose it again before the old one has confirmed: then that word is void.
         self._tellings.pop((after.vm, after.gateway), None)
         self._tell_again(telling.due_at)
@@ -360,7 +370,7 @@ class AnchorDuty:
                 continue
             peer = self._peers.get(telling.gateway)
             if peer is None or telling.told >= _TELLINGS:
-                # It learns at its next refresh, when it lives.
+                # It learns at its next refresh, or at the holder's, when it lives.
                 del self._tellings[key]
                 continue
             self._send(peer, telling.loss.message(telling.sequence))

@@ -23,10 +23,15 @@ from mobility_agent.gateway.arrivals import INSTEAD_OF_IPV4, IS_IPV4, Arrivals
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
 from mobility_agent.gateway.neighbourhood import Neighbourhood
 from mobility_agent.gateway.registrar import Outcome, Registrar
-from mobility_agent.homes import Home, only_ipv6
+from mobility_agent.homes import Home, only_ipv6, within
 from mobility_agent.messages.headers import BindingAcknowledgement, Heartbeat, Message, Revocation
 from mobility_agent.messages.options import HandoffIndicator
-from mobility_agent.messages.registration import acknowledge_loss, read_acknowledgement, read_loss
+from mobility_agent.messages.registration import (
+    Loss,
+    acknowledge_loss,
+    read_acknowledgement,
+    read_loss,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -233,8 +238,8 @@ class GatewayDuty:
         self._send(peer, acknowledge_loss(message))
         attachment = self.attachments.get(loss.vm)
         if attachment is None:
-            return
-        if attachment.state == AWAY:
+            self._take_word(loss)
+        elif attachment.state == AWAY:
             newer = loss.epoch >= attachment.epoch and loss.holder not in {None, attachment.to}
             if newer:
                 self._leave(loss.vm, loss.holder, loss.epoch)
@@ -247,6 +252,18 @@ class GatewayDuty:
                 loss.epoch,
             )
             self._leave(loss.vm, loss.holder, loss.epoch)
+
+    def _take_word(self, loss: Loss) -> None:
+        """It was forgotten here as it ran nowhere, and runs elsewhere now: its packets still come here."""
+        networks, own = self._config.networks, self._config.tunnel_address
+        homes = tuple(home for home in loss.homes if any(within(home, network) for network in networks))
+        taken = any(self.attachments.owner(home) is not None for home in homes)
+        if homes and not taken and loss.holder is not None and loss.holder != own:
+            gone = Attachment(loss.vm, homes, "", "", loss.epoch, time.time(), state=AWAY, to=loss.holder)
+            self._want(gone)
+            self._keep(gone)
+            self._wake.set()
+            logger.info("VM %s: was here, and is at %s now", loss.vm, loss.holder, extra={"VM": loss.vm})
 
     # --- VMs come and go ---
 

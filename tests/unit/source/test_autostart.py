@@ -122,6 +122,18 @@ async def test_a_restart_of_the_proxy_forgets_no_start_and_makes_none_anew(
     assert not domain.isActive(), "stopped since, so it stays so"
 
 
+async def test_an_upgrade_starts_nobody_who_was_shut_off_since_the_boot(
+    hypervisor: Hypervisor, domain: Any, record: ProtectionRecord, tmp_path: Path
+) -> None:
+    if domain.isActive():
+        domain.destroy()
+    record.autostart = True
+    (tmp_path / "autostart.done").touch()
+    proxy = booted(tmp_path, hypervisor, Peer())
+    await asyncio.wait_for(autostart.start_after_boot(proxy, [record]), 5)
+    assert not domain.isActive()
+
+
 async def test_a_vm_that_is_started_by_hand_or_not_protected_any_more_waits_no_longer(
     hypervisor: Hypervisor,
     domain: Any,

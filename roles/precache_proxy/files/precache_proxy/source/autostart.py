@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ASK_AGAIN_SECONDS = 10.0
+# What the release of before left beside ours once it had started whom it had to.
+_FORMER = "autostart.done"
 # The cause in a guard file that only a new arrival of the VM takes away.
 _FOR_GOOD = "moved-away"
 
@@ -60,6 +63,8 @@ class AfterBoot:
     def __init__(self, path: Path) -> None:
         self.waits: dict[str, str] = {}
         self._path = path
+        # Many are decided at the same time, each in a thread: what was written last must be what holds.
+        self._writing = threading.Lock()
 
     def begin(self, records: Sequence[ProtectionRecord]) -> None:
         """Find out who is to be started (blocking)."""
@@ -67,6 +72,9 @@ class AfterBoot:
         try:
             told = durable.read_json(self._path)
             waiting = known if told is None else known & set(told["waiting"])
+            if told is None and self._path.with_name(_FORMER).exists():
+                # Another release had started them after this boot: what is off since then is so on purpose.
+                waiting = set()
         except (IntegrityError, KeyError, TypeError) as error:
             logger.error("no VM is started after boot: %s: %s", self._path, error)
             waiting = set()
@@ -75,8 +83,9 @@ class AfterBoot:
 
     def decided(self, vm: str) -> None:
         """It was started, or is not to be, or is not protected any more (blocking)."""
-        if self.waits.pop(vm, None) is not None:
-            self._write()
+        with self._writing:
+            if self.waits.pop(vm, None) is not None:
+                self._write()
 
     def _write(self) -> None:
         try:

@@ -26,7 +26,7 @@ from precache_proxy.source.environment import Environment
 from precache_proxy.source.epochs import keep_epoch, last_epoch
 from precache_proxy.source.feeder import Pace
 from precache_proxy.source.gate import PriorityGate
-from precache_proxy.source.layout import raise_findings
+from precache_proxy.source.layout import plan_layout, raise_findings
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.peer_check import ask_peer
 from precache_proxy.source.protection import Protection
@@ -431,10 +431,13 @@ class Source:
             if present is not None:
                 await present.stop()
             domain = await self._hypervisor.lookup(vm)
+            # What did not come along (a shared disk, say) was left out on somebody's word, and stays so.
+            left_out = plan_layout(await self._hypervisor.definition(vm), None).refused
             record = ProtectionRecord(
                 uuid=vm,
                 name=name or await self._hypervisor.call(domain.name, subject=f"VM {vm}"),
                 peer=peer,
+                only_disks=sorted(overlays) if left_out else None,
                 rpo_seconds=self.settings.rpo_seconds if rpo_seconds is None else rpo_seconds,
                 priority=priority,
                 epoch=epoch,

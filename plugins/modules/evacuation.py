@@ -323,8 +323,13 @@ class Evacuation:
 
 
 def _is_open(job: Job) -> bool:
-    """Whether it is an arrival whose VM does not run here yet: arrivals have a state, jobs a step."""
-    return job.get("state") in ("prepared", "released")
+    """Whether it is an arrival whose VM waits for a word: arrivals have a state, jobs a step.
+
+    One that is still coming waits for its source, and for an operator only once that is not heard any more.
+    """
+    return job.get("state") == "released" or (
+        job.get("state") == "prepared" and job.get("cause") == "no-contact"
+    )
 
 
 def _brief(job: Job) -> dict[str, t.Any]:

@@ -104,6 +104,14 @@ def test_an_arrival_that_waits_is_told_that_its_source_is_dead(
     assert run("evacuation", check=True, **asked)["changed"] is False
 
 
+def test_an_arrival_that_is_still_coming_waits_for_no_word(run: Any, parts: Any) -> None:
+    """A task that stands in a play must not start a VM whose source is heard and may resume it."""
+    comes = Arrival("j2", WEB, "web1", "home1", 3, 9, ArrivalState.PREPARED)
+    parts.evacuation.arrived = [comes]
+    done = run("evacuation", vm="web1", state="settled", decision="source-dead")
+    assert (done["changed"], comes.state) == (False, ArrivalState.PREPARED)
+
+
 def test_undecided_ends_the_wait(run: Any, parts: Any) -> None:
     parts.evacuation.step_seconds = 30
     job = run("evacuation", vm="web1", wait=False)["evacuation"]

@@ -31,6 +31,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 
 _NO_RUNG = "no-rung-allowed"
 _DOES_NOT_CONVERGE = "does-not-converge"
+# Of more than these it would take seconds in which nothing is begun: they are forecast as by feedback.
+MOST_VMS = 200
 # Steps of time that are looked at, at most: events of many VMs are taken together.
 _MOST_STEPS = 4000
 

@@ -35,7 +35,7 @@ Pair = tuple[str, str]
 # What a job may have failed of, or a start been refused for, that another try may not meet again.
 PASSING = frozenset({
     "unreachable", "stalled", "peer-restarted", "link-lost", "proxy-restarted", "hypervisor", "protocol",
-    "error",
+    "error", "state-changed",
 })  # fmt: skip
 # A host that owes its answer for so long has nothing more that may hold up others.
 _SILENT_SECONDS = 10.0

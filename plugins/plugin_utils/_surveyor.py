@@ -14,6 +14,7 @@ from urllib.parse import quote
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch, passed
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import (
+    MOST_VMS,
     at_once,
     by_pair,
     fixed_plan,
@@ -318,7 +319,7 @@ class Surveyor:
         at = self._deadline.now(now)
         plan = make_plan(site, None if at is None else at - now, overlap=self.wanted.strategy != "sequential")
         count = at_once(self.wanted.strategy, site)
-        if count is not None:
+        if count is not None and len(site.vms) <= MOST_VMS:
             plan = fixed_plan(plan, site, by_pair(site, site.vms), count)
         return plan, placement_findings(site)
 
@@ -353,12 +354,14 @@ class Surveyor:
             }
         return told
 
-    def _some_are_under_way(self) -> bool:
+    def _is_wanted(self, item: t.Mapping[str, t.Any]) -> bool:
+        """Whether it is of a VM that was asked for; jobs tell a VM's UUID as `vm`, protections as `uuid`."""
         only = self.wanted.vms
+        return only is None or bool({item.get("name"), item.get("vm"), item.get("uuid")} & set(only))
+
+    def _some_are_under_way(self) -> bool:
         return any(
-            not job.get("ended") and (only is None or job["name"] in only or job["vm"] in only)
-            for host in self.hosts.values()
-            for job in host.jobs
+            not job.get("ended") and self._is_wanted(job) for host in self.hosts.values() for job in host.jobs
         )
 
     def _ask_whom_sources_name(self) -> list[Finding]:
@@ -366,8 +369,11 @@ class Surveyor:
         named = {
             str(item["peer"])
             for host in self.hosts.values()
-            for item in (*host.status.get("vms", []), *host.jobs)
-            if item.get("peer")
+            for item in (
+                *host.status.get("vms", []),
+                *(job for job in host.jobs if not job.get("ended")),
+            )
+            if item.get("peer") and self._is_wanted(item)
         }
         findings: list[Finding] = []
         asked = []

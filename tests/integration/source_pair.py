@@ -26,6 +26,8 @@ from lifeboat_lab.lab import Lab
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "roles" / "precache_proxy" / "files" / "precache_proxy"
+HOOK = PACKAGE.parent / "libvirt_hook" / "lifeboat"
+HOOK_PATH = "/etc/libvirt/hooks/qemu.d/lifeboat-source-test"
 HOME, BACKUP = "home1", "backup1"
 DIRECTORY = "/opt/lifeboat-source-test"
 STATE = "/var/lib/lifeboat-source-test"
@@ -205,7 +207,7 @@ class SourcePair:
         return Path(self.lab.host(host).root)
 
     def install(self) -> None:
-        """Package, keys and directories on both hosts, nothing of a former run."""
+        """Package, keys, directories and libvirt's hook on both hosts, nothing of a former run."""
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
             tar.add(
@@ -224,6 +226,16 @@ class SourcePair:
                 tar.extractall(base)
             for name, content in files.items():
                 (base / "keys" / name).write_bytes(content)
+            (base / "hook").write_bytes(HOOK.read_bytes())
+            hook = self.root(host) / HOOK_PATH.lstrip("/")
+            hook.parent.mkdir(parents=True, exist_ok=True)
+            hook.write_text(
+                f"#!/bin/sh\nexport LIFEBOAT_STATE_DIRECTORY={STATE} LIFEBOAT_RUN_DIRECTORY={RUN}\n"
+                f'exec /usr/bin/python3 -IS {DIRECTORY}/hook "$@"\n'
+            )
+            hook.chmod(0o755)
+            # libvirt looks for hooks when it starts or is told to, and listens once its drivers are ready
+            self.shell(host, "virsh uri >/dev/null; systemctl reload-or-restart libvirtd")
 
     def start(self, host: str, *, crash_at: str = "", **settings: Any) -> None:
         """Start a proxy and wait until it answers."""
@@ -334,7 +346,11 @@ class SourcePair:
             if host in self._pids:
                 self.signal(host, "TERM")
         for host in (HOME, BACKUP):
-            self.shell(host, f"rm -rf {DIRECTORY} {STATE} {RUN} {NOISE}", check=False)
+            self.shell(
+                host,
+                f"rm -rf {DIRECTORY} {STATE} {RUN} {NOISE} {HOOK_PATH}; systemctl reload-or-restart libvirtd",
+                check=False,
+            )
 
 
 @contextmanager

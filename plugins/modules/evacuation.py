@@ -281,6 +281,12 @@ class Evacuation:
                     "destination" if decision == "source-dead" else "source",
                 ),
             )
+        if job.get("state") == "prepared" and not _is_open(job):
+            raise ProxyError(
+                "conflict",
+                f"VM {job.get('name')}: it still comes from {job.get('peer')}, which is heard; ask again "
+                "once it is not, or cancel the evacuation there",
+            )
         if not _is_open(job) and "undecided" not in (job.get("step"), job.get("verdict")):
             return False, job
         if self._check_mode:

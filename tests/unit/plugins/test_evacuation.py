@@ -108,8 +108,10 @@ def test_an_arrival_that_is_still_coming_waits_for_no_word(run: Any, parts: Any)
     """A task that stands in a play must not start a VM whose source is heard and may resume it."""
     comes = Arrival("j2", WEB, "web1", "home1", 3, 9, ArrivalState.PREPARED)
     parts.evacuation.arrived = [comes]
-    done = run("evacuation", vm="web1", state="settled", decision="source-dead")
-    assert (done["changed"], comes.state) == (False, ArrivalState.PREPARED)
+    told = run("evacuation", vm="web1", state="settled", decision="source-dead")
+    assert told["failed"] is True
+    assert "VM web1: it still comes from home1, which is heard" in told["msg"]
+    assert comes.state is ArrivalState.PREPARED
 
 
 def test_undecided_ends_the_wait(run: Any, parts: Any) -> None:

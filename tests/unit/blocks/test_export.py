@@ -48,7 +48,7 @@ def alive(pid: int) -> bool:
     try:
         # A zombie that nobody waited for has ended too.
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except OSError:  # gone before it was opened, or before it was read
         return False
 
 

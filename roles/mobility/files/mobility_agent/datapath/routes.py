@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
@@ -61,7 +61,8 @@ class Route:
     where ``outer_source`` is given, by the ip6tnl device that it leads to (``encap ip6``), from that source.
     ``decapsulate``: the inner packet is taken out and routed by its own destination (seg6local
     ``End.DX6 ::``, which, unlike ``End.DT6``, goes through the policy rules again). ``mtu``: larger packets
-    are answered with packet-too-big, whatever the device could carry.
+    are answered with packet-too-big, whatever the device could carry. ``former_priority``: of one that was
+    read, where it is not the one that it would get now.
     """
 
     destination: Home
@@ -73,6 +74,7 @@ class Route:
     decapsulate: bool = False
     mtu: int | None = None
     kind: Kind = Kind.FORWARD
+    former_priority: int | None = None
 
     @property
     def priority(self) -> int:
@@ -117,9 +119,11 @@ def _body(route: Route, *, whole: bool) -> bytes:
         family, scope = socket.AF_INET, _SCOPE_LINK if whole else _SCOPE_NOWHERE
     body = _MESSAGE.pack(family, length, 0, 0, table, PROTOCOL, scope, kind, flags)
     body += attribute(_DESTINATION, route.destination.network_address.packed) if length else b""
-    body += number(_TABLE, route.table) + number(_PRIORITY, route.priority)
+    body += number(_TABLE, route.table)
     if not whole:
-        return body
+        # Ours is known by its protocol, whatever version of the agent chose its priority.
+        return body + (number(_PRIORITY, route.former_priority) if route.former_priority else b"")
+    body += number(_PRIORITY, route.priority)
     if route.device is not None:
         body += number(_DEVICE, socket.if_nametoindex(route.device))
     if route.via is not None:
@@ -145,6 +149,15 @@ def drop(route: Route) -> Request:
 
 
 def _parse(content: bytes, name: Callable[[int], str]) -> Route | None:
+    route = _parse_all_but_priority(content, name)
+    if route is None:
+        return None
+    found = attributes(content[_MESSAGE.size :])
+    (priority,) = struct.unpack("=I", found.get(_PRIORITY, bytes(4)))
+    return route if priority == route.priority else replace(route, former_priority=priority)
+
+
+def _parse_all_but_priority(content: bytes, name: Callable[[int], str]) -> Route | None:
     family, length, _unused, _unused, table, protocol, _unused, kind, _unused = _MESSAGE.unpack_from(content)
     if protocol != PROTOCOL or kind not in set(Kind):
         return None
@@ -209,7 +222,12 @@ def reconcile(kernel: RouteSocket, wanted: Iterable[Route]) -> tuple[int, int]:
     wanted_set = set(wanted)
     present = set(read(kernel))
     places = {(route.destination, route.table) for route in wanted_set}
-    stale = [route for route in present - wanted_set if (route.destination, route.table) not in places]
+    # Another priority is a place of its own: what is put there does not replace it.
+    stale = [
+        route
+        for route in present - wanted_set
+        if (route.destination, route.table) not in places or route.former_priority is not None
+    ]
     missing = wanted_set - present
     # Tunnels before what leads into them.
     ordered = sorted(missing, key=lambda route: route.segment is None and not route.decapsulate)

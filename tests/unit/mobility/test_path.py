@@ -90,6 +90,24 @@ def test_a_vm_that_the_kernel_refused_is_refused_again_and_put_in_the_end(kernel
     assert kernel.of_home() == {"table 7600 dev vmbr0"}
 
 
+def test_what_a_gateway_forgets_stays_where_the_anchor_on_the_same_host_has_it(kernel: Kernel) -> None:
+    path = made(anchor=True)
+    path.set_remote(HOME, ONE)
+    bound = {f"table 7601 to {ONE} dev lbtun1"}
+    path.set_lost(HOME)
+    path.clear(HOME)
+    assert kernel.of_home() == bound
+    # Nor does a refused arrival, or where the gateway led it, change where it is bound.
+    path.set_away(HOME, OTHER)
+    path.set_local(HOME, "vmbr0", MAC)
+    path.clear(HOME)
+    assert kernel.of_home() == bound
+    path.clear_remote(HOME)
+    path.set_away(HOME, OTHER)
+    path.clear(HOME)
+    assert kernel.of_home() == set()
+
+
 def test_what_was_to_go_when_the_kernel_refused_goes_with_the_next_change(kernel: Kernel) -> None:
     path = made(anchor=False)
     path.set_away(HOME, ONE)

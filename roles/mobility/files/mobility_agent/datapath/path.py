@@ -231,6 +231,8 @@ class DataPath:
         before = self._now(homes)
         for home in homes:
             self._wanted.remote[home] = care_of
+            if self.settings.anchor:
+                self._wanted.bound[home] = care_of
             if self.settings.anchor and care_of != self.settings.tunnel_address:
                 # Our own gateway may not know yet where it went: the binding does.
                 self._wanted.lost.discard(home)
@@ -262,11 +264,13 @@ class DataPath:
         self._change(homes, before, self._forget_local(homes))
 
     def clear(self, homes: Iterable[Home]) -> None:
-        """Nothing of ours for these addresses any more."""
+        """Nothing of ours for these addresses any more, but what an anchor on this host has bound."""
         homes = tuple(homes)
         before = self._now(homes)
         for home in homes:
             self._wanted.remote.pop(home, None)
+            if home in self._wanted.bound:
+                self._wanted.remote[home] = self._wanted.bound[home]
             self._wanted.away.discard(home)
             self._wanted.lost.discard(home)
         forgotten = self._forget_local(homes)
@@ -278,6 +282,7 @@ class DataPath:
         before = self._now(homes)
         for home in homes:
             self._wanted.remote.pop(home, None)
+            self._wanted.bound.pop(home, None)
         self._change(homes, before, [])
 
     def _forget_local(self, homes: Iterable[Home]) -> list[Request]:

@@ -25,6 +25,8 @@ class Wanted:
     settings: PathSettings
     local: dict[Home, tuple[str, str | None]] = field(default_factory=dict)
     remote: dict[Home, IPv6Address] = field(default_factory=dict)
+    #: On an anchor, where its bindings say that it is: what a gateway on the same host says goes before.
+    bound: dict[Home, IPv6Address] = field(default_factory=dict)
     away: set[Home] = field(default_factory=set)
     lost: set[Home] = field(default_factory=set)
     attracted: tuple[IPv6Network, ...] = ()

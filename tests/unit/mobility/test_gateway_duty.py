@@ -14,7 +14,7 @@ import pytest
 
 from mobility_agent.config import parse
 from mobility_agent.durable import Journal
-from mobility_agent.errors import KernelRefused
+from mobility_agent.errors import InvalidInput, KernelRefused
 from mobility_agent.gateway.attachments import AWAY, HERE
 from mobility_agent.gateway.duty import GatewayDuty
 from mobility_agent.messages.headers import (
@@ -245,6 +245,17 @@ async def test_a_refused_arrival_leaves_nothing_and_is_refused_again(tmp_path: P
     with pytest.raises(KernelRefused):
         await gateway.arrive(2)
     assert gateway.kernel.leads == {HOME: "vmbr0"}
+    await gateway.duty.stop()
+
+
+async def test_a_vm_on_a_bridge_that_the_gateway_keeps_off_is_refused(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    kept_off = {"vmbr0": 0.0}
+    gateway.duty._arrivals._kept_off = kept_off.keys()
+    with pytest.raises(InvalidInput, match="this gateway is not its first hop; see `mobility-agent check`"):
+        await gateway.arrive(1)
+    kept_off.clear()
+    await gateway.arrive(1)
     await gateway.duty.stop()
 
 

@@ -20,12 +20,18 @@ class Arrivals:
     """What stands in the way of a VM's arrival, all of it at once."""
 
     def __init__(
-        self, config: Config, path: DataPath, attachments: Attachments, bridges: Collection[str]
+        self,
+        config: Config,
+        path: DataPath,
+        attachments: Attachments,
+        bridges: Collection[str],
+        kept_off: Collection[str] = (),
     ) -> None:
         self._config = config
         self._path = path
         self._attachments = attachments
         self._bridges = bridges
+        self._kept_off = kept_off
 
     def judge(self, vm: str, homes: tuple[Home, ...], bridge: str, epoch: int, *, evident: bool) -> None:
         """Raises InvalidInput with everything that is wrong, Conflict for an epoch that is over."""
@@ -50,6 +56,9 @@ class Arrivals:
         elif not self._path.has_device(bridge):
             way_out = "start its network, or make it; see `ip link`"
             findings.append(Finding(subject, f"bridge {bridge} is not there", way_out))
+        elif bridge in self._kept_off:
+            fact = f"bridge {bridge} is not the VMs' alone, so that this gateway is not its first hop"
+            findings.append(Finding(subject, fact, "see `mobility-agent check`"))
         if findings:
             raise InvalidInput("; ".join(str(finding) for finding in findings), findings)
         known_before = self._attachments.get(vm)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from ipaddress import IPv6Address
 from typing import Any
@@ -40,7 +40,10 @@ _INQUIRY_SECONDS = 86400.0
 
 
 class GatewayDuty:
-    """One gateway. ``send`` hands a message to a peer; ``responders``: neighbour discovery by bridge."""
+    """One gateway. ``send`` hands a message to a peer; ``responders``: neighbour discovery by bridge.
+
+    ``kept_off``: bridges that this gateway must not be the first hop of, as it is now.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class GatewayDuty:
         journal: Journal,
         send: Callable[[Peer, Message], None],
         responders: dict[str, Responder],
+        kept_off: Collection[str] = (),
     ) -> None:
         self._config = config
         self._path = path
@@ -59,7 +63,7 @@ class GatewayDuty:
         self._link_locals = {bridge.name: bridge.link_local for bridge in config.bridges}
         self.attachments = Attachments()
         self.neighbourhood = Neighbourhood(config.prefixes, self.attachments, responders)
-        self._arrivals = Arrivals(config, path, self.attachments, self._link_locals)
+        self._arrivals = Arrivals(config, path, self.attachments, self._link_locals, kept_off)
         self._forwards: dict[str, float] = {}
         self._inquire_at = 0.0
         self._wake = asyncio.Event()

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import logging
+import math
 import os
 import signal
 import time
@@ -30,6 +31,7 @@ from mobility_agent.gateway.duty import GatewayDuty
 from mobility_agent.gateway.hypervisor import Moves
 from mobility_agent.gateway.learning import Heard, Learner
 from mobility_agent.gateway.learning_host import LibvirtHost
+from mobility_agent.homes import Address
 from mobility_agent.messages.headers import Message
 from mobility_agent.signalling.transport import Transport
 
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _LOCK = "mobility.lock"
 _LINKS_SECONDS = 2.0
+# Judging a bridge reads all links of the host.
+_JUDGED_AGAIN_SECONDS = 60.0
 _REPAIR_SECONDS = 300.0
 # RFC 8201 section 4: ask the path anew after ten minutes.
 _MTU_FORGOTTEN_SECONDS = 600.0
@@ -58,7 +62,8 @@ class Daemon:
         self._booted = False
         self._home_links: dict[str, Responder] = {}
         self._bridges: set[str] = set()
-        self._kept_off: set[str] = set()
+        # When it was judged last that this gateway must not be the first hop there (monotonic seconds).
+        self._kept_off: dict[str, float] = {}
         self._former = FormerBridges(config.state / "former_bridges.json")
         self._learning: LibvirtHost | None = None
 
@@ -111,7 +116,14 @@ class Daemon:
                     heard.note if config.learn_addresses else None,
                 )
             journal = Journal(config.state / "attachments.journal")
-            parts.gateway = GatewayDuty(config, parts.path, journal, parts.transport.send, parts.responders)
+            parts.gateway = GatewayDuty(
+                config,
+                parts.path,
+                journal,
+                parts.transport.send,
+                parts.responders,
+                self._kept_off.keys(),
+            )
             if config.hypervisor != "none":
                 names = frozenset(bridge.name for bridge in config.bridges)
                 parts.moves = Moves(parts.gateway, config.hypervisor, names)
@@ -196,6 +208,11 @@ class Daemon:
             if bridge.name not in self._bridges:
                 changes = parts.path.to_change(bridge.name, bridge.mac, [bridge.link_local])
                 self._former.note(bridge.name, changes)
+                configured: set[Address] = {bridge.link_local, *parts.path.settings.ipv4_routers}
+                outdated = self._former.outdated(bridge.name, configured)
+                if outdated.addresses:
+                    parts.path.leave_first_hop(bridge.name, outdated)
+                    self._former.forget(bridge.name, outdated)
             there = parts.path.make_first_hop(bridge.name, bridge.mac, [bridge.link_local])
             if there and not responder.listening:
                 try:
@@ -215,11 +232,17 @@ class Daemon:
 
     def _keeps_off(self, bridge: Bridge) -> bool:
         """Whether the bridge is the host's own, or other hosts' too: its MAC must stay then."""
+        now = time.monotonic()
+        if now - self._kept_off.get(bridge.name, -math.inf) < _JUDGED_AGAIN_SECONDS:
+            return True
         obstacles = self.parts.path.obstacles(bridge.name, bridge.mac)
         for obstacle in obstacles if bridge.name not in self._kept_off else ():
             logger.error("%s; this gateway is not its first hop until then", obstacle)
-        (self._kept_off.add if obstacles else self._kept_off.discard)(bridge.name)
-        return bool(obstacles)
+        if not obstacles:
+            self._kept_off.pop(bridge.name, None)
+            return False
+        self._kept_off[bridge.name] = now
+        return True
 
     async def _serve(self) -> None:
         """Until the end: links, repair, signs of life."""
@@ -278,15 +301,23 @@ class Daemon:
         for responder in (*parts.responders.values(), *self._home_links.values()):
             responder.stop()
         if self._config.withdraw_on_stop:
-            try:
-                for bridge in self._config.bridges if self._config.gateway else ():
-                    # Neighbours would go on sending to a first hop that does not know the way.
-                    parts.path.leave_first_hop(bridge.name, self._former.take(bridge.name))
-                parts.path.withdraw()
-                logger.info("data path: withdrawn")
-            except (MobilityError, OSError) as error:
-                logger.error("data path: not all of it was withdrawn: %s", error)
+            self._withdraw()
         parts.path.close()
+
+    def _withdraw(self) -> None:
+        path = self.parts.path
+        for bridge in self._config.bridges if self._config.gateway else ():
+            try:
+                # Neighbours would go on sending to a first hop that does not know the way.
+                path.leave_first_hop(bridge.name, self._former.of(bridge.name))
+                self._former.forget(bridge.name)
+            except (MobilityError, OSError, ValueError) as error:
+                logger.error("bridge %s: not all of it is as it was: %s", bridge.name, error)
+        try:
+            path.withdraw()
+            logger.info("data path: withdrawn")
+        except (MobilityError, OSError) as error:
+            logger.error("data path: not all of it was withdrawn: %s", error)
 
 
 async def _stopped(stop: Coroutine[None, None, None]) -> None:

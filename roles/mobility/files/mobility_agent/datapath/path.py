@@ -352,7 +352,8 @@ class DataPath:
             return Former()
         missing = {*addresses, *self.settings.ipv4_routers} - set(facts.addresses)
         answers = not self.settings.ipv4_routers or answers_for_others(bridge)
-        return Former(present if present != mac else None, sorted(map(str, missing)), not answers)
+        own = present if present != mac else None
+        return Former(own, sorted(map(str, missing)), not answers, given=mac.lower())
 
     def leave_first_hop(self, bridge: str, former: Former) -> None:
         """Undo what was changed. Raises KernelRefused, OSError."""

@@ -9,6 +9,8 @@ import pytest
 
 from mobility_agent.datapath.bridges import judge_host
 
+REACHED = ["2001:db8:1::b", "192.0.2.7", "kvm1.example.org", ""]
+
 
 def link(name: str, *addresses: str, master: str = "", kind: str = "") -> dict[str, Any]:
     """A device as ``ip -json -details address show`` prints it."""
@@ -17,15 +19,16 @@ def link(name: str, *addresses: str, master: str = "", kind: str = "") -> dict[s
     return found | ({"linkinfo": {"info_kind": kind}} if kind else {})
 
 
-def judged(*links: dict[str, Any], uplink: str = "", **bridge: Any) -> list[str]:
+def judged(*links: dict[str, Any], uplinks: tuple[str, ...] = (), **bridge: Any) -> list[str]:
     """What is wrong with vmbr0 on a host with these links."""
     bridges = [{"name": "vmbr0", **bridge}]
-    host = {"links": links, "bridges": bridges, "routers": ["198.51.100.1"], "uplink": uplink}
+    host = {"links": links, "bridges": bridges, "reached": REACHED, "uplinks": uplinks}
     return [finding.fact for finding in judge_host(host)]
 
 
 def test_a_bridge_of_the_vms_alone_is_right() -> None:
-    own = link("vmbr0", "fe80::1", "198.51.100.1", kind="bridge")
+    # With an address of the host that is for the VMs alone, as libvirt's networks have it.
+    own = link("vmbr0", "fe80::1", "198.51.100.1", "2001:db8:7::1", kind="bridge")
     ports = [link("vnet0", "fe80::2", master="vmbr0", kind="tun"), link("veth1", master="vmbr0", kind="veth")]
     card = link("eno1", "2001:db8:1::b")
     assert judged(own, *ports, card) == []
@@ -45,8 +48,8 @@ def test_everything_is_told_of_a_bridge_that_the_host_lives_on() -> None:
         link("eno1", master="vmbr0"),
         link("vnet0", master="vmbr0", kind="tun"),
     )
-    assert judged(*links, uplink="vmbr0") == [
-        "has the host's address 192.0.2.7, 2001:db8:1::b",
+    assert judged(*links, uplinks=("eno2", "vmbr0")) == [
+        "has the address that the host is reached by, 192.0.2.7, 2001:db8:1::b",
         "leads to other hosts by eno1",
         "is the host's uplink",
     ]

@@ -38,6 +38,7 @@ def preflight(directory: Path, **variables: Any) -> str:
     (commands / "ip").chmod(0o755)
     gateway = {
         "ansible_connection": "local",
+        "ansible_host": "192.0.2.7",
         "ansible_python_interpreter": sys.executable,
         "mobility_gateway": True,
         "mobility_address": "2001:db8:1::b",
@@ -86,7 +87,7 @@ def test_kernel_bridge_and_routing_are_told_at_once(tmp_path: Path) -> None:
         "kvm1: its kernel has no seg6 (Operation not supported); use one with CONFIG_IPV6_SEG6_LWTUNNEL",
         "kvm1: has mobility_bgp_as 65001, and not both an identifier and a neighbour; set mobility_bgp_rout",
         "use either anchors or a routing daemon",
-        "bridge vmbr0: has the host's address 192.0.2.7; make a bridge for the VMs alone",
+        "bridge vmbr0: has the address that the host is reached by, 192.0.2.7; make a bridge for the VMs",
         "bridge vmbr0: leads to other hosts by eno1;",
         "kvm1: has no device eth7; set mobility_uplink to one of eno1, site0, vmbr0",
     ):

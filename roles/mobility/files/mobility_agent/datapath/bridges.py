@@ -2,14 +2,16 @@
 """Whether a bridge is the VMs' alone, judged from what netlink or ``ip`` shows of it; needs neither itself.
 
 The gateway gives it a MAC and a link-local address that are the same on every hypervisor. On a link that
-other hosts share, or that the host itself is reached by, that takes the host off the net.
+other hosts share, or that the host itself is reached by, that takes the host off the net. An address that
+only the VMs know the host by (libvirt's networks have one, and DHCP by it) is no harm.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, ip_address
+from ipaddress import ip_address
 from typing import Any
 
 from mobility_agent.errors import Finding
@@ -32,19 +34,17 @@ class BridgeFacts:
 
 
 def findings(
-    name: str, facts: BridgeFacts, *, routers: Collection[IPv4Address] = (), uplink: str = ""
+    name: str, facts: BridgeFacts, *, reached: Collection[Address] = (), uplinks: Collection[str] = ()
 ) -> list[Finding]:
-    """Why the bridge is not the VMs' alone; ``routers``: addresses that the gateway itself gives it."""
+    """Why the bridge is not the VMs' alone; ``reached``: by which addresses others know this host."""
     told: list[str] = []
-    own = [
-        str(address) for address in facts.addresses if not address.is_link_local and address not in routers
-    ]
+    own = [str(address) for address in facts.addresses if address in reached]
     if own:
-        told.append(f"has the host's address {', '.join(own)}")
+        told.append(f"has the address that the host is reached by, {', '.join(own)}")
     leading = [port for port, kind in facts.ports if kind not in _GUESTS]
     if leading:
         told.append(f"leads to other hosts by {', '.join(leading)}")
-    if uplink == name:
+    if name in uplinks:
         told.append("is the host's uplink")
     return [Finding(f"bridge {name}", fact, _WAY_OUT, "configuration") for fact in told]
 
@@ -64,13 +64,19 @@ def shown(links: Iterable[Mapping[str, Any]], name: str) -> BridgeFacts:
 
 
 def judge_host(host: Mapping[str, Any]) -> list[Finding]:
-    """Of a host that is not set up yet: ``links`` as above, ``bridges``, ``routers``, ``uplink``."""
-    routers = [IPv4Address(router) for router in host["routers"]]
+    """Of a host that is not set up yet: ``links`` as above, ``bridges``, ``reached``, ``uplinks``.
+
+    Of ``reached`` names are left out: what they stand for only a resolver knows.
+    """
+    reached: set[Address] = set()
+    for told in host["reached"]:
+        with contextlib.suppress(ValueError):
+            reached.add(ip_address(told))
     return [
         finding
         for bridge in host["bridges"]
         if not bridge.get("shared")
         for finding in findings(
-            bridge["name"], shown(host["links"], bridge["name"]), routers=routers, uplink=host["uplink"]
+            bridge["name"], shown(host["links"], bridge["name"]), reached=reached, uplinks=host["uplinks"]
         )
     ]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from mobility_agent.datapath import bridges
 from mobility_agent.datapath.ground import Ground, OuterSource
 from mobility_agent.datapath.settings import SEG6, PathSettings
@@ -53,8 +55,21 @@ def of_bridge(settings: PathSettings, ground: Ground, bridge: str) -> list[Findi
     facts = None if bridge in settings.shared_bridges else ground.bridge_facts(bridge)
     if facts is None:
         return []
-    uplink = ground.on_link_device(settings.tunnel_address) or ""
-    return bridges.findings(bridge, facts, routers=settings.ipv4_routers, uplink=uplink)
+    uplinks = {ground.on_link_device(settings.tunnel_address) or "", *_default_devices()}
+    return bridges.findings(bridge, facts, reached={settings.address}, uplinks=uplinks)
+
+
+def _default_devices() -> set[str]:
+    """The devices by which this host's default routes lead."""
+    found: set[str] = set()
+    # Of the namespace that this thread is in; as text, which of thousands of routes is quick to read.
+    with contextlib.suppress(OSError), open("/proc/thread-self/net/route", encoding="ascii") as file:
+        lines = [line.split() for line in file][1:]
+        found |= {words[0] for words in lines if words[1] == words[7] == "0" * 8}
+    with contextlib.suppress(OSError), open("/proc/thread-self/net/ipv6_route", encoding="ascii") as file:
+        lines = [line.split() for line in file]
+        found |= {words[9] for words in lines if words[0] == "0" * 32 and words[1] == "00"}
+    return found
 
 
 def _sysctl(name: str) -> str:

@@ -315,6 +315,26 @@ def test_validate_asks_the_agents_of_anchors_and_of_destinations(site: Site) -> 
     assert "backup1: " not in limited.stdout
 
 
+@pytest.mark.parametrize("playbook", ["validate", "replication_status"])
+def test_a_dead_site_matters_only_where_it_is_asked_for(site: Site, playbook: str) -> None:
+    protect(site)
+    path = site.directory / "inventory.yml"
+    inventory = yaml.safe_load(path.read_text())
+    dead = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+    inventory["mobility"] = {"hosts": {"third1": {**dead, "mobility_gateway": True}}}
+    path.write_text(yaml.safe_dump(inventory))
+    told = site.play(playbook, evacuate_site="home")
+    # What is told is a sentence among the findings; 4 would be Ansible's own word for it.
+    assert told.returncode == 2
+    if playbook == "validate":
+        assert "third1: not reached" not in told.stdout
+        inventory["mobility"]["hosts"]["third1"]["mobility_anchor"] = True
+        path.write_text(yaml.safe_dump(inventory))
+        told = site.play(playbook, evacuate_site="home")
+    assert told.returncode == 2
+    assert "third1: not reached" in told.stdout.partition("Judge all hypervisors together")[2]
+
+
 @pytest.mark.usefixtures("mobility")
 def test_a_site_with_every_anchor_in_it_is_evacuated_with_a_warning(site: Site) -> None:
     protect(site)

@@ -9,11 +9,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from integration.libvirt_hook import LOOK_AGAIN, install_hook
 from integration.source_pair import PACKAGE, make_certificates, wait_for
 from lifeboat_lab.lab import Lab
 
 HOME, BACKUP = "home1", "backup1"
-HOOK = PACKAGE.parent / "libvirt_hook" / "lifeboat"
 DIRECTORY = "/opt/lifeboat-evacuation-test"
 STATE = "/var/lib/lifeboat-evacuation-test"
 RUN = "/run/lifeboat-evacuation-test"
@@ -82,8 +82,7 @@ class ProxyPair:
             self._end_former_proxy(host)
             self.shell(
                 host,
-                f"rm -rf {DIRECTORY} {STATE} {RUN} {LOG}; mkdir -p {DIRECTORY}/keys "
-                f"/etc/libvirt/hooks/qemu.d;"
+                f"rm -rf {DIRECTORY} {STATE} {RUN} {LOG}; mkdir -p {DIRECTORY}/keys; "
                 f"mkdir -m 0711 {STATE} {RUN}",
             )
             base = self.root(host) / DIRECTORY.lstrip("/")
@@ -93,17 +92,8 @@ class ProxyPair:
                 target.write_bytes(path.read_bytes())
             for name, content in files.items():
                 (base / "keys" / name).write_bytes(content)
-            (base / "hook").write_bytes(HOOK.read_bytes())
-            (base / "hook").chmod(0o755)
-            hook = self.root(host) / HOOK_PATH.lstrip("/")
-            hook.write_text(
-                f"#!/bin/sh\nexport LIFEBOAT_STATE_DIRECTORY={STATE} LIFEBOAT_RUN_DIRECTORY={RUN}\n"
-                f'exec /usr/bin/python3 -IS {DIRECTORY}/hook "$@"\n'
-            )
-            hook.chmod(0o755)
             (base / "proxy.toml").write_text(self._configuration(host))
-            # libvirt looks for hooks when it starts or is told to, and listens once its drivers are ready
-            self.shell(host, "virsh uri >/dev/null; systemctl reload-or-restart libvirtd")
+            install_hook(self.lab, host, HOOK_PATH, directory=DIRECTORY, state=STATE, run=RUN)
 
     def _end_former_proxy(self, host: str) -> None:
         """A test run that was killed leaves its proxies behind; their lock's holder is asked."""
@@ -213,6 +203,6 @@ class ProxyPair:
             self.kill(host, "TERM")
             self.shell(
                 host,
-                f"rm -rf {DIRECTORY} {STATE} {RUN} {HOOK_PATH}; systemctl reload-or-restart libvirtd",
+                f"rm -rf {DIRECTORY} {STATE} {RUN} {HOOK_PATH}; {LOOK_AGAIN}",
                 check=False,
             )

@@ -22,11 +22,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from integration.libvirt_hook import LOOK_AGAIN, install_hook
 from lifeboat_lab.lab import Lab
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "roles" / "precache_proxy" / "files" / "precache_proxy"
-HOOK = PACKAGE.parent / "libvirt_hook" / "lifeboat"
 HOOK_PATH = "/etc/libvirt/hooks/qemu.d/lifeboat-source-test"
 HOME, BACKUP = "home1", "backup1"
 DIRECTORY = "/opt/lifeboat-source-test"
@@ -226,16 +226,7 @@ class SourcePair:
                 tar.extractall(base)
             for name, content in files.items():
                 (base / "keys" / name).write_bytes(content)
-            (base / "hook").write_bytes(HOOK.read_bytes())
-            hook = self.root(host) / HOOK_PATH.lstrip("/")
-            hook.parent.mkdir(parents=True, exist_ok=True)
-            hook.write_text(
-                f"#!/bin/sh\nexport LIFEBOAT_STATE_DIRECTORY={STATE} LIFEBOAT_RUN_DIRECTORY={RUN}\n"
-                f'exec /usr/bin/python3 -IS {DIRECTORY}/hook "$@"\n'
-            )
-            hook.chmod(0o755)
-            # libvirt looks for hooks when it starts or is told to, and listens once its drivers are ready
-            self.shell(host, "virsh uri >/dev/null; systemctl reload-or-restart libvirtd")
+            install_hook(self.lab, host, HOOK_PATH, directory=DIRECTORY, state=STATE, run=RUN)
 
     def start(self, host: str, *, crash_at: str = "", **settings: Any) -> None:
         """Start a proxy and wait until it answers."""
@@ -348,7 +339,7 @@ class SourcePair:
         for host in (HOME, BACKUP):
             self.shell(
                 host,
-                f"rm -rf {DIRECTORY} {STATE} {RUN} {NOISE} {HOOK_PATH}; systemctl reload-or-restart libvirtd",
+                f"rm -rf {DIRECTORY} {STATE} {RUN} {NOISE} {HOOK_PATH}; {LOOK_AGAIN}",
                 check=False,
             )
 

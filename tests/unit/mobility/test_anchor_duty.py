@@ -6,98 +6,30 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
-from ipaddress import IPv6Address, IPv6Network
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from mobility_agent import durable
 from mobility_agent.anchor.duty import AnchorDuty
-from mobility_agent.config import Peer, parse
 from mobility_agent.durable import Journal
 from mobility_agent.errors import KernelRefused
-from mobility_agent.messages.headers import BindingAcknowledgement, Message, Revocation, Status
-from mobility_agent.messages.options import HandoffIndicator, Timestamp
-from mobility_agent.messages.registration import Registration, acknowledge_loss, read_acknowledgement
-
-VM = "11111111-2222-3333-4444-555555555555"
-HOME = IPv6Network("2001:db8:100::5/128")
-PREFIX = IPv6Network("2001:db8:100::/64")
-KEYS = '[[keys]]\nindex = 256\nsecret = "00112233445566778899aabbccddeeff"\n'
-CONFIG = """
-name = "anchor1"
-address = "2001:db8:a1::2"
-tunnel_address = "2001:db8:a1::d"
-anchor = true
-[paths]
-state = "{state}"
-[[prefixes]]
-prefix = "2001:db8:100::/64"
-[[peers]]
-name = "home"
-address = "2001:db8:1::2"
-tunnel_address = "2001:db8:1::d"
-gateway = true
-[[peers]]
-name = "backup"
-address = "2001:db8:2::2"
-tunnel_address = "2001:db8:2::d"
-gateway = true
-"""
+from mobility_agent.messages.headers import BindingAcknowledgement, Revocation, Status
+from mobility_agent.messages.options import HandoffIndicator
+from mobility_agent.messages.registration import acknowledge_loss, read_acknowledgement
+from unit.mobility.lone_anchor import HOME, PREFIX, VM, LoneAnchor
 
 
-class Kernel:
-    """A data path that refuses when it is told to."""
-
-    def __init__(self) -> None:
-        self.remote: dict[IPv6Network, IPv6Address] = {}
-        self.refuses = False
-
-    def set_remote(self, homes: Iterable[IPv6Network], care_of: IPv6Address) -> None:
-        if self.refuses:
-            raise KernelRefused("no")
-        self.remote.update(dict.fromkeys(homes, care_of))
-
-    def clear_remote(self, homes: Iterable[IPv6Network]) -> None:
-        for home in homes:
-            self.remote.pop(home, None)
-
-    def attract(self, _prefixes: Iterable[IPv6Network]) -> None:
-        pass
-
-
-class Anchor:
-    """One anchor with its disk, and what it sent."""
-
-    def __init__(self, directory: Path) -> None:
-        self.config = parse(CONFIG.format(state=directory), KEYS)
-        self.directory = directory
-        self.kernel = Kernel()
-        self.sent: list[tuple[str, Message]] = []
-        self.sequence = 0
-        self.duty = self.anew()
+class Anchor(LoneAnchor):
+    """One that works, asked as a gateway does."""
 
     def anew(self) -> AnchorDuty:
-        journal = Journal(self.directory / "bindings.journal")
-        duty = AnchorDuty(
-            self.config,
-            cast(Any, self.kernel),
-            journal,
-            1,
-            lambda peer, m: self.sent.append((peer.name, m)),
-            {},
-        )
-        duty.restore()
+        duty = super().anew()
         duty.start()
         return duty
-
-    def peer(self, name: str) -> Peer:
-        found = self.config.peer(name)
-        assert found is not None
-        return found
 
     async def ask(
         self,
@@ -109,12 +41,7 @@ class Anchor:
     ) -> int | None:
         """Register the VM at this gateway: the status of the answer, None when there is none."""
         self.sent.clear()
-        self.sequence += 1
-        ticks = Timestamp.of_seconds(time.time()).ticks + self.sequence
-        asked = Registration(
-            VM, (HOME,), self.peer(name).tunnel_address, epoch, ticks, lifetime_seconds, handoff
-        )
-        assert self.duty.take(self.peer(name), asked.update(self.sequence))
+        self.register(name, epoch, handoff, lifetime_seconds)
         for _ in range(50):
             await asyncio.sleep(0.002)
         for who, message in self.sent:

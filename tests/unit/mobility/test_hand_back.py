@@ -5,83 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
-from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
 from mobility_agent.anchor import duty as duty_module
-from mobility_agent.anchor.duty import AnchorDuty
-from mobility_agent.config import Peer, parse
-from mobility_agent.durable import Journal
-from mobility_agent.messages.headers import Message, Revocation
-from mobility_agent.messages.options import HandoffIndicator, Timestamp
-from mobility_agent.messages.registration import Registration, acknowledge_loss, read_loss
-
-VM = "11111111-2222-3333-4444-555555555555"
-HOME = IPv6Network("2001:db8:100::5/128")
-PREFIX = IPv6Network("2001:db8:100::/64")
-KEYS = '[[keys]]\nindex = 256\nsecret = "00112233445566778899aabbccddeeff"\n'
-CONFIG = """
-name = "anchor1"
-address = "2001:db8:a1::2"
-tunnel_address = "2001:db8:a1::d"
-anchor = true
-[paths]
-state = "{state}"
-[[prefixes]]
-prefix = "2001:db8:100::/64"
-[[peers]]
-name = "home"
-address = "2001:db8:1::2"
-tunnel_address = "2001:db8:1::d"
-gateway = true
-[[peers]]
-name = "backup"
-address = "2001:db8:2::2"
-tunnel_address = "2001:db8:2::d"
-gateway = true
-"""
+from mobility_agent.messages.headers import Revocation
+from mobility_agent.messages.options import HandoffIndicator
+from mobility_agent.messages.registration import acknowledge_loss, read_loss
+from unit.mobility.lone_anchor import HOME, PREFIX, LoneAnchor
 
 
-class Kernel:
-    """A data path that takes everything."""
-
-    def set_remote(self, _homes: Iterable[IPv6Network], _care_of: IPv6Address) -> None:
-        pass
-
-    def clear_remote(self, _homes: Iterable[IPv6Network]) -> None:
-        pass
-
-    def attract(self, _prefixes: Iterable[IPv6Network]) -> None:
-        pass
-
-
-class Anchor:
-    """One anchor, and what it sent; its clock-driven work is not begun."""
-
-    def __init__(self, directory: Path) -> None:
-        self.config = parse(CONFIG.format(state=directory), KEYS)
-        self.sent: list[tuple[str, Message]] = []
-        self.sequence = 0
-        journal = Journal(directory / "bindings.journal")
-        self.duty = AnchorDuty(
-            self.config, cast(Any, Kernel()), journal, 1, lambda p, m: self.sent.append((p.name, m)), {}
-        )
-        self.duty.restore()
-
-    def peer(self, name: str) -> Peer:
-        found = self.config.peer(name)
-        assert found is not None
-        return found
+class Anchor(LoneAnchor):
+    """One that tells only when it is asked."""
 
     async def ask(self, name: str, handoff: HandoffIndicator, *, lifetime_seconds: int = 120) -> None:
-        self.sequence += 1
-        ticks = Timestamp.of_seconds(time.time()).ticks + self.sequence
-        asked = Registration(VM, (HOME,), self.peer(name).tunnel_address, 1, ticks, lifetime_seconds, handoff)
-        assert self.duty.take(self.peer(name), asked.update(self.sequence))
+        self.register(name, 1, handoff, lifetime_seconds)
         await asyncio.sleep(0.02)
 
     def losses(self) -> list[tuple[str, Revocation]]:

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Iterator
-from ipaddress import IPv6Network
 from pathlib import Path
 
 import pytest
 
 from integration.mobility_agents import ANCHORS, GATEWAYS, Agents
-from integration.mobility_net import Guest, eventually, small_internet
+from integration.mobility_forgery import registration, send_raw
+from integration.mobility_net import eventually, small_internet
 from integration.test_mobility_both_duties import BOTH, Lone
-from mobility_agent.messages.codec import Key, encode
-from mobility_agent.messages.options import HandoffIndicator, Timestamp
-from mobility_agent.messages.registration import Registration, home_address
+from mobility_agent.messages.codec import Key
 
 pytestmark = pytest.mark.timeout(180)
 OWN = {"gateway1": [301], "gateway2": [302]}
@@ -34,31 +30,6 @@ def agents(tmp_path: Path) -> Iterator[Agents]:
             agents.kill()
 
 
-def _forge(agents: Agents, guest: Guest, speaker: str, index: int) -> None:
-    """An update from the address of ``speaker``, made with the key of that number."""
-    net = agents.net
-    registration = Registration(
-        vm=guest.vm,
-        homes=(IPv6Network(guest.home),),
-        care_of=net.tunnel(speaker),
-        epoch=7,
-        ticks=Timestamp.of_seconds(time.time()).ticks,
-        lifetime_seconds=120,
-        handoff=HandoffIndicator.BETWEEN_GATEWAYS,
-    )
-    update = registration.update(9)
-    source, destination = net.ADDRESSES[speaker], net.ADDRESSES["anchor1"]
-    key = Key(index, bytes.fromhex(f"{index:032x}"))
-    data = encode(update, source, destination, key, care_of=source, home=home_address(update))
-
-    def send() -> None:
-        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, 135) as raw:
-            raw.bind((str(source), 0))
-            raw.sendto(data, (str(destination), 0))
-
-    net[speaker].inside(send)
-
-
 def test_gateways_with_keys_of_their_own_hand_over_and_cannot_speak_for_each_other(agents: Agents) -> None:
     agents.together()
     assert [*agents["gateway1"].keys] == [301]
@@ -69,7 +40,8 @@ def test_gateways_with_keys_of_their_own_hand_over_and_cannot_speak_for_each_oth
     eventually(lambda: agents["gateway1"].vm(guest)["to"] == str(agents.net.tunnel("gateway2")))
     # gateway1's key at gateway2's address, as somebody who took gateway1 could send it.
     dropped = agents["anchor1"].counter("not_authentic")
-    _forge(agents, guest, "gateway2", 301)
+    key = Key(301, bytes.fromhex(f"{301:032x}"))
+    send_raw(agents, "gateway2", "anchor1", registration(agents, guest, "gateway2", epoch=7, key=key))
     eventually(lambda: agents["anchor1"].counter("not_authentic") > dropped)
     assert "key 301 is not one that is known of it" in agents["anchor1"].log
     binding = agents["anchor1"].binding(guest)

@@ -6,63 +6,29 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import replace
-from ipaddress import IPv6Network
 from pathlib import Path
 
 import pytest
 
-from integration.mobility_agents import SECRET, Agents, Refused, agents_running
-from integration.mobility_net import Guest, eventually
-from mobility_agent.messages.codec import Key, decode, encode
+from integration.mobility_agents import Agents, Refused, agents_running
+from integration.mobility_forgery import registration, send_raw
+from integration.mobility_net import eventually
+from mobility_agent.messages.codec import decode
 from mobility_agent.messages.headers import BindingAcknowledgement, Status
 from mobility_agent.messages.options import HandoffIndicator, Timestamp
-from mobility_agent.messages.registration import Registration, home_address
-
-
-def _send_raw(agents: Agents, sender: str, target: str, data: bytes) -> None:
-    """A packet of protocol 135 from the agent's own address."""
-    net = agents.net
-    source, destination = str(net.ADDRESSES[sender]), str(net.ADDRESSES[target])
-
-    def send() -> None:
-        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, 135) as raw:
-            raw.bind((source, 0))
-            raw.sendto(data, (destination, 0))
-
-    net[sender].inside(send)
-
-
-def _registration(agents: Agents, guest: Guest, gateway: str, **changes: object) -> bytes:
-    """An update as the gateway would send it, with a key that the anchors know."""
-    net = agents.net
-    key = changes.pop("key", Key(256, bytes.fromhex(SECRET)))
-    registration = Registration(
-        vm=guest.vm,
-        homes=(IPv6Network(guest.home),),
-        care_of=net.tunnel(gateway),
-        epoch=1,
-        ticks=Timestamp.of_seconds(time.time()).ticks,
-        lifetime_seconds=120,
-        handoff=HandoffIndicator.BETWEEN_GATEWAYS,
-    )
-    update = replace(registration, **changes).update(9)  # type: ignore[arg-type]
-    source, destination = net.ADDRESSES[gateway], net.ADDRESSES["anchor1"]
-    assert isinstance(key, Key)
-    return encode(update, source, destination, key, care_of=source, home=home_address(update))
 
 
 def test_a_stale_update_played_again_changes_nothing(agents: Agents) -> None:
     guest = agents.settle()
-    old = _registration(agents, guest, "gateway1", epoch=2, handoff=HandoffIndicator.NEW_INTERFACE)
-    _send_raw(agents, "gateway1", "anchor1", old)
+    old = registration(agents, guest, "gateway1", epoch=2, handoff=HandoffIndicator.NEW_INTERFACE)
+    send_raw(agents, "gateway1", "anchor1", old)
     eventually(lambda: agents["anchor1"].binding(guest)["epoch"] == 2)  # type: ignore[index]
     agents.move(guest, "gateway2", 3)
     eventually(lambda: agents["anchor1"].holder(guest) == "gateway2")
-    _send_raw(agents, "gateway1", "anchor1", old)
+    send_raw(agents, "gateway1", "anchor1", old)
     eventually(lambda: "refused (stale-epoch)" in agents["anchor1"].log)
-    again = _registration(agents, guest, "gateway2", epoch=3, lifetime_seconds=0, ticks=1)
-    _send_raw(agents, "gateway2", "anchor1", again)
+    again = registration(agents, guest, "gateway2", epoch=3, lifetime_seconds=0, ticks=1)
+    send_raw(agents, "gateway2", "anchor1", again)
     eventually(lambda: "refused (replay)" in agents["anchor1"].log)
     assert agents["anchor1"].holder(guest) == "gateway2"
 
@@ -70,7 +36,7 @@ def test_a_stale_update_played_again_changes_nothing(agents: Agents) -> None:
 def test_a_clock_off_by_minutes_is_answered_with_the_anchors_time(agents: Agents) -> None:
     net = agents.net
     guest = net.guest("guest1", "gateway1")
-    data = _registration(agents, guest, "gateway1", ticks=Timestamp.of_seconds(time.time() - 300).ticks)
+    data = registration(agents, guest, "gateway1", ticks=Timestamp.of_seconds(time.time() - 300).ticks)
     heard: list[BindingAcknowledgement] = []
     source = net.ADDRESSES["gateway1"]
 
@@ -97,17 +63,17 @@ def test_a_clock_off_by_minutes_is_answered_with_the_anchors_time(agents: Agents
 
 def test_garbage_and_truncated_messages_are_counted_and_do_no_harm(agents: Agents) -> None:
     guest = agents.settle()
-    whole = _registration(agents, guest, "gateway2", epoch=9)
+    whole = registration(agents, guest, "gateway2", epoch=9)
     malformed, strangers = (agents["anchor1"].counter(what) for what in ("malformed", "unknown_peer"))
     for cut in range(8, len(whole), 7):
-        _send_raw(agents, "gateway2", "anchor1", whole[:cut])
+        send_raw(agents, "gateway2", "anchor1", whole[:cut])
     for size in (8, 16, 64, 500, 1400):
-        _send_raw(agents, "gateway2", "anchor1", os.urandom(size))
+        send_raw(agents, "gateway2", "anchor1", os.urandom(size))
     eventually(lambda: agents["anchor1"].counter("malformed") >= malformed + 20)
     assert "from gateway2" in agents["anchor1"].log
     assert agents["anchor1"].holder(guest) == "gateway1"
     # A stranger gets no answer and no log line for each of its packets.
-    _send_raw(agents, "client", "anchor1", b"x" * 64)
+    send_raw(agents, "client", "anchor1", b"x" * 64)
     eventually(lambda: agents["anchor1"].counter("unknown_peer") == strangers + 1)
 
 

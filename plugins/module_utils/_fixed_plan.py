@@ -23,11 +23,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, PlannedVm
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import TOO_LATE, Line, Room
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
-    Rung,
-    SiteSummary,
-    VmSummary,
-)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 
 _NO_RUNG = "no-rung-allowed"
 _DOES_NOT_CONVERGE = "does-not-converge"
@@ -223,8 +219,3 @@ def _out(one: _Moving, end: float, deadline: float | None) -> PlannedVm:
 def _stays(item: PlannedVm, reason: str) -> PlannedVm:
     stay = Forecast(Rung.STAY, 0.0, 0.0, 0.0, True, reason, item.forecast.bytes_per_second)
     return replace(item, forecast=stay, start_seconds=None, end_seconds=None, reason=reason)
-
-
-def by_pair(site: SiteSummary, vms: t.Iterable[VmSummary]) -> dict[tuple[str, str], Line]:
-    """The lines of those that leave."""
-    return {vm.pair: Line(site, site.pair(vm)) for vm in vms}

@@ -16,7 +16,6 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import (
     MOST_VMS,
     at_once,
-    by_pair,
     fixed_plan,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
@@ -40,6 +39,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings
     site_findings,
     unknown_leaders,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import lines
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     Finding,
     PairSummary,
@@ -320,7 +320,7 @@ class Surveyor:
         plan = make_plan(site, None if at is None else at - now, overlap=self.wanted.strategy != "sequential")
         count = at_once(self.wanted.strategy, site)
         if count is not None and len(site.vms) <= MOST_VMS:
-            plan = fixed_plan(plan, site, by_pair(site, site.vms), count)
+            plan = fixed_plan(plan, site, lines(site), count)
         return plan, placement_findings(site)
 
     def close(self) -> None:

@@ -7,13 +7,13 @@ import time
 from copy import deepcopy
 
 import pytest
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import (
-    at_once,
-    by_pair,
-    fixed_plan,
-)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import at_once, fixed_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import NO_MEMORY, TOO_LATE
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import (
+    NO_MEMORY,
+    TOO_LATE,
+    lines,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, SiteSummary
 
 from lifeboat_simulator.model import Links, TruePair
@@ -24,7 +24,7 @@ from unit.plugins.coordination.sites import MB, MBIT, site, vm
 def plan_by(strategy: str, whole: SiteSummary, deadline: float | None = None) -> Plan:
     plan = make_plan(whole, deadline, overlap=strategy != "sequential")
     count = at_once(strategy, whole)
-    return plan if count is None else fixed_plan(plan, whole, by_pair(whole, whole.vms), count)
+    return plan if count is None else fixed_plan(plan, whole, lines(whole), count)
 
 
 def test_which_strategies_move_so_many_at_once() -> None:

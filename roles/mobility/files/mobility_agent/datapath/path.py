@@ -26,9 +26,9 @@ from mobility_agent.datapath.ground import LOOP_OUT, Ground, OuterSource, Rule
 from mobility_agent.datapath.ipv4 import Ipv4FirstHop, answers_for_others
 from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
-from mobility_agent.datapath.routes import Route
+from mobility_agent.datapath.routes import MAIN_TABLE, Route
 from mobility_agent.datapath.settings import SEG6, PathSettings
-from mobility_agent.datapath.wanted import LEAST_OUTER_OCTETS, MAIN_TABLE, OUTER_HEADER_OCTETS, Wanted
+from mobility_agent.datapath.wanted import LEAST_OUTER_OCTETS, OUTER_HEADER_OCTETS, Wanted
 from mobility_agent.errors import Finding, KernelRefused, MobilityError
 from mobility_agent.homes import Address, Home, is_single
 

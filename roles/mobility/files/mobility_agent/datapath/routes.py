@@ -38,7 +38,7 @@ _ENCAP_REDUCED = 3
 _LOCAL_ACTION, _LOCAL_NEXT_HOP, _END_DX6 = 1, 5, 5
 _ONLINK = 4
 _SCOPE_LINK, _SCOPE_NOWHERE = 253, 255
-_MAIN_TABLE = 254
+MAIN_TABLE = 254
 _PRIORITY_VALUE = 1024
 # Behind a route of the home link's own, which would be replaced otherwise.
 _ATTRACTED_PRIORITY = 2048
@@ -79,7 +79,7 @@ class Route:
     @property
     def priority(self) -> int:
         """What the kernel prefers it by; the lower comes first."""
-        attracted = self.kind is Kind.UNREACHABLE and self.table == _MAIN_TABLE
+        attracted = self.kind is Kind.UNREACHABLE and self.table == MAIN_TABLE
         return _ATTRACTED_PRIORITY if attracted else _PRIORITY_VALUE
 
     def __str__(self) -> str:

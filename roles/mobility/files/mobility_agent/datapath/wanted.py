@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, TUNNEL
-from mobility_agent.datapath.routes import DEFAULT, Kind, Route
+from mobility_agent.datapath.routes import DEFAULT, MAIN_TABLE, Kind, Route
 from mobility_agent.datapath.settings import SEG6, PathSettings
 from mobility_agent.homes import Home
 
-MAIN_TABLE = 254
 OUTER_HEADER_OCTETS = 40
 _MINIMUM_MTU = 1280
 #: What a path must carry: of less no sender can be told, and nobody fragments the outer packet.

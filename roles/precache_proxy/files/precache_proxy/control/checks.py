@@ -19,6 +19,7 @@ from precache_proxy.control.answers import Answer, proxy_answer, scratch_files
 from precache_proxy.control.parts import Parts
 from precache_proxy.durable import read_json
 from precache_proxy.errors import LifeboatError
+from precache_proxy.evacuation.arrival import NO_CONTACT
 from precache_proxy.units import format_bytes, format_seconds
 
 CLOCK_METHOD = "control.clock"
@@ -70,7 +71,7 @@ def worst(severities: list[Severity]) -> Severity:
 
 def _waits_for_contact(arrival: Answer) -> bool:
     """Once it runs here there is nothing left to say about it, whatever cause its record bears."""
-    return arrival.get("cause") == "no-contact" and arrival.get("state") in {"prepared", "released"}
+    return arrival.get("cause") == NO_CONTACT and arrival.get("state") in {"prepared", "released"}
 
 
 async def run_checks(parts: Parts, *, hook: Path = HOOK_PATH) -> list[CheckResult]:

@@ -431,11 +431,12 @@ class Source:
             if present is not None:
                 await present.stop()
             domain = await self._hypervisor.lookup(vm)
+            definition = await self._hypervisor.definition_of(domain, subject=f"VM {vm}")
             # What did not come along (a shared disk, say) was left out on somebody's word, and stays so.
-            left_out = plan_layout(await self._hypervisor.definition(vm), None).refused
+            left_out = plan_layout(definition, None).refused
             record = ProtectionRecord(
                 uuid=vm,
-                name=name or await self._hypervisor.call(domain.name, subject=f"VM {vm}"),
+                name=name or definition.name,
                 peer=peer,
                 only_disks=sorted(overlays) if left_out else None,
                 rpo_seconds=self.settings.rpo_seconds if rpo_seconds is None else rpo_seconds,

@@ -215,4 +215,5 @@ async def proxy_answer(parts: Parts) -> Answer:
         "replicas": await replicas_answer(parts),
         "evacuations": jobs_answer(parts),
         "arrivals": arrivals_answer(parts),
+        "coordinator": parts.lease.told(),
     }

@@ -99,6 +99,7 @@ class Api:
                 web.post("/v1/evacuations", self._begin),
                 web.post("/v1/evacuations/check", self._preflight),
                 web.post("/v1/workload", self._workload),
+                web.post("/v1/coordinator", self._coordinator),
                 web.get("/v1/evacuations/{job}", self._evacuation),
                 web.post("/v1/evacuations/{job}/cancel", self._cancel),
                 web.post("/v1/evacuations/{job}/steer", self._steer),
@@ -258,6 +259,13 @@ class Api:
         requests.conclude(told, findings)
         names = {str(vm["uuid"]): str(vm["name"]) for vm in answers.vms_answer(self._parts)}
         return web.json_response(await measure_workload(self._parts.hypervisor, names, round(seconds)))
+
+    async def _coordinator(self, request: web.Request) -> web.Response:
+        """Ask for the lease; no error where another has it, for whoever asks wants to know who that is."""
+        asked = requests.coordination(await requests.body(request))
+        lease = self._parts.lease
+        granted = lease.ask(asked.coordinator, asked.who, asked.for_seconds, take_over=asked.take_over)
+        return web.json_response({"granted": granted, "coordinator": lease.told()})
 
     async def _settle(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []

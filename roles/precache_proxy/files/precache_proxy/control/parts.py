@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from precache_proxy.config import Config
+from precache_proxy.control.coordinator_lease import CoordinatorLease
 
 
 @dataclass
@@ -22,3 +23,4 @@ class Parts:
     evacuation: Any
     state: str = "starting"
     started_at: float = field(default_factory=time.time)
+    lease: CoordinatorLease = field(default_factory=CoordinatorLease)

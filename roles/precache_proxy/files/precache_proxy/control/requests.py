@@ -24,6 +24,7 @@ SHUTDOWN_SECONDS_RANGE = (0.0, 3600.0)
 RPO_SECONDS_RANGE = (1.0, 30 * 86400.0)
 # The longest that one request may be held; clients ask again.
 LONGEST_WAIT_SECONDS = 300.0
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,35 @@ def postponement(values: Mapping[str, Any]) -> float:
             f"request: for_seconds is missing; give 0 to {LONGEST_WAIT_SECONDS:.0f}, 0 for no longer"
         )
     return seconds
+
+
+@dataclass(frozen=True)
+class Coordination:
+    """What POST /v1/coordinator asks for."""
+
+    coordinator: str
+    who: str
+    for_seconds: float
+    take_over: bool
+
+
+def coordination(values: Mapping[str, Any]) -> Coordination:
+    """Who wants to coordinate, and for how long. Raises InvalidInput."""
+    findings: list[Finding] = []
+    told = reader(values, findings)
+    coordinator, who = told.text("coordinator", REQUIRED), told.text("who", REQUIRED)
+    for key, text in (("coordinator", coordinator), ("who", who)):
+        # It stands in other people's terminals and in the journal.
+        if len(text) > _LONGEST_NAME or not text.isprintable():
+            fact = f"is {text[:20]!r}..., longer than {_LONGEST_NAME} characters or no printable text"
+            findings.append(Finding(f"request: {key}", fact, "write a short line", "invalid"))
+    seconds = told.optional_duration("for_seconds", 0.0, LONGEST_WAIT_SECONDS)
+    take_over = told.boolean("take_over", default=False)
+    if seconds is None and "for_seconds" not in values:
+        way_out = f"give 0 to {LONGEST_WAIT_SECONDS:.0f}, 0 to give it back"
+        findings.append(Finding("request: for_seconds", "is missing", way_out, "invalid"))
+    conclude(told, findings)
+    return Coordination(coordinator, who, seconds or 0.0, take_over)
 
 
 def wait_seconds(request: web.Request) -> float:

@@ -72,6 +72,10 @@ def status(told: Answer, width: int = 80) -> list[str]:
         f"in {store['directory']}",
         f"scratch      {_amount(scratch['used_bytes'])} used in {scratch['directory']}",
     ]
+    coordinator = told.get("coordinator")
+    if coordinator:
+        heard = format_seconds(coordinator["heard_seconds"])
+        lines.append(f"coordinator  {coordinator['who']}, heard of {heard} ago")
     lines = [fit(line, width).rstrip() for line in lines]
     lines += _section("Links", links(told["links"], width), told["links"])
     lines += _section("Protected VMs", vms(told["vms"], width), told["vms"])

@@ -199,7 +199,7 @@ def finished_calls(text: str) -> list[str]:
         process, _, call = line.partition(" ")
         call = call.strip()
         if call.endswith("<unfinished ...>"):
-            begun[process] = call.removesuffix("<unfinished ...>")
+            begun[process] = call.removesuffix("<unfinished ...>").rstrip()
             continue
         resumed = re.match(r"<\.\.\. \w+ resumed>(.*)", call)
         if resumed:

@@ -8,11 +8,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import libvirt
 
+from precache_proxy import durable
 from precache_proxy.errors import HypervisorError, NotFound
 from precache_proxy.evacuation.domains import Domains
 
@@ -43,12 +45,19 @@ async def put_overlays(domains: Domains, vm: str, overlays: Mapping[str, str]) -
     """One atomic external snapshot: from now on each disk of ``overlays`` writes to its overlay.
 
     The bitmaps of known checkpoints go on in the overlays; what stood before stands still, flushed.
-    Raises HypervisorError; then libvirt has changed nothing.
+    Their names are durable when this returns. Raises HypervisorError; then libvirt has changed nothing.
     """
     definition = await domains.definition(vm)
     targets = [disk.target for disk in definition.disks]
     xml = _snapshot_xml(overlays, targets)
     await domains.run_in_turn(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
+
+    def sync() -> None:
+        # QEMU syncs what the guest wrote, never the directory: a power cut could take the file's name.
+        for directory in {Path(path).parent for path in overlays.values()}:
+            durable.sync_directory(directory)
+
+    await asyncio.to_thread(sync)
 
 
 async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Iterable[str]) -> None:

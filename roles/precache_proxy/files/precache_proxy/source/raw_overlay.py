@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import libvirt
 from lxml import etree
 
+from precache_proxy import durable
 from precache_proxy.errors import Finding
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.domain_xml import Definition, Disk
@@ -81,7 +83,7 @@ def findings(definition: Definition, spec: ProtectSpec) -> list[Finding]:
 
 
 async def put_on(hypervisor: Hypervisor, definition: Definition, only: Sequence[str] | None) -> None:
-    """An external snapshot of just the raw disks, all at one instant."""
+    """An external snapshot of just the raw disks, all at one instant; durable when this returns."""
     disks = raw_disks(definition, only)
     if not disks:
         return
@@ -108,3 +110,6 @@ async def put_on(hypervisor: Hypervisor, definition: Definition, only: Sequence[
         flags,
         subject=f"VM {definition.name}",
     )
+    # QEMU syncs what the guest wrote, never the directory: a power cut could take the file's name.
+    for directory in {overlay_path(disk, definition.name).parent for disk in disks}:
+        await asyncio.to_thread(durable.sync_directory, directory)

@@ -11,7 +11,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._placement imp
 
 Result = t.Mapping[str, t.Any]
 
-_OUT = ("evacuated", "already-there", "restarted-from-replica")
+_EVACUATED = ("evacuated", "already-there")
+_OUT = (*_EVACUATED, "restarted-from-replica")
 
 
 def placement(
@@ -27,17 +28,27 @@ def placement(
 
 
 def moved_away(
-    vms: t.Sequence[Result], jobs: t.Sequence[Result], domains: t.Sequence[Result] | None
+    vms: t.Sequence[Result],
+    jobs: t.Sequence[Result],
+    domains: t.Sequence[Result] | None,
+    tombstones: t.Sequence[Result] = (),
 ) -> list[dict[str, t.Any]]:
-    """Listed VMs that are not among a hypervisor's domains because an evacuation took them away."""
+    """Listed VMs that an evacuation took away and that are not among a hypervisor's domains, or that may not
+    run there any more as they run elsewhere (``tombstones``), whichever way that came about."""
     away = []
     for vm in vms:
         name = vm["name"]
         # Oldest first; a VM that came back is among the domains again.
-        newest = next((job for job in reversed(jobs) if name in (job.get("vm"), job.get("name"))), None)
+        newest = next((job for job in reversed(jobs) if name in (job.get("vm"), job.get("name"))), {})
         there = domains is None or any(name in (one.get("uuid"), one.get("name")) for one in domains)
-        if newest is not None and newest.get("verdict") in _OUT and not there:
-            away.append({"name": name, "peer": newest.get("peer")})
+        left = newest.get("verdict") in _OUT and not there
+        tombstone = next((one for one in tombstones if name in (one.get("uuid"), one.get("name"))), None)
+        if tombstone is not None and not (left and newest["verdict"] in _EVACUATED):
+            away.append({"name": name, "peer": tombstone.get("peer"), "sentence": tombstone.get("sentence")})
+        elif left:
+            peer = newest.get("peer")
+            sentence = f"VM {name}: it was evacuated to {peer}, which protects it now."
+            away.append({"name": name, "peer": peer, "sentence": sentence})
     return away
 
 

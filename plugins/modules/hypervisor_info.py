@@ -83,6 +83,23 @@ hypervisor:
         disk_bytes:
           description: What its own disks take now, and so their first copy.
           type: int
+    moved_away:
+      description: The VMs that may not start on the host any more, as they run elsewhere.
+      type: list
+      elements: dict
+      contains:
+        uuid:
+          description: UUID of the VM.
+          type: str
+        name:
+          description: Name that it had.
+          type: str
+        peer:
+          description: Where it went.
+          type: str
+        sentence:
+          description: How that came about, and what is left of it on the host.
+          type: str
 """
 
 from ansible.module_utils.basic import AnsibleModule

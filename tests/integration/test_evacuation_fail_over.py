@@ -47,6 +47,8 @@ def test_a_vm_runs_from_its_last_generation_and_its_home_learns_of_it(pair: Evac
         pair.start(HOME)
         wait_for(lambda: pair.arrival(BACKUP, guest)["home_told"], timeout_seconds=60)
         assert pair.guarded(HOME, guest)
+        [gone] = pair.ask(HOME, "GET", "/v1/hypervisor")["moved_away"]
+        assert (gone["uuid"], gone["name"], gone["peer"]) == (guest.plan.uuid, guest.name, BACKUP)
         assert guest.states() == {BACKUP: "running"}
         # What was written at home since stays there, and nobody takes it for a replica.
         assert guest.plan.uuid not in str(pair.ask(HOME, "GET", "/v1/vms"))

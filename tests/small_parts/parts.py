@@ -313,6 +313,8 @@ class Evacuation:
         # replicas here, by UUID: what a look at a fail-over tells
         self.outlooks: dict[str, dict[str, Any]] = {}
         self.arrived: list[Any] = []
+        # of VMs that run elsewhere
+        self.tombstones: list[Any] = []
 
     async def begin(self, vm: str, *, options: Any) -> Job:
         uuid, name = self.source.identify(vm)
@@ -348,6 +350,9 @@ class Evacuation:
 
     def arrivals(self) -> list[Any]:
         return self.arrived
+
+    async def moved_away(self) -> list[Any]:
+        return self.tombstones
 
     def keep(self, store: Store, vm: str, peer: str, **told: Any) -> None:
         """A replica of a VM is here."""

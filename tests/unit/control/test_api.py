@@ -15,6 +15,7 @@ import pytest
 
 from precache_proxy.control.client import Client, ProxyDown, segment
 from precache_proxy.errors import Conflict, InvalidInput, LifeboatError, NotFound
+from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden
 from precache_proxy.hypervisor.domain_xml import parse_definition
 from small_parts.parts import DATABASE, KNOWN, WEB
 
@@ -137,6 +138,13 @@ def test_what_a_hypervisor_has_and_has_room_for(served: Any, tmp_path: Path) -> 
     assert told["store"]["free_bytes"] > 0
     assert told["store"]["minimum_free_bytes"] > 0
     assert told["peers"] == [{"name": "backup1", "state": "up"}, {"name": "backup2", "state": "up"}]
+    assert told["moved_away"] == []
+    served.parts.evacuation.tombstones = [
+        Forbidden(WEB, TOMBSTONE, "It runs there.", "job1", 1, name="web1", peer="backup1")
+    ]
+    assert served.client.request("GET", "/v1/hypervisor")["moved_away"] == [
+        {"uuid": WEB, "name": "web1", "peer": "backup1", "sentence": "It runs there."}
+    ]
 
 
 def test_passes_are_postponed_for_a_time(served: Any) -> None:

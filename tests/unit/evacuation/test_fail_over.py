@@ -521,6 +521,8 @@ async def test_a_home_that_comes_back_starts_it_no_more(tmp_path: Path, step: St
         forbidden = guard.forbidden(VM)
         assert forbidden is not None
         assert (forbidden.cause, forbidden.job) == (TOMBSTONE, "f0")
+        # By name: the inventory lists names, and the domain is gone.
+        assert [(gone.name, gone.peer) for gone in guard.tombstones()] == [("web1", "backup1")]
         assert "What was written here since is in /images/web1.qcow2" in forbidden.sentence
     assert "destroy" not in machines.done
     assert cast(Any, proxy._around.network).left_to[0] == (VM, "backup1")

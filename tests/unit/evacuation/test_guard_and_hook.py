@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,21 @@ def test_a_host_without_the_hook_is_told(tmp_path: Path) -> None:
     assert hook_findings("source", tmp_path), "not executable: libvirt would not run it"
     hook.chmod(0o755)
     assert hook_findings("source", tmp_path) == []
+
+
+def test_only_what_left_for_good_is_told_as_moved_away(host: Host) -> None:
+    assert host.guard.tombstones() == []
+    host.guard.forbid(forbidden(ARRIVAL))
+    assert host.guard.tombstones() == []
+    gone = replace(forbidden(), name="web ä1", peer="backup1")
+    host.guard.forbid(gone)
+    assert host.guard.tombstones() == [gone]
+    # One that nobody can read forbids its start, and does not hide the others.
+    (host.guard.directory / f"{VM[:-1]}2.json").write_text("{")
+    (host.guard.directory / f"{VM[:-1]}3.json").write_text("{}")
+    assert host.guard.tombstones() == [gone]
+    # written by a release that did not name it
+    record = json.loads((host.guard.directory / f"{VM}.json").read_text())
+    del record["name"], record["peer"]
+    (host.guard.directory / f"{VM}.json").write_text(json.dumps(record))
+    assert host.guard.tombstones() == [replace(gone, name="", peer="")]

@@ -22,7 +22,8 @@ import yaml
 
 from precache_proxy.control.client import Client
 from precache_proxy.control.parts import Parts
-from precache_proxy.errors import Finding, HypervisorError
+from precache_proxy.errors import Finding, HypervisorError, StaleEpoch
+from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
 from small_parts.parts import DATABASE, KNOWN, WEB, serving, small_parts
 
@@ -245,6 +246,31 @@ def test_protect_leaves_a_vm_alone_that_an_evacuation_took_away(site: Site) -> N
     site.first.hypervisor.domains = [(WEB, "web1", True)]
     told = good(site.play("protect", "--limit", "home1"))
     assert (recap(told)["home1"]["changed"], WEB in site.first.source.protected) == (1, True)
+
+
+@pytest.mark.parametrize("copy_is_defined", [False, True])
+def test_protect_leaves_a_vm_alone_that_was_failed_over(
+    site: Site, monkeypatch: pytest.MonkeyPatch, copy_is_defined: bool
+) -> None:
+    """No evacuation of it ever left from here: only the tombstone says where it runs."""
+    sentence = "VM web1 was started at backup1 from generation 12 (epoch 3), and runs there."
+    if copy_is_defined:
+
+        async def refused(_spec: Any) -> list[str]:
+            raise StaleEpoch("VM web1: it has arrived here with epoch 3, not 2")
+
+        monkeypatch.setattr(site.first.source, "check", refused)
+        site.first.hypervisor.domains = [(WEB, "web1", False)]
+    else:
+        monkeypatch.delitem(KNOWN, WEB)
+    site.first.evacuation.tombstones = [
+        Forbidden(WEB, TOMBSTONE, sentence, "f0", 3, name="web1", peer="backup1")
+    ]
+    for listed in ("web1", WEB):
+        told = good(site.play("protect", "--limit", "home1", lifeboat_vms=[{"name": listed}]))
+        assert sentence in told.stdout
+        assert "Nothing is done for it here" in told.stdout
+        assert (recap(told)["home1"]["changed"], site.first.source.changes) == (0, [])
 
 
 def test_status_fails_with_a_list_and_changes_nothing(site: Site) -> None:

@@ -56,6 +56,10 @@ async def room_answer(parts: Parts) -> dict[str, Any]:
         "store": store,
         "peers": links,
         "domains": await _domains(parts),
+        "moved_away": [
+            {"uuid": gone.vm, "name": gone.name, "peer": gone.peer, "sentence": gone.sentence}
+            for gone in await parts.evacuation.moved_away()
+        ],
     }
 
 

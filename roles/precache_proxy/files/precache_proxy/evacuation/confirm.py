@@ -29,7 +29,7 @@ def tombstone(job: Job) -> Forbidden:
         f"VM {job.name} was evacuated to {job.peer} (job {job.id}, epoch {job.epoch}) and runs there. "
         "Do not start the copy that stayed here; to bring the VM back, evacuate it from there."
     )
-    return Forbidden(job.vm, TOMBSTONE, sentence, job.id, job.epoch)
+    return Forbidden(job.vm, TOMBSTONE, sentence, job.id, job.epoch, name=job.name, peer=job.peer)
 
 
 async def confirm(departure: Departure) -> None:

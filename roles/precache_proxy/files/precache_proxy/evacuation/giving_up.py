@@ -113,7 +113,8 @@ async def give_up(
     before = await asyncio.to_thread(around.guard.forbidden, vm)
     if before is None or before.job != str(told["job"]):
         sentence = await _sentence(around, peer, told)
-        forbidden = Forbidden(vm, TOMBSTONE, sentence, str(told["job"]), int(told["epoch"]))
+        job, epoch = str(told["job"]), int(told["epoch"])
+        forbidden = Forbidden(vm, TOMBSTONE, sentence, job, epoch, name=name, peer=peer)
         await asyncio.to_thread(around.guard.forbid, forbidden)
         # Asked after the tombstone: a start that the hook let through before it is visible by now.
         presence = await around.domains.presence_at_source(vm)

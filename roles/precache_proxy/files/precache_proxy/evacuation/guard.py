@@ -9,6 +9,7 @@ it: the incoming migration itself, or one start of our own. After a reboot it is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from precache_proxy import durable
-from precache_proxy.errors import Finding
+from precache_proxy.errors import Finding, IntegrityError
 from precache_proxy.source.scratch import boottime_seconds
 
 HOOKS: Final = Path("/etc/libvirt/hooks/qemu.d")
@@ -29,7 +30,10 @@ LEAVING: Final = "leaving"
 
 @dataclass(frozen=True, slots=True)
 class Forbidden:
-    """Why a VM must not start here. ``sentence`` is what the operator sees when virsh is refused."""
+    """Why a VM must not start here. ``sentence`` is what the operator sees when virsh is refused.
+
+    A tombstone names the VM, and the ``peer`` that it runs at.
+    """
 
     vm: str
     cause: str
@@ -37,6 +41,8 @@ class Forbidden:
     job: str
     epoch: int
     since: float = field(default_factory=time.time)
+    name: str = ""
+    peer: str = ""
 
 
 def hook_findings(host: str, directory: Path = HOOKS) -> list[Finding]:
@@ -85,7 +91,8 @@ class Guard:
         data: dict[str, Any] | None = durable.read_json(self._path(vm))
         if data is None:
             return None
-        return Forbidden(**{key: data[key] for key in ("vm", "cause", "sentence", "job", "epoch", "since")})
+        told = {key: data[key] for key in ("vm", "cause", "sentence", "job", "epoch", "since")}
+        return Forbidden(**told, name=str(data.get("name", "")), peer=str(data.get("peer", "")))
 
     def all(self) -> Iterator[Forbidden]:
         """Everything that is forbidden here."""
@@ -93,6 +100,17 @@ class Guard:
             found = self.forbidden(path.stem)
             if found is not None:
                 yield found
+
+    def tombstones(self) -> list[Forbidden]:
+        """The VMs that left from here for good, by name; a broken file is not among them (it forbids all the
+        same)."""
+        found = []
+        for path in self.directory.glob("*.json"):
+            with contextlib.suppress(IntegrityError, KeyError, TypeError):
+                forbidden = self.forbidden(path.stem)
+                if forbidden is not None and forbidden.cause == TOMBSTONE:
+                    found.append(forbidden)
+        return sorted(found, key=lambda item: (item.name, item.vm))
 
     def let_arrive(self, vm: str) -> None:
         """Let the incoming migration of the VM pass the hook, until :meth:`arrived` or a reboot."""

@@ -21,7 +21,7 @@ from precache_proxy.evacuation.departures import Departures
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.fail_over import FailOver
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE
-from precache_proxy.evacuation.guard import Guard
+from precache_proxy.evacuation.guard import Forbidden, Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Job, Journal
 from precache_proxy.evacuation.landing import Landing
 from precache_proxy.evacuation.relay import STREAM_KIND
@@ -194,6 +194,10 @@ class Evacuation:
     def arrivals(self) -> list[Arrival]:
         """Every evacuation that came, or tries to come, here."""
         return self._arrivals.records.all()
+
+    async def moved_away(self) -> list[Forbidden]:
+        """The VMs that may not start here any more, as they run elsewhere: evacuated, or failed over."""
+        return await asyncio.to_thread(self._guard.tombstones)
 
     async def settle(self, job_or_vm: str, decision: str) -> dict[str, Any]:
         """The operator's word on an undecided VM. ``source-dead`` at the destination, ``keep-at-source`` at

@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 
 VMS = 5000
 REGISTERED_SECONDS, RESTARTED_SECONDS, ANCHOR_MIB = 10.0, 5.0, 150.0
-# "As quick as alone": what a hand-over may take more than alone, on two cores that four busy processes share
-# with it: a tenth of what an arrival may take in all. Seen: 0.05 to 0.06. Of at least so many the median.
-MORE_AMONG_THEM_SECONDS, MEASURED = 0.1, 3
+# "As quick as alone": what a hand-over may take more than alone while all others are confirmed, on two cores
+# that four busy processes share with it. Seen: 0.004. Of at least so many the median.
+MORE_AMONG_THEM_SECONDS, MEASURED = 0.03, 3
 
 
 def _keep(state: Path) -> None:
@@ -82,16 +82,6 @@ def _status(agent: Agent) -> dict[str, Any]:
 def test_five_thousand_vms(agents: Agents, tmp_path: Path) -> None:
     figures: dict[str, float] = {}
     gateway = agents["gateway1"]
-    gateway.stop()
-    _keep(tmp_path / "gateway1" / "state")
-    began = time.monotonic()
-    gateway.start()
-    for name in ANCHORS:
-        eventually(lambda name=name: _bindings(agents[name]) == VMS, 60)
-    figures["registered_seconds"] = time.monotonic() - began
-    figures["anchor_mib"] = max(_resident_mib(agents[name]) for name in ANCHORS)
-
-    # One among them is handed over, first alone and then while all others are confirmed anew.
     guest, still = agents.net.guest("one", at="gateway1"), agents.net.guest("still", at="gateway1")
     for one in (guest, still):
         gateway.arrive(one, 1, wait_seconds=10)
@@ -107,8 +97,17 @@ def test_five_thousand_vms(agents: Agents, tmp_path: Path) -> None:
         assert sorted(answer["acknowledged"]) == sorted(ANCHORS)
         return time.monotonic() - begun
 
-    alone = [hand_over() for _ in range(9)]
-    figures["one_alone_seconds"] = statistics.median(alone)
+    # One is handed over: by itself, among thousands that are bound, and while all of them are confirmed anew.
+    figures["one_by_itself_seconds"] = statistics.median([hand_over() for _ in range(9)])
+    gateway.stop()
+    _keep(tmp_path / "gateway1" / "state")
+    began = time.monotonic()
+    gateway.start()
+    for name in ANCHORS:
+        eventually(lambda name=name: _bindings(agents[name]) == VMS + 2, 60)
+    figures["registered_seconds"] = time.monotonic() - began
+    figures["anchor_mib"] = max(_resident_mib(agents[name]) for name in ANCHORS)
+    figures["one_alone_seconds"] = statistics.median([hand_over() for _ in range(9)])
     # What is asked of a restart: that no packet of a VM which is here and stays here is lost.
     with ThreadPoolExecutor(1) as threads:
         probes = threads.submit(probe_gap, agents.net["client"], still.home, 10)

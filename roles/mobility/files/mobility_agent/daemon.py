@@ -281,7 +281,7 @@ class Daemon:
         if parts.anchor is not None:
             words.append(f"anchor of {len(parts.anchor.table)} bindings")
         if parts.gateway is not None:
-            words.append(f"gateway of {parts.gateway.status()['vms_here']} VMs")
+            words.append(f"gateway of {parts.gateway.attachments.here} VMs")
         return ", ".join(words)
 
     async def _end(self) -> None:

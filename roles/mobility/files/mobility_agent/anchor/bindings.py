@@ -147,9 +147,10 @@ class BindingTable:
         self._bindings: dict[str, Binding] = {}
         self._owners: dict[IPv6Network, str] = {}
         self._expiries: list[tuple[float, str]] = []
+        self._active = 0
 
     def __len__(self) -> int:
-        return sum(binding.active for binding in self._bindings.values())
+        return self._active
 
     def get(self, vm: str) -> Binding | None:
         """The VM's binding, active or remembered."""
@@ -171,10 +172,12 @@ class BindingTable:
     def _store(self, binding: Binding) -> None:
         before = self._bindings.get(binding.vm)
         if before is not None and before.active:
+            self._active -= 1
             for home in before.homes:
                 self._owners.pop(home, None)
         self._bindings[binding.vm] = binding
         if binding.active:
+            self._active += 1
             self._owners.update(dict.fromkeys(binding.homes, binding.vm))
         heapq.heappush(self._expiries, (binding.expires_seconds, binding.vm))
 

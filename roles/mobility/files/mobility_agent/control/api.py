@@ -141,6 +141,7 @@ class Api:
     async def _arrive(self, request: web.Request) -> web.Response:
         """A VM is about to run here; what the request leaves out is taken from its definition."""
         gateway = self._parts.the_gateway()
+        gateway.give_way()
         findings: list[Finding] = []
         values = await _body(request)
         if isinstance(values, dict):

@@ -73,6 +73,8 @@ class Attachments:
         self._owners: dict[Home, str] = {}
         # Those of a VM that are more than one address.
         self._wide: set[Home] = set()
+        #: How many of them are here.
+        self.here = 0
 
     def __len__(self) -> int:
         return len(self._by_vm)
@@ -89,12 +91,14 @@ class Attachments:
         """Know ``attachment`` in place of what was known of its VM."""
         self.remove(attachment.vm)
         self._by_vm[attachment.vm] = attachment
+        self.here += attachment.state == HERE
         self._owners.update(dict.fromkeys(attachment.homes, attachment.vm))
         self._wide.update(home for home in attachment.homes if not is_single(home))
 
     def remove(self, vm: str) -> None:
         """Know nothing of the VM any more."""
         known = self._by_vm.pop(vm, None)
+        self.here -= known is not None and known.state == HERE
         for home in known.homes if known is not None else ():
             if self._owners.get(home) == vm:
                 del self._owners[home]

@@ -67,7 +67,8 @@ class GatewayDuty:
         self._forwards: dict[str, float] = {}
         self._inquire_at = 0.0
         self._wake = asyncio.Event()
-        self._answered = asyncio.Event()
+        #: By VM: whoever waits for an anchor's answer for it.
+        self._answered: dict[str, list[asyncio.Event]] = {}
         self._commits: set[asyncio.Task[None]] = set()
         self._background = Background()
         self._watch = AnchorWatch(
@@ -173,6 +174,10 @@ class GatewayDuty:
         """Something is due: send it now."""
         self._wake.set()
 
+    def give_way(self) -> None:
+        """A VM is about to arrive: what only confirms waits a moment."""
+        self.registrar.give_way(time.monotonic())
+
     def _send_due(self) -> None:
         for outgoing in self.registrar.due(time.monotonic(), time.time()):
             message = outgoing.registration.update(outgoing.sequence)
@@ -194,7 +199,8 @@ class GatewayDuty:
                 if answer is not None:
                     outcome = self.registrar.acknowledge(peer.name, answer, time.monotonic())
                     self._follow(outcome)
-                    self._answered.set()
+                    for waiting in self._answered.get(answer.vm, ()):
+                        waiting.set()
                     self._wake.set()
             case Heartbeat() if message.response:
                 self._watch.take(peer, message)
@@ -373,12 +379,20 @@ class GatewayDuty:
 
     async def _acknowledged(self, vm: str, until: float) -> None:
         """Return when every anchor has acknowledged ``vm``, or it is ``until`` (monotonic)."""
-        while (left := until - time.monotonic()) > 0:
-            if len(self.registrar.acknowledged(vm)) == len(self._anchors) or self.attachments.get(vm) is None:
-                return
-            self._answered.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._answered.wait(), left)
+        answered = asyncio.Event()
+        self._answered.setdefault(vm, []).append(answered)
+        try:
+            while (left := until - time.monotonic()) > 0:
+                everywhere = len(self.registrar.acknowledged(vm)) == len(self._anchors)
+                if everywhere or self.attachments.get(vm) is None:
+                    return
+                answered.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(answered.wait(), left)
+        finally:
+            self._answered[vm].remove(answered)
+            if not self._answered[vm]:
+                del self._answered[vm]
 
     async def depart(self, vm: str, to: IPv6Address | None, *, withdraw: bool = False) -> dict[str, Any]:
         """The VM runs here no more: it went to ``to`` (None: not known yet), or, ``withdraw``, nowhere.
@@ -467,8 +481,8 @@ class GatewayDuty:
     def status(self) -> dict[str, Any]:
         """A summary for the control interface."""
         return {
-            "vms_here": sum(known.state == HERE for known in self.attachments.all()),
-            "vms_away": sum(known.state == AWAY for known in self.attachments.all()),
+            "vms_here": self.attachments.here,
+            "vms_away": len(self.attachments) - self.attachments.here,
             "registrations_pending": self.registrar.pending(),
             "anchor_in_use": self._watch.in_use,
             "anchors": self._watch.status(),

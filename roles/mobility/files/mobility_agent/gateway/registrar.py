@@ -4,20 +4,22 @@
 Pure: the clock comes with each call, messages go out as values from :meth:`Registrar.due`. A claim is sent
 at once, again after one round trip and then ever more slowly, for as long as it takes: in a crisis an anchor
 that does not answer now may answer in a minute. What merely confirms (refresh, an anchor that restarted)
-keeps to a window of messages under way; a claim goes ahead of it, so that one hand-over among thousands of
-refreshes is as quick as alone.
+keeps to a window of messages under way, and to a pace; a claim goes ahead of it and holds it up, so that one
+hand-over among thousands of refreshes is as quick as alone.
 """
 
 from __future__ import annotations
 
 import heapq
 import secrets
+import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv6Address, IPv6Network
 
+from mobility_agent.gateway.pace import Pace
 from mobility_agent.messages.headers import Status
 from mobility_agent.messages.options import HandoffIndicator, Timestamp
 from mobility_agent.messages.registration import Acknowledgement, Registration
@@ -39,6 +41,9 @@ _GROWTH = 1.01
 # Clocks nearer than this are left as they are: two gateways then order their claims by true time.
 _TOLERATED_OFFSET_SECONDS = 1.0
 _CORRECTIONS = 3
+# Refreshes begin within this share of half a lifetime before its end: VMs that were registered together, at a
+# start, do not all come back together for ever.
+_SPREAD = 0.25
 _ABOUT_TIME = frozenset({Status.TIMESTAMP_MISMATCH, Status.TIMESTAMP_TOO_LOW})
 
 
@@ -65,6 +70,7 @@ class _Line:
     attempts: int = 0
     corrections: int = 0
     under_way: bool = False
+    awaited: bool = False
     due_at: float = 0.0
     acknowledged_at: float | None = None
     sentence: str = ""
@@ -94,6 +100,11 @@ class _Anchor:
         if self.least_seconds is None:
             return _UNKNOWN_WINDOW
         return min(max(int(_ROUTINE_PER_SECOND * self.least_seconds), _LEAST_WINDOW), _MOST_WINDOW)
+
+    @property
+    def may_send(self) -> bool:
+        """Whether something routine waits, and the window has room for it."""
+        return bool(self.backlog) and self.under_way < self.window
 
 
 @dataclass(slots=True)
@@ -147,6 +158,9 @@ class Registrar:
         self._lines: dict[tuple[str, str], _Line] = {}
         self._queue: list[tuple[float, int, _Line]] = []
         self._order = 0
+        self._pace = Pace()
+        # Claims that were sent once and may be answered any moment: what is routine gives way to them.
+        self._awaited = 0
 
     def attach(
         self,
@@ -204,19 +218,19 @@ class Registrar:
         if line.under_way:
             line.under_way = False
             self._anchors[line.anchor].under_way -= 1
+        if line.awaited:
+            line.awaited = False
+            self._awaited -= 1
+            if not self._awaited:
+                self._pace.go_on()
 
     def _current(self, line: _Line) -> bool:
         return self._lines.get((line.vm, line.anchor)) is line
 
     def due(self, now: float, wall: float) -> list[Outgoing]:
         """What is to be sent now. ``now``: monotonic; ``wall``: seconds since 1970."""
-        outgoing: list[Outgoing] = []
         urgent: list[Outgoing] = []
-        for anchor in self._anchors.values():
-            while anchor.backlog and anchor.under_way < anchor.window:
-                line = anchor.backlog.popleft()
-                if self._current(line) and line.due_at <= now and not line.under_way:
-                    outgoing += self._send(line, anchor, now, wall)
+        again: list[Outgoing] = []
         while self._queue and self._queue[0][0] <= now:
             at, _unused, line = heapq.heappop(self._queue)
             # Scheduled anew since, or forgotten: this entry says nothing any more.
@@ -225,11 +239,25 @@ class Registrar:
             anchor = self._anchors[line.anchor]
             if line.urgent:
                 urgent += self._send(line, anchor, now, wall)
-            elif line.under_way or anchor.under_way < anchor.window:
-                outgoing += self._send(line, anchor, now, wall)
+            elif line.under_way:
+                again += self._send(line, anchor, now, wall)
             else:
                 anchor.backlog.append(line)
-        return urgent + outgoing
+        return urgent + again + self._routine(now, wall)
+
+    def _routine(self, now: float, wall: float) -> list[Outgoing]:
+        """As much of what only confirms as the pace and the windows allow, from each anchor's in turn."""
+        outgoing: list[Outgoing] = []
+        ready = [anchor for anchor in self._anchors.values() if anchor.may_send]
+        most = self._pace.allowed(now) if ready else 0
+        while ready and len(outgoing) < most:
+            for anchor in ready:
+                line = anchor.backlog.popleft()
+                if self._current(line) and line.due_at <= now and not line.under_way:
+                    outgoing += self._send(line, anchor, now, wall)
+            ready = [anchor for anchor in ready if anchor.may_send]
+        self._pace.sent(len(outgoing), now)
+        return outgoing
 
     def _send(self, line: _Line, anchor: _Anchor, now: float, wall: float) -> list[Outgoing]:
         claim = self._claims[line.vm]
@@ -244,6 +272,10 @@ class Registrar:
         if not line.under_way:
             line.under_way = True
             anchor.under_way += 1
+        if line.urgent and not line.attempts:
+            line.awaited = True
+            self._awaited += 1
+            self._pace.hold(now)
         self._schedule(line, now + self._patience(anchor, line))
         line.attempts += 1
         registration = Registration(
@@ -276,9 +308,14 @@ class Registrar:
 
     def next_due(self) -> float | None:
         """When :meth:`due` will have something to send (monotonic seconds)."""
-        if any(anchor.backlog and anchor.under_way < anchor.window for anchor in self._anchors.values()):
-            return 0.0
-        return self._queue[0][0] if self._queue else None
+        times = [self._queue[0][0]] if self._queue else []
+        if any(anchor.may_send for anchor in self._anchors.values()):
+            times.append(self._pace.next_at)
+        return min(times, default=None)
+
+    def give_way(self, now: float) -> None:
+        """A hand-over is coming: what is routine waits a moment."""
+        self._pace.hold(now)
 
     def acknowledge(self, anchor_name: str, answer: Acknowledgement, now: float) -> Outcome:
         """Take an anchor's answer, already authenticated."""
@@ -315,7 +352,8 @@ class Registrar:
         line.acknowledged_at = now
         line.sentence = f"VM {line.vm}: {kind} with {line.anchor}"
         granted = answer.lifetime_seconds or self._lifetime_seconds
-        self._schedule(line, now + granted / 2)
+        share = zlib.crc32(line.vm.encode()) / (1 << 32)
+        self._schedule(line, now + granted / 2 * (1 - _SPREAD * share))
         return Outcome(kind, line.vm, line.anchor, line.sentence, answer.epoch, self._care_of)
 
     def _correct(self, line: _Line, anchor: _Anchor, answer: Acknowledgement, now: float) -> Outcome | None:

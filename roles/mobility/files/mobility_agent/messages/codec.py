@@ -12,8 +12,17 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 
 from mobility_agent.errors import MalformedMessage, NotAuthentic
-from mobility_agent.messages.headers import Message, parse_message
-from mobility_agent.messages.options import PAD1, PADN, MessageAuthentication, Option, find, parse_option
+from mobility_agent.messages.headers import BindingUpdate, Message, parse_message
+from mobility_agent.messages.options import (
+    PAD1,
+    PADN,
+    Handoff,
+    HandoffIndicator,
+    MessageAuthentication,
+    Option,
+    find,
+    parse_option,
+)
 
 MOBILITY_PROTOCOL = 135
 NO_NEXT_HEADER = 59
@@ -146,6 +155,18 @@ def _split_options(data: bytes) -> tuple[tuple[Option, ...], int | None]:
             options.append(option)
         at = end
     return tuple(options), authentication_at
+
+
+def only_confirms(data: bytes) -> bool:
+    """Whether octets that nobody has judged yet look like an update that changes nothing: a refresh."""
+    if len(data) < _FIXED_OCTETS or data[2] != BindingUpdate.kind:
+        return False
+    at = _FIXED_OCTETS
+    while at + 3 < len(data):
+        if data[at] == Handoff.kind:
+            return data[at + 3] == HandoffIndicator.UNCHANGED
+        at += 1 if data[at] == PAD1 else 2 + data[at + 1]
+    return False
 
 
 def decode(data: bytes, source: IPv6Address, destination: IPv6Address) -> Packet:

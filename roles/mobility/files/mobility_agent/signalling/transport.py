@@ -2,6 +2,8 @@
 """Mobility headers on a raw socket of protocol 135, from and to known peers only, all authenticated.
 
 Between a gateway and an anchor the gateway's key holds both ways: so a gateway needs no key but its own.
+What has come is taken from the kernel at once, and what only confirms waits until the rest has been dealt
+with: a hand-over does not wait behind what hundreds of gateways refresh, or tell a restarted anchor.
 """
 
 from __future__ import annotations
@@ -11,13 +13,21 @@ import contextlib
 import logging
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from ipaddress import IPv6Address
 
 from mobility_agent.config import Peer
 from mobility_agent.errors import KernelRefused, MalformedMessage, MobilityError, NotAuthentic
-from mobility_agent.messages.codec import MOBILITY_PROTOCOL, UNSPECIFIED, Key, Packet, decode, encode
+from mobility_agent.messages.codec import (
+    MOBILITY_PROTOCOL,
+    UNSPECIFIED,
+    Key,
+    Packet,
+    decode,
+    encode,
+    only_confirms,
+)
 from mobility_agent.messages.headers import (
     BindingAcknowledgement,
     BindingUpdate,
@@ -33,6 +43,9 @@ logger = logging.getLogger(__name__)
 _BUFFER_OCTETS = 4 << 20
 _RECEIVE_BUFFER_FORCE, _SEND_BUFFER_FORCE = 33, 32
 _QUIET_SECONDS = 10.0
+# Taken from the kernel in one turn, kept here at most, and dealt with in one turn: timers and the control
+# interface get their turn in a flood, too.
+_TAKEN, _MOST_KEPT, _DEALT_WITH = 256, 8192, 8
 
 Receiver = Callable[[Peer, Message], None]
 
@@ -64,6 +77,9 @@ class Transport:
         self._peers = {peer.address: peer for peer in peers}
         self._receive = receive
         self._socket: socket.socket | None = None
+        self._first: deque[tuple[bytes, Peer]] = deque()
+        self._then: deque[tuple[bytes, Peer]] = deque()
+        self._working = False
         self.counters: Counter[str] = Counter()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
 
@@ -94,6 +110,8 @@ class Transport:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
+            self._first.clear()
+            self._then.clear()
 
     def _covered(self, message: Message, gateway: IPv6Address) -> tuple[IPv6Address, IPv6Address]:
         """The two addresses that the authenticator covers: the gateway's, and the VM's first home address."""
@@ -118,21 +136,23 @@ class Transport:
         self.counters["sent"] += 1
 
     def _read(self) -> None:
-        # A bounded share, so that timers and the control interface get their turn in a flood.
-        for _unused in range(16):
-            if self._socket is None:
-                return
+        for _unused in range(_TAKEN):
+            # What is more stays with the kernel, which drops what is too much.
+            if self._socket is None or len(self._first) + len(self._then) >= _MOST_KEPT:
+                break
             try:
                 data, origin = self._socket.recvfrom(4096)
             except BlockingIOError:
-                return
+                break
             except OSError as error:
                 # An ICMP error of an earlier message: the retransmission deals with it.
                 logger.debug("signalling: %s", error)
                 continue
-            self._take(data, IPv6Address(origin[0].partition("%")[0]))
+            self._keep(data, IPv6Address(origin[0].partition("%")[0]))
+        if not self._working:
+            self._work()
 
-    def _take(self, data: bytes, origin: IPv6Address) -> None:
+    def _keep(self, data: bytes, origin: IPv6Address) -> None:
         peer = self._peers.get(origin)
         if peer is None:
             self.counters["unknown_peer"] += 1
@@ -141,12 +161,29 @@ class Transport:
             )
             self._tell(str(origin), "unknown", fact)
             return
+        # Not believed yet, only put in order.
+        (self._then if only_confirms(data) else self._first).append((data, peer))
+
+    def _work(self) -> None:
         try:
-            packet = decode(data, origin, self._address)
+            for _unused in range(_DEALT_WITH):
+                waiting = self._first or self._then
+                if self._socket is None or not waiting:
+                    break
+                self._take(*waiting.popleft())
+        finally:
+            # Whatever became of one, the next ones are dealt with.
+            self._working = self._socket is not None and bool(self._first or self._then)
+            if self._working:
+                asyncio.get_running_loop().call_soon(self._work)
+
+    def _take(self, data: bytes, peer: Peer) -> None:
+        try:
+            packet = decode(data, peer.address, self._address)
             self._authenticate(packet, peer)
         except (MalformedMessage, NotAuthentic) as error:
             self.counters[error.cause.replace("-", "_")] += 1
-            self._tell(peer.name, error.cause, f"from {peer.name} ({origin}): {error}")
+            self._tell(peer.name, error.cause, f"from {peer.name} ({peer.address}): {error}")
             return
         self.counters["received"] += 1
         try:

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
+import socket
 import time
 import typing as t
 from pathlib import Path
@@ -49,6 +51,7 @@ else:
         Abandoned,
         Coordinator,
         Refused,
+        TakenOver,
         Wanted,
         told_of,
     )
@@ -89,6 +92,7 @@ class ActionModule(ActionBase):
                 "deadline_reserve": {"type": "str", "default": "0"},
                 "uplink": {"type": "str"},
                 "progress": {"type": "float", "default": 5.0},
+                "take_over": {"type": "bool", "default": False},
                 "forecast": {"type": "path"},
                 "report": {"type": "path"},
                 "page": {"type": "path"},
@@ -117,6 +121,9 @@ class ActionModule(ActionBase):
         except Abandoned:
             result.update(failed=True, msg="ansible-playbook is gone; what is under way goes on")
             return result
+        except TakenOver as error:
+            result.update(failed=True, changed=coordinator.changed, msg=str(error))
+            return result
         finally:
             coordinator.close()
 
@@ -133,23 +140,38 @@ class ActionModule(ActionBase):
         )
         return result
 
-    @staticmethod
-    def _found_by(coordinator: Coordinator) -> list[Finding]:
+    def _found_by(self, coordinator: Coordinator) -> list[Finding]:
         """What else is wrong, as the proxies know it: all findings at once."""
+        found: list[Finding] = []
         try:
             coordinator.survey()
         except Refused as error:
-            return error.findings
-        return []
+            found = error.findings
+        return found + self._led_by_others(coordinator)
+
+    def _led_by_others(self, coordinator: Coordinator) -> list[Finding]:
+        """That another is at work, where this would be a second one."""
+        moves = self._arguments["state"] == "evacuated" and not self._task.check_mode
+        return coordinator.led_by_others() if moves and not self._arguments["take_over"] else []
+
+    def _survey(self, coordinator: Coordinator) -> SiteSummary:
+        try:
+            return coordinator.survey(pick_up=self._arguments["state"] == "evacuated")
+        except Refused as error:
+            raise Refused([*error.findings, *self._led_by_others(coordinator)]) from error
 
     def _work(self, result: dict[str, t.Any], coordinator: Coordinator) -> dict[str, t.Any]:
         if self._deadline is not None:
             # As it was given, before it became a text: of a time of day without quotes YAML makes a number.
             self._say(meaning(self._deadline, self._task.args.get("deadline"), time.time()))
-        site = coordinator.survey(pick_up=self._arguments["state"] == "evacuated")
+        site = self._survey(coordinator)
         unreached = {name: host.error for name, host in coordinator.hosts.items() if host.error}
         for name, why in unreached.items():
             self._say(f"{name}: not reached: {why.removeprefix(f'{name}: ')}")
+        if self._arguments["state"] == "forecast" or self._task.check_mode:
+            for finding in coordinator.led_by_others():
+                # Nothing is moved: no reason to refuse, but what the line carries is shared out already.
+                self._say(f"{finding.subject} {finding.fact}")
         if self._arguments["state"] == "forecast":
             return self._forecast(result, coordinator, site) | {"unreached": unreached}
         if self._task.check_mode:
@@ -283,6 +305,8 @@ class ActionModule(ActionBase):
             bandwidth,
             usual,
             lambda: _listed(hostvars, self._variables.get("groups", {}).get("all", [])),
+            self._who(),
+            arguments["take_over"],
         )
         watch = Watch(deadline, read_runtime, reserve or 0.0)
         coordinator = Coordinator(
@@ -295,6 +319,17 @@ class ActionModule(ActionBase):
             find=find,
         )
         return coordinator, findings
+
+    def _who(self) -> str:
+        """This run, for people who find it at work."""
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):
+            # A container's user may have no name.
+            user = f"user {os.getuid()}"
+        told = f"{user} on {socket.gethostname()} (ansible-playbook, process {self._parent}"
+        job = self._variables.get("awx_job_id") or self._variables.get("tower_job_id")
+        return told + (f", AWX job {job})" if job else ")")
 
     def _strategy(self) -> tuple[str, list[Finding]]:
         strategy, parallel = self._arguments["strategy"], self._arguments["parallel"]

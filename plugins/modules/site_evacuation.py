@@ -101,6 +101,14 @@ options:
       - Seconds between two lines of progress, whatever else is told. Each says how to go on.
     type: float
     default: 5.0
+  take_over:
+    description:
+      - Become the coordinator of hypervisors that another run coordinates. That run then ends with a sentence
+        that says so, and what it has begun goes on.
+      - Without this a second run is refused before anything moves. For a run that died it waits some 15
+        seconds, for as long as that one may be alive.
+    type: bool
+    default: false
   forecast:
     description:
       - File on the controller with the forecast that a rehearsal kept, to be set beside the result in the

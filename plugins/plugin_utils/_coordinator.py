@@ -35,9 +35,15 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval impo
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import silent
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
+    Finding,
     Rung,
     SiteSummary,
     VmSummary,
+)
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._leases import (
+    Leases,
+    TakenOver,
+    findings_of,
 )
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._requester import Requester
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
@@ -50,7 +56,7 @@ from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor impo
     told_of,
 )
 
-__all__ = ["Abandoned", "Coordinator", "Proxy", "Refused", "Wanted", "told_of"]
+__all__ = ["Abandoned", "Coordinator", "Proxy", "Refused", "TakenOver", "Wanted", "told_of"]
 
 # How long a host may take to say how it stands; so long it is late, and then it is not reached.
 _ANSWER_SECONDS = 15.0
@@ -95,6 +101,7 @@ class Coordinator(Requester):
         super().__init__(wanted, sources, destinations, deadline, say, clock, find)
         self._sleep = sleep
         self._abandoned = abandoned
+        self._leases = Leases(wanted.site, self._sources, wanted.who, self._pool, say, clock, sleep)
         self._pending: dict[str, Future[dict[str, t.Any]]] = {}
         # Asked to start: no answer yet; and those whose answer was lost.
         self._starting: set[str] = set()
@@ -120,8 +127,30 @@ class Coordinator(Requester):
 
     # -- moving
 
+    def led_by_others(self) -> list[Finding]:
+        """Who coordinates hosts of this site by what they said at the survey; findings for a second one."""
+        holders = {
+            name: host.status["coordinator"]
+            for name, host in self.hosts.items()
+            if host.status.get("coordinator")
+        }
+        return findings_of(self.wanted.site, holders, self._clock())
+
+    def close(self) -> None:
+        """Give the leases back and hang up everywhere. What is under way goes on."""
+        self._leases.give_back()
+        super().close()
+
     def run(self, site: SiteSummary) -> Recorder:
-        """Evacuate; what became of everything is in the recorder that is returned. Raises Abandoned."""
+        """Evacuate; what became of everything is in the recorder that is returned.
+
+        Raises Refused where another coordinator is at work, TakenOver by one, Abandoned.
+        """
+        interval = interval_seconds(pair.round_trip_seconds for pair in site.pairs)
+        answering = [name for name, host in self.hosts.items() if not host.error]
+        findings = self._leases.claim(answering, interval, take_over=self.wanted.take_over)
+        if findings:
+            raise Refused(findings)
         began = self._clock()
         # A UPS that does not answer takes seconds to say so, and all hosts would wait.
         self._deadline.aside = lambda ask: threading.Thread(target=ask, daemon=True).start()
@@ -130,7 +159,6 @@ class Coordinator(Requester):
         recorder.expected, recorder.only = self.wanted.expected, self.wanted.vms
         recorder.may_stay = self.wanted.leave_behind
         controller = Controller(site, self.wanted.strategy)
-        interval = interval_seconds(pair.round_trip_seconds for pair in site.pairs)
         eyes = Eyes()
         self._silent = frozenset(silent(self.hosts))
         self._adopt(site)
@@ -151,6 +179,9 @@ class Coordinator(Requester):
                 raise Abandoned
             looked_at = self._clock()
             self._look(interval)
+            if self._clock() - looked_at > self._leases.seconds:
+                # This process stood still for so long that another may have become the coordinator.
+                continue
             self._errands.settle(0.0)
             self._adopt(site)
             self._looked = True
@@ -217,8 +248,8 @@ class Coordinator(Requester):
                         continue
                     self.changed = True
                 elif self._looked and uuid not in self._starting | self._unanswered:
-                    self._say(f"{job['name']}: was begun by somebody else, another coordinator or by hand; "
-                              "two that share out one line are in each other's way: end one")  # fmt: skip
+                    self._say(f"{job['name']}: was begun by somebody else, by hand or for one host; it "
+                              "counts as ours from now on")  # fmt: skip
                 self._begun[uuid] = identifier
                 self._unanswered.discard(uuid)
                 self._refusals.pop(uuid, None)
@@ -271,6 +302,7 @@ class Coordinator(Requester):
     def _poll(self, proxy: Proxy, *, whole: bool) -> dict[str, t.Any]:
         """A host's state. Not all of it while VMs move: that asks QEMU for every lag, and takes long."""
         before = self.hosts[proxy.name].status
+        self._leases.renew(proxy.name)
         if whole or not before:
             return dict(ask(proxy, "GET", "/v1/status", None, _ANSWER_SECONDS))
         return {

@@ -109,6 +109,9 @@ class Wanted:
     usual: t.Mapping[str, t.Mapping[str, t.Any]] = field(default_factory=dict)
     # Names of all VMs that the inventory lists anywhere; asked for only where it matters.
     listed: t.Callable[[], t.Collection[str]] = tuple
+    # Who asks, for another that comes second; and whether this one takes over from one that was first.
+    who: str = "somebody"
+    take_over: bool = False
 
 
 # How a destination is reached that only sources name: its proxy, and which of its variables are not followed.

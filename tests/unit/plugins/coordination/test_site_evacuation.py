@@ -177,3 +177,26 @@ def test_a_hosts_variables_say_how_its_vms_may_leave(stage: Stage) -> None:
     told = " ".join(stage.evacuate().stdout.split())
     assert "home1: evacuate_fallback teleport: is not known" in told
     assert "evacuate_shutdown_seconds" in told
+
+
+def test_where_another_is_at_work_this_is_told_with_all_else_and_nothing_started(stage: Stage) -> None:
+    protect(stage)
+    stage.parts.lease.ask("x", "anna on ctl1", 300)
+    done = stage.evacuate(vms=["web1", "nosuch"])
+    told = " ".join(done.stdout.split())
+    assert done.returncode != 0
+    assert "nosuch: neither protected on nor evacuated from" in told
+    assert "site home: is being evacuated by anna on ctl1 since " in told
+    rehearsed = stage.evacuate(state="forecast", uplink="50Mbit/s")
+    assert rehearsed.returncode == 0, rehearsed.stdout + rehearsed.stderr
+    assert "site home is being evacuated by anna on ctl1 since " in rehearsed.stdout
+    assert stage.parts.evacuation.begun == []
+    # One of whom nothing is heard any more holds up nobody for longer than its lease.
+    stage.parts.lease.ask("x", "anna on ctl1", 4)
+    done = stage.evacuate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "home: evacuated by anna on ctl1 since " in done.stdout
+    assert stage.parts.evacuation.begun == ["web1"]
+    assert stage.parts.lease.told() is None
+    stage.parts.lease.ask("x", "anna on ctl1", 300)
+    assert stage.evacuate(take_over=True).returncode == 0

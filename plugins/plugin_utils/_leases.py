@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""One coordinator per hypervisor: leases of seconds that the sources' proxies keep, renewed at each look.
+
+A controller that dies renews nothing, and its successor waits no longer than the lease runs; one that is
+alive is seen by its renewals, and the second is refused with who it is.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import typing as t
+import uuid
+from concurrent.futures import Executor, wait
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import Proxy, ask
+
+_PATH = "/v1/coordinator"
+# A few intervals, and no less than this.
+_LEAST_SECONDS = 15.0
+_INTERVALS = 5.0
+# So long is waited for all hosts together; who is late is asked again at the first look.
+_PATIENCE_SECONDS = 2.0
+# The last renewal of one that was killed may come after the first look at it; another after that does not.
+_RENEWALS_OF_THE_LIVING = 2
+_HOSTS_NAMED = 4
+# Longer is refused by proxies.
+_LONGEST_WHO = 200
+
+Holder = t.Mapping[str, t.Any]
+
+
+class TakenOver(Exception):
+    """Another coordinates a host that was ours: this one gives no more orders."""
+
+
+def findings_of(site: str, holders: t.Mapping[str, Holder], now: float) -> list[Finding]:
+    """One finding for each coordinator that has hosts of the site; ``now`` is the controller's clock."""
+    by_coordinator: dict[str, list[str]] = {}
+    for host, holder in sorted(holders.items()):
+        by_coordinator.setdefault(str(holder["id"]), []).append(host)
+    found = []
+    for hosts in by_coordinator.values():
+        holder = holders[hosts[0]]
+        heard = min(float(holders[host]["heard_seconds"]) for host in hosts)
+        fact = f"is being evacuated by {_since(holder, now)} (as {_named(hosts)} says, {heard:.0f} s ago)"
+        way_out = (
+            "let that one go on; or end it and give the same command again; or, where it cannot be ended, "
+            "take over by evacuate_take_over=true"
+        )
+        found.append(Finding(f"site {site}", fact, way_out))
+    return found
+
+
+def _since(holder: Holder, now: float) -> str:
+    began = time.strftime("%H:%M:%S", time.localtime(now - float(holder["held_seconds"])))
+    return f"{holder['who']} since {began}"
+
+
+def _named(hosts: t.Sequence[str]) -> str:
+    more = len(hosts) - _HOSTS_NAMED
+    return ", ".join(hosts[:_HOSTS_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+class Leases:
+    """The leases of one coordinator on its sources; ``who`` is told to whoever comes second."""
+
+    def __init__(
+        self,
+        site: str,
+        proxies: t.Mapping[str, Proxy],
+        who: str,
+        pool: Executor,
+        say: t.Callable[[str], None],
+        clock: t.Callable[[], float],
+        sleep: t.Callable[[float], None],
+    ) -> None:
+        self._site = site
+        self._proxies = proxies
+        self._who = "".join(letter for letter in who if letter.isprintable())[:_LONGEST_WHO] or "somebody"
+        self._pool = pool
+        self._say = say
+        self._clock = clock
+        self._sleep = sleep
+        self._identifier = uuid.uuid4().hex
+        self._granted: set[str] = set()
+        # Proxies of an older version.
+        self._cannot: set[str] = set()
+        self._claimed = False
+        self.seconds = _LEAST_SECONDS
+
+    def claim(self, hosts: t.Iterable[str], interval: float, *, take_over: bool) -> list[Finding]:
+        """Become the coordinator of these hosts, all or none: who has them already is the finding.
+
+        ``interval``: seconds between two looks. Waits for one who may be gone until his lease has run out.
+        """
+        self.seconds = max(_LEAST_SECONDS, _INTERVALS * interval)
+        # In one order, the first alone: of two that begin at once one gets none, and not each some.
+        names = sorted(hosts)
+        began, first_seen = self._clock(), dict[tuple[str, str], int]()
+        while True:
+            self._claimed = True
+            refused = self._try(names, take_over=take_over)
+            if not refused:
+                return []
+            self.give_back()
+            alive = False
+            for host, holder in refused.items():
+                key = (host, str(holder["id"]))
+                seen = first_seen.setdefault(key, int(holder["renewals"]))
+                alive = alive or int(holder["renewals"]) >= seen + _RENEWALS_OF_THE_LIVING
+            if alive or self._clock() - began > 2 * self.seconds:
+                return findings_of(self._site, refused, self._clock())
+            if len(first_seen) == len(refused) and self._clock() - began < 1.0:
+                holder = next(iter(refused.values()))
+                self._say(
+                    f"{self._site}: evacuated by {_since(holder, self._clock())}; in the next "
+                    f"{holder['seconds_left']:.0f} s it shows whether that one is still there"
+                )
+            # Two that try at once must not go on meeting.
+            self._sleep(random.uniform(0.5, 1.5))
+
+    def renew(self, host: str) -> None:
+        """For some seconds more. Raises TakenOver, or ProxyError where the host does not answer."""
+        if not self._claimed or host in self._cannot:
+            return
+        was_ours = host in self._granted
+        holder = self._ask(host, self.seconds, take_over=False)
+        if holder is None:
+            return
+        told = f"{host}: {_since(holder, self._clock())} coordinates its evacuation"
+        if was_ours:
+            raise TakenOver(f"{told} and has taken over; this one gives no more orders, what is under way "
+                            "goes on: see what that one says")  # fmt: skip
+        raise ProxyError("conflict", f"{told}; its VMs are left to that one")
+
+    def give_back(self) -> None:
+        """Others need not wait until they have run out."""
+        self._claimed = False
+        asked = [self._pool.submit(self._quietly, host) for host in sorted(self._granted)]
+        self._granted.clear()
+        wait(asked, _PATIENCE_SECONDS)
+
+    def _quietly(self, host: str) -> None:
+        try:
+            self._ask(host, 0.0, take_over=False)
+        except ProxyError:
+            return  # it runs out by itself
+
+    def _try(self, names: t.Sequence[str], *, take_over: bool) -> dict[str, Holder]:
+        """Who refused, by host; hosts that do not answer are asked again at the first look."""
+        waiting = list(names)
+        while waiting and not self._granted:
+            refused = self._ask_all(waiting[:1], take_over=take_over)
+            if refused:
+                return refused
+            del waiting[0]
+        return self._ask_all(waiting, take_over=take_over)
+
+    def _ask_all(self, names: t.Sequence[str], *, take_over: bool) -> dict[str, Holder]:
+        asked = {
+            name: self._pool.submit(self._ask, name, self.seconds, take_over=take_over) for name in names
+        }
+        wait(asked.values(), _PATIENCE_SECONDS)
+        told = {}
+        for name, answer in asked.items():
+            if not answer.done() or answer.exception() is not None:
+                continue
+            holder = answer.result()
+            if holder is not None:
+                told[name] = holder
+        return told
+
+    def _ask(self, host: str, seconds: float, *, take_over: bool) -> Holder | None:
+        """None: it is ours, or the host keeps none; else who has it. Raises ProxyError."""
+        body = {
+            "coordinator": self._identifier, "who": self._who, "for_seconds": seconds, "take_over": take_over,
+        }  # fmt: skip
+        try:
+            told = ask(self._proxies[host], "POST", _PATH, body, _LEAST_SECONDS)
+        except ProxyError as error:
+            if error.cause != "not-found":
+                raise
+            self._cannot.add(host)
+            self._say(f"{host}: its proxy is of an older version and cannot say whether somebody else "
+                      "coordinates it")  # fmt: skip
+            return None
+        if told["granted"] and seconds > 0:
+            self._granted.add(host)
+        return None if told["granted"] else told["coordinator"]

@@ -251,7 +251,7 @@ async def test_a_refused_arrival_leaves_nothing_and_is_refused_again(tmp_path: P
 async def test_a_vm_on_a_bridge_that_the_gateway_keeps_off_is_refused(tmp_path: Path) -> None:
     gateway = Gateway(tmp_path)
     kept_off = {"vmbr0": 0.0}
-    gateway.duty._arrivals._kept_off = kept_off.keys()
+    gateway.duty.arrivals._kept_off = kept_off.keys()
     with pytest.raises(InvalidInput, match="this gateway is not its first hop; see `mobility-agent check`"):
         await gateway.arrive(1)
     kept_off.clear()

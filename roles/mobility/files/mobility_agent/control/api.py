@@ -10,6 +10,7 @@ import logging
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -17,7 +18,8 @@ from aiohttp import web
 from mobility_agent.control import metrics
 from mobility_agent.control.parts import Parts
 from mobility_agent.errors import Conflict, Finding, InvalidInput, MobilityError, NotFound
-from mobility_agent.gateway.definition import VmNetwork, read_definition
+from mobility_agent.gateway import outlook
+from mobility_agent.gateway.definition import VmNetwork, bridge_elsewhere, read_definition
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.typed_reader import conclude
 from mobility_agent.typed_reader import request as reader_of
@@ -66,6 +68,10 @@ def _defined(text: Any) -> VmNetwork:
         raise InvalidInput(f"request: the definition is no XML ({error}); give the domain's") from error
 
 
+def _as_json(findings: list[Finding]) -> list[dict[str, str]]:
+    return [{"subject": f.subject, "fact": f.fact, "way_out": f.way_out, "cause": f.cause} for f in findings]
+
+
 class Api:
     """The handlers; every one reads the parts as they are now."""
 
@@ -83,6 +89,7 @@ class Api:
                 web.get("/v1/vms/{vm}", self._vm),
                 web.post("/v1/vms/{vm}/arrive", self._arrive),
                 web.post("/v1/vms/{vm}/depart", self._depart),
+                web.post("/v1/vms/{vm}/outlook", self._outlook),
                 web.get("/v1/bindings", self._bindings),
                 web.get("/v1/bindings/{vm}", self._binding),
                 web.get("/metrics", self._metrics),
@@ -122,10 +129,7 @@ class Api:
                     Finding(f"bridge {bridge.name}", "is not there", "start its network", "not-found")
                 )
         findings += self._parts.learner.findings() if self._parts.learner is not None else []
-        told_findings = [
-            {"subject": f.subject, "fact": f.fact, "way_out": f.way_out, "cause": f.cause} for f in findings
-        ]
-        return web.json_response({"name": self._parts.config.name, "findings": told_findings})
+        return web.json_response({"name": self._parts.config.name, "findings": _as_json(findings)})
 
     async def _vms(self, _unused: web.Request) -> web.Response:
         gateway = self._parts.the_gateway()
@@ -213,6 +217,23 @@ class Api:
             )
         tunnel = None if to is None else self._parts.tunnel_of(to)
         return web.json_response(await gateway.depart(request.match_info["vm"], tunnel, withdraw=withdraw))
+
+    async def _outlook(self, request: web.Request) -> web.Response:
+        """Would this VM keep its addresses, coming here (``arriving``) or leaving from here?"""
+        gateway = self._parts.the_gateway()
+        findings: list[Finding] = []
+        told = reader_of(await _body(request), findings)
+        definition = told.text("definition")
+        arriving = told.boolean("arriving", default=False)
+        conclude(told, findings)
+        found = replace(_defined(definition), vm=request.match_info["vm"])
+        facts: list[Finding] = []
+        if found.homes and arriving:
+            facts = outlook.of_arrival(gateway, found, bridge_elsewhere(definition, gateway.bridges))
+        elif found.homes:
+            facts = outlook.of_departure(gateway, found)
+        homes = [str(home) for home in found.homes]
+        return web.json_response({"vm": found.vm, "addresses": homes, "findings": _as_json(facts)})
 
     async def _bindings(self, request: web.Request) -> web.Response:
         anchor = self._parts.the_anchor()

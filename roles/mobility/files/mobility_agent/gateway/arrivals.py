@@ -35,8 +35,20 @@ class Arrivals:
 
     def judge(self, vm: str, homes: tuple[Home, ...], bridge: str, epoch: int, *, evident: bool) -> None:
         """Raises InvalidInput with everything that is wrong, Conflict for an epoch that is over."""
-        findings: list[Finding] = []
         subject = f"VM {vm}"
+        findings = self.findings(vm, homes, bridge, subject)
+        if findings:
+            raise InvalidInput("; ".join(str(finding) for finding in findings), findings)
+        known_before = self._attachments.get(vm)
+        if known_before is not None and epoch < known_before.epoch and not evident:
+            raise Conflict(
+                f"{subject}: epoch {epoch} is older than epoch {known_before.epoch}, which is known here; "
+                "hand it off with a newer one"
+            )
+
+    def findings(self, vm: str, homes: tuple[Home, ...], bridge: str | None, subject: str) -> list[Finding]:
+        """What stands in the way. ``bridge`` None: not known yet which; ``subject``: how the VM is named."""
+        findings: list[Finding] = []
         for home in homes:
             if isinstance(home, IPv4Network) and not self._config.announce:
                 findings.append(Finding(subject, f"{home} {IS_IPV4}", INSTEAD_OF_IPV4))
@@ -50,6 +62,8 @@ class Arrivals:
             if owner is not None and owner.vm != vm and owner.state == HERE:
                 fact = f"{home} is the address of VM {owner.vm}, which is here"
                 findings.append(Finding(subject, fact, "give each VM addresses of its own"))
+        if bridge is None:
+            return findings
         if bridge not in self._bridges:
             known = ", ".join(self._bridges)
             findings.append(Finding(subject, f"no gateway on bridge {bridge}", f"use one of {known}"))
@@ -59,11 +73,4 @@ class Arrivals:
         elif bridge in self._kept_off:
             fact = f"bridge {bridge} is not the VMs' alone, so that this gateway is not its first hop"
             findings.append(Finding(subject, fact, "see `mobility-agent check`"))
-        if findings:
-            raise InvalidInput("; ".join(str(finding) for finding in findings), findings)
-        known_before = self._attachments.get(vm)
-        if known_before is not None and epoch < known_before.epoch and not evident:
-            raise Conflict(
-                f"{subject}: epoch {epoch} is older than epoch {known_before.epoch}, which is known here; "
-                "hand it off with a newer one"
-            )
+        return findings

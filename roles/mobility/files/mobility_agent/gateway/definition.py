@@ -8,6 +8,7 @@ twice.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mobility_agent.homes import Home
@@ -47,3 +48,16 @@ def read_definition(text: str) -> VmNetwork:
     uuid, name = root.findtext("uuid") or "", root.findtext("name") or ""
     active = root.get("id") is not None
     return VmNetwork(uuid, name, tuple(interfaces), homes, declared, active)
+
+
+def bridge_elsewhere(text: str, ours: Collection[str]) -> str | None:
+    """On which bridge a domain with this definition would be at another host, whose bridges are ``ours``.
+
+    None: not known, since a libvirt network may have another bridge there. Raises ET.ParseError.
+    """
+    interfaces = list(ET.fromstring(text).iterfind("devices/interface"))
+    sources = [interface.find("source") for interface in interfaces if interface.get("type") == "bridge"]
+    named = [str(source.get("bridge")) for source in sources if source is not None]
+    found = next((bridge for bridge in named if bridge in ours), None)
+    may_be_another = any(interface.get("type") == "network" for interface in interfaces)
+    return found or (named[0] if named and not may_be_another else None)

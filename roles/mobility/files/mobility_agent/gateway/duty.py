@@ -63,7 +63,7 @@ class GatewayDuty:
         self._link_locals = {bridge.name: bridge.link_local for bridge in config.bridges}
         self.attachments = Attachments()
         self.neighbourhood = Neighbourhood(config.prefixes, self.attachments, responders)
-        self._arrivals = Arrivals(config, path, self.attachments, self._link_locals, kept_off)
+        self.arrivals = Arrivals(config, path, self.attachments, self._link_locals, kept_off)
         self._forwards: dict[str, float] = {}
         self._inquire_at = 0.0
         self._wake = asyncio.Event()
@@ -329,7 +329,7 @@ class GatewayDuty:
         KernelRefused; then nothing was changed.
         """
         began = time.monotonic()
-        self._arrivals.judge(vm, homes, bridge, epoch, evident=evident)
+        self.arrivals.judge(vm, homes, bridge, epoch, evident=evident)
         before = self.attachments.get(vm)
         if evident and before is not None:
             # Asked for at once what the anchors would make us ask for a round trip later.
@@ -462,6 +462,11 @@ class GatewayDuty:
                     logger.error("VM %s: %s; tried again", attachment.vm, error)
 
     # --- what is asked about ---
+
+    @property
+    def bridges(self) -> Collection[str]:
+        """Of which this gateway shall be the first hop."""
+        return self._link_locals.keys()
 
     def describe(self, attachment: Attachment) -> dict[str, Any]:
         """A VM for the control interface."""

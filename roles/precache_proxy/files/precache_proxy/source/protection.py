@@ -445,6 +445,7 @@ class Protection:
             "coverage": self.coverage,
             "lag_bytes": replication.dirty_bytes,
             "lag_seconds": self.lag_seconds,
+            "written_bytes_per_second": replication.written_bytes_per_second,
             "last_pass": None if last is None else {**last.as_dict(), "at": replication.last_pass_at},
             "passes": replication.totals.as_dict(),
             "pass_open": replication.generation is not None,

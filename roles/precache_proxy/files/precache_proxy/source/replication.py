@@ -30,6 +30,7 @@ from precache_proxy.source.standing import PeerStanding
 from precache_proxy.source.totals import PassTotals
 from precache_proxy.source.tracker import Tracker, VmReference, checkpoint_name
 from precache_proxy.source.views import ClosedImages, ViewSource
+from precache_proxy.source.written_rate import WrittenRate
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,13 @@ class Replication:
         self.dirty_bytes = 0
         # until when the peer is known to hold everything; monotonic
         self.clean_at: float | None = None
+        self.written = WrittenRate()
+
+    @property
+    def written_bytes_per_second(self) -> float | None:
+        """What the guest changes a second that its replica has to be sent; None: not known yet."""
+        since = None if self.clean_at is None else time.monotonic() - self.clean_at
+        return self.written.bytes_per_second(self.dirty_bytes, since)
 
     def hasten(self) -> None:
         """From now on, the pass under way as well, nothing waits behind the memory of VMs that leave."""
@@ -210,6 +218,8 @@ class Replication:
         new = [] if resync else [target for target in layout.tracked if target not in covered]
         gone = sealed is not None and set(record.disks) != set(layout.tracked)
         self.dirty_bytes = sum(dirty.values())
+        if self.clean_at is not None and sealed is not None and not resync:
+            self.written.passed(self.dirty_bytes, looked_at - self.clean_at)
         nothing = not (self.dirty_bytes or attachments or new or gone or compare_all or sealed is None)
         if self.standing.replica_protection not in (None, self.standing.protection):
             # Should this host die, that is what the VM is to be there.

@@ -19,7 +19,9 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
     closing_seconds,
     forecast,
     lead_in_seconds,
+    residual_bytes,
     usual_shutdown_seconds,
+    written_share,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, PlannedVm
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import TOO_LATE, Line, Room
@@ -50,9 +52,12 @@ class _Moving:
 
     def net(self, rate: float) -> float:
         """By how much less it has to send after a second at that rate; 0 where it gets nowhere."""
+        vm = self.planned.vm
+        if self.rung is Rung.LIVE:
+            # Its mirror's share of the line.
+            rate *= 1.0 - written_share(vm, rate)
         if self.dirties < CONVERGES_BELOW * rate:
             return rate - self.dirties
-        vm = self.planned.vm
         if rate <= 0 or not forecast(vm, Rung.LIVE, rate, self.line.trip).feasible:
             return 0.0
         # Some rounds that get no smaller, then QEMU stops it for the last.
@@ -159,7 +164,7 @@ def _begun(item: PlannedVm, line: Line, rung: Rung, now: float) -> _Moving:
     if rung is Rung.RESTART and vm.running:
         lead += usual_shutdown_seconds(vm)
     dirties = vm.dirty_bytes_per_second * vm.packed_ratio if rung is Rung.LIVE and vm.running else 0.0
-    return _Moving(item, line, rung, now, now + lead, vm.lag_bytes + memory, dirties)
+    return _Moving(item, line, rung, now, now + lead, residual_bytes(vm, lead) + memory, dirties)
 
 
 def _rates(moving: t.Sequence[_Moving], site: SiteSummary, now: float) -> dict[int, float]:

@@ -151,6 +151,7 @@ def _vm(host: str, vm: Json, figures: Json, wish: Json) -> VmSummary:
         memory_bytes=memory + QEMU_OVERHEAD_BYTES if memory else 0.0,
         memory_used_bytes=memory if used is None else float(used),
         dirty_bytes_per_second=float(figures.get("dirty_bytes_per_second") or 0.0),
+        written_bytes_per_second=float(vm.get("written_bytes_per_second") or 0.0),
         packed_ratio=float(figures.get("packed_ratio") or DEFAULT_PACKED_RATIO),
         priority=DEFAULT_PRIORITY if vm.get("priority") is None else int(vm["priority"]),
         running=bool(figures.get("running", True)),

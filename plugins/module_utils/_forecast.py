@@ -4,7 +4,8 @@
 
 Memory crosses in rounds: each sends what the guest dirtied during the one before, so that rounds shrink by
 the factor dirty rate / transfer rate (pre-copy; Clark et al., NSDI 2005). Where they do not shrink the guest
-is stopped for as long as what is left takes.
+is stopped for as long as what is left takes. What the guest writes to its disks meanwhile crosses as well:
+before the memory as a residual, beside it as the mirror's share of the line.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ BOOT_SECONDS = 5.0
 # Rounds that do not shrink below this share of the one before lead nowhere: the proxy gives them two more.
 CONVERGES_BELOW = 0.7
 ROUNDS_WITHOUT_PROGRESS = 4
+# Where a guest writes more than half of what can be sent, its proxy lets its writes wait for the way
+# (evacuation/mirroring.py): they take no more of it than that.
+MOST_WRITTEN_SHARE = 0.5
 _STOP_MARGIN = 1.25
 
 
@@ -52,6 +56,18 @@ class Forecast:
     feasible: bool
     reason: str
     bytes_per_second: float
+
+
+def written_share(vm: VmSummary, bytes_per_second: float) -> float:
+    """What of a rate the guest's writes take while it runs, of 1."""
+    if not vm.running or bytes_per_second <= 0:
+        return 0.0
+    return min(MOST_WRITTEN_SHARE, vm.written_bytes_per_second / bytes_per_second)
+
+
+def residual_bytes(vm: VmSummary, running_seconds: float) -> float:
+    """What its replica lacks when its guest has run, and written, for so long from now."""
+    return vm.lag_bytes + (vm.written_bytes_per_second * running_seconds if vm.running else 0.0)
 
 
 def lead_in_seconds(round_trip_seconds: float) -> float:
@@ -97,31 +113,40 @@ def forecast(vm: VmSummary, rung: Rung, bytes_per_second: float, round_trip_seco
     if rate <= 0:
         return Forecast(rung, float("inf"), 0.0, 0.0, False, "no-link", rate)
     memory = vm.memory_used_bytes * vm.packed_ratio if vm.running else 0.0
-    lag = vm.lag_bytes
+    lead = lead_in_seconds(round_trip_seconds)
+    share = written_share(vm, rate)
     if rung is Rung.RESTART:
         if not vm.running:
+            lag = vm.lag_bytes
             return Forecast(rung, fixed + lag / rate, lag, 0.0, True, "shut-off", rate)
-        stop = usual_shutdown_seconds(vm) + BOOT_SECONDS + lag / rate + closing_seconds(round_trip_seconds)
+        shutdown = usual_shutdown_seconds(vm)
+        lag = residual_bytes(vm, lead + shutdown) * (1.0 + share)
+        stop = shutdown + BOOT_SECONDS + lag / rate + closing_seconds(round_trip_seconds)
         return Forecast(rung, fixed + stop, lag, stop, True, "restarts", rate)
+    lag = residual_bytes(vm, lead)
     if rung is Rung.PAUSED or not vm.running:
+        # What is written while that crosses crosses after it.
+        lag *= 1.0 + share
         stop = memory / rate + closing_seconds(round_trip_seconds) if vm.running else 0.0
         return Forecast(rung, fixed + (lag + memory) / rate, lag + memory, stop, True, "pauses", rate)
-    shrink = vm.dirty_bytes_per_second * vm.packed_ratio / rate
+    # Its mirror takes its share of the line for as long as the memory needs.
+    rest = rate * (1.0 - share)
+    shrink = vm.dirty_bytes_per_second * vm.packed_ratio / rest
     if shrink < CONVERGES_BELOW:
         # Rounds until what is left takes no longer than QEMU is allowed to stop the guest for.
         left, sent = memory, 0.0
-        while left / rate > DOWNTIME_LIMIT_SECONDS and left > 1.0:
+        while left / rest > DOWNTIME_LIMIT_SECONDS and left > 1.0:
             sent += left
             left *= shrink
-        stop = left / rate + round_trip_seconds
-        total = lag + sent + left
-        return Forecast(rung, fixed + total / rate, total, stop, True, "converges", rate)
+        stop = left / rest + round_trip_seconds
+        seconds = (lag + sent + left) / rest
+        return Forecast(rung, fixed + seconds, seconds * rate, stop, True, "converges", rate)
     left = min(shrink * memory, memory)
-    total = lag + memory + ROUNDS_WITHOUT_PROGRESS * left + left
-    stop = left / rate * _STOP_MARGIN + round_trip_seconds
+    seconds = (lag + memory + ROUNDS_WITHOUT_PROGRESS * left + left) / rest
+    stop = left / rest * _STOP_MARGIN + round_trip_seconds
     feasible = stop <= vm.longest_stop_seconds
     return Forecast(
-        rung, fixed + total / rate, total, stop, feasible,
+        rung, fixed + seconds, seconds * rate, stop, feasible,
         "dirties-as-fast-as-sent" if feasible else "does-not-converge", rate,
     )  # fmt: skip
 

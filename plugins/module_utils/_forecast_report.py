@@ -53,6 +53,7 @@ def forecast_of(
                 "wire_bytes": round(planned.forecast.wire_bytes),
                 "stop_seconds": rounded(planned.forecast.stop_seconds),
                 "dirty_bytes_per_second": round(planned.vm.dirty_bytes_per_second),
+                "written_bytes_per_second": round(planned.vm.written_bytes_per_second),
                 "rate_bytes_per_second": round(planned.forecast.bytes_per_second),
                 "lag_bytes": round(planned.vm.lag_bytes),
             }
@@ -82,6 +83,7 @@ def count_others(forecast: dict[str, t.Any], outcomes: t.Sequence[t.Mapping[str,
             "wire_bytes": 0,
             "stop_seconds": 0.0,
             "dirty_bytes_per_second": 0,
+            "written_bytes_per_second": 0,
             "rate_bytes_per_second": 0,
             "lag_bytes": 0,
         }

@@ -228,8 +228,8 @@ class SourcePair:
                 (base / "keys" / name).write_bytes(content)
             install_hook(self.lab, host, HOOK_PATH, directory=DIRECTORY, state=STATE, run=RUN)
 
-    def start(self, host: str, *, crash_at: str = "", **settings: Any) -> None:
-        """Start a proxy and wait until it answers."""
+    def start(self, host: str, *, crash_at: str = "", stop_at: str = "", **settings: Any) -> None:
+        """Start a proxy, to be killed or stopped at a named point, and wait until it answers."""
         other = BACKUP if host == HOME else HOME
         configuration = {
             "name": host, "state": STATE, "run": RUN, "keys": f"{DIRECTORY}/keys", "port": PORT,
@@ -238,16 +238,17 @@ class SourcePair:
         socket_path = self.root(host) / RUN.lstrip("/") / "control.sock"
         socket_path.unlink(missing_ok=True)
         script = (
-            f"LIFEBOAT_CRASH_AT={crash_at} setsid python3 {DIRECTORY}/source_proxy.py {DIRECTORY} "
+            f"LIFEBOAT_CRASH_AT={crash_at} LIFEBOAT_STOP_AT={stop_at} "
+            f"setsid python3 {DIRECTORY}/source_proxy.py {DIRECTORY} "
             f"{shlex.quote(json.dumps(configuration))} >> {LOG} 2>&1 < /dev/null & echo $!"
         )
         self._pids[host] = int(self.shell(host, script))
         self.wait(socket_path.exists, bool, timeout_seconds=20)
 
     def signal(self, host: str, name: str) -> None:
-        """Send a signal and wait until the process is gone."""
+        """Send a signal, to a stopped one too, and wait until the process is gone."""
         pid = self._pids[host]
-        self.shell(host, f"kill -{name} {pid}", check=False)
+        self.shell(host, f"kill -CONT {pid}; kill -{name} {pid}", check=False)
         self.wait_gone(host)
 
     def wait_gone(self, host: str, *, timeout_seconds: float = 60) -> None:
@@ -259,10 +260,28 @@ class SourcePair:
             timeout_seconds=timeout_seconds,
         )
 
-    def restart(self, host: str, *, crash_at: str = "", **settings: Any) -> None:
+    def wait_stopped(self, host: str, *, timeout_seconds: float = 60) -> None:
+        """Until the proxy of a host stands still at its point (SIGSTOP)."""
+        stat = f"cut -d' ' -f3 /proc/{self._pids[host]}/stat"
+        self.wait(
+            lambda: self.shell(host, stat, check=False).strip(),
+            lambda state: state == "T",
+            timeout_seconds=timeout_seconds,
+        )
+
+    def go_on(self, host: str) -> None:
+        """Let a stopped proxy go on."""
+        self.shell(host, f"kill -CONT {self._pids[host]}")
+
+    def cut(self) -> None:
+        """Lose every packet between the sites from now on."""
+        self.lab.wan.cut("home", "backup")
+        self.lab.wan.cut("backup", "home")
+
+    def restart(self, host: str, *, crash_at: str = "", stop_at: str = "", **settings: Any) -> None:
         """Stop in order and start again."""
         self.signal(host, "TERM")
-        self.start(host, crash_at=crash_at, **settings)
+        self.start(host, crash_at=crash_at, stop_at=stop_at, **settings)
 
     def log(self, host: str) -> str:
         """The last lines of a proxy's log."""

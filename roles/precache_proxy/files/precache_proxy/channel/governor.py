@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from precache_proxy.channel.connection import TcpState
+from precache_proxy.channel.pulses import PULSE_BEAT_SECONDS, PULSE_FACTOR, PULSE_SECONDS, PulseEcho
 
 # A queue of about this is kept, so that the link never runs dry.
 _TARGET_SECONDS = 0.01
+_BEAT_SECONDS = 0.025
 # Shorter paths than this are local: there the processors are the limit, and delays say nothing.
 _LOCAL_SECONDS = 0.003
 _FIRST_RATE = 2_000_000.0
@@ -32,6 +34,14 @@ _PAUSE_SECONDS = 15.0
 _PRESSED = 0.8
 # Who delivers less of the rate is not doubled before the next look.
 _ALL = 0.9
+# So much of a pulse arrives where the path carries it, and less than so many times the rate where it is full.
+_PULSE_CARRIED = 0.8
+_WHOLE = 0.95
+_PULSE_FULL = 1.6
+# Below what was seen to arrive, so that the queue which the last pulse left drains.
+_BELOW = 0.95
+# How the rate grows where pulses show nothing, as on a busy host.
+_BLIND_GROWTH = 1.25
 # A delay of this length is a queue, whatever arrives.
 _LONG_SECONDS = 0.1
 # Looks in a row that say so before a path is taken for longer than it seemed.
@@ -96,7 +106,9 @@ class PathWatch:
 
 
 class Governor:
-    """Give it a sample every 25 to 50 ms; it says what rate (bytes per second) to keep, None = no limit."""
+    """Give it a sample every ``beat_seconds``; it says what rate (bytes per second) to keep, None = no
+    limit.
+    """
 
     def __init__(self) -> None:
         self.rate_bytes_per_second: float | None = None
@@ -114,6 +126,13 @@ class Governor:
         # was sent, and in which all did but late.
         self._rate_before = 0.0
         self._short = self._delayed = 0
+        # Pulses are sent where the round trip without queues is known by more than inference, and once the
+        # first rate has come up. Looks in a row in which they showed nothing; what was seen of one that was
+        # perhaps too much.
+        self._echo = PulseEcho()
+        self._base_seen = True
+        self._pulses = False
+        self._blind, self._full = 0, 0.0
         self._foreign_since: float | None = None
         self._paused_until = 0.0
         self._peak = 0.0
@@ -130,6 +149,11 @@ class Governor:
         """What the path carried when it was last pressed; None while it never was."""
         return max(self._delivered) if self._delivered else None
 
+    @property
+    def beat_seconds(self) -> float:
+        """How soon to give the next sample while there is something to send."""
+        return PULSE_BEAT_SECONDS if self._pulsing else _BEAT_SECONDS
+
     def sample(self, now: Sample) -> float | None:
         """The new rate."""
         self._follow_spell(now)
@@ -144,14 +168,30 @@ class Governor:
         else:
             self._backlogged = self._backlogged and now.backlog
             self._least_trip = min(self._least_trip, now.round_trip_seconds)
-            if now.at - mark.at >= max(base, 0.05):
+            self._echo.sample(now.at, now.acknowledged_bytes)
+            if now.at - mark.at >= self._look_seconds(base):
                 # A queue that stands is there at every look; a late wake-up of some process is not.
                 self._step(mark, now, max(0.0, self._least_trip - base), base)
                 self._mark = now
+                self._echo.begin()
                 self._least_trip = float("inf")
                 self._backlogged = now.backlog
-        self.rate_bytes_per_second = None if now.at < self._paused_until else self._rate
+        rate = self._rate * PULSE_FACTOR if self._is_pulse(now) else self._rate
+        self.rate_bytes_per_second = None if now.at < self._paused_until else rate
         return self.rate_bytes_per_second
+
+    @property
+    def _pulsing(self) -> bool:
+        return self._starting and self._pulses and self._base_seen and self._spell_at is not None
+
+    def _look_seconds(self, base: float) -> float:
+        # The echo of a look's pulse belongs to that look.
+        return base + PULSE_SECONDS + PULSE_BEAT_SECONDS if self._pulsing else max(base, 0.05)
+
+    def _is_pulse(self, now: Sample) -> bool:
+        # Half a beat less: a beat that is late must not make it longer.
+        until = PULSE_SECONDS - PULSE_BEAT_SECONDS / 2
+        return self._pulsing and self._mark is not None and now.at - self._mark.at < until
 
     def _follow_spell(self, now: Sample) -> None:
         if not now.backlog:
@@ -170,6 +210,8 @@ class Governor:
             self._spell_at = now.at
             self._long = self._calm = self._short = self._delayed = 0
             self._rate_before = 0.0
+            self._pulses, self._base_seen = False, True
+            self._blind, self._full = 0, 0.0
             self._cut = self._foreign_since = None
             # Small things sent now and then press nothing and find out nothing: begin from what the path last
             # carried, and as swiftly as the first time where it is less. What it carried before it became
@@ -229,6 +271,11 @@ class Governor:
             all_arrives = delivered >= _PRESSED * sent
             self._short = 0 if all_arrives else self._short + 1
             queued = queue >= max(2 * _TARGET_SECONDS, base / 8)
+            if self._pulsing:
+                # What a path that is full leaves in its queue is late as well, and yet arrives.
+                all_arrives = (
+                    self._echo.swiftest_bytes_per_second >= _PULSE_CARRIED * PULSE_FACTOR * self._rate
+                )
             self._delayed = self._delayed + 1 if queued and all_arrives else 0
             if self._delayed >= _DELAYED_LOOKS:
                 # More and more is sent, all of it arrives, and as late as before: the path is longer.
@@ -237,9 +284,12 @@ class Governor:
                 if delivered < _ALL * sent and queue > _TARGET_SECONDS / 2:
                     # The path may be full: what is doubled now would stand in its queue.
                     self._rate = min(self._rate, max(delivered, _FIRST_RATE))
-                    return
-                # As slow start does, but each step only when the step before is seen to arrive.
-                self._rate = max(self._rate, delivered * 2)
+                elif (queue >= 2 * _TARGET_SECONDS and not self._pulses) or not self._base_seen:
+                    # Whose queue it is, or if it is one, is not known: a pulse would show nothing. As slow
+                    # start does, but each step only when the step before is seen to arrive.
+                    self._rate = max(self._rate, delivered * 2)
+                else:
+                    self._grow_by_pulses(now.round_trip_seconds - self._least_trip)
                 return
             self._starting = False
         self._long = self._long + 1 if queue > 4 * _TARGET_SECONDS else 0
@@ -265,17 +315,60 @@ class Governor:
         # First order: the queue approaches its target within about two round trips.
         below = (_TARGET_SECONDS - queue) / _TARGET_SECONDS
         gain = 0.1 * below if below > 0 else max(-0.5, (_TARGET_SECONDS - queue) / settle)
-        self._calm = self._calm + 1 if queue < _TARGET_SECONDS / 3 else 0
+        if queue >= _TARGET_SECONDS / 3:
+            self._calm = 0
+        elif now.round_trip_seconds - base < _TARGET_SECONDS / 3:
+            # Nor does one begin to grow, which the least of the look would hide.
+            self._calm += 1
         if self._calm >= _CALM_LOOKS:
             # No queue at all although we press: the path is faster than we believed.
+            if self._base_seen:
+                self._find_out_anew()
+                return
             gain = min(1.0, 0.125 * 2 ** (self._calm - _CALM_LOOKS))
         # Without a queue there is no reason to send less than before.
         self._rate = max(capacity * (1 + gain), self._rate if gain > 0 else _LEAST_RATE)
         self._watch_for_others(now.at, queue)
 
+    def _grow_by_pulses(self, late: float) -> None:
+        seen = self._echo.swiftest_bytes_per_second
+        if not self._pulses:
+            # Connections that are new come up to the first rate by themselves; a pulse says nothing before.
+            self._pulses = seen >= _PULSE_CARRIED * self._rate
+        elif seen >= _PULSE_CARRIED * PULSE_FACTOR * self._rate:
+            # What was seen to arrive, not more: the next pulse shall begin where the path is not full. Less
+            # where this one was perhaps held up already.
+            tried = PULSE_FACTOR * self._rate
+            self._rate = min(seen if seen >= _WHOLE * tried else _BELOW * seen, tried)
+            self._blind, self._full = 0, 0.0
+        elif late > _TARGET_SECONDS and seen < _PULSE_FULL * self._rate:
+            # The pulse came through slower than it was sent, and stood in a queue: the bottleneck's rate.
+            if self._echo.is_whole or self._full:
+                self._rate = _BELOW * max(seen, self._full)
+                self._delivered.clear()
+                self._delivered.append(self._rate)
+                self._starting = False
+            else:
+                self._full = seen  # or it came so to a process that was held up: once more
+        else:
+            self._full = 0.0
+            self._blind = 0 if seen > 1.1 * self._rate else self._blind + 1
+            if self._blind > 1 and late < _TARGET_SECONDS:
+                seen = max(seen, min(_BLIND_GROWTH * self._rate, 2 * seen))
+            self._rate = max(self._rate, min(seen, PULSE_FACTOR * self._rate))
+            # Somebody's limit, or the disk's: a pulse would not leave here.
+            self._pulses = self._echo.swiftest_bytes_per_second >= _PULSE_CARRIED * self._rate
+
+    def _find_out_anew(self) -> None:
+        self._starting = self._pulses = True
+        self._rate_before = self._rate
+        self._calm = self._short = self._delayed = self._blind = 0
+        self._full = 0.0
+
     def _believe(self, base: float, at: float) -> None:
         self._base.clear()
         self._base.append((at, base))
+        self._base_seen = False
 
     def _watch_for_others(self, at: float, queue: float) -> None:
         # A queue that does not shrink although we went down a long way is somebody else's, who

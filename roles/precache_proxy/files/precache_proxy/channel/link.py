@@ -31,7 +31,6 @@ from precache_proxy.errors import (
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
-_GOVERN_SECONDS = 0.025
 _BUSY_BYTES = 16 * 1024  # sent within a tick: worth looking closely
 
 
@@ -352,7 +351,7 @@ class Link:
         while True:
             sent, before = sum(session.sent_wire_bytes for session in self._sessions()), sent
             sending = sent > before + _BUSY_BYTES or any(session.has_backlog for session in self._sessions())
-            await asyncio.sleep(_GOVERN_SECONDS if sending else _TICK_SECONDS)
+            await asyncio.sleep(self._rate.beat_seconds if sending else _TICK_SECONDS)
             now = time.monotonic()
             self._rate.govern(now, self._sessions())
             beat += 1

@@ -51,6 +51,11 @@ class LinkRate:
         known = (self.pacer.limit_bytes_per_second, self._governor.capacity_bytes_per_second)
         return min((rate for rate in known if rate is not None), default=None)
 
+    @property
+    def beat_seconds(self) -> float:
+        """How soon to look at the path again while something is sent."""
+        return self._governor.beat_seconds
+
     def status(self) -> dict[str, Any]:
         """JSON form."""
         return {
@@ -73,7 +78,7 @@ class LinkRate:
         self.pacer.set_limit(self._rate_by_clock())
 
     def govern(self, now: float, sessions: Sequence[Session]) -> None:
-        """Look at the path, every 25 ms while something is sent."""
+        """Look at the path, every ``beat_seconds`` while something is sent."""
         states = [each.tcp_state() for session in sessions for each in session.connections.values()]
         backlog = any(session.has_backlog for session in sessions)
         sample = self._watch.sample(now, states, backlog=backlog)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How a copy's beginning finds out what a path carries, without a queue that calls would wait in."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precache_proxy.channel.governor import Governor
+from precache_proxy.channel.pulses import PulseEcho
+
+from .test_scheduling import Line, idle
+
+# What a call may wait beyond the round trip while a copy runs.
+_ASKED_SECONDS = 0.05
+
+
+def asked_seconds(trip: float) -> float:
+    """A little longer on long paths, where the rate is steered by what was two round trips ago."""
+    return _ASKED_SECONDS if trip < 0.1 else 0.062
+
+
+def press(
+    line: Line, governor: Governor, seconds: float, *, beat: float | None = None, noise: float = 0.0
+) -> float:
+    """As much as is allowed, looked at as often as the governor asks for. The longest queue, in seconds."""
+    source, longest, until = random.Random(7), 0.0, line.now + seconds
+    while line.now < until:
+        step = beat or governor.beat_seconds
+        sample = line.step(step, (governor.rate_bytes_per_second or 2e6) * step)
+        trip = sample.round_trip_seconds + noise * source.random()
+        governor.sample(replace(sample, round_trip_seconds=trip))
+        longest = max(longest, line.queue / line.rate)
+    return longest
+
+
+@pytest.mark.parametrize("trip", [0.01, 0.04, 0.08, 0.18])
+@pytest.mark.parametrize("megabits", [30, 50, 90, 160, 280, 400, 900])
+def test_a_beginning_leaves_no_longer_queue_than_a_call_may_wait(megabits: float, trip: float) -> None:
+    line, governor = Line(megabits * 1e6 / 8, trip), Governor()
+    idle(line, governor, 3)
+    assert press(line, governor, 4) < asked_seconds(trip)
+    before = line.acknowledged
+    assert press(line, governor, 6) < asked_seconds(trip)
+    assert (line.acknowledged - before) / 6 > 0.95 * line.rate
+
+
+@pytest.mark.parametrize(("rate", "trip"), [(6.25e6, 0.18), (50e6, 0.04), (50e6, 0.18)])
+@pytest.mark.parametrize(("beat", "noise"), [(0.025, 0.0), (0.015, 0.005), (0.04, 0.0), (None, 0.01)])
+def test_a_host_that_looks_late_or_at_shaky_round_trips_gets_there_as_well(
+    rate: float, trip: float, beat: float | None, noise: float
+) -> None:
+    line, governor = Line(rate, trip), Governor()
+    idle(line, governor, 3)
+    assert press(line, governor, 5, beat=beat, noise=noise) < 0.13
+    before = line.acknowledged
+    press(line, governor, 5, beat=beat, noise=noise)
+    assert (line.acknowledged - before) / 5 > 0.9 * line.rate
+
+
+@pytest.mark.parametrize("trip", [0.04, 0.18])
+def test_a_path_that_becomes_faster_is_found_out_the_same_way(trip: float) -> None:
+    line, governor = Line(10e6, trip), Governor()
+    idle(line, governor, 3)
+    press(line, governor, 10)
+    line.rate = 50e6
+    assert press(line, governor, 3) < asked_seconds(trip)
+    before = line.acknowledged
+    press(line, governor, 2)
+    assert (line.acknowledged - before) / 2 > 0.9 * line.rate
+
+
+def test_what_somebody_else_limits_is_not_tried_for_ever() -> None:
+    """An operator's limit holds what is sent, the line would carry more: no rate without end, no haste."""
+    line, governor, limit = Line(50e6, 0.04), Governor(), 2.5e6
+    idle(line, governor, 3)
+    for _ in range(2000):
+        step = governor.beat_seconds
+        governor.sample(line.step(step, min(limit, governor.rate_bytes_per_second or 2e6) * step))
+    assert (governor.rate_bytes_per_second or 0) < 3 * limit
+    assert governor.beat_seconds == 0.025
+    # Once it is lifted.
+    before = line.acknowledged
+    assert press(line, governor, 3) < _ASKED_SECONDS
+    assert (line.acknowledged - before) / 3 > 0.6 * line.rate
+
+
+@given(
+    st.floats(1e5, 1e8),
+    st.lists(st.tuples(st.floats(0.008, 0.08), st.floats(0.2, 1.0)), min_size=8, max_size=60),
+)
+def test_an_echo_is_never_more_than_what_a_bottleneck_let_through(
+    rate: float, beats: list[tuple[float, float]]
+) -> None:
+    echo, at, arrived = PulseEcho(), 0.0, 0.0
+    for seconds, share in beats:
+        at += seconds
+        arrived += rate * share * seconds
+        echo.sample(at, int(arrived))
+    assert echo.swiftest_bytes_per_second <= rate * 1.001 + 100
+    assert echo.is_whole == all(seconds < 0.03 for seconds, _ in beats[1:])
+
+
+def test_an_echo_shows_a_pulse_between_looks() -> None:
+    echo = PulseEcho()
+    for beat in range(30):
+        echo.sample(beat * 0.01, 10_000 * beat + 12_500 * min(3, max(0, beat - 10)))
+    assert echo.swiftest_bytes_per_second == pytest.approx(2.25e6)
+    echo.begin()
+    for beat in range(30, 40):
+        echo.sample(beat * 0.01, 10_000 * beat + 37_500)
+    assert echo.swiftest_bytes_per_second == pytest.approx(1e6)

@@ -38,6 +38,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings
     wish_findings,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Finding, SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._vm_groups import read_groups, with_group
 
 try:
     import paramiko
@@ -258,6 +259,12 @@ class ActionModule(ActionBase):
                 bridges[name] = Bridge(reach, str(told))
             return bridges[name]
 
+        inventory = self._variables.get("groups", {}).get("all", [])
+        groups, wrong = read_groups(
+            {name: hostvars[name] for name in sources},
+            lambda: {str(vm["group"]) for vm in _vms(hostvars, inventory) if vm.get("group")},
+        )
+        findings += wrong
         usual: dict[str, t.Mapping[str, t.Any]] = {}
         wishes: dict[str, dict[str, t.Mapping[str, t.Any]]] = {}
         expected: dict[str, list[str]] = {}
@@ -274,7 +281,7 @@ class ActionModule(ActionBase):
                 wrong += leaving_findings(str(wish.get("name")), wish)
                 findings += wrong
                 if not wrong:
-                    wishes.setdefault(name, {})[str(wish.get("name"))] = wish
+                    wishes.setdefault(name, {})[str(wish.get("name"))] = with_group(wish, groups)
                 expected.setdefault(name, []).append(str(wish.get("name")))
                 peers.add(wish.get("peer"))
             for peer in peers - set(destinations):
@@ -304,7 +311,7 @@ class ActionModule(ActionBase):
             tuple(arguments["leave_behind"]),
             bandwidth,
             usual,
-            lambda: _listed(hostvars, self._variables.get("groups", {}).get("all", [])),
+            lambda: {str(vm.get("name")) for vm in _vms(hostvars, inventory)},
             self._who(),
             arguments["take_over"],
         )
@@ -367,9 +374,10 @@ class ActionModule(ActionBase):
         display.display("{} {}".format(time.strftime("%H:%M:%S"), text))
 
 
-def _listed(hostvars: t.Mapping[str, t.Any], hosts: t.Iterable[str]) -> set[str]:
-    """Names of the VMs that the inventory lists, of whichever host."""
-    return {str(vm.get("name")) for host in hosts for vm in hostvars[host].get("lifeboat_vms") or []}
+def _vms(hostvars: t.Mapping[str, t.Any], hosts: t.Iterable[str]) -> t.Iterator[t.Mapping[str, t.Any]]:
+    """The VMs that the inventory lists, of whichever host."""
+    for host in hosts:
+        yield from hostvars[host].get("lifeboat_vms") or []
 
 
 def _kept_forecast(path: str | None) -> tuple[dict[str, t.Any] | None, list[Finding]]:

@@ -13,7 +13,8 @@ description:
   - Sees all hypervisors of a site and their peers at once, decides who goes when, how and with how much of
     the link, and adapts every few seconds.
   - Runs on the controller, once for all hosts (C(run_once)). Talks to the proxies through SSH by paramiko.
-  - How VMs may leave that C(lifeboat_vms) says nothing of, the variables C(evacuate_fallback),
+  - How VMs may leave that C(lifeboat_vms) says nothing of, C(lifeboat_vm_groups) says of their C(group), else
+    the variables C(evacuate_fallback),
     C(evacuate_shutdown_seconds) and C(evacuate_power_off) of their hosts say.
   - Holds no state. When the controller dies the jobs go on in the proxies, and running it again carries on.
   - A VM that does not get out does not fail this task, so that a report can be made of all. Look at the

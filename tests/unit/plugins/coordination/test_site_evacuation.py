@@ -200,3 +200,23 @@ def test_where_another_is_at_work_this_is_told_with_all_else_and_nothing_started
     assert stage.parts.lease.told() is None
     stage.parts.lease.ask("x", "anna on ctl1", 300)
     assert stage.evacuate(take_over=True).returncode == 0
+
+
+def test_a_group_says_how_its_vms_may_leave(stage: Stage) -> None:
+    """More than the host's variables do, less than the VM itself."""
+    protect(stage)
+    stage.variables |= {
+        "lifeboat_vms": [{"name": "web1", "group": "shop", "power_off": True}],
+        "lifeboat_vm_groups": {"shop": {"fallback": ["restart"], "power_off": False}},
+        "evacuate_fallback": "live",
+    }
+    stage.others["elsewhere"] = {"lifeboat_vms": [{"name": "db", "group": "data"}]}
+    done = stage.evacuate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    [options] = stage.parts.evacuation.options
+    assert (options.mode, options.power_off) == ("restart", True)
+    # Of a group elsewhere it may be said for all; of one that is nowhere it is a slip.
+    stage.variables["lifeboat_vm_groups"] = {"data": {"fallback": ["live"]}, "shopp": {"fallbck": ["live"]}}
+    told = " ".join(stage.evacuate().stdout.split())
+    assert "lifeboat_vm_groups: shopp: fallbck: is nothing that a group can say; write fallback" in told
+    assert "lifeboat_vm_groups: data" not in told

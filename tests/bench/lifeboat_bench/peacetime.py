@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from operator import truediv
 from pathlib import Path
 from statistics import median
 
@@ -67,6 +68,8 @@ def _throughput(ground: Ground, table: Table, rpos: list[float]) -> None:
                 "unprotected_writes_per_second": median(unprotected),
                 "protected_writes_per_second": median(protected),
                 "ratio": ratio,
+                "least_ratio": min(map(truediv, protected, unprotected)),
+                "greatest_ratio": max(map(truediv, protected, unprotected)),
                 "share_of_time_with_a_pass_open": median(shares),
             }
         )

@@ -14,6 +14,8 @@ from precache_proxy.evacuation.pruning import Entry, superseded
 
 logger = logging.getLogger(__name__)
 
+_ROLLED_BACK = frozenset({ArrivalState.ABORTING, ArrivalState.ABORTED})
+
 
 class ArrivalRecords:
     """The arrivals of this host. ``directory`` is theirs alone."""
@@ -45,8 +47,13 @@ class ArrivalRecords:
 
     def latest_of(self, vm: str) -> Arrival | None:
         """The newest arrival of a VM, or None. Attempts that were rolled back share an epoch: the later
-        counts."""
-        return max(self.of(vm), key=lambda item: (item.epoch, item.since), default=None)
+        counts, and above all of them the one that was not."""
+
+        # Whether a VM may run elsewhere hangs on this; the clock, which may be set back, decides last.
+        def age(item: Arrival) -> tuple[int, bool, float]:
+            return item.epoch, item.state not in _ROLLED_BACK, item.since
+
+        return max(self.of(vm), key=age, default=None)
 
     def lock(self, vm: str) -> asyncio.Lock:
         """What orders everything done to one VM's arrivals."""

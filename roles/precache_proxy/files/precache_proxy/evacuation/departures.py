@@ -134,11 +134,18 @@ class Departures:
         return item
 
     def latest(self, vm: str) -> Job | None:
-        """The newest job of that number, VM or name, or None."""
-        jobs = [
-            item.job for item in self._departures.values() if vm in {item.job.id, item.job.vm, item.job.name}
-        ]
-        return max(jobs, key=lambda job: job.commanded_at, default=None)
+        """The newest job of that number, VM or name, or None; of one VM the one that is not over, if any."""
+        jobs = [job for job in self.jobs() if vm in {job.id, job.vm, job.name}]
+        # Of VMs that had the name one after the other only the clock knows which is meant.
+        named = max(jobs, key=lambda job: job.commanded_at, default=None)
+        if named is None:
+            return None
+
+        # The clock may be set back: a second job beside an open one would move the VM twice.
+        def age(job: Job) -> tuple[bool, int, bool, float]:
+            return not job.ended, job.epoch, job.step is Step.DONE, job.commanded_at
+
+        return max((job for job in jobs if job.vm == named.vm), key=age)
 
     async def begin(self, vm: str, *, options: EvacuationOptions | None = None) -> Job:
         """Start evacuating a VM (name or UUID), or return the job that does, or did, at this epoch.

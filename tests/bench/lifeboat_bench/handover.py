@@ -220,7 +220,8 @@ def _watched(ground: Ground, guest: Guest) -> Move:
         stall=seen.longest_stall_seconds(),
         lost_after_resume=seen.lost_since(resumed),
         network_seconds=network,
-        goes_on=not seen.failure and seen.arrivals[-1] > resumed,
+        # Without mobility what the VM sends still finds its way for a moment, and no answer does.
+        goes_on=not seen.failure and seen.arrivals[-1] > resumed + WATCHED_SECONDS / 2,
         before_stop=stopped - gap.began,
         after_resume=gap.ended - ran,
         first_round_trip=gap.first_round_trip_seconds,

@@ -130,7 +130,8 @@ class ActionModule(ActionBase):
         for name in [*batch.running, *waiting]:
             found = [finding for finding in findings if finding["vm"] == name]
             sentence = "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in found)
-            verdict = "would-fail" if found else "would-start" if name in waiting else "under-way"
+            stops = any(finding["stops"] for finding in found)
+            verdict = "would-fail" if stops else "would-start" if name in waiting else "under-way"
             outcomes.append({"name": name, "verdict": verdict, "sentence": sentence, "findings": found})
         return outcomes
 

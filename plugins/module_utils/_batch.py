@@ -161,7 +161,8 @@ def verdict_line(outcome: t.Mapping[str, t.Any]) -> str:
         told += " in {:.1f} s".format(outcome["eviction_seconds"])
     if outcome.get("downtime_seconds") is not None:
         told += ", guest stopped for {:.2f} s".format(outcome["downtime_seconds"])
-    if outcome["verdict"] not in OUT and outcome.get("sentence"):
+    # Out is out; but somebody may have to do something about it.
+    if outcome.get("sentence") and (outcome["verdict"] not in OUT or outcome.get("cause") == "warning"):
         told += ": {}".format(outcome["sentence"])
     return told
 

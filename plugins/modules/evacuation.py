@@ -245,7 +245,8 @@ class Evacuation:
         if job_out(before) and not self._protected():
             return False, dict(before)
         asked = {"vm": vm, "mode": self._parameters["mode"]}
-        findings = self._client.request("POST", "/v1/evacuations/check", asked)["findings"]
+        told = self._client.request("POST", "/v1/evacuations/check", asked)["findings"]
+        findings = [finding for finding in told if finding.get("stops", True)]
         if findings:
             facts = "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in findings)
             raise ProxyError("preflight", f"VM {vm}: cannot be evacuated: {facts}", findings)

@@ -60,6 +60,10 @@ findings:
     cause:
       description: Word for programs.
       type: str
+    stops:
+      description:
+        - Whether an evacuation ends at it. It goes on where only home addresses would not follow the VM.
+      type: bool
 """
 
 import typing as t
@@ -86,7 +90,7 @@ def findings_of(client: ProxyClient, vm: str) -> list[dict[str, t.Any]]:
         found = error.findings or [
             {"subject": subject, "fact": fact, "way_out": way_out, "cause": error.cause}
         ]
-    return [dict(finding, vm=vm) for finding in found]
+    return [dict({"stops": True}, **finding, vm=vm) for finding in found]
 
 
 def main() -> None:

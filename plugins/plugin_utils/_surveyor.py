@@ -297,23 +297,27 @@ class Surveyor:
         return told
 
     def preflights(self, site: SiteSummary) -> dict[str, str]:
-        """What stands in the way of each VM by its proxy's own preflight, by UUID."""
+        """What stands in the way of each VM by its proxy's own preflight, by UUID; the rest is said."""
 
-        def judge(vm: VmSummary) -> str:
+        def judge(vm: VmSummary) -> tuple[str, str]:
             live = {Rung.LIVE, Rung.PAUSED} & set(vm.rungs)
             body = {"vm": vm.uuid, "mode": "live" if live else "restart"}
             told = ask(self._sources[vm.source], "POST", "/v1/evacuations/check", body, 60.0)
-            return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in told["findings"])
+            stops = [finding for finding in told["findings"] if finding.get("stops", True)]
+            others = [finding for finding in told["findings"] if finding not in stops]
+            return _sentence(stops), _sentence(others)
 
         futures = {vm.uuid: self._pool.submit(judge, vm) for vm in site.vms}
         wrong: dict[str, str] = {}
         for uuid, future in futures.items():
             try:
-                sentence = future.result()
+                sentence, aside = future.result()
             except ProxyError as error:
-                sentence = error.message
+                sentence, aside = error.message, ""
             if sentence:
                 wrong[uuid] = sentence
+            if aside:
+                self._say(f"{aside}; it would go all the same")
         return wrong
 
     def forecast(self, site: SiteSummary) -> tuple[Plan, list[Finding]]:
@@ -429,6 +433,10 @@ class Surveyor:
         # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
         with contextlib.suppress(ProxyError):
             state.workload = ask(proxy, "POST", "/v1/workload", {"seconds": 1})
+
+
+def _sentence(findings: t.Iterable[t.Mapping[str, t.Any]]) -> str:
+    return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in findings)
 
 
 def told_of(site: SiteSummary) -> list[Outcome]:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,12 +15,13 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
-from precache_proxy.errors import Conflict
+from precache_proxy.errors import Conflict, Finding
+from precache_proxy.evacuation import addresses, confirm
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrival_network import MobilityAgent, NetworkNotInstalled, NothingToDo
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.guard import Guard
-from precache_proxy.evacuation.job import EvacuationOptions, new_job
+from precache_proxy.evacuation.job import EvacuationOptions, Step, new_job
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.hypervisor.qemu_user import QemuUser
 
@@ -98,6 +101,72 @@ async def test_the_source_has_sent_on_what_still_comes(tmp_path: Path) -> None:
         ("depart", {"withdraw": True}),
     ]
     assert agent.asked[2][1] == {"epoch": JOB.epoch - 1, "definition": "<domain/>", "evident": True}
+
+
+WITH_HOMES = """<domain><name>web1</name><metadata><m:addresses xmlns:m="urn:lifeboat:mobility:1">
+<m:address>2001:db8::5</m:address></m:addresses></metadata></domain>"""
+
+
+async def test_an_agent_is_asked_of_a_vm_that_has_home_addresses_and_of_no_other(tmp_path: Path) -> None:
+    found = {"subject": "VM web1", "fact": "no gateway on br9", "way_out": "use vmbr0", "cause": "invalid"}
+    agent, socket = Agent((200, {"findings": [found]})), tmp_path / "agent.sock"
+    network = MobilityAgent(socket, 2)
+    async with agent.serve(socket):
+        assert await network.outlook(VM, "web1", "<domain/>", arriving=True) == []
+        assert await network.outlook(VM, "web1", WITH_HOMES, arriving=True) == [Finding(**found)]
+    assert agent.asked == [(f"/v1/vms/{VM}/outlook", {"definition": WITH_HOMES, "arriving": True})]
+
+
+async def test_an_agent_that_says_nothing_is_a_finding_and_holds_nothing_up(tmp_path: Path) -> None:
+    began = time.monotonic()
+    [gone] = await MobilityAgent(tmp_path / "none.sock", 30).outlook(VM, "web1", WITH_HOMES, arriving=True)
+    assert gone.fact.startswith("the mobility agent there cannot be asked of 2001:db8::5 (")
+    agent, socket = Agent((404, {"message": "home1: is no gateway"})), tmp_path / "agent.sock"
+    async with agent.serve(socket):
+        [refused] = await MobilityAgent(socket, 2).outlook(VM, "web1", WITH_HOMES, arriving=False)
+    assert "agent here cannot be asked of 2001:db8::5 (home1: is no gateway)" in refused.fact
+    assert time.monotonic() - began < 5
+
+
+async def test_what_the_destination_says_of_addresses_stops_nothing(tmp_path: Path) -> None:
+    here, there = MobilityAgent(tmp_path / "a", 1), MobilityAgent(tmp_path / "b", 1)
+    answer = json.loads(json.dumps(await addresses.at_destination(there, VM, "web1", WITH_HOMES)))
+    [found] = addresses.read_answer(answer, here, "web1", "backup1", WITH_HOMES)
+    assert str(found).startswith("VM web1: its addresses would not follow it to backup1: the mobility agent")
+    assert not addresses.stops(found)
+    assert addresses.stops(Finding("VM web1", "it is paused", "resume it", "conflict"))
+    # Nobody leads addresses there, though somebody does here.
+    answer = await addresses.at_destination(NothingToDo(), VM, "web1", WITH_HOMES)
+    [found] = addresses.read_answer(answer, here, "web1", "backup1", WITH_HOMES)
+    assert (found.cause, "no mobility agent is set up there" in found.fact) == ("network", True)
+    for network, definition in ((NothingToDo(), WITH_HOMES), (here, "<domain/>")):
+        assert addresses.read_answer(answer, network, "web1", "backup1", definition) == []
+    # A peer of a version that does not say.
+    assert addresses.read_answer({}, here, "web1", "backup1", WITH_HOMES) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "warning"),
+    [
+        ({"network_installed": True}, ""),
+        ({}, "Its addresses may not lead there: VM web1: no agent; set one up"),
+        ({"network": "no answer"}, "Its addresses do not lead there yet; it is tried again: no answer"),
+    ],
+)
+async def test_what_was_said_before_is_told_in_the_end_where_it_came_true(
+    answer: dict[str, Any], warning: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def call(*_arguments: object) -> dict[str, Any]:
+        return {"state": "activated", **answer}
+
+    async def nothing(_departure: object) -> None:
+        return None
+
+    monkeypatch.setattr(confirm, "finish", nothing)
+    job = replace(JOB, step=Step.RELEASED, address_findings=["VM web1: no agent; set one up"])
+    measure = SimpleNamespace(activated=lambda _answer: None)
+    await confirm.release(cast(Any, SimpleNamespace(job=job, call=call, measure=measure)))
+    assert job.warning == warning
 
 
 class Network(NothingToDo):

@@ -17,7 +17,15 @@ from typing import Any, cast
 import libvirt
 import pytest
 
-from precache_proxy.errors import Cancelled, Conflict, HypervisorError, InvalidInput, NoSpace, PeerUnreachable
+from precache_proxy.errors import (
+    Cancelled,
+    Conflict,
+    Finding,
+    HypervisorError,
+    InvalidInput,
+    NoSpace,
+    PeerUnreachable,
+)
 from precache_proxy.evacuation import confirm
 from precache_proxy.evacuation import departure as departure_module
 from precache_proxy.evacuation import rollback as rollback_module
@@ -35,7 +43,7 @@ from precache_proxy.evacuation.reconcile import (
     decide_at_source,
 )
 from precache_proxy.evacuation.relay import RelayCounters
-from precache_proxy.evacuation.surroundings import Surroundings
+from precache_proxy.evacuation.surroundings import Look, Surroundings
 
 VM = "11111111-2222-4333-8444-555555555501"
 
@@ -141,6 +149,28 @@ def a_departure(surroundings: Surroundings, step: Step) -> Departure:
     job = new_job(VM, "web1", "backup1", 1, EvacuationOptions(), 0.0)
     job.step = step
     return Departure(job, surroundings, Measure(job, surroundings.links["backup1"], 0), Contact())
+
+
+async def test_what_is_said_against_its_addresses_stops_no_evacuation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition = cast(Any, SimpleNamespace(autostart=False))
+    silent = Finding("VM web1", "its addresses would not follow it", "start the agent", "network")
+    paused = Finding("VM web1", "it is paused", "resume it", "conflict")
+    found = [silent]
+
+    async def look(*_unused: object, restarts: bool) -> Look:
+        return Look(definition, found)
+
+    monkeypatch.setattr(departure_module, "look", look)
+    source = SimpleNamespace(status=lambda _vm: {})
+    item = a_departure(around(tmp_path, source=source), Step.PREFLIGHT)
+    assert await departure_module.pass_preflight(item)
+    assert item.job.address_findings == [str(silent)]
+    found.append(paused)
+    with pytest.raises(InvalidInput, match="it is paused") as refused:
+        await departure_module.pass_preflight(item)
+    assert refused.value.findings == (paused,)
 
 
 async def test_a_cancel_before_libvirt_has_a_job_is_not_forgotten(

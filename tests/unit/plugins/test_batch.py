@@ -66,6 +66,14 @@ def test_lines_tell_steps_and_ends(batch_module: Any) -> None:
     )
 
 
+def test_what_the_operator_should_know_of_one_that_is_out_is_told_with_its_verdict(batch_module: Any) -> None:
+    batch = batch_module.Batch(["a"], [vm("a")], [], 1)
+    batch.begun("a", job("a", "migrate"))
+    told = "VM a runs at backup1. Its addresses may not lead there."
+    done = {**job("a", "done", "evacuated"), "cause": "warning", "sentence": told}
+    assert batch.update([done]) == [f"a: EVACUATED: {told}"]
+
+
 def test_undecided_frees_its_place(batch_module: Any) -> None:
     batch = batch_module.Batch(["a", "b"], [vm("a"), vm("b")], [job("a")], 1)
     assert batch.starts() == []

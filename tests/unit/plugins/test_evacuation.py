@@ -38,6 +38,17 @@ def test_check_mode_fails_on_what_stands_in_the_way(run: Any, parts: Any) -> Non
     assert told["findings"][0]["fact"] == "12 % covered"
 
 
+def test_an_evacuation_goes_on_without_addresses(run: Any, parts: Any) -> None:
+    way_out = "see `mobility-agent check`"
+    parts.evacuation.findings = [Finding("VM web1", "its addresses would not follow it", way_out, "network")]
+    assert run("evacuation", check=True, vm="web1")["changed"] is True
+    [found] = run("preflight_info")["findings"]
+    assert (found["cause"], found["stops"]) == ("network", False)
+    parts.evacuation.findings.append(FINDING)
+    told = run("evacuation", check=True, vm="web1")
+    assert [finding["cause"] for finding in told["findings"]] == ["coverage"]
+
+
 def test_started_and_left_alone(run: Any) -> None:
     begun = run("evacuation", vm="web1", wait=False)
     assert begun["evacuation"]["ended"] is False

@@ -19,6 +19,7 @@ from precache_proxy.control.hypervisor_room import room_answer
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.workload import measure_workload
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
+from precache_proxy.evacuation.addresses import stops
 from precache_proxy.evacuation.job import Mode
 from precache_proxy.typed_reader import REQUIRED
 
@@ -219,7 +220,7 @@ class Api:
         restarts = requests.mode(told, findings) is Mode.RESTART
         requests.conclude(told, findings)
         facts = await self._parts.evacuation.check(vm, restarts=restarts)
-        found = [answers.as_json(finding) for finding in facts]
+        found = [answers.as_json(finding) | {"stops": stops(finding)} for finding in facts]
         return web.json_response({"vm": vm, "findings": found})
 
     async def _evacuation(self, request: web.Request) -> web.Response:

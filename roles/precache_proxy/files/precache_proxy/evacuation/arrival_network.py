@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 import aiohttp
+from lxml import etree
 
-from precache_proxy.errors import LifeboatError
+from precache_proxy.errors import Finding, LifeboatError
 from precache_proxy.evacuation.arrival import Arrival
 from precache_proxy.evacuation.job import Job
 
@@ -22,10 +23,30 @@ logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.1
 # Of its answers, those that asking again may change.
 _PASSING = frozenset({502, 503, 504})
+#: Of what concerns a VM's addresses only.
+NETWORK_CAUSE = "network"
+# Where home addresses stand in a VM's definition.
+_METADATA = "{urn:lifeboat:mobility:1}"
+
+
+def home_addresses(definition: str) -> list[str]:
+    """The addresses that a definition's metadata says."""
+    found = etree.fromstring(definition.encode()).iterfind(f"metadata//{_METADATA}address")
+    return [text for element in found if (text := (element.text or "").strip())]
 
 
 class ArrivalNetwork(Protocol):
     """Told where a VM runs. Every call may be repeated: a crash may call it twice."""
+
+    @property
+    def leads_addresses(self) -> bool:
+        """Whether VMs' addresses are led here at all, or are somebody else's business."""
+
+    async def outlook(self, vm: str, name: str, definition: str, *, arriving: bool) -> list[Finding]:
+        """What would keep its home addresses from following it, to here (``arriving``) or from here.
+
+        Changes nothing, never raises.
+        """
 
     async def install(self, definition: str, arrival: Arrival) -> None:
         """Of a released, still paused VM: make its addresses lead here, with the arrival's epoch.
@@ -46,6 +67,12 @@ class ArrivalNetwork(Protocol):
 class NothingToDo:
     """Both sites share the VM's network (or the operator moves it): nothing to install."""
 
+    leads_addresses = False
+
+    async def outlook(self, *_unused: str, arriving: bool) -> list[Finding]:  # noqa: ARG002
+        """Nothing that concerns us."""
+        return []
+
     async def install(self, definition: str, arrival: Arrival) -> None:
         """Do nothing."""
 
@@ -62,7 +89,7 @@ class NothingToDo:
 class NetworkNotInstalled(LifeboatError):
     """The mobility agent did not take the VM."""
 
-    cause = "network"
+    cause = NETWORK_CAUSE
     http_status = 502
 
 
@@ -72,9 +99,33 @@ class MobilityAgent:
     ``wait_seconds``: how long an agent that does not answer may keep a VM waiting.
     """
 
+    leads_addresses = True
+
     def __init__(self, socket: Path, wait_seconds: float) -> None:
         self._socket = socket
         self._wait_seconds = wait_seconds
+
+    async def outlook(self, vm: str, name: str, definition: str, *, arriving: bool) -> list[Finding]:
+        """Ask it, once: what it says of the VM's home addresses, or that it does not answer."""
+        homes = home_addresses(definition)
+        if not homes:
+            return []
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                status, answer = await self._once(
+                    vm, "outlook", {"definition": definition, "arriving": arriving}
+                )
+            if status < 400:
+                return [Finding(**finding) for finding in answer["findings"]]
+            reason = str(answer.get("message", f"status {status}"))
+        except TimeoutError:
+            reason = f"no answer within {self._wait_seconds:g} s"
+        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error)
+        where = "there" if arriving else "here"
+        fact = f"the mobility agent {where} cannot be asked of {', '.join(homes)} ({reason})"
+        way_out = f"see `mobility-agent check` and journalctl -u mobility-agent {where}"
+        return [Finding(f"VM {name}", fact, way_out)]
 
     async def install(self, definition: str, arrival: Arrival) -> None:
         """Have routes and registrations made for it. Raises NetworkNotInstalled."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound, StaleEpoch
-from precache_proxy.evacuation import cold_arrival, depth, preflight
+from precache_proxy.evacuation import addresses, cold_arrival, depth, preflight
 from precache_proxy.evacuation.activation import Activation
 from precache_proxy.evacuation.arrival import RUNS_HERE, Arrival, ArrivalDisk, ArrivalState
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
@@ -88,6 +88,7 @@ class Arrivals:
         self._domains = domains
         self._guard = guard
         self._store = store
+        self._network = network
         self._watchers: dict[str, asyncio.Task[None]] = {}
         # jobs that were called off before they were known here: a late `prepare` of theirs is refused
         self._called_off: set[str] = set()
@@ -153,6 +154,9 @@ class Arrivals:
             "already_there": False,
             "findings": [asdict(finding) for finding in findings],
             "presumed_dead_after_seconds": self.contact.limit_seconds,
+            **await addresses.at_destination(
+                self._network, vm, str(parameters.get("name", vm)), str(parameters["definition"])
+            ),
         }
 
     async def prepare(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,6 +332,7 @@ class Arrivals:
                 "state": arrival.state.value,
                 "memory_lost": arrival.has_lost_memory,
                 "network": arrival.sentence if arrival.network_owed else "",
+                "network_installed": "network_seconds" in arrival.timings and not arrival.network_owed,
                 "activation_seconds": max(0.0, resumed - began),
                 "running_seconds": max(0.0, now - resumed),
             }

@@ -71,6 +71,9 @@ async def release(departure: Departure) -> None:
     job.memory_lost = bool(answer.get("memory_lost"))
     if answer.get("network"):
         job.warning = f"Its addresses do not lead there yet; it is tried again: {answer['network']}"
+    elif job.address_findings and not answer.get("network_installed"):
+        # Nobody there has led them since.
+        job.warning = "Its addresses may not lead there: " + "; ".join(job.address_findings)
     departure.measure.activated(answer)
     crash_point("departure-activated")
     await finish(departure)

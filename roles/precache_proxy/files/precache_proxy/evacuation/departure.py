@@ -27,7 +27,7 @@ from precache_proxy.errors import (
     PeerUnreachable,
     Stalled,
 )
-from precache_proxy.evacuation import freeze, layers, migrate, mirroring, preflight, relay
+from precache_proxy.evacuation import addresses, freeze, layers, migrate, mirroring, preflight, relay
 from precache_proxy.evacuation.arrival import RUNS_HERE, ArrivalState
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.job import Job, Step
@@ -169,11 +169,12 @@ async def pass_preflight(departure: Departure) -> bool:
     told = await look(departure.around, job.vm, job.peer, job.epoch, restarts=job.restarts)
     if told.already_there:
         return False
-    if told.findings:
-        raise InvalidInput(
-            f"VM {job.name} cannot be evacuated: {preflight.sentence(told.findings)}", told.findings
-        )
+    if in_the_way := [finding for finding in told.findings if addresses.stops(finding)]:
+        raise InvalidInput(f"VM {job.name} cannot be evacuated: {preflight.sentence(in_the_way)}", in_the_way)
     departure.check_cancelled()
+    job.address_findings = [str(finding) for finding in told.findings]
+    for sentence in job.address_findings:
+        logger.warning("evacuation %s of VM %s goes on all the same: %s", job.id, job.vm, sentence)
     job.presumed_dead_after_seconds = told.presumed_dead_after_seconds
     # While a VM is protected libvirt's own mark is off and the protection remembers it.
     job.autostart = told.definition.autostart or bool(departure.around.source.status(job.vm).get("autostart"))

@@ -193,6 +193,8 @@ class Job:
     shutdown_request: ShutdownRequest | None = None
     # its guest did not shut down in time
     powered_off: bool = False
+    # what preflight said against its addresses' following it
+    address_findings: list[str] = field(default_factory=list)
     # it went well, but the operator should know this
     warning: str = ""
     eviction_seconds: float | None = None

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy.errors import Finding, LifeboatError, NotFound
-from precache_proxy.evacuation import depth, preflight
+from precache_proxy.evacuation import addresses, depth, preflight
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Guard, hook_findings
 from precache_proxy.evacuation.job import Journal
+from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
 from precache_proxy.hypervisor.domain_xml import Definition
 from precache_proxy.hypervisor.qemu_user import QemuUser
@@ -46,6 +47,8 @@ class Surroundings:
 @dataclass(frozen=True, slots=True)
 class Look:
     """Everything in the way of an evacuation on both sides, and whether the VM is at the peer already.
+
+    Not all ``findings`` end it: see :func:`addresses.stops`.
 
     ``presumed_dead_after_seconds``: after which silence the peer would run what has arrived, None: never.
     """
@@ -82,6 +85,9 @@ async def look(around: Surroundings, vm: str, peer: str, epoch: int, *, restarts
         found += await asyncio.to_thread(
             preflight.overlay_findings, definition, around.fallback_overlay_directory
         )
+    name, xml = definition.name, await around.domains.xml(vm, inactive=restarts)
+    if presence is Presence.RUNNING:
+        found += await addresses.at_source(around.network, vm, name, xml)
     link = around.links.get(peer)
     if link is None:
         found.append(
@@ -91,12 +97,7 @@ async def look(around: Surroundings, vm: str, peer: str, epoch: int, *, restarts
     try:
         answer = await link.call(
             "evacuation.check",
-            {
-                "vm": vm,
-                "name": definition.name,
-                "epoch": epoch,
-                "definition": await around.domains.xml(vm, inactive=restarts),
-            },
+            {"vm": vm, "name": name, "epoch": epoch, "definition": xml},
             timeout_seconds=CHECK_TIMEOUT_SECONDS,
         )
     except LifeboatError as error:
@@ -105,5 +106,7 @@ async def look(around: Surroundings, vm: str, peer: str, epoch: int, *, restarts
         )
         return Look(definition, found)
     found += [Finding(**finding) for finding in answer["findings"]]
+    if not answer.get("already_there"):
+        found += addresses.read_answer(answer, around.network, name, peer, xml)
     limit = answer.get("presumed_dead_after_seconds")
     return Look(definition, found, bool(answer.get("already_there")), None if limit is None else float(limit))

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precache_proxy.channel.counters import Tally
-from precache_proxy.channel.governor import Governor, Sample
+from precache_proxy.channel.governor import Governor
 from precache_proxy.channel.identifiers import IdentifierSet
+from precache_proxy.channel.path_watch import Sample
 from precache_proxy.channel.rate import TokenBucket, check_windows, rate_at
 from precache_proxy.channel.scheduler import Scheduler
 from precache_proxy.channel.settings import CLASS_LIMITS, RateWindow, TrafficClass

@@ -10,10 +10,9 @@ small queueing delay. Pure: samples and clock come in, a rate comes out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from precache_proxy.channel.connection import TcpState
+from precache_proxy.channel.path_watch import Sample
 from precache_proxy.channel.pulses import PULSE_BEAT_SECONDS, PULSE_FACTOR, PULSE_SECONDS, PulseEcho
 
 # A queue of about this is kept, so that the link never runs dry.
@@ -63,46 +62,6 @@ class _Cut:
     at: float
     queue: float
     delivered: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """All connections to a peer together: bytes acknowledged since ever, round trip now, and is
-    there a backlog?
-    """
-
-    at: float
-    acknowledged_bytes: int
-    round_trip_seconds: float
-    least_round_trip_seconds: float
-    backlog: bool
-
-
-class PathWatch:
-    """Makes samples of what the kernel knows of single connections, which come and go."""
-
-    def __init__(self) -> None:
-        self._acknowledged: dict[int, int] = {}
-        self._gone_bytes = 0
-
-    def sample(self, now: float, states: Sequence[TcpState], *, backlog: bool) -> Sample | None:
-        """None while there is no connection."""
-        if not states:
-            return None
-        gone = self._acknowledged.keys() - {state.serial for state in states}
-        # What they carried stays in the sum, which must not go down.
-        self._gone_bytes += sum(self._acknowledged.pop(serial) for serial in gone)
-        self._acknowledged.update({state.serial: state.acknowledged_bytes for state in states})
-        busy = sorted(state.round_trip_seconds for state in states if state.unacknowledged)
-        trips = busy or sorted(state.round_trip_seconds for state in states)
-        return Sample(
-            now,
-            self._gone_bytes + sum(self._acknowledged.values()),
-            # A bottleneck's queue delays them all; one that is late by itself says little about it.
-            trips[len(trips) // 4],
-            min(state.least_round_trip_seconds for state in states),
-            backlog,
-        )
 
 
 class Governor:
@@ -169,16 +128,35 @@ class Governor:
             self._backlogged = self._backlogged and now.backlog
             self._least_trip = min(self._least_trip, now.round_trip_seconds)
             self._echo.sample(now.at, now.acknowledged_bytes)
-            if now.at - mark.at >= self._look_seconds(base):
+            if self._may_pulse(now, base):
+                self._pulses = True
+                self._begin_look(now)
+            elif now.at - mark.at >= self._look_seconds(base):
                 # A queue that stands is there at every look; a late wake-up of some process is not.
                 self._step(mark, now, max(0.0, self._least_trip - base), base)
-                self._mark = now
-                self._echo.begin()
-                self._least_trip = float("inf")
-                self._backlogged = now.backlog
+                self._begin_look(now)
         rate = self._rate * PULSE_FACTOR if self._is_pulse(now) else self._rate
         self.rate_bytes_per_second = None if now.at < self._paused_until else rate
         return self.rate_bytes_per_second
+
+    def _begin_look(self, now: Sample) -> None:
+        self._mark = now
+        self._echo.begin()
+        self._least_trip = float("inf")
+        self._backlogged = now.backlog
+
+    def _may_pulse(self, now: Sample, base: float) -> bool:
+        # Connections that are new come up to the first rate by themselves: a pulse says nothing before. Nor
+        # does it in a queue that somebody else has made.
+        if self._spell_at is None or now.at - self._spell_at < base + PULSE_SECONDS:
+            return False
+        return (
+            self._starting
+            and self._base_seen
+            and not self._pulses
+            and self._echo.swiftest_bytes_per_second >= _PULSE_CARRIED * self._rate
+            and now.round_trip_seconds - base < 2 * _TARGET_SECONDS
+        )
 
     @property
     def _pulsing(self) -> bool:
@@ -288,7 +266,7 @@ class Governor:
                     # Whose queue it is, or if it is one, is not known: a pulse would show nothing. As slow
                     # start does, but each step only when the step before is seen to arrive.
                     self._rate = max(self._rate, delivered * 2)
-                else:
+                elif self._pulses:
                     self._grow_by_pulses(now.round_trip_seconds - self._least_trip)
                 return
             self._starting = False
@@ -332,10 +310,7 @@ class Governor:
 
     def _grow_by_pulses(self, late: float) -> None:
         seen = self._echo.swiftest_bytes_per_second
-        if not self._pulses:
-            # Connections that are new come up to the first rate by themselves; a pulse says nothing before.
-            self._pulses = seen >= _PULSE_CARRIED * self._rate
-        elif seen >= _PULSE_CARRIED * PULSE_FACTOR * self._rate:
+        if seen >= _PULSE_CARRIED * PULSE_FACTOR * self._rate:
             # What was seen to arrive, not more: the next pulse shall begin where the path is not full. Less
             # where this one was perhaps held up already.
             tried = PULSE_FACTOR * self._rate

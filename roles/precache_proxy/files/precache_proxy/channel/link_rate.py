@@ -11,8 +11,9 @@ from datetime import datetime
 from typing import Any
 
 from precache_proxy.channel.counters import LinkCounters
-from precache_proxy.channel.governor import Governor, PathWatch
+from precache_proxy.channel.governor import Governor
 from precache_proxy.channel.pacer import Pacer
+from precache_proxy.channel.path_watch import PathWatch
 from precache_proxy.channel.rate import rate_at
 from precache_proxy.channel.session import Session
 from precache_proxy.channel.settings import PeerAddress

@@ -16,6 +16,7 @@ from precache_proxy.errors import (
     LifeboatError,
     NotFound,
     PeerUnreachable,
+    StaleEpoch,
 )
 from precache_proxy.evacuation import rollback
 from precache_proxy.evacuation.arrival import NO_CONTACT, Arrival, ArrivalDisk, ArrivalJournal, ArrivalState
@@ -135,6 +136,19 @@ async def test_only_its_own_home_may_send_a_vm_onto_a_replica(
     with pytest.raises(InvalidInput, match="not a job's number"):
         await there.prepare("home1", wanted | {"job": "../j1"})
     assert there.records.all() == []
+
+
+@pytest.mark.parametrize("state", [ArrivalState.ACTIVATED, ArrivalState.LANDED])
+async def test_an_old_copy_does_not_arrive_after_the_way_back(tmp_path: Path, state: ArrivalState) -> None:
+    """Its home was restored from a backup, say, and counts the epochs from there."""
+    there = arrivals(tmp_path, Replicas("sealed"))
+    await there.records.save(Arrival("j0", VM, "web1", "home1", 2, 7, state))
+    there.load()
+    wanted = {"vm": VM, "name": "web1", "generation": 7, "definition": "<domain/>", "disks": {}}
+    for epoch in (0, 1, 2):
+        with pytest.raises(StaleEpoch, match=f"it arrived here with epoch 2, .* epoch {epoch}; the copy"):
+            await there.prepare("home1", wanted | {"job": "j1", "epoch": epoch})
+    assert [item.id for item in there.records.all()] == ["j0"]
 
 
 @pytest.mark.parametrize(

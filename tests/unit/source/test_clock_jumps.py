@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import pytest
 
+from precache_proxy.source import scratch
 from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.passes import PassResult
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord, Sealed
-from precache_proxy.source.scratch import Lease
 from precache_proxy.source.settings import SourceSettings
 
 DAY_SECONDS = 86400.0
@@ -89,7 +89,13 @@ def test_an_open_pass_ends_by_the_time_since_boot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_seconds: float
 ) -> None:
     real = time.time
-    lease = Lease("vm", tmp_path, 1 << 20, limit_seconds=60.0)
+    lease = scratch.Lease("vm", tmp_path, 1 << 20, limit_seconds=60.0)
     monkeypatch.setattr(time, "time", lambda: real() + jump_seconds)
     assert lease.look() == ""
     assert not lease.beyond_hard_limit()
+    booted = scratch.boottime_seconds
+    monkeypatch.setattr(scratch, "boottime_seconds", lambda: booted() + 60.0)
+    assert lease.look() == "open for 60 s"
+    assert not lease.beyond_hard_limit()
+    monkeypatch.setattr(scratch, "boottime_seconds", lambda: booted() + 60.0 + scratch.GRACE_SECONDS)
+    assert lease.beyond_hard_limit()

@@ -41,8 +41,9 @@ class Move:
 
     ``remaining_bytes`` is what this round has left, ``dirtied_bytes`` what was dirtied since it began, as far
     as is known, ``bytes_per_second`` what it got over the last interval, ``dirty_bytes_per_second`` what the
-    guest dirties; all on the wire. ``hopeless``: the proxy says that the longest stop that is allowed would
-    not do. ``silent``: its host says nothing now, and nothing can be told to it.
+    guest dirties, ``sent_bytes`` what of its memory has crossed; all on the wire. ``round_number`` is QEMU's,
+    from 1 on; 0: none has begun, or nobody says. ``hopeless``: the proxy says that the longest stop that is
+    allowed would not do. ``silent``: its host says nothing now, and nothing can be told to it.
     """
 
     vm: str
@@ -54,6 +55,8 @@ class Move:
     hopeless: bool = False
     silent: bool = False
     dirtied_bytes: float = 0.0
+    sent_bytes: float = 0.0
+    round_number: int = 0
 
     @property
     def left_bytes(self) -> float:

@@ -14,6 +14,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import DOWNTIME_LIMIT_SECONDS
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._packing import Packing
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import wished
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     DEFAULT_PACKED_RATIO,
@@ -207,7 +208,6 @@ def _destination(name: str, host: HostState | None) -> DestinationSummary:
 class _Counted:
     at: float
     sent_wire: float
-    sent_raw: float
 
 
 def _rung(job: Job) -> Rung:
@@ -222,7 +222,8 @@ class Eyes:
 
     def __init__(self, paused: t.Collection[str] = ()) -> None:
         self.paused: set[str] = set(paused)
-        self.ratios: dict[str, float] = {}
+        # By job: what its VM's memory comes to on the wire.
+        self._packing: dict[str, Packing] = {}
         self._vms: dict[str, _Counted] = {}
         self._pairs: dict[Pair, tuple[float, float]] = {}
         self.carried_bytes: dict[str, float] = {}
@@ -289,21 +290,19 @@ class Eyes:
     def _move(self, job: Job, label: Json, now: float) -> Move:
         uuid = str(job["vm"])
         progress = job.get("progress") or {}
-        wire, raw = float(label.get("sent_wire_bytes") or 0.0), float(label.get("sent_raw_bytes") or 0.0)
+        wire = float(label.get("sent_wire_bytes") or 0.0)
         before = self._vms.get(uuid)
-        self._vms[uuid] = _Counted(now, wire, raw)
+        self._vms[uuid] = _Counted(now, wire)
         rate = 0.0
         if before is not None and now > before.at:
             rate = max(0.0, (wire - before.sent_wire) / (now - before.at))
-        if rate > 0 and progress.get("memory_bytes_per_second"):
-            # What a byte of QEMU's becomes on the wire, as it is seen now; smoothed, pages differ.
-            seen = min(1.5, max(0.02, rate / float(progress["memory_bytes_per_second"])))
-            self.ratios[uuid] = 0.7 * self.ratios.get(uuid, DEFAULT_PACKED_RATIO) + 0.3 * seen
-        ratio = self.ratios.get(uuid, DEFAULT_PACKED_RATIO)
+        packing = self._packing.get(str(job["id"]))
+        if packing is None:
+            packing = self._packing[str(job["id"])] = Packing(wire, progress)
+        packing.look(wire, progress)
         dirty = float(progress.get("memory_dirty_pages_per_second") or 0.0)
         dirty *= float(progress.get("memory_page_size") or 4096)
-        left = float(progress.get("memory_remaining_bytes") or 0.0) * ratio
-        left += float(progress.get("disk_remaining_bytes") or 0.0)
+        left = packing.left_bytes + float(progress.get("disk_remaining_bytes") or 0.0)
         if self._chases_its_disk(job, progress, now):
             return Move(uuid, Phase.BULK, Rung.LIVE, left, rate, OUTRUNS_BYTES_PER_SECOND, hopeless=True)
         return Move(
@@ -312,8 +311,10 @@ class Eyes:
             Rung.PAUSED if uuid in self.paused else _rung(job),
             left,
             rate,
-            dirty * ratio,
+            dirty * packing.ratio,
             bool(progress.get("hopeless")),
+            sent_bytes=packing.sent_bytes,
+            round_number=int(progress.get("memory_iteration") or 0),
         )
 
     def _chases_its_disk(self, job: Job, progress: Json, now: float) -> bool:

@@ -23,6 +23,8 @@ INTERVAL_SECONDS = 2.0
 # What those that are not open get at least, together: a relay that stands still for 10 s is closed.
 _TRICKLE_SHARE = 0.05
 _TRICKLE_BYTES_PER_SECOND = 65_536.0
+# What a stream that had a trickle needs until it has what it may take: its window doubles with each.
+_GROWTH_ROUND_TRIPS = 5.0
 # So many times as urgent is who takes the place of one that is served fully.
 _PUSHES_OUT = 4.0
 
@@ -125,7 +127,7 @@ class Shares:
             opened[uuid] = None
             busy[vm.pair] = busy.get(vm.pair, 0) + 1
             # Over before the next look: the one after it opens now, or the link would idle meanwhile.
-            if not _over_soon(move):
+            if not _over_soon(move, gate.round_trip_seconds):
                 free -= 1
         waiting = sorted(
             candidates.values(),
@@ -158,9 +160,10 @@ def _kept(opened: list[Member], waiting: list[Member], rate: float) -> list[str]
     return [vm.uuid for vm, _move in opened if vm.uuid not in out]
 
 
-def _over_soon(move: Move) -> bool:
-    rate = move.bytes_per_second
-    return move.phase is Phase.BULK and rate > 0 and live_seconds(move, rate) <= INTERVAL_SECONDS
+def _over_soon(move: Move, round_trip_seconds: float) -> bool:
+    """Whether it is through before one that opens only at the next look would fill the link."""
+    rate, until = move.bytes_per_second, INTERVAL_SECONDS + _GROWTH_ROUND_TRIPS * round_trip_seconds
+    return move.phase is Phase.BULK and rate > 0 and live_seconds(move, rate) <= until
 
 
 def _full_rate(gate: Gate) -> float:

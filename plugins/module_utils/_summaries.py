@@ -82,6 +82,12 @@ class VmSummary:
         return float(2.0 ** ((self.priority - DEFAULT_PRIORITY) / 10.0))
 
     @property
+    def sampled_memory_bytes(self) -> float | None:
+        """What its memory comes to on the wire as a packed sample of it says; None: nobody took one."""
+        sampled = self.running and self.packed_ratio != DEFAULT_PACKED_RATIO
+        return self.memory_used_bytes * self.packed_ratio if sampled else None
+
+    @property
     def pair(self) -> tuple[str, str]:
         """The two proxies that it crosses."""
         return (self.source, self.destination)

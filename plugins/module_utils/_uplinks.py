@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import FixedGate, Gate, Served
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Pair
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import Shares
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import INTERVAL_SECONDS, Shares
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     PairSummary,
     Rung,
@@ -34,7 +34,11 @@ class Uplinks:
         self.stream: dict[Pair, float] = {}
         self._vms = vms
         self._sent_before: set[str] = set()
+        # Of those that were seen to be in their lead-in: since when.
+        self._leads_in_since: dict[str, float] = {}
+        self._trips = {key: pair.round_trip_seconds for key, pair in self.pairs.items()}
         self._make_gates(site, strategy)
+        self._tell_trips(self._trips)
 
     def _make_gates(self, site: SiteSummary, strategy: str) -> None:
         if self.adaptive:
@@ -68,15 +72,19 @@ class Uplinks:
         sent_before, self._sent_before = self._sent_before, set()
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
-            if vm is None or move.phase not in {Phase.BULK, Phase.LAST}:
+            if vm is None:
+                continue
+            self._time_lead_in(vm, move, seen.now)
+            if move.phase not in {Phase.BULK, Phase.LAST}:
                 continue
             key = id(self.gate_of(vm))
             most[key] = max(most.get(key, 0.0), move.bytes_per_second)
             if move.silent:
                 continue
             self._sent_before.add(uuid)
-            # One that began to send within the interval, or was opened in it, would look slow.
-            if uuid in sent_before and move.phase is Phase.BULK:
+            # One that began to send within the interval, or was opened in it, would look slow; and one that
+            # had nothing more to send for a part of it, as if the others had taken it away.
+            if uuid in sent_before and move.phase is Phase.BULK and not self._drains(vm, move):
                 share = shares.given.get(uuid)
                 fully = uuid in shares.open_throughout
                 told = Served(move.bytes_per_second, fully, share)
@@ -88,10 +96,16 @@ class Uplinks:
                 known = self.stream.get(vm.pair, 0.0)
                 self.stream[vm.pair] = max(move.bytes_per_second, known * 0.95)
         goodput: dict[int, float] = {}
+        news: dict[Pair, float] = {}
         for pair, view in seen.pairs.items():
             if pair in self.pairs:
+                # What was known may be of another path; what is seen now has a queue in it, a short one.
+                if view.round_trip_seconds > self._trips.get(pair, 0.0):
+                    news[pair] = view.round_trip_seconds
                 gate = self.gate_of_pair(pair)
                 goodput[id(gate)] = goodput.get(id(gate), 0.0) + view.goodput_bytes_per_second
+        if news:
+            self._tell_trips(news)
         gates = {id(gate): gate for gate in self.gates.values()}
         waiting: set[int] = set()
         for uuid in waiting_uuids:
@@ -105,3 +119,24 @@ class Uplinks:
                 gate.observe(
                     goodput.get(key, 0.0), served.get(key, {}), most.get(key, 0.0), more_wait=key in waiting
                 )
+
+    def _tell_trips(self, trips: t.Mapping[Pair, float]) -> None:
+        self._trips.update(trips)
+        for pair, trip in trips.items():
+            gate = self.gate_of_pair(pair)
+            gate.round_trip_seconds = max(gate.round_trip_seconds, trip)
+
+    def _time_lead_in(self, vm: VmSummary, move: Move, now: float) -> None:
+        if move.phase is Phase.LEAD_IN:
+            # It was begun a look before it was seen.
+            self._leads_in_since.setdefault(vm.uuid, now - INTERVAL_SECONDS)
+            return
+        since = self._leads_in_since.pop(vm.uuid, None)
+        if since is not None and move.phase is Phase.BULK and not move.silent:
+            # It ended some time within the interval.
+            self.gate_of(vm).saw_lead_in(now - since - INTERVAL_SECONDS / 2)
+
+    def _drains(self, vm: VmSummary, move: Move) -> bool:
+        """Whether it is through before long: its last rounds are short, and do not fill an interval."""
+        rate = max(move.bytes_per_second, self.stream.get(vm.pair, 0.0))
+        return live_seconds(move, rate) <= INTERVAL_SECONDS

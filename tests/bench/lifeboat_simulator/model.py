@@ -43,7 +43,10 @@ class TruePair:
 
 @dataclass
 class TrueVm:
-    """A VM and where it stands."""
+    """A VM and where it stands.
+
+    ``empty_share``: what is told of its first round and turns out to be empty pages, over what crosses.
+    """
 
     summary: VmSummary
     lag: float
@@ -63,6 +66,7 @@ class TrueVm:
     failed: bool = False
     may_retry: bool = True
     share: float | None = None
+    empty_share: float = 0.0
 
     @property
     def memory(self) -> float:
@@ -176,14 +180,20 @@ class TrueVm:
     def seen(self, interval: float) -> Move:
         """What the proxy would tell of it."""
         rate = (self.sent - self.sent_before) / interval if interval > 0 else 0.0
+        left = self.remaining
+        if self.phase is Phase.BULK and self.rounds == 0:
+            # Empty pages lie at the end: the fewer are left, the better it is known.
+            left *= 1.0 + self.empty_share * left / max(self.memory, left, 1.0)
         return Move(
             self.summary.uuid,
             self.phase or Phase.CLOSING,
             self.rung,
-            self.remaining + (self.dirtied if self.rung is not Rung.LIVE else 0.0),
+            left + (self.dirtied if self.rung is not Rung.LIVE else 0.0),
             rate,
             self.summary.dirty_bytes_per_second * self.summary.packed_ratio,
             self.hopeless,
+            sent_bytes=self.sent,
+            round_number=self.rounds + 1,
         )
 
 

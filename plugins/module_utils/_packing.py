@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What a guest's memory comes to on the wire: told by QEMU's page counters beside the bytes that were sent.
+
+QEMU counts what is left in pages, whether they are empty or not, and its rates jump from look to look by
+ten times. Counted from the first look on, the bytes sent for a page that is not empty settle within seconds.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import DEFAULT_PACKED_RATIO
+
+# Fewer bytes of pages than that say little: the words that go before them are most of what was sent.
+_ENOUGH_BYTES = 4e6
+_LEAST_RATIO, _MOST_RATIO = 0.02, 1.2
+_PAGE_BYTES = 4096
+
+
+class Packing:
+    """One job's memory. ``sent_bytes``: what of it has crossed; ``left_bytes``: what its round has left."""
+
+    def __init__(self, sent_wire: float, progress: t.Mapping[str, t.Any]) -> None:
+        self._wire_before = sent_wire
+        self._pages_before = _number(progress, "memory_normal_bytes")
+        self.ratio = DEFAULT_PACKED_RATIO
+        self.sent_bytes = 0.0
+        self.left_bytes = 0.0
+
+    def look(self, sent_wire: float, progress: t.Mapping[str, t.Any]) -> None:
+        """Take in counters: bytes sent for this VM, and what QEMU says of its job."""
+        pages = _number(progress, "memory_normal_bytes")
+        counted = pages - self._pages_before
+        if counted >= _ENOUGH_BYTES:
+            # What went before the pages is a small part, and counts as theirs.
+            ratio = (sent_wire - self._wire_before) / counted
+            self.ratio = min(_MOST_RATIO, max(_LEAST_RATIO, ratio))
+        empty = _number(progress, "memory_constant") * (_number(progress, "memory_page_size") or _PAGE_BYTES)
+        left = _number(progress, "memory_remaining_bytes")
+        if _number(progress, "memory_iteration") <= 1 and pages >= _ENOUGH_BYTES:
+            # Of those that nobody has looked at yet as many are thought to be empty.
+            left *= pages / (pages + empty)
+        self.sent_bytes = pages * self.ratio
+        self.left_bytes = left * self.ratio
+
+
+def _number(progress: t.Mapping[str, t.Any], key: str) -> float:
+    return float(progress.get(key) or 0.0)

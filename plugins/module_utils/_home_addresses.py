@@ -104,9 +104,36 @@ def learnt(definition: str) -> bool:
     return found is not None and found.get("learnt") is not None
 
 
-def element(addresses: t.Sequence[str]) -> str:
-    """The metadata element that holds them."""
+def cards(definition: str) -> dict[str, str]:
+    """Which card (a MAC, a libvirt network or a bridge) an address is of, where that is said."""
+    found = ET.fromstring(definition).iterfind(f"metadata//{{{METADATA_URI}}}address")
+    return {(item.text or "").strip(): item.attrib["card"] for item in found if item.get("card")}
+
+
+def card_findings(definition: str, addresses: t.Sequence[str], wanted: t.Mapping[str, str]) -> list[str]:
+    """Addresses with a card that the VM does not have, and cards of addresses that it shall not have."""
+    known: set[str] = set()
+    for interface in ET.fromstring(definition).iterfind("devices/interface"):
+        source, mac = interface.find("source"), interface.find("mac")
+        for place, name in ((mac, "address"), (source, "network"), (source, "bridge")):
+            if place is not None and place.get(name):
+                known.add(str(place.get(name)).lower())
+    told = [
+        f"card of {one}: is none of its addresses; add it to them" for one in wanted if one not in addresses
+    ]
+    return told + [
+        f"{one}: the VM has no card {card}; give one of {', '.join(sorted(known)) or 'none that it has'}"
+        for one, card in wanted.items()
+        if card.lower() not in known
+    ]
+
+
+def element(addresses: t.Sequence[str], of_cards: t.Mapping[str, str] | None = None) -> str:
+    """The metadata element that holds them; ``of_cards``: those that are not the first card's."""
     root = ET.Element("addresses")
     for address in addresses:
-        ET.SubElement(root, "address").text = address
+        item = ET.SubElement(root, "address")
+        item.text = address
+        if of_cards and address in of_cards:
+            item.set("card", of_cards[address])
     return ET.tostring(root, encoding="unicode")

@@ -24,7 +24,7 @@ _STATIC = re.compile(r"^static:([1-9]\d{0,3})$")
 # What lifeboat_vms may say of a VM, to all that read it: a slip would count for nothing, in silence.
 _KEYS = frozenset({
     "name", "peer", "rpo", "priority", "group", "after", "fallback", "shutdown_seconds", "power_off", "disks",
-    "raw_overlay_consent", "addresses",
+    "raw_overlay_consent", "addresses", "cards",
 })  # fmt: skip
 
 _RATE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*?)\s*(?:/s|ps)?\s*$")

@@ -36,6 +36,13 @@ options:
     type: list
     elements: str
     required: true
+  cards:
+    description:
+      - Which card addresses are of that are not the first card's, as a MAC, or as the libvirt network or the
+        bridge that it is on. The first is that which comes first in the VM's definition on a bridge of the
+        mobility agent.
+    type: dict
+    default: {}
   prefixes:
     description:
       - Home prefixes that there are. An address in none of them is refused. Not asked about if left out.
@@ -53,6 +60,12 @@ EXAMPLES = r"""
     vm: web1
     addresses: ["2001:db8:100::5"]
     prefixes: "{{ mobility_prefixes | map(attribute='prefix') }}"
+
+- name: Let each of its cards keep its own
+  lifeboat.evacuation.home_address:
+    vm: web1
+    addresses: ["2001:db8:100::5", "2001:db8:200::5"]
+    cards: {"2001:db8:200::5": "52:54:00:00:00:02"}
 """
 
 RETURN = r"""
@@ -71,6 +84,9 @@ vm:
       description: Its home addresses, in the order given.
       type: list
       elements: str
+    cards:
+      description: Which card an address is of, where that was said.
+      type: dict
 findings:
   description: Everything that is wrong with the addresses; then nothing was changed.
   returned: failure
@@ -84,6 +100,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import (
     METADATA_KEY,
     METADATA_URI,
+    card_findings,
+    cards,
     declared,
     element,
     findings,
@@ -110,6 +128,9 @@ class HomeAddress:
         """What is wrong with the addresses, those of the host's other VMs beside them."""
         own = (f"VM {self._domain.name()}", self._parameters["addresses"])
         told = findings([own], self._parameters["prefixes"])
+        if not told:
+            definition = self._hypervisor.definition(self._domain)
+            told = [f"{own[0]}: {one}" for one in card_findings(definition, self._shown(), self._cards())]
         if told:
             return told
         others = []
@@ -121,26 +142,47 @@ class HomeAddress:
         pairs = [findings([other, own], (), ipv4=True) for other in others]
         return [finding for told in pairs for finding in told if own[0] in finding]
 
+    def _shown(self) -> list[str]:
+        return [shown(parse(text)) for text in self._parameters["addresses"]]
+
+    def _cards(self) -> dict[str, str]:
+        """By the addresses as they are shown; what is no address stays as it was written."""
+        told: dict[str, str] = {}
+        for text, card in self._parameters["cards"].items():
+            try:
+                told[shown(parse(text))] = str(card)
+            except ValueError:
+                told[text] = str(card)
+        return told
+
     def result(self, check_mode: bool) -> dict[str, t.Any]:
         """Bring the addresses about, or in check mode only tell."""
         definition = self._hypervisor.definition(self._domain)
-        before = read(definition)
-        after = [shown(parse(text)) for text in self._parameters["addresses"]]
+        before, cards_before = read(definition), cards(definition)
+        after, cards_after = self._shown(), self._cards()
         # Learnt ones that are right are still to be the inventory's, and "none" is to be said, too.
-        changed = before != after or not declared(definition)
+        changed = (before, cards_before) != (after, cards_after) or not declared(definition)
         if changed and not check_mode:
-            self._write(after)
-        vm = {"name": self._domain.name(), "uuid": self._domain.UUIDString(), "addresses": after}
-        diff = {"before": {"addresses": before}, "after": {"addresses": after}}
+            self._write(after, cards_after)
+        vm: dict[str, t.Any] = {"name": self._domain.name(), "uuid": self._domain.UUIDString()}
+        vm |= {"addresses": after, "cards": cards_after}
+        diff = {
+            "before": _difference(before, cards_before),
+            "after": _difference(after, cards_after),
+        }
         return {"changed": changed, "vm": vm, "diff": diff}
 
-    def _write(self, addresses: list[str]) -> None:
+    def _write(self, addresses: list[str], of_cards: t.Mapping[str, str]) -> None:
         libvirt = self._hypervisor.libvirt
         flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if self._domain.isPersistent() else 0
         if self._domain.isActive():
             flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
         kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
-        self._domain.setMetadata(kind, element(addresses), METADATA_KEY, METADATA_URI, flags)
+        self._domain.setMetadata(kind, element(addresses, of_cards), METADATA_KEY, METADATA_URI, flags)
+
+
+def _difference(addresses: list[str], of_cards: dict[str, str]) -> dict[str, t.Any]:
+    return {"addresses": addresses, **({"cards": of_cards} if of_cards else {})}
 
 
 def main() -> None:
@@ -150,6 +192,7 @@ def main() -> None:
             libvirt_arguments(),
             vm={"type": "str", "required": True},
             addresses={"type": "list", "elements": "str", "required": True},
+            cards={"type": "dict", "default": {}},
             prefixes={"type": "list", "elements": "str", "default": []},
         ),
         supports_check_mode=True,

@@ -46,6 +46,9 @@ vms:
       description: Its home addresses.
       type: list
       elements: str
+    cards:
+      description: Which card (a MAC, a libvirt network or a bridge) an address is of, where that was said.
+      type: dict
     learnt:
       description: Whether the mobility agent learnt them; false where somebody gave them.
       type: bool
@@ -55,7 +58,7 @@ vms:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import learnt, read
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import cards, learnt, read
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._libvirt import (
     Hypervisor,
     LibvirtFailed,
@@ -80,6 +83,7 @@ def main() -> None:
                     "name": domain.name(),
                     "uuid": domain.UUIDString(),
                     "addresses": read(definition),
+                    "cards": cards(definition),
                     "learnt": learnt(definition),
                     "running": bool(domain.isActive()),
                 }

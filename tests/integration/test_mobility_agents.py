@@ -269,6 +269,35 @@ def test_an_arrival_is_read_from_the_vms_definition(agents: Agents) -> None:
         agents["gateway1"].ask("POST", path, {"epoch": 2, "definition": "<domain"})
 
 
+def test_each_card_of_a_vm_has_its_own_address(tmp_path: Path) -> None:
+    with agents_running(tmp_path) as agents:
+        net, gateway = agents.net, agents["gateway1"]
+        guest, mac = net.guest("two", at="gateway1"), "52:54:00:00:01:02"
+        second = guest.home + 0x100
+        gateway.space.ip("link add vmbr1 type bridge", "link set vmbr1 up")
+        net.wire(guest.space, "eth1", gateway.space, "second")
+        gateway.space.ip("link set second master vmbr1")
+        guest.space.ip(f"link set eth1 address {mac}", f"address add {second}/128 dev eth1 nodad")
+        gateway.settings["bridges"].append({"name": "vmbr1"})
+        gateway.stop()
+        gateway.start()
+        card = "<interface type='bridge'><mac address='{}'/><source bridge='{}'/></interface>"
+        definition = (
+            "<domain><name>g</name><metadata><addresses xmlns='urn:lifeboat:mobility:1'>"
+            f"<address>{guest.home}</address><address card='{mac}'>{second}</address></addresses></metadata>"
+            f"<devices>{card.format(guest.mac, BRIDGE)}{card.format(mac, 'vmbr1')}</devices></domain>"
+        )
+        body = {"epoch": 1, "definition": definition, "wait_seconds": 5}
+        answer = gateway.ask("POST", f"/v1/vms/{guest.vm}/arrive", body)
+        assert answer["cards"] == [{"address": f"{second}/128", "bridge": "vmbr1", "mac": mac}]
+        for home, device, known in ((guest.home, BRIDGE, guest.mac), (second, "vmbr1", mac)):
+            (route,) = gateway.space.show("route", "show", str(home), "table", "7600")
+            assert route["dev"] == device
+            (neighbour,) = gateway.space.show("neigh", "show", str(home))
+            assert (neighbour["dev"], neighbour["lladdr"]) == (device, known)
+            assert pings(net["client"], home)
+
+
 def test_stop_withdraws_if_told_so(tmp_path: Path) -> None:
     with agents_running(tmp_path, withdraw_on_stop=True) as agents:
         agents.settle()

@@ -12,6 +12,7 @@ import yaml
 
 from integration.mobility_lab import ANCHORS, GATEWAYS, PREFIX, inventory, wait
 from integration.playbook_runner import PlaybookResult
+from integration.run_watch import none_twice
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
@@ -77,10 +78,9 @@ def protected_guest(lab: Lab, name: str) -> Guest:
 
 def evacuated(lab: Lab, run: RunPlaybook, guest: Guest, source: str, destination: str) -> dict[str, Any]:
     """The job of an evacuation by playbook."""
-    run(
-        "evacuate",
-        variables={"evacuate_site": "home" if source == SOURCE else "backup", "evacuate_vms": [guest.name]},
-    ).require_success()
+    site = "home" if source == SOURCE else "backup"
+    with none_twice(lab, [guest.plan.uuid]):
+        run("evacuate", variables={"evacuate_site": site, "evacuate_vms": [guest.name]}).require_success()
     assert guest.running_on() == [destination]
     jobs = Proxy(lab.host(source)).get("/evacuations")["evacuations"]
     return max((job for job in jobs if job["vm"] == guest.plan.uuid), key=lambda job: float(job["ended_at"]))
@@ -126,7 +126,7 @@ def test_an_evacuated_vm_keeps_its_address_and_its_connections_and_its_home_may_
     probe = Probe(lab, guest.address)
     try:
         job = evacuated(lab, playbook, guest, SOURCE, DESTINATION)
-        assert (job["verdict"], job["warning"]) == ("evacuated", "")
+        assert (job["verdict"], job["warning"], job["address_findings"]) == ("evacuated", "", [])
         resumed = resumed_at(lab, DESTINATION, job)
         # Everything of the home site that could forward, answer or remember goes.
         for name in (SOURCE, "home2"):
@@ -164,8 +164,12 @@ def test_a_destination_whose_agent_is_down_runs_the_vm_says_so_and_catches_up(
     judged = playbook("validate")
     assert judged.return_code != 0
     assert f"{DESTINATION}: control socket /run/lifeboat/mobility.sock: the mobility agent" in judged.messages
+    fact = f"its addresses would not follow it to {DESTINATION}: the mobility agent there"
+    beforehand = f"VM {guest.name}: {fact}"
+    assert beforehand in judged.messages
     job = evacuated(lab, playbook, guest, SOURCE, DESTINATION)
     assert job["verdict"] == "evacuated"
+    assert [sentence.startswith(beforehand) for sentence in job["address_findings"]] == [True]
     assert "the mobility agent" in job["warning"]
     assert "did not take it" in job["warning"]
     lab.exec(DESTINATION, "systemctl", "start", "mobility-agent")
@@ -237,7 +241,8 @@ def test_an_address_that_a_guest_uses_is_learnt_and_goes_with_it(lab: Lab, playb
     proxy = Proxy(lab.host(SOURCE))
     proxy.protect(guest.name, DESTINATION)
     proxy.wait_protected(guest.name, timeout_seconds=180)
-    assert proxy.evacuate(guest.name)["verdict"] == "evacuated"
+    with none_twice(lab, [guest.plan.uuid]):
+        assert proxy.evacuate(guest.name)["verdict"] == "evacuated"
     wait(lambda: holder(lab, ANCHORS[0], guest.plan.uuid) == DESTINATION)
     forget(lab, guest)
 
@@ -251,7 +256,8 @@ def test_a_connection_survives_twenty_evacuations_back_and_forth(lab: Lab, playb
         source, destination = SOURCE, DESTINATION
         for number in range(20):
             Proxy(lab.host(source)).wait_protected(guest.name, timeout_seconds=180)
-            job = Proxy(lab.host(source)).evacuate(guest.name)
+            with none_twice(lab, [guest.plan.uuid]):
+                job = Proxy(lab.host(source)).evacuate(guest.name)
             assert job["verdict"] == "evacuated", (number, job["sentence"])
             assert job["warning"] == ""
             wait(lambda to=destination: holder(lab, ANCHORS[0], guest.plan.uuid) == to)

@@ -28,8 +28,18 @@ class Duty:
     told: list[tuple[Any, ...]] = field(default_factory=list)
 
     async def arrive(
-        self, vm: str, homes: Any, mac: str, bridge: str, epoch: int, *, handoff: Any, evident: bool
+        self,
+        vm: str,
+        homes: Any,
+        mac: str,
+        bridge: str,
+        epoch: int,
+        *,
+        handoff: Any,
+        evident: bool,
+        cards: Any,
     ) -> None:
+        assert cards == {}
         self.told.append(("arrive", vm, homes, (bridge, mac), epoch, handoff, evident))
 
     async def depart(self, vm: str, to: Any, *, withdraw: bool = False) -> None:

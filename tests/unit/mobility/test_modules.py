@@ -7,11 +7,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
+from ipaddress import IPv6Network
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 import pytest
+
+from mobility_agent.gateway.definition import read_definition
 
 Run = Callable[..., dict[str, Any]]
 PREFIXES = ["2001:db8:100::/64"]
@@ -33,6 +36,37 @@ def hypervisor(tmp_path: Path) -> Iterator[str]:
     yield uri
     libvirt.open, libvirt.openReadOnly = opened["open"], opened["openReadOnly"]
     connection.close()
+
+
+CARDS = """<domain type='test'><name>cards</name><memory>8192</memory><os><type>hvm</type></os><devices>
+<interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='vmbr0'/></interface>
+<interface type='bridge'><mac address='52:54:00:00:00:02'/><source bridge='vmbr1'/></interface>
+</devices></domain>"""
+
+
+def test_an_address_is_given_to_a_card(run: Run, hypervisor: str) -> None:
+    libvirt = pytest.importorskip("libvirt")
+    libvirt.open(hypervisor).defineXML(CARDS)
+    asked = {"libvirt_uri": hypervisor, "vm": "cards", "addresses": ["2001:db8:100::5", "2001:db8:100::6"]}
+    by_mac = asked | {"cards": {"2001:DB8:100::6": "52:54:00:00:00:02"}}
+    done = run("home_address", **by_mac)
+    assert (done["changed"], done["vm"]["cards"]) == (True, {"2001:db8:100::6": "52:54:00:00:00:02"})
+    assert run("home_address", **by_mac)["changed"] is False
+    (told,) = run("home_address_info", libvirt_uri=hypervisor, vm="cards")["vms"]
+    assert told["cards"] == done["vm"]["cards"]
+    # Written as the agent reads it.
+    place = read_definition(libvirt.open(hypervisor).lookupByName("cards").XMLDesc()).place(
+        ["vmbr0", "vmbr1"]
+    )
+    assert place is not None
+    assert place.cards == {IPv6Network("2001:db8:100::6"): ("vmbr1", "52:54:00:00:00:02")}
+    assert run("home_address", **asked)["vm"]["cards"] == {}
+    refused = run("home_address", **asked, cards={"2001:db8:100::6": "vmbr7", "2001:db8:100::7": "vmbr1"})
+    assert refused["findings"] == [
+        "VM cards: card of 2001:db8:100::7: is none of its addresses; add it to them",
+        "VM cards: 2001:db8:100::6: the VM has no card vmbr7; give one of 52:54:00:00:00:01, "
+        "52:54:00:00:00:02, vmbr0, vmbr1",
+    ]
 
 
 @pytest.mark.parametrize("vm", ["web1", "db ünd co"])

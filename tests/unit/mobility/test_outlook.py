@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from mobility_agent.control.api import Api
 from mobility_agent.control.parts import Parts
-from mobility_agent.gateway.definition import METADATA_URI, bridge_elsewhere
+from mobility_agent.gateway.definition import METADATA_URI, bridges_elsewhere
 from mobility_agent.messages.headers import Heartbeat
 from unit.mobility.test_gateway_duty import HOME, MAC, VM, Gateway
 
@@ -106,15 +106,19 @@ async def test_without_home_addresses_there_is_nothing_to_say(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("interfaces", "bridge"),
+    ("interfaces", "bridges"),
     [
-        ((), None),
-        ((BRIDGE.format("br9"), BRIDGE.format("vmbr0")), "vmbr0"),
-        ((BRIDGE.format("br9"),), "br9"),
+        ((), []),
+        ((BRIDGE.format("br9"), BRIDGE.format("vmbr0")), ["vmbr0"]),
+        ((BRIDGE.format("br9"),), ["br9"]),
         # What a libvirt network is called here is not what its bridge is called there.
-        ((NETWORK.format("virbr7"),), None),
-        ((BRIDGE.format("br9"), NETWORK.format("virbr7")), None),
+        ((NETWORK.format("virbr7"),), []),
+        ((BRIDGE.format("br9"), NETWORK.format("virbr7")), []),
     ],
 )
-def test_on_which_bridge_a_vm_would_be_elsewhere(interfaces: tuple[str, ...], bridge: str | None) -> None:
-    assert bridge_elsewhere(definition(*interfaces), ["vmbr0"]) == bridge
+def test_on_which_bridge_a_vm_would_be_elsewhere(interfaces: tuple[str, ...], bridges: list[str]) -> None:
+    assert bridges_elsewhere(definition(*interfaces), ["vmbr0"]) == bridges
+    # That of a card which an address names is asked of, too.
+    named = definition(*interfaces).replace("<address>", '<address card="br9">')
+    of_card = ["br9"] if BRIDGE.format("br9") in interfaces else []
+    assert set(bridges_elsewhere(named, ["vmbr0"])) == {*bridges, *of_card}

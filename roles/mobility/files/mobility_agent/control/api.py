@@ -19,7 +19,7 @@ from mobility_agent.control import metrics
 from mobility_agent.control.parts import Parts
 from mobility_agent.errors import Conflict, Finding, InvalidInput, MobilityError, NotFound
 from mobility_agent.gateway import outlook
-from mobility_agent.gateway.definition import VmNetwork, bridge_elsewhere, read_definition
+from mobility_agent.gateway.definition import Place, VmNetwork, bridges_elsewhere, read_definition
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.typed_reader import conclude
 from mobility_agent.typed_reader import request as reader_of
@@ -148,9 +148,10 @@ class Api:
         gateway.give_way()
         findings: list[Finding] = []
         values = await _body(request)
+        place: Place | None = None
         if isinstance(values, dict):
             vm, defined = request.match_info["vm"], "definition" in values
-            values = await self._completed(vm, values)
+            values, place = await self._completed(vm, values)
             if defined and not values.get("addresses"):
                 # Whoever tells of every VM need not know which of them keep their addresses.
                 return web.json_response({"vm": vm, "state": "no-home-address"})
@@ -170,17 +171,20 @@ class Api:
             handoff=HandoffIndicator.BETWEEN_GATEWAYS,
             evident=evident,
             wait_seconds=wait_seconds,
+            cards=None if place is None else place.cards,
         )
+        for complaint in place.complaints(vm) if place is not None else ():
+            logger.warning("%s", complaint)
         return web.json_response(answer)
 
-    async def _completed(self, vm: str, values: dict[str, Any]) -> dict[str, Any]:
+    async def _completed(self, vm: str, values: dict[str, Any]) -> tuple[dict[str, Any], Place | None]:
         """What the request says, then its definition, then libvirt, then what was known before."""
         whole = {"vm": vm, **values}
         definition = whole.pop("definition", None)
         moves, gateway = self._parts.moves, self._parts.the_gateway()
         found = _defined(definition) if definition is not None else None
         if {"addresses", "mac", "bridge"} <= whole.keys():
-            return whole
+            return whole, None
         place = self._place(found)
         # An interface of a libvirt network has its bridge in the live definition only.
         if moves is not None and (found is None or (found.homes and place is None)):
@@ -194,14 +198,14 @@ class Api:
             if homes:
                 whole["addresses"] = [str(home) for home in homes]
         if place is not None:
-            whole.setdefault("bridge", place[0])
-            whole.setdefault("mac", place[1])
-        return whole
+            whole.setdefault("bridge", place.bridge)
+            whole.setdefault("mac", place.mac)
+        return whole, place
 
-    def _place(self, network: VmNetwork | None) -> tuple[str, str] | None:
-        """On which of our bridges it is, and with which MAC."""
+    def _place(self, network: VmNetwork | None) -> Place | None:
+        """On which of our bridges it is, and with which MACs."""
         ours = {bridge.name for bridge in self._parts.config.bridges}
-        return next((pair for pair in network.interfaces if pair[0] in ours), None) if network else None
+        return network.place(ours) if network else None
 
     async def _depart(self, request: web.Request) -> web.Response:
         """A VM runs here no more: it went ``to`` a gateway, or was stopped (``withdraw``)."""
@@ -229,7 +233,7 @@ class Api:
         found = replace(_defined(definition), vm=request.match_info["vm"])
         facts: list[Finding] = []
         if found.homes and arriving:
-            facts = outlook.of_arrival(gateway, found, bridge_elsewhere(definition, gateway.bridges))
+            facts = outlook.of_arrival(gateway, found, bridges_elsewhere(definition, gateway.bridges))
         elif found.homes:
             facts = outlook.of_departure(gateway, found)
         homes = [str(home) for home in found.homes]

@@ -33,10 +33,12 @@ class Arrivals:
         self._bridges = bridges
         self._kept_off = kept_off
 
-    def judge(self, vm: str, homes: tuple[Home, ...], bridge: str, epoch: int, *, evident: bool) -> None:
+    def judge(
+        self, vm: str, homes: tuple[Home, ...], bridges: Collection[str], epoch: int, *, evident: bool
+    ) -> None:
         """Raises InvalidInput with everything that is wrong, Conflict for an epoch that is over."""
         subject = f"VM {vm}"
-        findings = self.findings(vm, homes, bridge, subject)
+        findings = self.findings(vm, homes, bridges, subject)
         if findings:
             raise InvalidInput("; ".join(str(finding) for finding in findings), findings)
         known_before = self._attachments.get(vm)
@@ -46,8 +48,10 @@ class Arrivals:
                 "hand it off with a newer one"
             )
 
-    def findings(self, vm: str, homes: tuple[Home, ...], bridge: str | None, subject: str) -> list[Finding]:
-        """What stands in the way. ``bridge`` None: not known yet which; ``subject``: how the VM is named."""
+    def findings(
+        self, vm: str, homes: tuple[Home, ...], bridges: Collection[str], subject: str
+    ) -> list[Finding]:
+        """What stands in the way. ``bridges``: those that are known; ``subject``: how the VM is named."""
         findings: list[Finding] = []
         for home in homes:
             if isinstance(home, IPv4Network) and not self._config.announce:
@@ -62,15 +66,18 @@ class Arrivals:
             if owner is not None and owner.vm != vm and owner.state == HERE:
                 fact = f"{home} is the address of VM {owner.vm}, which is here"
                 findings.append(Finding(subject, fact, "give each VM addresses of its own"))
-        if bridge is None:
-            return findings
+        for bridge in dict.fromkeys(bridges):
+            findings += self._of_bridge(bridge, subject)
+        return findings
+
+    def _of_bridge(self, bridge: str, subject: str) -> list[Finding]:
         if bridge not in self._bridges:
             known = ", ".join(self._bridges)
-            findings.append(Finding(subject, f"no gateway on bridge {bridge}", f"use one of {known}"))
-        elif not self._path.has_device(bridge):
+            return [Finding(subject, f"no gateway on bridge {bridge}", f"use one of {known}")]
+        if not self._path.has_device(bridge):
             way_out = "start its network, or make it; see `ip link`"
-            findings.append(Finding(subject, f"bridge {bridge} is not there", way_out))
-        elif bridge in self._kept_off:
+            return [Finding(subject, f"bridge {bridge} is not there", way_out)]
+        if bridge in self._kept_off:
             fact = f"bridge {bridge} is not the VMs' alone, so that this gateway is not its first hop"
-            findings.append(Finding(subject, fact, "see `mobility-agent check`"))
-        return findings
+            return [Finding(subject, fact, "see `mobility-agent check`")]
+        return []

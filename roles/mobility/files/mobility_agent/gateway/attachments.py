@@ -20,7 +20,8 @@ class Attachment:
 
     ``state``: ``here``, or ``away``: it left, and what still comes goes on to ``to`` (None: nobody knows
     where yet). ``handoff``: why it was claimed, until the first anchor acknowledged it. ``evident``: it
-    surely came, so the gateway may make up a newer epoch.
+    surely came, so the gateway may make up a newer epoch. ``cards``: (address, bridge, MAC) of addresses that
+    are not the first card's.
     """
 
     vm: str
@@ -33,6 +34,16 @@ class Attachment:
     to: IPv6Address | None = None
     handoff: HandoffIndicator = HandoffIndicator.UNCHANGED
     evident: bool = False
+    cards: tuple[tuple[Home, str, str], ...] = ()
+
+    def places(self) -> dict[tuple[str, str], tuple[Home, ...]]:
+        """Its addresses by the card (bridge, MAC) that they are led to."""
+        others = {home: (bridge, mac) for home, bridge, mac in self.cards}
+        found: dict[tuple[str, str], tuple[Home, ...]] = {}
+        for home in self.homes:
+            place = others.get(home, (self.bridge, self.mac))
+            found[place] = (*found.get(place, ()), home)
+        return found
 
     def as_record(self) -> dict[str, Any]:
         """What is kept on disk."""
@@ -46,6 +57,11 @@ class Attachment:
             "to": None if self.to is None else str(self.to),
             "handoff": int(self.handoff),
             "evident": self.evident,
+            **(
+                {"cards": [[str(home), bridge, mac] for home, bridge, mac in self.cards]}
+                if self.cards
+                else {}
+            ),
         }
 
     @classmethod
@@ -62,6 +78,9 @@ class Attachment:
             to=None if record["to"] is None else IPv6Address(record["to"]),
             handoff=HandoffIndicator(record["handoff"]),
             evident=bool(record["evident"]),
+            cards=tuple(
+                (ip_network(home), str(bridge), str(mac)) for home, bridge, mac in record.get("cards", ())
+            ),
         )
 
 

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from ipaddress import IPv6Address
 from typing import Any
@@ -101,7 +101,7 @@ class GatewayDuty:
 
     def _want(self, attachment: Attachment) -> None:
         if attachment.state == HERE:
-            self._path.set_local(attachment.homes, attachment.bridge, attachment.mac)
+            self._set_local(attachment)
         elif attachment.to is None and not self._config.announce:
             self._path.set_lost(attachment.homes)
         elif attachment.to is None:
@@ -110,6 +110,10 @@ class GatewayDuty:
         else:
             self._path.set_away(attachment.homes, attachment.to)
             self._forwards[attachment.vm] = time.monotonic() + self._config.forward_seconds
+
+    def _set_local(self, attachment: Attachment) -> None:
+        for (bridge, mac), homes in attachment.places().items():
+            self._path.set_local(homes, bridge, mac)
 
     def start(self) -> None:
         """Register everything that is here, and serve."""
@@ -321,20 +325,27 @@ class GatewayDuty:
         handoff: HandoffIndicator = HandoffIndicator.BETWEEN_GATEWAYS,
         evident: bool = False,
         wait_seconds: float = 0.0,
+        cards: Mapping[Home, tuple[str, str]] | None = None,
     ) -> dict[str, Any]:
         """The VM is about to run here. Returns when its routes stand and its registrations are sent.
 
         ``evident``: whoever says so knows that it runs nowhere else: an epoch that proves too old is raised.
-        ``wait_seconds``: how long to wait for all anchors to acknowledge. Raises InvalidInput, Conflict,
+        ``wait_seconds``: how long to wait for all anchors to acknowledge. ``cards``: bridge and MAC of those
+        addresses that are another card's than the one with ``mac``. Raises InvalidInput, Conflict,
         KernelRefused; then nothing was changed.
         """
         began = time.monotonic()
-        self.arrivals.judge(vm, homes, bridge, epoch, evident=evident)
+        others = tuple((home, *cards[home]) for home in homes if cards and home in cards)
+        bridges = [bridge, *(other for _home, other, _mac in others)]
+        self.arrivals.judge(vm, homes, bridges, epoch, evident=evident)
         before = self.attachments.get(vm)
         if evident and before is not None:
             # Asked for at once what the anchors would make us ask for a round trip later.
             epoch = max(epoch, before.epoch + (before.state == AWAY))
-        attachment = Attachment(vm, homes, mac, bridge, epoch, time.time(), handoff=handoff, evident=evident)
+        now = time.time()
+        attachment = Attachment(
+            vm, homes, mac, bridge, epoch, now, handoff=handoff, evident=evident, cards=others
+        )
         self._place(attachment, before)
         if before is not None:
             self._path.clear(set(before.homes) - set(homes))
@@ -343,7 +354,7 @@ class GatewayDuty:
         self.attachments.put(attachment)
         self._claim(attachment, began)
         self._send_due()
-        self.neighbourhood.announce(attachment, attachment.mac)
+        self.neighbourhood.announce(attachment)
         self._wake.set()
         self._journal.put(vm, attachment.as_record())
         await self._commit()
@@ -354,7 +365,7 @@ class GatewayDuty:
     def _place(self, attachment: Attachment, before: Attachment | None) -> None:
         """Lead its packets to its bridge; what the kernel refuses is not wanted any more, either."""
         try:
-            self._path.set_local(attachment.homes, attachment.bridge, attachment.mac)
+            self._set_local(attachment)
         except MobilityError:
             owners = {owner.vm: owner for home in attachment.homes if (owner := self.attachments.owner(home))}
             if before is not None:
@@ -447,7 +458,7 @@ class GatewayDuty:
         )
         self._want(gone)
         self._keep(gone)
-        self.neighbourhood.announce(gone, None)
+        self.neighbourhood.announce(gone)
         self._wake.set()
         logger.info("VM %s: gone to %s", vm, to or "a place not known yet", extra={"VM": vm})
 
@@ -475,6 +486,9 @@ class GatewayDuty:
             "addresses": [str(home) for home in attachment.homes],
             "mac": attachment.mac,
             "bridge": attachment.bridge,
+            "cards": [
+                {"address": str(home), "bridge": bridge, "mac": mac} for home, bridge, mac in attachment.cards
+            ],
             "epoch": attachment.epoch,
             "state": attachment.state,
             "to": None if attachment.to is None else str(attachment.to),

@@ -252,12 +252,16 @@ class Moves:
         told = await self._read(vm)
         known = self._duty.attachments.get(vm)
         homes = told.homes if told is not None and told.homes else known.homes if known is not None else ()
-        place = next((pair for pair in told.interfaces if pair[0] in self._bridges), None) if told else None
+        place = told.place(self._bridges) if told else None
         if not homes or place is None:
             logger.debug("VM %s: has no home address, or is on no bridge of ours", vm)
             return
         epoch = known.epoch if known is not None else 0
-        await self._duty.arrive(vm, homes, place[1], place[0], epoch, handoff=handoff, evident=evident)
+        for complaint in place.complaints(vm):
+            logger.warning("%s", complaint)
+        await self._duty.arrive(
+            vm, homes, place.mac, place.bridge, epoch, handoff=handoff, evident=evident, cards=place.cards
+        )
 
     async def _on_connected(self, active: dict[str, bool]) -> None:
         await self._duty.reconcile(set(active))

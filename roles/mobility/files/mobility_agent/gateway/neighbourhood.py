@@ -22,12 +22,13 @@ class Neighbourhood:
         self._attachments = attachments
         self._responders = responders
 
-    def announce(self, attachment: Attachment, mac: str | None) -> None:
-        """Tell who is on the link that it has this MAC; None: that it is reached through us."""
-        responder = self._responders.get(attachment.bridge)
-        for home in attachment.homes if responder is not None else ():
-            if is_single(home) and responder is not None:
-                responder.announce(home.network_address, mac)
+    def announce(self, attachment: Attachment, *, only: str | None = None) -> None:
+        """Tell who is on its links (``only`` this bridge) which MAC it has, or that it is behind us."""
+        for (bridge, mac), homes in attachment.places().items():
+            responder = self._responders.get(bridge)
+            for home in homes if responder is not None and only in {None, bridge} else ():
+                if is_single(home) and responder is not None:
+                    responder.announce(home.network_address, mac if attachment.state == HERE else None)
 
     def elsewhere(self, address: IPv6Address, duplicate_detection: bool) -> bool:
         """Whether to answer neighbour discovery for ``address``: it is a home address, and it is not here.
@@ -47,5 +48,4 @@ class Neighbourhood:
     def bridge_came(self, bridge: str) -> None:
         """A bridge is there (again): its VMs are told to their neighbours."""
         for attachment in self._attachments.all():
-            if attachment.bridge == bridge:
-                self.announce(attachment, attachment.mac if attachment.state == HERE else None)
+            self.announce(attachment, only=bridge)

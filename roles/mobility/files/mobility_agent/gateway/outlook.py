@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from mobility_agent.errors import Finding
 from mobility_agent.gateway.attachments import HERE
 from mobility_agent.gateway.definition import VmNetwork
@@ -11,9 +13,9 @@ from mobility_agent.gateway.duty import GatewayDuty
 _ANCHORS_WAY_OUT = "see `mobility-agent check` there: they are down, unreachable, or have another key"
 
 
-def of_arrival(gateway: GatewayDuty, found: VmNetwork, bridge: str | None) -> list[Finding]:
-    """It would come here: with these addresses, on this bridge (None: not known), and anchors would hear."""
-    findings = gateway.arrivals.findings(found.vm, found.homes, bridge, _subject(found))
+def of_arrival(gateway: GatewayDuty, found: VmNetwork, bridges: Collection[str]) -> list[Finding]:
+    """It would come here: with these addresses, on these bridges, as far as known, and anchors would hear."""
+    findings = gateway.arrivals.findings(found.vm, found.homes, bridges, _subject(found))
     anchors = gateway.status()["anchors"]
     if anchors and all(told["state"] != "up" for told in anchors.values()):
         fact = f"no anchor answers the gateway that it would come to ({', '.join(anchors)})"

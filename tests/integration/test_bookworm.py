@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from integration.playbook_runner import ROOT, PlaybookResult, run_playbook
+from integration.run_watch import none_twice
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
 from lifeboat_lab.proxy import Proxy
@@ -58,7 +59,8 @@ def test_set_up_protect_evacuate(old_lab: Lab, tmp_path: Path) -> None:
     play(old_lab, tmp_path, "protect", lifeboat_vms=vms, lifeboat_vms_wait=True).require_success()
     play(old_lab, tmp_path, "validate", evacuate_site="home").require_success()
     report = str(tmp_path / "report.json")
-    play(old_lab, tmp_path, "evacuate", evacuate_site="home", evacuate_report=report).require_success()
+    with none_twice(old_lab, [guest.plan.uuid]):
+        play(old_lab, tmp_path, "evacuate", evacuate_site="home", evacuate_report=report).require_success()
 
     assert guest.running_on() == ["backup1"]
     deadline = time.monotonic() + 120

@@ -20,6 +20,7 @@ import jsonschema
 import pytest
 
 from integration.playbook_runner import INSTALLED, ROOT, PlaybookResult
+from integration.run_watch import none_twice
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
@@ -110,7 +111,7 @@ class Crowd:
             **self.variables,
             **variables,
         }
-        given = self.work / "variables.json"
+        given = self.work / f"variables-{len(self._runs)}.json"
         given.write_text(json.dumps(told))
         binaries = ROOT / ".venv" / "bin"
         command = self.lab.command(
@@ -245,6 +246,13 @@ def crowd(
         guest.remove()
 
 
+@pytest.fixture(autouse=True)
+def none_runs_twice(crowd: Crowd) -> Iterator[None]:
+    """Whatever a test does, all hosts are asked all the time who runs its VMs."""
+    with none_twice(crowd.lab, {guest.plan.uuid for guest in crowd.guests.values()}):
+        yield
+
+
 def test_one_list_of_vms_serves_protection_and_evacuation(crowd: Crowd) -> None:
     assert crowd.play("protect").require_success().changed_tasks == []
     wrong = {"name": "alpha", "fallback": ["teleport"]}
@@ -323,6 +331,31 @@ def test_a_killed_controller_loses_and_doubles_nothing(crowd: Crowd) -> None:
     assert {job["verdict"] for job in crowd.jobs(*back)} <= {"evacuated", "stayed"}
     again = crowd.empty("backup")
     assert crowd.verdicts(again) == dict.fromkeys(PLANS, "already-there")
+
+
+def test_of_two_controllers_at_once_one_moves_all_and_the_other_says_who(crowd: Crowd) -> None:
+    wait_until(lambda: crowd.protected(*PEERS), "protected at home again", timeout_seconds=240)
+    before = {job["id"] for job in crowd.jobs(*PEERS)}
+    # Two records a second, of which forecasts are told.
+    alpha = crowd.guests["alpha"].plan.uuid
+    wait_until(lambda: crowd.proxy("home1").vm(alpha)["written_bytes_per_second"], "alpha is seen to write")
+    reports = [crowd.work / f"report-of-{name}.json" for name in ("one", "another")]
+    runs = [crowd.begin("home", evacuate_report=str(report)) for report in reports]
+    codes = [run.end() for run in runs]
+    assert sorted(codes) in ([0, 1], [0, 2]), [run.text[-3000:] for run in runs]
+    first, second = (0, 1) if codes[0] == 0 else (1, 0)
+    assert crowd.verdicts(json.loads(reports[first].read_text())) == dict.fromkeys(PLANS, "evacuated")
+    told = runs[second].text
+    assert "nothing was started; site home: is being evacuated by " in told, told[-3000:]
+    assert "evacuate_take_over=true" in told
+    assert not reports[second].exists()
+    jobs = [job for job in crowd.jobs(*PEERS) if job["id"] not in before]
+    moved = sorted(job["vm"] for job in jobs if job["verdict"] == "evacuated")
+    assert moved == sorted(guest.plan.uuid for guest in crowd.guests.values())
+    # One that stayed may have been begun again, as ever.
+    assert {job["verdict"] for job in jobs} <= {"evacuated", "stayed"}
+    crowd.intact_at("backup")
+    assert crowd.proxy("home1").get("/status")["coordinator"] is None
 
 
 # -- what goes wrong on the way; minutes each

@@ -20,6 +20,7 @@ import pytest
 
 from integration.lab_host import lab_host
 from integration.playbook_runner import INSTALLED, ROOT, PlaybookResult
+from integration.run_watch import none_twice
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
@@ -130,6 +131,13 @@ def story(lab: Lab, lab_playbook: RunPlaybook, site_setup: PlaybookResult) -> It
     forget_all(lab)
     for guest in guests.values():
         guest.remove()
+
+
+@pytest.fixture(autouse=True)
+def none_runs_twice(story: Story) -> Iterator[None]:
+    """Whatever a test does, all hosts are asked all the time who runs its VMs."""
+    with none_twice(story.lab, {guest.plan.uuid for guest in story.guests.values()}):
+        yield
 
 
 def test_protect_tells_does_and_does_nothing_twice(story: Story) -> None:

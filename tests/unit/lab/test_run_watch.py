@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from integration.run_watch import RunWatch
+from integration.run_watch import RunWatch, none_twice
 from lifeboat_lab.errors import LabError
 
 
@@ -26,7 +28,11 @@ class Hosts:
 
 
 def watched(*told: Mapping[str, str] | Exception) -> RunWatch:
-    watch = RunWatch(Hosts(*told), look_seconds=0.01)
+    hosts = Hosts(*told)
+    return ended(RunWatch(lambda: {"web1": hosts()}, look_seconds=0.01))
+
+
+def ended(watch: RunWatch) -> RunWatch:
     watch.start()
     time.sleep(0.1)
     watch.stop()
@@ -61,3 +67,39 @@ def test_a_watch_that_broke_fails() -> None:
 def test_a_watch_that_saw_nothing_fails(never: Mapping[str, str] | Exception) -> None:
     with pytest.raises(AssertionError, match="no host ever said"):
         watched(never).check()
+
+
+def test_of_many_the_one_that_runs_twice_is_named() -> None:
+    others = {"idle": {"home1": "running"}, "off": {}}
+    watch = ended(RunWatch(lambda: {**others, "web1": TWICE}, look_seconds=0.01))
+    with pytest.raises(AssertionError, match=r"web1 on \['home1', 'backup1'\]"):
+        watch.check()
+    assert watch.seen == {"idle", "web1"}
+    ended(RunWatch(lambda: {**others, "web1": ONCE}, look_seconds=0.01)).check()
+
+
+class Host:
+    """A lab's host as far as a watch asks it."""
+
+    running = True
+    plan = SimpleNamespace(image="full")
+
+    def __init__(self, *guests: str) -> None:
+        self.guests = guests
+
+    def exec(self, *_words: str, check: bool) -> SimpleNamespace:
+        assert not check
+        return SimpleNamespace(stdout="".join(f"{guest}\n" for guest in self.guests))
+
+
+def watch_hosts(guests: set[str], **hosts: Host) -> None:
+    with none_twice(cast(Any, SimpleNamespace(hosts=hosts)), guests):
+        time.sleep(0.05)
+
+
+def test_hosts_are_asked_for_all_guests_at_once() -> None:
+    watch_hosts({"u1", "u2"}, home1=Host("u1", "stranger"), backup1=Host("u2", "stranger"))
+    with pytest.raises(AssertionError, match="u1 on"):
+        watch_hosts({"u1", "u2"}, home1=Host("u1"), backup1=Host("u2", "u1"))
+    with pytest.raises(AssertionError, match="some ran nowhere"):
+        watch_hosts({"u1", "u2"}, home1=Host("u1"))

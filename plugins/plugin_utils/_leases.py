@@ -100,7 +100,7 @@ class Leases:
         self.seconds = max(_LEAST_SECONDS, _INTERVALS * interval)
         # In one order, the first alone: of two that begin at once one gets none, and not each some.
         names = sorted(hosts)
-        began, first_seen = self._clock(), dict[tuple[str, str], int]()
+        began, first_seen, said = self._clock(), dict[tuple[str, str], int](), False
         while True:
             self._claimed = True
             refused = self._try(names, take_over=take_over)
@@ -114,7 +114,8 @@ class Leases:
                 alive = alive or int(holder["renewals"]) >= seen + _RENEWALS_OF_THE_LIVING
             if alive or self._clock() - began > 2 * self.seconds:
                 return findings_of(self._site, refused, self._clock())
-            if len(first_seen) == len(refused) and self._clock() - began < 1.0:
+            if not said:
+                said = True
                 holder = next(iter(refused.values()))
                 self._say(
                     f"{self._site}: evacuated by {_since(holder, self._clock())}; in the next "

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv6Address, IPv6Network
@@ -216,6 +217,55 @@ def test_a_restart_changes_nothing_and_what_is_stale_goes(paths: Paths) -> None:
     assert [route for route in before if route["dst"] != str(gone.network_address)] == after
     permanent = net["gateway1"].show("neigh", "show", "nud", "permanent", "dev", BRIDGE)
     assert [entry["dst"] for entry in permanent] == [str(guest.home)]
+
+
+def test_what_somebody_broke_is_put_right_while_others_go_on(paths: Paths) -> None:
+    net, path = paths.net, paths.of["gateway1"]
+    space = net["gateway1"]
+    guest = net.guest("one", at="gateway1")
+    paths.start()
+    paths.bind(guest, "gateway1")
+    crowd = [IPv6Network(HOME_PREFIX.network_address + 0x20000 + number) for number in range(600)]
+    space.inside(path.set_local, crowd, BRIDGE, guest.mac)
+    turns: list[int] = []
+
+    async def repair() -> None:
+        async def count() -> None:
+            while True:
+                turns.append(len(turns))
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        await path.repair()
+        counting.cancel()
+
+    def state() -> list[str]:
+        told = space.run("ip", "-6", "route", "show", "table", "all", "proto", "76").stdout
+        told += space.run("ip", "-6", "neigh", "show", "nud", "permanent").stdout
+        told += space.run("ip", "-6", "rule", "show").stdout
+        return sorted(told.splitlines())
+
+    before = state()
+    assert any(str(crowd[-1].network_address) in line for line in before)
+    for breakage in (
+        f"route del {guest.home} table 7600",
+        f"route replace {crowd[7]} dev {BRIDGE} table 7600 proto 76 metric 9",
+        f"route replace {crowd[9]} dev up0 table 7600 proto 76 metric 1024",
+        f"route add {HOME_PREFIX.network_address + 0x99} dev {BRIDGE} table 7600 proto 76",
+        f"neigh del {guest.home} dev {BRIDGE}",
+        f"neigh add {HOME_PREFIX.network_address + 0x99} dev {BRIDGE} lladdr {guest.mac} protocol 76",
+        "rule del priority 900",
+        "route flush table 7602",
+        f"route add {HOME_PREFIX} dev {BRIDGE} table 7602 proto 76",
+    ):
+        space.ip(breakage)
+        assert state() != before
+        turns.clear()
+        space.inside(asyncio.run, repair())
+        assert state() == before, breakage
+        # Two looks at more than six hundred, a few dozen at a time.
+        assert len(turns) > 30
+    assert pings(net["client"], guest.home)
 
 
 def test_withdrawing_takes_out_all_of_ours_and_nothing_else(paths: Paths) -> None:

@@ -262,7 +262,7 @@ class Daemon:
                 if now - repaired > _REPAIR_SECONDS:
                     repaired = now
                     # Somebody may have flushed our tables.
-                    self.parts.path.start()
+                    await self.parts.path.repair()
             except (MobilityError, OSError) as error:
                 logger.error("data path: %s", error)
             self._manager.notify(WATCHDOG=1, STATUS=self._sentence())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -56,8 +57,7 @@ def drop(neighbour: Neighbour) -> Request:
     return Request(_DELETE, 0, _body(neighbour), str(neighbour), removal=True)
 
 
-def _read(kernel: RouteSocket, family: int, flags: int) -> list[Neighbour]:
-    found: list[Neighbour] = []
+def _each(kernel: RouteSocket, family: int, flags: int) -> Iterator[Neighbour]:
     for content in kernel.dump(_GET, _MESSAGE.pack(family, 0, 0, flags, 0)):
         _unused, index, _unused, entry_flags, _unused = _MESSAGE.unpack_from(content)
         told = attributes(content[_MESSAGE.size :])
@@ -65,8 +65,7 @@ def _read(kernel: RouteSocket, family: int, flags: int) -> list[Neighbour]:
             continue
         proxied = bool(entry_flags & _PROXY)
         mac = None if proxied else told.get(_MAC, b"").hex(":")
-        found.append(Neighbour(ip_address(told[_ADDRESS]), socket.if_indextoname(index), mac))
-    return found
+        yield Neighbour(ip_address(told[_ADDRESS]), socket.if_indextoname(index), mac)
 
 
 def seen(kernel: RouteSocket, device: str) -> list[Neighbour]:
@@ -85,7 +84,12 @@ def seen(kernel: RouteSocket, device: str) -> list[Neighbour]:
     return found
 
 
+def each(kernel: RouteSocket) -> Iterator[Neighbour]:
+    """Our own neighbours, permanent and proxied, as the kernel tells them."""
+    for family, flags in ((socket.AF_INET6, 0), (socket.AF_INET6, _PROXY), (socket.AF_INET, 0)):
+        yield from _each(kernel, family, flags)
+
+
 def read(kernel: RouteSocket) -> list[Neighbour]:
-    """Our own neighbours, permanent and proxied."""
-    kinds = ((socket.AF_INET6, 0), (socket.AF_INET6, _PROXY), (socket.AF_INET, 0))
-    return [entry for family, flags in kinds for entry in _read(kernel, family, flags)]
+    """Our own neighbours."""
+    return list(each(kernel))

@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from mobility_agent.datapath import filters, judgement, neighbours, routes
+from mobility_agent.datapath.comparison import Differences, compare
 from mobility_agent.datapath.first_hop import Former
 from mobility_agent.datapath.ground import LOOP_OUT, Ground, OuterSource, Rule
 from mobility_agent.datapath.ipv4 import Ipv4FirstHop, answers_for_others
@@ -85,6 +86,54 @@ class DataPath:
 
     def start(self) -> None:
         """Lay the ground and make the kernel hold exactly what was declared. Raises MobilityError."""
+        self._lay_ground()
+        wanted = self._wanted.standing_routes()
+        for home in self._wanted.homes():
+            wanted += self._wanted.home_routes(home)
+        put, removed = routes.reconcile(self._kernel, [route for route in wanted if self._possible(route)])
+        self._reconcile_neighbours()
+        self._ground.set_rules(self._rules())
+        self._started = True
+        self._unsure.clear()
+        self._unsure_standing = False
+        logger.info("data path: %d routes put, %d removed that nobody wants any more", put, removed)
+
+    async def repair(self) -> None:
+        """What :meth:`start` does, once started, and nobody waits for it. Raises MobilityError."""
+        self._lay_ground()
+        self._ground.set_rules(self._rules())
+        found = await compare(self._wanted, self._neighbours, self.has_device)
+        if found.standing or self.unsure:
+            self.start()
+            return
+        # Of those nothing is taken for granted.
+        self._unsure.update(found.homes)
+        self._change(found.homes, [], [])
+        known = self._wanted.homes()
+        stale = [
+            route
+            for route in found.routes
+            if route.former_priority is not None or route.destination not in known
+        ]
+        self._kernel.apply([routes.drop(route) for route in stale])
+        self._repair_neighbours(found)
+        if found.homes or stale:
+            logger.info(
+                "data path: routes of %d addresses put right, %d removed that nobody wants any more",
+                len(found.homes),
+                len(stale),
+            )
+
+    def _repair_neighbours(self, found: Differences) -> None:
+        if not found.neighbours and not found.missing:
+            return
+        wanted = set(self._neighbours())
+        places = {(entry.address, entry.device) for entry in wanted}
+        changes = [neighbours.put(entry) for entry in found.missing if entry in wanted]
+        gone = [entry for entry in found.neighbours if (entry.address, entry.device) not in places]
+        self._kernel.apply(changes + [neighbours.drop(entry) for entry in gone])
+
+    def _lay_ground(self) -> None:
         if self.settings.encapsulation == SEG6:
             # Left by a configuration that said ip6tnl: what is assigned is delivered, not decapsulated.
             self._ground.remove_tunnel()
@@ -98,16 +147,6 @@ class DataPath:
             self._ground.make_tunnel(self.settings.tunnel_address, inner)
         self._ground.make_loop(max(self.settings.path_mtu_octets, 1500))
         filters.install(self.settings.tunnel_address, self.settings.peers)
-        wanted = self._wanted.standing_routes()
-        for home in self._wanted.homes():
-            wanted += self._wanted.home_routes(home)
-        put, removed = routes.reconcile(self._kernel, [route for route in wanted if self._possible(route)])
-        self._reconcile_neighbours()
-        self._ground.set_rules(self._rules())
-        self._started = True
-        self._unsure.clear()
-        self._unsure_standing = False
-        logger.info("data path: %d routes put, %d removed that nobody wants any more", put, removed)
 
     def _possible(self, route: Route) -> bool:
         present = route.device is None or self.has_device(route.device)

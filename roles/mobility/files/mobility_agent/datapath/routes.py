@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
@@ -194,8 +194,8 @@ def _parse_all_but_priority(content: bytes, name: Callable[[int], str]) -> Route
     )
 
 
-def read(kernel: RouteSocket) -> list[Route]:
-    """Our own routes, of every table."""
+def each(kernel: RouteSocket) -> Iterator[Route]:
+    """Our own routes, of every table, as the kernel tells them."""
     names: dict[int, str] = {}
 
     def name(index: int) -> str:
@@ -206,12 +206,15 @@ def read(kernel: RouteSocket) -> list[Route]:
                 names[index] = f"#{index}"
         return names[index]
 
-    found: list[Route] = []
     for family in (socket.AF_INET6, socket.AF_INET):
         asked = _MESSAGE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
         parsed = (_parse(content, name) for content in kernel.dump(_GET, asked))
-        found += [route for route in parsed if route is not None]
-    return found
+        yield from (route for route in parsed if route is not None)
+
+
+def read(kernel: RouteSocket) -> list[Route]:
+    """Our own routes, of every table."""
+    return list(each(kernel))
 
 
 def reconcile(kernel: RouteSocket, wanted: Iterable[Route]) -> tuple[int, int]:

@@ -69,6 +69,8 @@ _REFUSED_PATIENCE_SECONDS = 60.0
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
 _UNREACHED_PATIENCE_SECONDS = 300.0
+# And so long once the deadline has passed: its power is gone, and people wait for the verdicts.
+_AFTER_DEADLINE_SECONDS = 60.0
 # Where all others are done, so long is waited for a link that is down.
 _LINK_PATIENCE_SECONDS = 60.0
 # What a start by a rung means for the guest, as it is said.
@@ -319,7 +321,10 @@ class Coordinator(Requester):
         now = self._clock()
         for name, since in self._lost_at.items():
             # Its proxy goes on by itself; we do not wait for ever to hear of it.
-            if now - since < _UNREACHED_PATIENCE_SECONDS:
+            waited = now - since >= _UNREACHED_PATIENCE_SECONDS
+            if seen.deadline_at is not None:
+                waited = waited or now - max(since, seen.deadline_at) >= _AFTER_DEADLINE_SECONDS
+            if not waited:
                 continue
             for vm in self.hosts[name].status.get("vms", []):
                 failed.setdefault(str(vm["uuid"]), False)

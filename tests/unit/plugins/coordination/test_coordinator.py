@@ -231,6 +231,29 @@ def test_a_try_on_its_way_has_not_failed_of_the_one_before(world: World) -> None
         coordinator.close()
 
 
+def test_after_the_deadline_a_silent_host_is_waited_for_a_minute_and_not_five(world: World) -> None:
+    """Its power is gone as was said, and people wait for the verdicts."""
+    world.protect("home1", "web1")
+    coordinator = world.coordinator()
+    try:
+        site = coordinator.survey()
+        now = coordinator._clock()
+        coordinator._lost_at["home1"] = now - 100.0
+
+        def given_up(deadline_at: float | None) -> bool:
+            told = coordinator._with_refusals(Observation(now, deadline_at=deadline_at))
+            return told.failed == {vm.uuid: False for vm in site.vms}
+
+        assert given_up(now - 61.0)
+        assert not given_up(now - 59.0), "it may be out a moment after its end"
+        assert not given_up(now + 600.0)
+        assert not given_up(None)
+        coordinator._lost_at["home1"] = now - 301.0
+        assert given_up(None)
+    finally:
+        coordinator.close()
+
+
 def test_a_start_that_a_dying_host_may_have_obeyed_is_undecided(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

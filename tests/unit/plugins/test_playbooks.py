@@ -632,6 +632,24 @@ def test_a_controller_that_is_killed_leaves_nobody_behind_who_starts_more(site: 
     assert len(evacuation.begun) == 2
 
 
+def test_of_two_controllers_at_once_one_moves_all_and_the_other_says_who(site: Site) -> None:
+    protect(site)
+    for parts in (site.first, site.second):
+        parts.evacuation.step_seconds = 1.5
+    runs = [
+        site.begin("evacuate", evacuate_site="home", evacuate_report=f"r{number}.json") for number in (0, 1)
+    ]
+    told = [run.communicate(timeout=90)[0] for run in runs]
+    first, second = (0, 1) if runs[0].returncode == 0 else (1, 0)
+    assert [runs[first].returncode, runs[second].returncode] == [0, 2], told
+    assert "2 of 2 VMs are out" in told[first]
+    assert "nothing was started; site home: is being evacuated by " in told[second]
+    assert "evacuate_take_over=true" in told[second]
+    assert [(site.directory / f"r{number}.json").exists() for number in (first, second)] == [True, False]
+    assert (site.first.evacuation.begun, site.second.evacuation.begun) == (["web1"], [KNOWN[DATABASE]])
+    assert site.first.lease.told() is site.second.lease.told() is None
+
+
 def test_ctrl_c_ends_at_once_and_the_jobs_go_on(site: Site) -> None:
     protect(site)
     site.first.evacuation.step_seconds = 0.5

@@ -131,7 +131,7 @@ class Governor:
             if self._may_pulse(now, base):
                 self._pulses = True
                 self._begin_look(now)
-            elif now.at - mark.at >= self._look_seconds(base):
+            elif now.at - mark.at >= self._look_seconds(base) and not self._awaits_echo(now, base):
                 # A queue that stands is there at every look; a late wake-up of some process is not.
                 self._step(mark, now, max(0.0, self._least_trip - base), base)
                 self._begin_look(now)
@@ -165,6 +165,16 @@ class Governor:
     def _look_seconds(self, base: float) -> float:
         # The echo of a look's pulse belongs to that look.
         return base + PULSE_SECONDS + PULSE_BEAT_SECONDS if self._pulsing else max(base, 0.05)
+
+    def _awaits_echo(self, now: Sample, base: float) -> bool:
+        # What a bottleneck has slowed down takes longer to arrive, and smoothed round trips tell of it late.
+        return (
+            self._pulsing
+            and self._mark is not None
+            and now.at - self._mark.at < base + 2 * PULSE_SECONDS + PULSE_BEAT_SECONDS
+            and self._echo.swiftest_bytes_per_second < _PULSE_CARRIED * PULSE_FACTOR * self._rate
+            and now.round_trip_seconds - self._least_trip <= _TARGET_SECONDS
+        )
 
     def _is_pulse(self, now: Sample) -> bool:
         # Half a beat less: a beat that is late must not make it longer.

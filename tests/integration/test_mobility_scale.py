@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 VMS = 5000
 REGISTERED_SECONDS, RESTARTED_SECONDS, ANCHOR_MIB = 10.0, 5.0, 150.0
 # "As quick as alone": what a hand-over may take more than alone while all others are confirmed, on two cores
-# that four busy processes share with it. Seen: 0.004. Of at least so many the median.
+# that four busy processes share with it. Seen: 0.004 to 0.012. Of at least so many the median.
 MORE_AMONG_THEM_SECONDS, MEASURED = 0.03, 3
 
 

@@ -3,11 +3,24 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from precache_proxy.errors import PeerUnreachable
+from precache_proxy.hypervisor.domain_xml import parse_definition
+from precache_proxy.source.layout import Layout
+from precache_proxy.source.passes import GenerationPlan
+from precache_proxy.source.record import ProtectionRecord, Sealed
+from precache_proxy.source.replication import Replication
 from precache_proxy.source.written_rate import WrittenRate
+
+VM = "11111111-2222-4333-8444-555555555501"
 
 
 def test_nothing_is_known_at_first_and_the_open_interval_counts_already() -> None:
@@ -51,3 +64,101 @@ def test_it_is_between_the_least_and_the_most_that_was_seen(
     if since > 0:
         rates.append(changed / since)
         assert min(rates) * 0.999 <= now <= max(rates) * 1.001
+
+
+class OneVm:
+    """A replication whose guest has written what the test says, and whose passes end as it says."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.changed_bytes, self.fails = 1000.0, 0, False
+        self.rates_under_way: list[float | None] = []
+        clock = SimpleNamespace(monotonic=lambda: self.now, time=time.time)
+        monkeypatch.setattr("precache_proxy.source.replication.time", clock)
+        monkeypatch.setattr("precache_proxy.source.replication.Generation", self._generation)
+        sealed = Sealed(7, "lifeboat-e0-g7", 0.0, 0.0, "", ["vda"])
+        record = ProtectionRecord(VM, "web1", "backup1", 15.0, epoch=0, sealed=sealed)
+        environment = SimpleNamespace(directory=tmp_path, link=lambda _peer: None)
+        self.replication = Replication(record, cast(Any, environment))
+        self.replication.clean_at = self.now
+        disk = SimpleNamespace(path=str(tmp_path / "vda"))
+        Path(disk.path).touch()
+        definition = parse_definition(f"<domain><name>web1</name><uuid>{VM}</uuid><devices/></domain>")
+
+        async def look() -> tuple[Any, Layout, bool]:
+            return definition, Layout(tracked={"vda": cast(Any, disk)}), True
+
+        async def dirty(*_arguments: object, **_more: object) -> dict[str, int]:
+            return {"vda": self.changed_bytes}
+
+        async def sizes(*_arguments: object, **_more: object) -> dict[str, int]:
+            return {"vda": 1 << 30}
+
+        async def nothing(*_arguments: object) -> None:
+            return None
+
+        async def xml() -> str:
+            return "<domain/>"
+
+        replication = self.replication
+        for part, name, value in (
+            (replication.disks, "look", look), (replication.disks, "sizes", sizes),
+            (replication.disks, "transferable_xml", xml), (replication, "_dirty", dirty),
+            (replication.disks, "check_images", lambda _layout: None),
+            (replication.disks, "records", lambda *_unused: {}),
+            (replication.disks, "source", lambda *_unused, active: None),
+            (replication.standing, "save", nothing), (replication.standing, "drop_superseded", nothing),
+        ):  # fmt: skip
+            monkeypatch.setattr(part, name, value)
+
+    def _generation(self, _link: object, plan: GenerationPlan, _pace: object) -> Any:
+        async def run(_source: object) -> dict[str, Any]:
+            for _look in range(3):
+                self.now += 100
+                self.rates_under_way.append(self.replication.written_bytes_per_second)
+            if self.fails:
+                raise PeerUnreachable("backup1: no answer")
+            return {}
+
+        result = SimpleNamespace(reason="", data_bytes=0, zero_bytes=0, wire_bytes=0, digest="")
+        made = [] if self.fails else ["lifeboat-e0-g8"]
+        return SimpleNamespace(run=run, result=result, made=made, seal_sent=False)
+
+    async def run_pass(self, written_bytes: int, after_seconds: float) -> None:
+        """What the guest wrote since the last pass that was sealed."""
+        self.now, self.changed_bytes = self.now + after_seconds, written_bytes
+        await self.replication.run_pass(reason="timer")
+
+
+async def test_a_pass_that_takes_long_makes_no_guest_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = OneVm(tmp_path, monkeypatch)
+    await vm.run_pass(10_000_000, 10)
+    assert vm.rates_under_way == [1_000_000] * 3, "300 s in which nobody looked"
+    # It is sealed, and what was written meanwhile has not been asked for yet.
+    assert vm.replication.written_bytes_per_second == 1_000_000
+    sealed = vm.replication.record.sealed
+    assert sealed is not None
+    vm.replication.note_dirty(300_000_000, sealed)
+    assert vm.replication.written_bytes_per_second == 1_000_000
+    vm.replication.note_dirty(1, Sealed(7, "lifeboat-e0-g7", 0.0, 0.0, "", ["vda"]))
+    assert vm.replication.dirty_bytes == 300_000_000, "told of the generation before"
+
+
+async def test_a_pass_that_fails_has_counted_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = OneVm(tmp_path, monkeypatch)
+    await vm.run_pass(10_000_000, 10)
+    clean_at, vm.fails = vm.replication.clean_at, True
+    assert clean_at is not None
+    # The guest wrote these blocks at first and nothing more; every attempt has them to send.
+    for _attempt in range(3):
+        with pytest.raises(PeerUnreachable):
+            await vm.run_pass(400_000_000, 100)
+        assert vm.replication.clean_at == clean_at
+    vm.fails = False
+    await vm.run_pass(400_000_000, 100)
+    interval_seconds = vm.replication.clean_at - clean_at
+    rate = vm.replication.written_bytes_per_second
+    assert rate == pytest.approx((0.5 * 10_000_000 + 400_000_000) / (0.5 * 10 + interval_seconds))

@@ -471,4 +471,4 @@ class Protection:
             tracker, vm = self._environment.tracker, self.replication.vm
             dirty = await tracker.dirty_bytes(vm, sealed.checkpoint, sealed.disks)
             if dirty is not None:
-                self.replication.dirty_bytes = sum(dirty.values())
+                self.replication.note_dirty(sum(dirty.values()), sealed)

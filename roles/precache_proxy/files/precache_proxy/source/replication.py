@@ -55,13 +55,23 @@ class Replication:
         self.dirty_bytes = 0
         # until when the peer is known to hold everything; monotonic
         self.clean_at: float | None = None
+        # when ``dirty_bytes`` was asked for; monotonic. None: not since the last seal
+        self.dirty_at: float | None = None
         self.written = WrittenRate()
 
     @property
     def written_bytes_per_second(self) -> float | None:
         """What the guest changes a second that its replica has to be sent; None: not known yet."""
-        since = None if self.clean_at is None else time.monotonic() - self.clean_at
+        since = None
+        # Of what changed after it was asked for, nothing is known: that time does not count either.
+        if self.clean_at is not None and self.dirty_at is not None:
+            since = max(0.0, self.dirty_at - self.clean_at)
         return self.written.bytes_per_second(self.dirty_bytes, since)
+
+    def note_dirty(self, changed_bytes: int, sealed: Sealed) -> None:
+        """So much has changed by now since the generation ``sealed``, unless that was overtaken meanwhile."""
+        if self.generation is None and self.record.sealed is sealed:
+            self.dirty_bytes, self.dirty_at = changed_bytes, time.monotonic()
 
     def hasten(self) -> None:
         """From now on, the pass under way as well, nothing waits behind the memory of VMs that leave."""
@@ -217,16 +227,18 @@ class Replication:
         attachments, digests = changed_attachments(contents, record.attachments)
         new = [] if resync else [target for target in layout.tracked if target not in covered]
         gone = sealed is not None and set(record.disks) != set(layout.tracked)
-        self.dirty_bytes = sum(dirty.values())
+        self.dirty_bytes, self.dirty_at = sum(dirty.values()), None
+        interval: tuple[int, float] | None = None
         if self.clean_at is not None and sealed is not None and not resync:
-            self.written.passed(self.dirty_bytes, looked_at - self.clean_at)
+            self.dirty_at = looked_at
+            interval = self.dirty_bytes, looked_at - self.clean_at
         nothing = not (self.dirty_bytes or attachments or new or gone or compare_all or sealed is None)
         if self.standing.replica_protection not in (None, self.standing.protection):
             # Should this host die, that is what the VM is to be there.
             known_sizes = await self.disks.sizes(definition, layout.tracked, active=active)
             await self.standing.prepare_replica(known_sizes, definition, 0)
         if nothing and not scrub_bytes and (active or self._unchanged_off(layout)):
-            self.clean_at = looked_at
+            self._close(interval, looked_at)
             self.totals.empty += 1
             return PassResult(record.next_generation - 1, skipped=True, reason=reason)
         sizes = await self.disks.sizes(definition, layout.tracked, active=active)
@@ -254,7 +266,8 @@ class Replication:
             traffic_class=TrafficClass.MIGRATION if self.urgent else TrafficClass.PRECACHE,
         )
         before_off = {target: stamp(disk.path) for target, disk in layout.tracked.items()}
-        result = await self._make(plan, self.disks.source(layout, active=active), layout, reason=reason)
+        source = self.disks.source(layout, active=active)
+        result = await self._make(plan, source, layout, reason=reason, interval=interval)
         if resync:
             crash_point("resync-sealed")
         record.attachments = digests
@@ -337,6 +350,7 @@ class Replication:
         reason: str,
         keep_disks: bool = False,
         disks: list[str] | None = None,
+        interval: tuple[int, float] | None = None,
     ) -> PassResult:
         """Send a generation; on its seal, and only then, what it supersedes is dropped."""
         record = self.record
@@ -376,7 +390,7 @@ class Replication:
         if not keep_disks:
             record.disks = self.disks.records(layout, plan.disks)
         self.standing.replica_sizes = dict(plan.disks)
-        self.clean_at, self.dirty_bytes = began, 0
+        self._close(interval, began)
         try:
             await self.standing.save()
         except BaseException:
@@ -392,6 +406,12 @@ class Replication:
                 logger.warning("%s: superseded checkpoints wait for the next pass: %s", self.vm, error)
                 self.standing.needs_reconcile = True
         return generation.result
+
+    def _close(self, interval: tuple[int, float] | None, clean_at: float) -> None:
+        """The peer holds what there was at ``clean_at``; a pass that failed leaves its interval open."""
+        if interval is not None:
+            self.written.passed(*interval)
+        self.clean_at, self.dirty_bytes, self.dirty_at = clean_at, 0, None
 
     async def _take_back(self, generation: Generation) -> None:
         """Drop the checkpoints of a failed generation: the kept one goes on counting for both."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -32,7 +34,7 @@ JOB = new_job(VM, "web1", "backup1", 4, EvacuationOptions(), 0.0)
 class Agent:
     """Answers with what ``answers`` holds, the last one for ever; keeps what it was asked."""
 
-    def __init__(self, *answers: tuple[int, dict[str, Any]]) -> None:
+    def __init__(self, *answers: tuple[int, Any]) -> None:
         self.answers = list(answers)
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
@@ -126,6 +128,70 @@ async def test_an_agent_that_says_nothing_is_a_finding_and_holds_nothing_up(tmp_
         [refused] = await MobilityAgent(socket, 2).outlook(VM, "web1", WITH_HOMES, arriving=False)
     assert "agent here cannot be asked of 2001:db8::5 (home1: is no gateway)" in refused.fact
     assert time.monotonic() - began < 5
+
+
+async def test_an_agent_that_hangs_delays_no_evacuation_beyond_two_seconds(tmp_path: Path) -> None:
+    """It accepts, and says nothing: with the longest ``wait_seconds`` the source's own limit would pass."""
+    ended = asyncio.Event()
+
+    async def hang(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), 60)
+        writer.close()
+
+    server = await asyncio.start_unix_server(hang, str(tmp_path / "agent.sock"))
+    network, began = MobilityAgent(tmp_path / "agent.sock", 60), time.monotonic()
+    try:
+        answer = await asyncio.wait_for(addresses.at_destination(network, VM, "web1", WITH_HOMES), 10)
+    finally:
+        ended.set()
+        server.close()
+        await server.wait_closed()
+    assert 1.5 < time.monotonic() - began < 5
+    [found] = addresses.read_answer(answer, network, "web1", "backup1", WITH_HOMES)
+    assert "cannot be asked of 2001:db8::5 (no answer within 2 s)" in found.fact
+    assert not addresses.stops(found)
+
+
+class Defective(NothingToDo):
+    """Raises what nobody thought of."""
+
+    leads_addresses = True
+
+    async def outlook(self, *_unused: str, arriving: bool) -> list[Finding]:
+        raise RuntimeError(f"arriving: {arriving}")
+
+
+@pytest.mark.parametrize(
+    "body", [[], None, "yes", {}, {"findings": 3}, {"findings": [3]}, {"findings": [{"subject": "VM web1"}]}]
+)
+async def test_an_answer_that_is_none_is_a_finding_that_stops_nothing(tmp_path: Path, body: Any) -> None:
+    agent, network = Agent((200, body)), MobilityAgent(tmp_path / "agent.sock", 0.3)
+    async with agent.serve(tmp_path / "agent.sock"):
+        [found] = await addresses.at_source(network, VM, "web1", WITH_HOMES)
+        if not isinstance(body, dict):
+            await network.left(JOB)
+            with pytest.raises(NetworkNotInstalled, match="no JSON object"):
+                await network.install(WITH_HOMES, arrival())
+    assert "cannot be asked of 2001:db8::5 (" in found.fact
+    assert not addresses.stops(found)
+
+
+async def test_no_question_about_addresses_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torn = WITH_HOMES.removesuffix("</domain>")
+    [found] = await addresses.at_source(MobilityAgent(tmp_path / "none.sock", 1), VM, "web1", torn)
+    assert "cannot be asked of its home addresses (" in found.fact
+    assert caplog.text == ""
+    [here] = await addresses.at_source(Defective(), VM, "web1", WITH_HOMES)
+    answer = await addresses.at_destination(Defective(), VM, "web1", WITH_HOMES)
+    [there] = addresses.read_answer(answer, NothingToDo(), "web1", "backup1", WITH_HOMES)
+    assert "RuntimeError('arriving: False')" in here.fact
+    assert "RuntimeError('arriving: True')" in there.fact
+    assert caplog.text.count("Traceback") == 2
+    nonsense = {"address_findings": [{"of": "another version"}], "leads_addresses": True}
+    [odd] = addresses.read_answer(nonsense, NothingToDo(), "web1", "backup1", WITH_HOMES)
+    [cut] = addresses.read_answer({"leads_addresses": False}, Defective(), "web1", "backup1", torn)
+    assert not any(addresses.stops(each) for each in (found, here, there, odd, cut))
 
 
 async def test_what_the_destination_says_of_addresses_stops_nothing(tmp_path: Path) -> None:

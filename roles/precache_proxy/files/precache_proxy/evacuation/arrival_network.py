@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # An agent that is just being restarted is back within this: asked anew so often.
 _RETRY_SECONDS = 0.1
+# For its outlook, which stops nothing, no evacuation waits longer: the source gives the whole check a minute.
+_OUTLOOK_SECONDS = 2.0
 # Of its answers, those that asking again may change.
 _PASSING = frozenset({502, 503, 504})
 #: Of what concerns a VM's addresses only.
@@ -107,23 +109,29 @@ class MobilityAgent:
 
     async def outlook(self, vm: str, name: str, definition: str, *, arriving: bool) -> list[Finding]:
         """Ask it, once: what it says of the VM's home addresses, or that it does not answer."""
-        homes = home_addresses(definition)
-        if not homes:
-            return []
+        of, seconds = "its home addresses", min(self._wait_seconds, _OUTLOOK_SECONDS)
         try:
-            async with asyncio.timeout(self._wait_seconds):
+            homes = home_addresses(definition)
+            if not homes:
+                return []
+            of = ", ".join(homes)
+            async with asyncio.timeout(seconds):
                 status, answer = await self._once(
                     vm, "outlook", {"definition": definition, "arriving": arriving}
                 )
             if status < 400:
-                return [Finding(**finding) for finding in answer["findings"]]
+                return [
+                    Finding(**{key: str(said) for key, said in each.items()}) for each in answer["findings"]
+                ]
             reason = str(answer.get("message", f"status {status}"))
         except TimeoutError:
-            reason = f"no answer within {self._wait_seconds:g} s"
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"no answer within {seconds:g} s"
+        except (aiohttp.ClientError, OSError, ValueError, etree.LxmlError) as error:
             reason = str(error)
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"its answer is not understood: {error!r}"
         where = "there" if arriving else "here"
-        fact = f"the mobility agent {where} cannot be asked of {', '.join(homes)} ({reason})"
+        fact = f"the mobility agent {where} cannot be asked of {of} ({reason})"
         way_out = f"see `mobility-agent check` and journalctl -u mobility-agent {where}"
         return [Finding(f"VM {name}", fact, way_out)]
 
@@ -188,5 +196,7 @@ class MobilityAgent:
             aiohttp.ClientSession(connector=connector) as session,
             session.post(url, json=body) as response,
         ):
-            answer: dict[str, Any] = await response.json()
+            answer = await response.json()
+            if not isinstance(answer, dict):
+                raise ValueError(f"status {response.status} and no JSON object: is that a mobility agent?")
             return response.status, answer

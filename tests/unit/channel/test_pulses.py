@@ -74,6 +74,21 @@ def test_a_path_that_becomes_faster_is_found_out_the_same_way(trip: float) -> No
     assert (line.acknowledged - before) / 2 > 0.9 * line.rate
 
 
+@pytest.mark.parametrize("megabits", [30, 50, 80, 130, 300])
+def test_smoothed_round_trips_that_tell_of_a_queue_late_are_waited_for(megabits: float) -> None:
+    """As the kernel's are: another pulse on top of one that filled the path is what a call would wait for."""
+    line, governor = Line(megabits * 1e6 / 8, 0.18), Governor()
+    idle(line, governor, 3)
+    smoothed, longest = line.trip, 0.0
+    while line.now < 9:
+        step = governor.beat_seconds
+        sample = line.step(step, (governor.rate_bytes_per_second or 2e6) * step)
+        smoothed += (sample.round_trip_seconds - smoothed) * (1 - (7 / 8) ** (step / 0.02))
+        governor.sample(replace(sample, round_trip_seconds=smoothed))
+        longest = max(longest, line.queue / line.rate)
+    assert longest < 0.07
+
+
 def test_what_somebody_else_limits_is_not_tried_for_ever() -> None:
     """An operator's limit holds what is sent, the line would carry more: no rate without end, no haste."""
     line, governor, limit = Line(50e6, 0.04), Governor(), 2.5e6

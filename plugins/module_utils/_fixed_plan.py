@@ -52,13 +52,13 @@ class _Moving:
 
     def net(self, rate: float) -> float:
         """By how much less it has to send after a second at that rate; 0 where it gets nowhere."""
-        vm = self.planned.vm
+        vm, whole = self.planned.vm, rate
         if self.rung is Rung.LIVE:
-            # Its mirror's share of the line.
+            # Its mirror's share of the line; the forecast takes it off by itself.
             rate *= 1.0 - written_share(vm, rate)
         if self.dirties < CONVERGES_BELOW * rate:
             return rate - self.dirties
-        if rate <= 0 or not forecast(vm, Rung.LIVE, rate, self.line.trip).feasible:
+        if rate <= 0 or not forecast(vm, Rung.LIVE, whole, self.line.trip).feasible:
             return 0.0
         # Some rounds that get no smaller, then QEMU stops it for the last.
         return rate / (1 + (ROUNDS_WITHOUT_PROGRESS + 1) * min(1.0, self.dirties / rate))

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import at_once, fixed_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import forecast
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import (
     NO_MEMORY,
@@ -67,6 +68,16 @@ def test_a_guest_that_outruns_its_share_stays_until_the_others_are_out() -> None
     assert max(told.values(), key=lambda item: item.end_seconds or 0.0).vm.name == "busy"
     never = plan_by("parallel", site(vm("never", dirty_bytes_per_second=50 * MB, longest_stop_seconds=1.0)))
     assert [item.reason for item in never.vms] == ["does-not-converge"]
+
+
+def test_its_mirrors_share_of_the_line_is_taken_off_once() -> None:
+    """6 MB/s, 3 of them its mirror's: what its memory gets nowhere with by rounds a last stop ends."""
+    busy = vm(
+        "busy", dirty_bytes_per_second=2.4 * MB, written_bytes_per_second=3 * MB, longest_stop_seconds=60.0
+    )
+    assert forecast(busy, Rung.LIVE, 6 * MB, 0.0).feasible
+    (told,) = plan_by("parallel", site(busy, rate=6 * MB)).vms
+    assert told.end_seconds is not None
 
 
 def test_who_waits_who_has_no_room_and_who_may_not_leave() -> None:

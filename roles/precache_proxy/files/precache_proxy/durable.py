@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_parents(paths: Iterable[str | Path]) -> None:
+    """Make the names of files that some other process made durable."""
+    for directory in {Path(path).parent for path in paths}:
+        sync_directory(directory)
 
 
 def make_directory(directory: Path, mode: int) -> None:

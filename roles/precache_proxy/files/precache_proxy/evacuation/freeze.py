@@ -52,9 +52,12 @@ async def freeze(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk]) -> 
     """Let the images stand still; the guest goes on in the overlays. Repeating it is no error."""
     definition = await domains.definition(vm)
     missing = {key for key, frozen in disks.items() if _path(definition, key) != frozen.overlay}
+    overlays = {key: frozen.overlay for key, frozen in disks.items()}
     if not missing:
+        # They may be on since a kill that came before their names were durable.
+        await asyncio.to_thread(durable.sync_parents, overlays.values())
         return
-    await layers.put_overlays(domains, vm, {key: frozen.overlay for key, frozen in disks.items()})
+    await layers.put_overlays(domains, vm, overlays)
 
 
 def _path(definition: Definition, key: str) -> str:

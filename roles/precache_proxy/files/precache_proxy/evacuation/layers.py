@@ -8,7 +8,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
@@ -51,13 +50,8 @@ async def put_overlays(domains: Domains, vm: str, overlays: Mapping[str, str]) -
     targets = [disk.target for disk in definition.disks]
     xml = _snapshot_xml(overlays, targets)
     await domains.run_in_turn(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
-
-    def sync() -> None:
-        # QEMU syncs what the guest wrote, never the directory: a power cut could take the file's name.
-        for directory in {Path(path).parent for path in overlays.values()}:
-            durable.sync_directory(directory)
-
-    await asyncio.to_thread(sync)
+    # QEMU syncs what the guest wrote, never the directory: a power cut could take the file's name.
+    await asyncio.to_thread(durable.sync_parents, overlays.values())
 
 
 async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Iterable[str]) -> None:

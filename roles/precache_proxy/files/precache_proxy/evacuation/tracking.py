@@ -37,6 +37,7 @@ class Tracking:
             return
         checkpoint = f"lifeboat-e{arrival.epoch}-g{arrival.generation + 1}"
         tops = {key: disk.top for key, disk in arrival.disks.items()}
+        failure = ""
         try:
             await self._refuse_when_late(arrival, checkpoint)
             definition = await self._domains.definition(arrival.vm)
@@ -45,18 +46,27 @@ class Tracking:
                 await layers.put_overlays(self._domains, arrival.vm, tops)
             await layers.create_checkpoint(self._domains, arrival.vm, checkpoint, tops)
         except LifeboatError as error:
-            logger.error(
-                "VM %s: the way back is not tracked and will need a comparison: %s", arrival.vm, error
-            )
-            arrival.cause, arrival.sentence = "tracking-lost", str(error)
-        else:
-            arrival.checkpoint = checkpoint
+            failure = str(error)
+        except OSError as error:
+            failure = f"names of what arrived cannot be made durable: {error}"
 
         def sync() -> None:
+            # The VM runs in the tops, also where they are on since before a kill: their names come first.
+            durable.sync_parents(tops.values())
             for disk in arrival.disks.values():
                 durable.sync_file(Path(disk.overlay))
 
-        await asyncio.to_thread(sync)
+        try:
+            await asyncio.to_thread(sync)
+        except OSError as error:
+            failure = failure or f"what arrived cannot be made durable: {error}"
+        if not failure:
+            arrival.checkpoint = checkpoint
+        else:
+            logger.error(
+                "VM %s: the way back is not tracked and will need a comparison: %s", arrival.vm, failure
+            )
+            arrival.cause, arrival.sentence = "tracking-lost", failure
         await self._records.save(arrival)
         crash_point("arrival-tracked")
 

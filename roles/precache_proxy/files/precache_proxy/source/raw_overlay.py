@@ -86,6 +86,7 @@ async def put_on(hypervisor: Hypervisor, definition: Definition, only: Sequence[
     """An external snapshot of just the raw disks, all at one instant; durable when this returns."""
     disks = raw_disks(definition, only)
     if not disks:
+        await asyncio.to_thread(durable.sync_parents, _put_on_before(definition))
         return
     root = etree.Element("domainsnapshot")
     element = etree.SubElement(root, "disks")
@@ -111,5 +112,11 @@ async def put_on(hypervisor: Hypervisor, definition: Definition, only: Sequence[
         subject=f"VM {definition.name}",
     )
     # QEMU syncs what the guest wrote, never the directory: a power cut could take the file's name.
-    for directory in {overlay_path(disk, definition.name).parent for disk in disks}:
-        await asyncio.to_thread(durable.sync_directory, directory)
+    overlays = [overlay_path(disk, definition.name) for disk in disks]
+    await asyncio.to_thread(durable.sync_parents, [*overlays, *_put_on_before(definition)])
+
+
+def _put_on_before(definition: Definition) -> list[Path]:
+    """Overlays of ours that are on: a kill may have come before their names were durable."""
+    paths = [Path(disk.path) for disk in definition.disks if disk.path.endswith(SUFFIX)]
+    return [path for path in paths if path.exists()]

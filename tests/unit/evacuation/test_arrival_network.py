@@ -215,7 +215,15 @@ async def test_what_the_destination_says_of_addresses_stops_nothing(tmp_path: Pa
     ("answer", "warning"),
     [
         ({"network_installed": True}, ""),
-        ({}, "Its addresses may not lead there: VM web1: no agent; set one up"),
+        (
+            {"network_installed": False, "network": ""},
+            "Its addresses may not lead there: VM web1: no agent; set one up",
+        ),
+        (
+            {},
+            "Whether its addresses lead there is not known (backup1's version does not say); before it left: "
+            "VM web1: no agent; set one up",
+        ),
         ({"network": "no answer"}, "Its addresses do not lead there yet; it is tried again: no answer"),
     ],
 )
@@ -225,14 +233,41 @@ async def test_what_was_said_before_is_told_in_the_end_where_it_came_true(
     async def call(*_arguments: object) -> dict[str, Any]:
         return {"state": "activated", **answer}
 
-    async def nothing(_departure: object) -> None:
-        return None
+    async def enter(step: Step) -> None:
+        entered.append(step)
+        raise Conflict("no further here")
 
-    monkeypatch.setattr(confirm, "finish", nothing)
+    entered: list[Step] = []
     job = replace(JOB, step=Step.RELEASED, address_findings=["VM web1: no agent; set one up"])
     measure = SimpleNamespace(activated=lambda _answer: None)
-    await confirm.release(cast(Any, SimpleNamespace(job=job, call=call, measure=measure)))
+    departure = cast(Any, SimpleNamespace(job=job, call=call, measure=measure, around=None, enter=enter))
+    for _time in range(2):
+        with pytest.raises(Conflict, match="no further here"):
+            await confirm.release(departure)
+    assert entered == [Step.FINISH] * 2
     assert job.warning == warning
+    # What was to be said already is said as well.
+    job.warning = "It was cancelled."
+    with pytest.raises(Conflict, match="no further here"):
+        await confirm.release(departure)
+    assert job.warning == f"It was cancelled. {warning}".strip()
+
+
+async def test_an_answer_that_is_lost_leaves_it_open_whether_its_addresses_lead_there() -> None:
+    async def enter(_step: Step) -> None:
+        raise Conflict("no further here")
+
+    departure = cast(Any, SimpleNamespace(job=replace(JOB, step=Step.RELEASED), around=None, enter=enter))
+    with pytest.raises(Conflict):
+        await confirm.finish(departure)
+    assert departure.job.warning == "", "nothing was said against them"
+    departure.job.address_findings = ["VM web1: no agent; set one up"]
+    with pytest.raises(Conflict):
+        await confirm.finish(departure)
+    assert departure.job.warning == (
+        "Whether its addresses lead there is not known (backup1's word on them was not heard); before it left: "
+        "VM web1: no agent; set one up"
+    )
 
 
 class Network(NothingToDo):

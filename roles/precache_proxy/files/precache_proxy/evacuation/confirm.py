@@ -42,7 +42,7 @@ async def confirm(departure: Departure) -> None:
         # It came before this step, after which none is taken any more.
         if job.restarts:
             departure.check_cancelled()
-        job.warning = "It was cancelled when its memory was there already, and was not taken back."
+        job.warn("It was cancelled when its memory was there already, and was not taken back.")
     crash_point("departure-before-tombstone")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))
     crash_point("departure-tombstoned")
@@ -70,20 +70,31 @@ async def release(departure: Departure) -> None:
     answer = await departure.call("release", {}, RELEASE_TIMEOUT_SECONDS)
     job.memory_lost = bool(answer.get("memory_lost"))
     if answer.get("network"):
-        job.warning = f"Its addresses do not lead there yet; it is tried again: {answer['network']}"
-    elif job.address_findings and not answer.get("network_installed"):
+        job.warn(f"Its addresses do not lead there yet; it is tried again: {answer['network']}")
+    elif job.address_findings and "network_installed" not in answer:
+        _warn_of_addresses(job, f"{job.peer}'s version does not say")
+    elif job.address_findings and not answer["network_installed"]:
         # Nobody there has led them since.
-        job.warning = "Its addresses may not lead there: " + "; ".join(job.address_findings)
+        job.warn("Its addresses may not lead there: " + "; ".join(job.address_findings))
     departure.measure.activated(answer)
     crash_point("departure-activated")
-    await finish(departure)
+    await finish(departure, answered=True)
 
 
-async def finish(departure: Departure) -> None:
+def _warn_of_addresses(job: Job, why: str) -> None:
+    job.warn(
+        f"Whether its addresses lead there is not known ({why}); before it left: "
+        + "; ".join(job.address_findings)
+    )
+
+
+async def finish(departure: Departure, *, answered: bool = False) -> None:
     """The VM runs at the destination: forget it here, and keep its image as the base for coming back.
-    Repeatable."""
+    Repeatable. ``answered``: the destination has said to us what became of its addresses."""
     job, around = departure.job, departure.around
     if job.step is not Step.FINISH:
+        if job.address_findings and not answered:
+            _warn_of_addresses(job, f"{job.peer}'s word on them was not heard")
         # Its memory is there with it: nothing was lost, whatever was asked for meanwhile.
         job.owes_abort = False
         await departure.enter(Step.FINISH)
@@ -101,7 +112,7 @@ async def finish(departure: Departure) -> None:
             "VM %s: activated at %s (epoch %d) while it was still active here; the old copy is ended now",
             job.vm, job.peer, job.epoch,
         )  # fmt: skip
-        job.warning = f"{job.peer} was told that this host is dead; the old copy here was ended."
+        job.warn(f"{job.peer} was told that this host is dead; the old copy here was ended.")
         await around.domains.destroy(job.vm)
     await asyncio.to_thread(freeze.restore_ownership, job.disks)
     await around.domains.undefine(job.vm)
@@ -144,4 +155,4 @@ async def _keep_images(departure: Departure) -> None:
         logger.error(
             "VM %s: what stayed here was not adopted, the way back will be a full copy: %s", job.vm, error
         )
-        job.warning = f"What stayed here was not adopted, the way back will be a full copy: {error}"
+        job.warn(f"What stayed here was not adopted, the way back will be a full copy: {error}")

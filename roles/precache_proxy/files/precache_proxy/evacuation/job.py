@@ -257,6 +257,11 @@ class Job:
         self.cause, self.sentence = cause, sentence
         self.findings = [asdict(finding) for finding in findings]
 
+    def warn(self, sentence: str) -> None:
+        """Say one thing more that the operator should know of it; said again it stays as it is."""
+        if sentence not in self.warning:
+            self.warning = f"{self.warning.rstrip('.')}. {sentence}" if self.warning else sentence
+
     def record(self) -> dict[str, Any]:
         """All of it, as the file holds it."""
         return asdict(self)

@@ -265,8 +265,8 @@ async def test_an_answer_that_is_lost_leaves_it_open_whether_its_addresses_lead_
     with pytest.raises(Conflict):
         await confirm.finish(departure)
     assert departure.job.warning == (
-        "Whether its addresses lead there is not known (backup1's word on them was not heard); before it left: "
-        "VM web1: no agent; set one up"
+        "Whether its addresses lead there is not known (backup1's word on them was not heard); before it "
+        "left: VM web1: no agent; set one up"
     )
 
 

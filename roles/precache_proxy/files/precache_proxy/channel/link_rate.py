@@ -93,7 +93,7 @@ class LinkRate:
         self.pacer.govern(self._governor.sample(sample))
 
     def tick(self, now: float) -> None:
-        """Four times a second: goodput, and the hours at which the configured rate changes."""
+        """A few times a second: goodput, and the hours at which the configured rate changes."""
         at, acknowledged = self._goodput_mark
         if now - at >= _GOODPUT_SECONDS:
             arrived = self._counters.acknowledged_raw_bytes - acknowledged

@@ -359,7 +359,7 @@ class Session:
     # -- time
 
     def tick(self, now: float, dead_seconds: float) -> None:
-        """Four times a second: pings, dead connections, how large chunks may be."""
+        """A few times a second: pings, dead connections, how large chunks may be."""
         for connection in list(self.connections.values()):
             silent = now - connection.received_at
             if silent > dead_seconds:

@@ -323,6 +323,23 @@ def test_what_is_routine_leaves_time_for_others_and_waits_for_a_claim() -> None:
     assert len(_due(registrar, 0.34, 0.35)) >= 16
 
 
+def test_what_an_anchor_missed_holds_nothing_up_once_it_is_answered() -> None:
+    registrar = Registrar(["anchor1"], GATEWAYS["old"][1], 120)
+    registrar.attach(VM, HOMES, 1, HANDOFF, 0.0)
+    assert len(registrar.due(0.0, WALL)) == 1
+    registrar.anchor_returned("anchor1", 0.1)
+    again = registrar.due(0.1, WALL)
+    assert len(again) == 1
+    _answered(registrar, again, 0.12)
+    # The next one, too, lets what is routine go on with its answer.
+    _crowd(registrar, 100, 1.0)
+    registrar.attach(VM, HOMES, 2, HANDOFF, 1.0)
+    claim = registrar.due(1.0, WALL)
+    assert [outgoing.registration.vm for outgoing in claim] == [VM]
+    _answered(registrar, claim, 1.005)
+    assert registrar.due(1.006, WALL)
+
+
 def test_refreshes_get_through_while_hand_overs_follow_each_other() -> None:
     registrar = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
     _crowd(registrar, 2000)

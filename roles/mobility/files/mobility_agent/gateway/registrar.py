@@ -273,8 +273,9 @@ class Registrar:
             line.under_way = True
             anchor.under_way += 1
         if line.urgent and not line.attempts:
+            # Once, also where it is sent as if for the first time because its anchor has returned.
+            self._awaited += not line.awaited
             line.awaited = True
-            self._awaited += 1
             self._pace.hold(now)
         self._schedule(line, now + self._patience(anchor, line))
         line.attempts += 1

@@ -353,6 +353,21 @@ def test_refreshes_get_through_while_hand_overs_follow_each_other() -> None:
     assert routine >= 72
 
 
+@pytest.mark.parametrize("how", ["withdraw", "release"])
+def test_what_is_not_here_any_more_is_told_before_what_only_confirms(how: str) -> None:
+    registrar = Registrar(["anchor1"], GATEWAYS["old"][1], 120)
+    registrar.attach(VM, HOMES, 1, HANDOFF, 0.0)
+    _answered(registrar, registrar.due(0.0, WALL), 0.01)
+    _crowd(registrar, 2000, 1.0)
+    assert len(registrar.due(1.0, WALL)) == 8
+    if how == "withdraw":
+        registrar.withdraw(VM, 1.001)
+    else:
+        registrar.release(VM, HOMES, 1, 1.001)
+    first = registrar.due(1.002, WALL)[0].registration
+    assert (first.vm, first.lifetime_seconds) == (VM, 0)
+
+
 def test_a_routine_message_that_is_lost_is_sent_again_though_the_window_is_full() -> None:
     registrar = Registrar(["anchor1"], GATEWAYS["old"][1], 120)
     registrar.anchor_answers("anchor1", 0.001, 0.0)

@@ -241,6 +241,9 @@ class Registrar:
                 urgent += self._send(line, anchor, now, wall)
             elif line.under_way:
                 again += self._send(line, anchor, now, wall)
+            elif line.phase is Phase.WITHDRAWING:
+                # Its packets are lost until the anchors know, or have said who has it.
+                anchor.backlog.appendleft(line)
             else:
                 anchor.backlog.append(line)
         return urgent + again + self._routine(now, wall)

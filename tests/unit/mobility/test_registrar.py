@@ -303,9 +303,9 @@ def test_few_messages_wait_at_an_anchor_that_is_near_and_many_are_under_way_to_o
     assert [outgoing.registration.vm for outgoing in registrar.due(5.0, WALL + 5)][:2] == [VM, VM]
 
 
-def _answered(registrar: Registrar, sent: list[Outgoing], now: float) -> None:
+def _answered(registrar: Registrar, sent: list[Outgoing], now: float, granted_seconds: int = 120) -> None:
     for one in sent:
-        told = Acknowledgement(one.registration.vm, 0, one.sequence, 120, one.registration.ticks)
+        told = Acknowledgement(one.registration.vm, 0, one.sequence, granted_seconds, one.registration.ticks)
         registrar.acknowledge(one.anchor, told, now)
 
 
@@ -351,6 +351,24 @@ def test_refreshes_get_through_while_hand_overs_follow_each_other() -> None:
         routine += len(sent)
         _answered(registrar, sent, now)
     assert routine >= 72
+
+
+@pytest.mark.parametrize("granted_seconds", [120, 40])
+def test_no_binding_of_thousands_runs_out_while_hand_overs_follow_each_other(granted_seconds: int) -> None:
+    registrar = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    _crowd(registrar, 5000)
+    routine, most, seconds = 0, 0, 3
+    for step in range(seconds * 500):
+        now = step / 500
+        registrar.give_way(now)
+        sent = registrar.due(now, WALL + now)
+        routine += len(sent)
+        most = max(most, len(sent))
+        _answered(registrar, sent, now, granted_seconds)
+    # Half a lifetime, less the share by which refreshes are spread.
+    assert routine / seconds >= len(ANCHORS) * 5000 / (granted_seconds / 2 * 0.75)
+    # And what a claim finds in its way is no more than ever.
+    assert most <= 8
 
 
 @pytest.mark.parametrize("how", ["withdraw", "release"])

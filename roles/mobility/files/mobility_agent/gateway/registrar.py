@@ -154,6 +154,8 @@ class Registrar:
         self._anchors = {name: _Anchor(name) for name in anchors}
         self._care_of = care_of
         self._lifetime_seconds = lifetime_seconds
+        # The shortest that an anchor has granted.
+        self._granted_seconds = lifetime_seconds
         self._claims: dict[str, _Claim] = {}
         self._lines: dict[tuple[str, str], _Line] = {}
         self._queue: list[tuple[float, int, _Line]] = []
@@ -259,7 +261,8 @@ class Registrar:
                 if self._current(line) and line.due_at <= now and not line.under_way:
                     outgoing += self._send(line, anchor, now, wall)
             ready = [anchor for anchor in ready if anchor.may_send]
-        self._pace.sent(len(outgoing), now)
+        # With twice as many as half a lifetime asks for there is time for a lost one to be sent again.
+        self._pace.sent(len(outgoing), now, 4 * len(self._lines) / self._granted_seconds)
         return outgoing
 
     def _send(self, line: _Line, anchor: _Anchor, now: float, wall: float) -> list[Outgoing]:
@@ -356,6 +359,7 @@ class Registrar:
         line.acknowledged_at = now
         line.sentence = f"VM {line.vm}: {kind} with {line.anchor}"
         granted = answer.lifetime_seconds or self._lifetime_seconds
+        self._granted_seconds = min(granted, self._granted_seconds)
         share = zlib.crc32(line.vm.encode()) / (1 << 32)
         self._schedule(line, now + granted / 2 * (1 - _SPREAD * share))
         return Outcome(kind, line.vm, line.anchor, line.sentence, answer.epoch, self._care_of)

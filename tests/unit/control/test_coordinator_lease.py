@@ -32,7 +32,8 @@ def test_another_has_it_until_it_runs_out_or_is_given_back() -> None:
     assert lease.ask("a", "anna", 15)
     clock.now += 3
     assert lease.told() == {
-        "id": "a", "who": "anna", "held_seconds": 8, "heard_seconds": 3, "renewals": 1, "seconds_left": 12,
+        "id": "a", "who": "anna", "held_seconds": 8, "heard_seconds": 3, "renewals": 1, "taken_over": False,
+        "seconds_left": 12,
     }  # fmt: skip
     clock.now += 12
     assert lease.told() is None, "nobody heard of it since"
@@ -51,7 +52,7 @@ def test_it_is_taken_over_on_the_explicit_word_and_the_first_is_told() -> None:
     assert not lease.ask("a", "anna", 15)
     told = lease.told()
     assert told is not None
-    assert (told["who"], told["renewals"]) == ("bert", 0)
+    assert (told["who"], told["renewals"], told["taken_over"]) == ("bert", 0, True)
 
 
 @given(

@@ -3,7 +3,7 @@
 
 Jobs are the proxy's and need no coordinator. The lease only keeps two of them from sharing out a line, so it
 lives in memory: it is over within seconds anyway, and of a proxy that was restarted the one that coordinates
-asks for it anew at its next look. Should another be quicker, the first is told, and exactly one goes on.
+asks for it anew at its next look. Should another be quicker, the first is told who and how he came by it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ class _Held:
     since: float
     heard: float
     until: float
+    # On an operator's word: whoever had it before is to end.
+    taken_over: bool
     renewals: int = 0
 
 
@@ -52,7 +54,7 @@ class CoordinatorLease:
             logger.warning("%s coordinates from now on, taken over from %s", who, held.who)
         else:
             logger.info("%s coordinates from now on", who)
-        self._held = _Held(coordinator, who, now, now, now + for_seconds)
+        self._held = _Held(coordinator, who, now, now, now + for_seconds, take_over)
         return True
 
     def told(self) -> dict[str, Any] | None:
@@ -66,5 +68,6 @@ class CoordinatorLease:
             "held_seconds": now - held.since,
             "heard_seconds": now - held.heard,
             "renewals": held.renewals,
+            "taken_over": held.taken_over,
             "seconds_left": held.until - now,
         }

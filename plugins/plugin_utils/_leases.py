@@ -3,7 +3,8 @@
 """One coordinator per hypervisor: leases of seconds that the sources' proxies keep, renewed at each look.
 
 A controller that dies renews nothing, and its successor waits no longer than the lease runs; one that is
-alive is seen by its renewals, and the second is refused with who it is.
+alive is seen by its renewals, and the second is refused with who it is. Who only tries holds a host for a
+moment and renews nothing: that ends nobody who is at work.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _INTERVALS = 5.0
 _PATIENCE_SECONDS = 2.0
 # The last renewal of one that was killed may come after the first look at it; another after that does not.
 _RENEWALS_OF_THE_LIVING = 2
+# So many are asked one after the other until one keeps a lease; each that is silent costs the patience.
+_ASKED_ALONE = 3
 _HOSTS_NAMED = 4
 # Longer is refused by proxies.
 _LONGEST_WHO = 200
@@ -34,7 +37,7 @@ Holder = t.Mapping[str, t.Any]
 
 
 class TakenOver(Exception):
-    """Another coordinates a host that was ours: this one gives no more orders."""
+    """Another coordinates what was ours: this one gives no more orders."""
 
 
 def findings_of(site: str, holders: t.Mapping[str, Holder], now: float) -> list[Finding]:
@@ -86,10 +89,17 @@ class Leases:
         self._clock = clock
         self._sleep = sleep
         self._identifier = uuid.uuid4().hex
-        self._granted: set[str] = set()
+        # Until when each is ours, by our clock.
+        self._granted: dict[str, float] = {}
+        # Were ours, and another has them.
+        self._lost: set[str] = set()
         # Proxies of an older version.
         self._cannot: set[str] = set()
+        # That said nothing, or refused, at the last try.
+        self._mute: set[str] = set()
+        self._refused: set[str] = set()
         self._claimed = False
+        self._by_word = False
         self.seconds = _LEAST_SECONDS
 
     def claim(self, hosts: t.Iterable[str], interval: float, *, take_over: bool) -> list[Finding]:
@@ -98,7 +108,7 @@ class Leases:
         ``interval``: seconds between two looks. Waits for one who may be gone until his lease has run out.
         """
         self.seconds = max(_LEAST_SECONDS, _INTERVALS * interval)
-        # In one order, the first alone: of two that begin at once one gets none, and not each some.
+        self._by_word = take_over
         names = sorted(hosts)
         began, first_seen, said = self._clock(), dict[tuple[str, str], int](), False
         while True:
@@ -125,23 +135,38 @@ class Leases:
             self._sleep(random.uniform(0.5, 1.5))
 
     def renew(self, host: str) -> None:
-        """For some seconds more. Raises TakenOver, or ProxyError where the host does not answer."""
+        """For some seconds more. Raises TakenOver, or ProxyError where another has it or nobody answers.
+
+        A host that another has is left to that one, and asked again at the next look: who only tried, at a
+        proxy that was restarted or out of our reach, has given it back by then. Taken over is who lost one on
+        an operator's word, or all that he held to one that renews.
+        """
         if not self._claimed or host in self._cannot:
             return
-        was_ours = host in self._granted
         holder = self._ask(host, self.seconds, take_over=False)
         if holder is None:
+            self._lost.discard(host)
             return
+        if self._granted.pop(host, None) is not None:
+            self._lost.add(host)
         told = f"{host}: {_since(holder, self._clock())} coordinates its evacuation"
-        if was_ours:
+        if host in self._lost and self._ends_us(holder):
             raise TakenOver(f"{told} and has taken over; this one gives no more orders, what is under way "
                             "goes on: see what that one says")  # fmt: skip
         raise ProxyError("conflict", f"{told}; its VMs are left to that one")
 
+    def _ends_us(self, holder: Holder) -> bool:
+        """Whether who has a host of ours ends us; of two, never each the other."""
+        # Of two that take over at the same time each may hold some of the other's: by word one of them ends.
+        if holder.get("taken_over") and not (self._by_word and self._identifier > str(holder["id"])):
+            return True
+        now = self._clock()
+        return int(holder["renewals"]) > 0 and all(until <= now for until in list(self._granted.values()))
+
     def give_back(self) -> None:
         """Others need not wait until they have run out."""
         self._claimed = False
-        asked = [self._pool.submit(self._quietly, host) for host in sorted(self._granted)]
+        asked = [self._pool.submit(self._quietly, host) for host in list(self._granted)]
         self._granted.clear()
         wait(asked, _PATIENCE_SECONDS)
 
@@ -152,14 +177,24 @@ class Leases:
             return  # it runs out by itself
 
     def _try(self, names: t.Sequence[str], *, take_over: bool) -> dict[str, Holder]:
-        """Who refused, by host; hosts that do not answer are asked again at the first look."""
-        waiting = list(names)
-        while waiting and not self._granted:
-            refused = self._ask_all(waiting[:1], take_over=take_over)
-            if refused:
-                return refused
-            del waiting[0]
-        return self._ask_all(waiting, take_over=take_over)
+        """Who refused, by host; hosts that do not answer are asked again at the first look.
+
+        In one order, the first alone: of two that begin at once one gets none, and not each some. Who refused
+        at the last try comes first, lest each try takes for a moment what is free.
+        """
+        waiting = [name for name in names if name not in self._cannot]
+        waiting.sort(key=lambda name: (name not in self._refused, name in self._mute))
+        self._mute.clear()
+        refused: dict[str, Holder] = {}
+        for _number in range(_ASKED_ALONE):
+            first, waiting = waiting[:1], waiting[1:]
+            refused = self._ask_all(first, take_over=take_over)
+            if refused or not self._mute.issuperset(first):
+                break
+        if not refused:
+            refused = self._ask_all(waiting, take_over=take_over)
+        self._refused = set(refused)
+        return refused
 
     def _ask_all(self, names: t.Sequence[str], *, take_over: bool) -> dict[str, Holder]:
         asked = {
@@ -169,6 +204,7 @@ class Leases:
         told = {}
         for name, answer in asked.items():
             if not answer.done() or answer.exception() is not None:
+                self._mute.add(name)
                 continue
             holder = answer.result()
             if holder is not None:
@@ -180,15 +216,17 @@ class Leases:
         body = {
             "coordinator": self._identifier, "who": self._who, "for_seconds": seconds, "take_over": take_over,
         }  # fmt: skip
+        until = self._clock() + seconds
         try:
             told = ask(self._proxies[host], "POST", _PATH, body, _LEAST_SECONDS)
         except ProxyError as error:
             if error.cause != "not-found":
                 raise
-            self._cannot.add(host)
-            self._say(f"{host}: its proxy is of an older version and cannot say whether somebody else "
-                      "coordinates it")  # fmt: skip
+            if host not in self._cannot:
+                self._cannot.add(host)
+                self._say(f"{host}: its proxy is of an older version and cannot say whether somebody else "
+                          "coordinates it")  # fmt: skip
             return None
         if told["granted"] and seconds > 0:
-            self._granted.add(host)
+            self._granted[host] = until
         return None if told["granted"] else told["coordinator"]

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 
 from mobility_agent.config import Peer, parse
-from mobility_agent.messages.codec import encode, only_confirms
+from mobility_agent.messages.codec import Key, encode, only_confirms
 from mobility_agent.messages.headers import BindingUpdate, Message
 from mobility_agent.messages.options import HandoffIndicator
 from mobility_agent.messages.registration import Acknowledgement, Registration, home_address
@@ -48,11 +48,11 @@ class Anchor(Transport):
             raise RuntimeError("a defect of ours")
 
 
-def _update(sequence: int, handoff: HandoffIndicator) -> bytes:
+def _update(sequence: int, handoff: HandoffIndicator, key: Key = GATEWAY.key) -> bytes:
     vm = f"{sequence:08x}-2222-3333-4444-555555555555"
     update = Registration(vm, (HOME,), GATEWAY.tunnel_address, 1, sequence, 120, handoff).update(sequence)
     home = home_address(update)
-    return encode(update, GATEWAY.address, ANCHOR.address, GATEWAY.key, care_of=GATEWAY.address, home=home)
+    return encode(update, GATEWAY.address, ANCHOR.address, key, care_of=GATEWAY.address, home=home)
 
 
 @pytest.fixture
@@ -78,6 +78,28 @@ async def test_a_hand_over_does_not_wait_behind_refreshes(gateway: socket.socket
     await _until_seen(anchor, 101)
     # Nothing is lost, and what only confirms keeps its order.
     assert anchor.seen == [1000, *range(100)]
+    anchor.stop()
+
+
+async def test_refreshes_get_through_a_flood_that_nobody_signed(gateway: socket.socket) -> None:
+    anchor, before = Anchor(), []
+    take = anchor._take
+
+    def counted(data: bytes, peer: Peer) -> None:
+        take(data, peer)
+        before.append(len(anchor.seen))
+
+    anchor._take = counted  # type: ignore[method-assign]
+    forged = _update(1, HANDOFF, replace(GATEWAY.key, secret=bytes(32)))
+    for sequence in range(4):
+        gateway.sendto(_update(sequence, REFRESH), anchor.datagrams.getsockname())
+    for _ in range(200):
+        gateway.sendto(forged, anchor.datagrams.getsockname())
+    anchor.start()
+    await _until_seen(anchor, 4)
+    assert [before.index(count) for count in (1, 2, 3)] == [7, 15, 23]
+    assert anchor.seen == [0, 1, 2, 3]
+    assert anchor.counters["received"] == 4
     anchor.stop()
 
 

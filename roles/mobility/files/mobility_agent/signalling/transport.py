@@ -2,8 +2,11 @@
 """Mobility headers on a raw socket of protocol 135, from and to known peers only, all authenticated.
 
 Between a gateway and an anchor the gateway's key holds both ways: so a gateway needs no key but its own.
-What has come is taken from the kernel at once, and what only confirms waits until the rest has been dealt
-with: a hand-over does not wait behind what hundreds of gateways refresh, or tell a restarted anchor.
+Up to 8192 messages are taken from the kernel as they come; what is more waits there, in order of arrival,
+and is dropped when the kernel's buffer is full. Of those taken, what only confirms gives way to the rest: a
+hand-over does not wait behind what hundreds of gateways refresh, or tell a restarted anchor. But not for
+ever: nothing is authenticated yet then, and who merely sends much in a peer's name must not stop all
+refreshes.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ _QUIET_SECONDS = 10.0
 # Taken from the kernel in one turn, kept here at most, and dealt with in one turn: timers and the control
 # interface get their turn in a flood, too.
 _TAKEN, _MOST_KEPT, _DEALT_WITH = 256, 8192, 8
+# After so many that went before it, one that only confirms is dealt with.
+_MOST_BEFORE = 7
 
 Receiver = Callable[[Peer, Message], None]
 
@@ -79,6 +84,8 @@ class Transport:
         self._socket: socket.socket | None = None
         self._first: deque[tuple[bytes, Peer]] = deque()
         self._then: deque[tuple[bytes, Peer]] = deque()
+        #: Dealt with since one of ``_then`` was, while there were any.
+        self._went_before = 0
         self._working = False
         self.counters: Counter[str] = Counter()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
@@ -167,15 +174,21 @@ class Transport:
     def _work(self) -> None:
         try:
             for _unused in range(_DEALT_WITH):
-                waiting = self._first or self._then
-                if self._socket is None or not waiting:
+                if self._socket is None or not (self._first or self._then):
                     break
-                self._take(*waiting.popleft())
+                self._take(*self._following())
         finally:
             # Whatever became of one, the next ones are dealt with.
             self._working = self._socket is not None and bool(self._first or self._then)
             if self._working:
                 asyncio.get_running_loop().call_soon(self._work)
+
+    def _following(self) -> tuple[bytes, Peer]:
+        if not self._first or (self._then and self._went_before >= _MOST_BEFORE):
+            self._went_before = 0
+            return self._then.popleft()
+        self._went_before = self._went_before + 1 if self._then else 0
+        return self._first.popleft()
 
     def _take(self, data: bytes, peer: Peer) -> None:
         try:

@@ -54,7 +54,7 @@ async def compare(
     kernel, found = RouteSocket(), Differences()
     try:
         await _routes(kernel, wanted, has_device, found)
-        present = {entry async for entry in _slowly(neighbours.each(kernel))}
+        present = {entry async for entry in _slowly(neighbours.each(kernel)) if entry is not None}
     finally:
         kernel.close()
     there = functools.cache(has_device)
@@ -67,7 +67,7 @@ async def compare(
 async def _routes(
     kernel: RouteSocket, wanted: Wanted, has_device: Callable[[str], bool], found: Differences
 ) -> None:
-    present = {route async for route in _slowly(routes.each(kernel))}
+    present = {route async for route in _slowly(routes.each(kernel)) if route is not None}
 
     there = functools.cache(has_device)
 

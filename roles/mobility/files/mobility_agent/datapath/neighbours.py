@@ -57,11 +57,12 @@ def drop(neighbour: Neighbour) -> Request:
     return Request(_DELETE, 0, _body(neighbour), str(neighbour), removal=True)
 
 
-def _each(kernel: RouteSocket, family: int, flags: int) -> Iterator[Neighbour]:
+def _each(kernel: RouteSocket, family: int, flags: int) -> Iterator[Neighbour | None]:
     for content in kernel.dump(_GET, _MESSAGE.pack(family, 0, 0, flags, 0)):
         _unused, index, _unused, entry_flags, _unused = _MESSAGE.unpack_from(content)
         told = attributes(content[_MESSAGE.size :])
         if told.get(_PROTOCOL, b"\0")[0] != PROTOCOL or _ADDRESS not in told:
+            yield None
             continue
         proxied = bool(entry_flags & _PROXY)
         mac = None if proxied else told.get(_MAC, b"").hex(":")
@@ -84,12 +85,12 @@ def seen(kernel: RouteSocket, device: str) -> list[Neighbour]:
     return found
 
 
-def each(kernel: RouteSocket) -> Iterator[Neighbour]:
-    """Our own neighbours, permanent and proxied, as the kernel tells them."""
+def each(kernel: RouteSocket) -> Iterator[Neighbour | None]:
+    """Our own neighbours, permanent and proxied, as the kernel tells them; None for each that is not ours."""
     for family, flags in ((socket.AF_INET6, 0), (socket.AF_INET6, _PROXY), (socket.AF_INET, 0)):
         yield from _each(kernel, family, flags)
 
 
 def read(kernel: RouteSocket) -> list[Neighbour]:
     """Our own neighbours."""
-    return list(each(kernel))
+    return [entry for entry in each(kernel) if entry is not None]

@@ -194,8 +194,11 @@ def _parse_all_but_priority(content: bytes, name: Callable[[int], str]) -> Route
     )
 
 
-def each(kernel: RouteSocket) -> Iterator[Route]:
-    """Our own routes, of every table, as the kernel tells them."""
+def each(kernel: RouteSocket) -> Iterator[Route | None]:
+    """Our own routes, of every table, as the kernel tells them; None for each that is not ours.
+
+    So that whoever gives others a turn now and then can do it among somebody else's routes, too.
+    """
     names: dict[int, str] = {}
 
     def name(index: int) -> str:
@@ -208,13 +211,12 @@ def each(kernel: RouteSocket) -> Iterator[Route]:
 
     for family in (socket.AF_INET6, socket.AF_INET):
         asked = _MESSAGE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
-        parsed = (_parse(content, name) for content in kernel.dump(_GET, asked))
-        yield from (route for route in parsed if route is not None)
+        yield from (_parse(content, name) for content in kernel.dump(_GET, asked))
 
 
 def read(kernel: RouteSocket) -> list[Route]:
     """Our own routes, of every table."""
-    return list(each(kernel))
+    return [route for route in each(kernel) if route is not None]
 
 
 def reconcile(kernel: RouteSocket, wanted: Iterable[Route]) -> tuple[int, int]:

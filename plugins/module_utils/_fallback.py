@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
@@ -39,11 +39,12 @@ class Phase(StrEnum):
 class Move:
     """A move under way, as it was seen last.
 
-    ``remaining_bytes`` is what this round has left, ``dirtied_bytes`` what was dirtied since it began, as far
-    as is known, ``bytes_per_second`` what it got over the last interval, ``dirty_bytes_per_second`` what the
-    guest dirties, ``sent_bytes`` what of its memory has crossed; all on the wire. ``round_number`` is QEMU's,
-    from 1 on; 0: none has begun, or nobody says. ``hopeless``: the proxy says that the longest stop that is
-    allowed would not do. ``silent``: its host says nothing now, and nothing can be told to it.
+    ``remaining_bytes`` is what this round has left, ``most_remaining_bytes`` what it may have left where a
+    sample of the memory said too little (None: the same), ``dirtied_bytes`` what was dirtied since it began,
+    as far as is known, ``bytes_per_second`` what it got over the last interval, ``dirty_bytes_per_second``
+    what the guest dirties, ``sent_bytes`` what of its memory has crossed; all on the wire. ``round_number``
+    is QEMU's, from 1 on; 0: none has begun, or nobody says. ``hopeless``: the proxy says that the longest
+    stop that is allowed would not do. ``silent``: its host says nothing now, and nothing can be told to it.
     """
 
     vm: str
@@ -57,6 +58,14 @@ class Move:
     dirtied_bytes: float = 0.0
     sent_bytes: float = 0.0
     round_number: int = 0
+    most_remaining_bytes: float | None = None
+
+    @property
+    def at_worst(self) -> Move:
+        """The same with the most that its round may have left."""
+        if self.most_remaining_bytes is None:
+            return self
+        return replace(self, remaining_bytes=self.most_remaining_bytes, most_remaining_bytes=None)
 
     @property
     def left_bytes(self) -> float:
@@ -108,6 +117,8 @@ def judge(
     """
     if move.rung is not Rung.LIVE or move.phase is not Phase.BULK:
         return None
+    # What is lost by a fall that comes too late cannot be had again.
+    move = move.at_worst
     closing = closing_seconds(round_trip_seconds)
     live = live_seconds(move, rate) + closing
     # The guest goes on dirtying until it stands: at most what it dirties in an interval comes on top.

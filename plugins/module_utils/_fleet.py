@@ -285,7 +285,8 @@ class Eyes:
         if before is not None and now > before[0]:
             rate = max(0.0, (sent - before[1]) / (now - before[0]))
         trip = float(link.get("round_trip_seconds") or 0.0)
-        return PairView(link.get("state") == "up", rate, trip)
+        least = float(link.get("least_round_trip_seconds") or 0.0)
+        return PairView(link.get("state") == "up", rate, trip, least_round_trip_seconds=least)
 
     def _move(self, job: Job, label: Json, now: float) -> Move:
         uuid = str(job["vm"])

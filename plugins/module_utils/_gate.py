@@ -31,8 +31,6 @@ _LONGEST_REST = 32
 # Below this share of what one move gets, spare is as good as none.
 _NOTHING = 0.06
 _BLIND_INTERVALS = 2
-# So many begin on an idle line of which nothing is known: what comes before their memory costs it nothing.
-_BLIND_MOVES = 3
 # A lead-in that takes longer than so many usual ones had much to catch up with: it says nothing of others.
 _LONGEST_LEAD_IN = 2.5
 # What those that are served fully must gain of what is taken from the others.
@@ -80,12 +78,12 @@ class Gate:
     @property
     def lead_in_seconds(self) -> float:
         """What passes before the memory of one that begins now begins to cross: on a busy line longer."""
-        usual = lead_in_seconds(self.round_trip_seconds)
-        return min(max(usual, self.seen_lead_in_seconds), _LONGEST_LEAD_IN * usual)
+        return max(lead_in_seconds(self.round_trip_seconds), self.seen_lead_in_seconds)
 
     def saw_lead_in(self, seconds: float) -> None:
         """A move's memory began to cross so long after it was begun."""
-        self.seen_lead_in_seconds = max(seconds, 0.8 * self.seen_lead_in_seconds + 0.2 * seconds)
+        if seconds <= _LONGEST_LEAD_IN * lead_in_seconds(self.round_trip_seconds):
+            self.seen_lead_in_seconds = max(seconds, 0.8 * self.seen_lead_in_seconds + 0.2 * seconds)
 
     @property
     def capacity(self) -> float | None:
@@ -114,9 +112,9 @@ class Gate:
         """How many moves may be under way; at first the next ones are got ready before there is room."""
         if self._starting and not self._filled:
             # Where one is thought to fill it, another would only be kept waiting with its memory begun.
-            if self.stream is None:
-                return 1 if (self.rate or 2 * self._usual) <= self._usual else _BLIND_MOVES
-            return 2 * self.open
+            return (
+                1 if self.stream is None and (self.rate or 2 * self._usual) <= self._usual else 2 * self.open
+            )
         partly = self.stream is not None and self.spare % self.stream > _FIRST_PROBE * self.stream
         return self.open + partly
 

@@ -24,12 +24,16 @@ def interval_seconds(round_trip_seconds: t.Iterable[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PairView:
-    """A pair over the last interval; not ``heard``: as it was seen before, for its host owes an answer."""
+    """A pair over the last interval; not ``heard``: as it was seen before, for its host owes an answer.
+
+    ``round_trip_seconds`` is with queues, ``least_round_trip_seconds`` the least of late; 0: not known.
+    """
 
     up: bool = True
     goodput_bytes_per_second: float = 0.0
     round_trip_seconds: float = 0.0
     heard: bool = True
+    least_round_trip_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

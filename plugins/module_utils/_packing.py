@@ -32,8 +32,10 @@ class Packing:
         """Take in counters: bytes sent for this VM, and what QEMU says of its job."""
         pages = _number(progress, "memory_normal_bytes")
         counted = pages - self._pages_before
+        if counted <= 0 or sent_wire < self._wire_before:
+            # What was sent before the first page is catch-up, not memory; and counters may begin anew.
+            self._wire_before, self._pages_before, counted = sent_wire, pages, 0.0
         if counted >= _ENOUGH_BYTES:
-            # What went before the pages is a small part, and counts as theirs.
             ratio = (sent_wire - self._wire_before) / counted
             self.ratio = min(_MOST_RATIO, max(_LEAST_RATIO, ratio))
         empty = _number(progress, "memory_constant") * (_number(progress, "memory_page_size") or _PAGE_BYTES)

@@ -56,5 +56,9 @@ def _less_the_empty(move: Move, vm: VmSummary) -> Move:
     sampled = vm.sampled_memory_bytes
     if sampled is None or move.phase is not Phase.BULK or move.round_number != 1:
         return move
+    if move.sent_bytes >= sampled:
+        return move  # the sample said too little
     left = max(_LEAST_SHARE * move.remaining_bytes, sampled - move.sent_bytes)
-    return replace(move, remaining_bytes=min(move.remaining_bytes, left))
+    if left >= move.remaining_bytes:
+        return move
+    return replace(move, remaining_bytes=left, most_remaining_bytes=move.remaining_bytes)

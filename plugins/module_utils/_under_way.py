@@ -19,6 +19,11 @@ _MOST_ROUNDS = 5.0
 # So much of what is said to be left of a first round will surely cross: pages that nobody has looked at yet
 # may be empty. Who is begun a little early waits with its memory begun; who is late costs all of them time.
 _CERTAIN_SHARE = 0.6
+# What a line is thought to carry of which nothing is known yet: of small guests more than two begin on it
+# while it is idle anyway.
+_UNKNOWN_BYTES_PER_SECOND = 12.5e6
+# So many begin at one look because the line runs dry, at most.
+_MOST_AT_ONCE = 4
 # Memory of which nobody has seen what packing makes of it: idle guests came to 0.26 to 0.40 of it. Whoever
 # thinks that it is more lets the line run dry.
 _LEAST_PACKED_RATIO = 0.25
@@ -41,10 +46,12 @@ class UnderWay:
         processors: t.Mapping[str, int],
     ) -> None:
         self._moves = [(vms[uuid], move) for uuid, move in seen.moves.items() if uuid in vms]
-        self._asked_for = asked_for
+        # What they send is counted, those that begin now included.
+        self._beginning = list(asked_for)
         self._uplinks = uplinks
         self._processors = processors
         self.room = {id(gate): gate.window for gate in uplinks.gates.values()}
+        self._more: dict[int, int] = {}
         self.active: dict[Pair, int] = {}
         self.packing: dict[str, int] = {}
         for vm, move in self._moves:
@@ -54,7 +61,8 @@ class UnderWay:
             if not move.silent and not (uplinks.adaptive and (move.hopeless or self._nearly_over(vm, move))):
                 self._takes_a_place(vm)
         for vm in asked_for:
-            self.begins(vm)
+            self._packs(vm)
+            self._takes_a_place(vm)
         for gate in uplinks.gates.values():
             if uplinks.adaptive and self.room[id(gate)] <= 0 and self._runs_dry(gate):
                 self.room[id(gate)] = 1
@@ -63,6 +71,12 @@ class UnderWay:
         """It is one of them from now on."""
         self._packs(vm)
         self._takes_a_place(vm)
+        self._beginning.append(vm)
+        gate = self._uplinks.gate_of(vm)
+        left = self._more.get(id(gate), _MOST_AT_ONCE - 1)
+        if self._uplinks.adaptive and left > 0 and self.room[id(gate)] == 0 and self._runs_dry(gate):
+            # Small ones are through within a look: one at each look would not fill the line.
+            self.room[id(gate)], self._more[id(gate)] = 1, left - 1
 
     def packs_enough(self, source: str) -> bool:
         """Whether a source has no processor for another, which one getting ready does not need yet.
@@ -112,10 +126,8 @@ class UnderWay:
 
         A lead-in costs an uplink nothing: whoever stands behind it in time keeps the line from idling.
         """
-        if not gate.capacity:
-            return False
-        queued = self._queued_bytes(gate, gate.capacity)
-        return queued / gate.capacity < gate.lead_in_seconds + INTERVAL_SECONDS
+        rate = gate.capacity or _UNKNOWN_BYTES_PER_SECOND
+        return self._queued_bytes(gate, rate) / rate < gate.lead_in_seconds + INTERVAL_SECONDS
 
     def _queued_bytes(self, gate: Gate, rate: float) -> float:
         """What all of them have still to send through a gate that carries so much."""
@@ -130,7 +142,7 @@ class UnderWay:
                 left = min(live_seconds(move, rate) * rate, _MOST_ROUNDS * move.left_bytes)
                 unknown = move.round_number == 1 and vm.sampled_memory_bytes is None
                 queued += _CERTAIN_SHARE * left if unknown else left
-        return queued + sum(least_bytes(vm) for vm in self._asked_for if self._uplinks.gate_of(vm) is gate)
+        return queued + sum(least_bytes(vm) for vm in self._beginning if self._uplinks.gate_of(vm) is gate)
 
 
 def least_bytes(vm: VmSummary) -> float:

@@ -36,9 +36,10 @@ class Uplinks:
         self._sent_before: set[str] = set()
         # Of those that were seen to be in their lead-in: since when.
         self._leads_in_since: dict[str, float] = {}
-        self._trips = {key: pair.round_trip_seconds for key, pair in self.pairs.items()}
         self._make_gates(site, strategy)
-        self._tell_trips(self._trips)
+        for key, pair in self.pairs.items():
+            gate = self.gate_of_pair(key)
+            gate.round_trip_seconds = max(gate.round_trip_seconds, pair.round_trip_seconds)
 
     def _make_gates(self, site: SiteSummary, strategy: str) -> None:
         if self.adaptive:
@@ -70,6 +71,8 @@ class Uplinks:
         served: dict[int, dict[str, Served]] = {}
         most: dict[int, float] = {}
         sent_before, self._sent_before = self._sent_before, set()
+        for uuid in self._leads_in_since.keys() - seen.moves.keys():
+            del self._leads_in_since[uuid]
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
             if vm is None:
@@ -78,7 +81,9 @@ class Uplinks:
             if move.phase not in {Phase.BULK, Phase.LAST}:
                 continue
             key = id(self.gate_of(vm))
-            most[key] = max(most.get(key, 0.0), move.bytes_per_second)
+            # What one gets that has a trickle of ours says nothing of what one can carry.
+            held_back = shares.given.get(uuid) is not None
+            most[key] = max(most.get(key, 0.0), 0.0 if held_back else move.bytes_per_second)
             if move.silent:
                 continue
             self._sent_before.add(uuid)
@@ -96,17 +101,17 @@ class Uplinks:
                 known = self.stream.get(vm.pair, 0.0)
                 self.stream[vm.pair] = max(move.bytes_per_second, known * 0.95)
         goodput: dict[int, float] = {}
-        news: dict[Pair, float] = {}
+        trips: dict[int, float] = {}
         for pair, view in seen.pairs.items():
             if pair in self.pairs:
-                # What was known may be of another path; what is seen now has a queue in it, a short one.
-                if view.round_trip_seconds > self._trips.get(pair, 0.0):
-                    news[pair] = view.round_trip_seconds
                 gate = self.gate_of_pair(pair)
+                # What was told at the beginning may have been another path's.
+                trip = view.least_round_trip_seconds or self.pairs[pair].round_trip_seconds
+                trips[id(gate)] = max(trips.get(id(gate), 0.0), trip)
                 goodput[id(gate)] = goodput.get(id(gate), 0.0) + view.goodput_bytes_per_second
-        if news:
-            self._tell_trips(news)
         gates = {id(gate): gate for gate in self.gates.values()}
+        for key, trip in trips.items():
+            gates[key].round_trip_seconds = trip
         waiting: set[int] = set()
         for uuid in waiting_uuids:
             waiting.add(id(self.gate_of(self._vms[uuid])))
@@ -116,15 +121,10 @@ class Uplinks:
             if shares.crowded(gate):
                 gate.observe_crowded(goodput.get(key, 0.0))
             else:
-                gate.observe(
-                    goodput.get(key, 0.0), served.get(key, {}), most.get(key, 0.0), more_wait=key in waiting
-                )
-
-    def _tell_trips(self, trips: t.Mapping[Pair, float]) -> None:
-        self._trips.update(trips)
-        for pair, trip in trips.items():
-            gate = self.gate_of_pair(pair)
-            gate.round_trip_seconds = max(gate.round_trip_seconds, trip)
+                carried = goodput.get(key, 0.0)
+                # Where only those are seen that were held back, another carried it and is through.
+                seen_most = most.get(key, 0.0) or (carried if key in most else 0.0)
+                gate.observe(carried, served.get(key, {}), seen_most, more_wait=key in waiting)
 
     def _time_lead_in(self, vm: VmSummary, move: Move, now: float) -> None:
         if move.phase is Phase.LEAD_IN:

@@ -161,7 +161,12 @@ class Simulation:
     def _observe(self, now: float, interval: float) -> Observation:
         moves = {uuid: vm.seen(interval) for uuid, vm in self._active.items()}
         pairs = {
-            key: PairView(pair.up, self._carried.get(key, 0.0) / interval, pair.round_trip_seconds)
+            key: PairView(
+                pair.up,
+                self._carried.get(key, 0.0) / interval,
+                pair.round_trip_seconds,
+                least_round_trip_seconds=pair.round_trip_seconds,
+            )
             for key, pair in self.links.pairs.items()
         }
         out = [uuid for uuid, vm in self.vms.items() if vm.out_at is not None]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precache_proxy.channel.governor import Governor
+from precache_proxy.channel.path_watch import Sample
 from precache_proxy.channel.pulses import PulseEcho
 
 from .test_scheduling import Line, idle
@@ -129,3 +130,43 @@ def test_an_echo_shows_a_pulse_between_looks() -> None:
     for beat in range(30, 40):
         echo.sample(beat * 0.01, 10_000 * beat + 37_500)
     assert echo.swiftest_bytes_per_second == pytest.approx(1e6)
+
+
+@pytest.mark.parametrize("still_seconds", [0.08, 0.1, 0.12, 0.25, 1.0])
+@pytest.mark.parametrize("pressed_seconds", [0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2])
+def test_a_path_that_stands_still_for_a_moment_leaves_a_rate(
+    still_seconds: float, pressed_seconds: float
+) -> None:
+    """Nothing arrives, and the round trip of what does comes late: 0 would be no rate, and end all looks."""
+    line, governor = Line(6.25e6, 0.04), Governor()
+    idle(line, governor, 3)
+    press(line, governor, pressed_seconds)
+    until, number = line.now + still_seconds, 0
+    while line.now < until:
+        line.now += governor.beat_seconds
+        number += 1
+        trip = 0.041 if number < 6 else 0.055
+        governor.sample(Sample(line.now, int(line.acknowledged), trip, 0.04, backlog=True))
+        assert (governor.rate_bytes_per_second or 0) >= 64_000.0
+    press(line, governor, 5)
+    before = line.acknowledged
+    press(line, governor, 5)
+    assert (line.acknowledged - before) / 5 > 0.9 * line.rate
+
+
+def test_a_pulse_says_when_it_is_on_so_that_the_look_that_ends_it_is_not_late() -> None:
+    """Between two small bursts a link looks four times a second: one would have left at twice the rate."""
+    line, governor = Line(6.25e6, 0.04), Governor()
+    idle(line, governor, 3)
+    began, lasted = None, []
+    until = line.now + 1.0
+    while line.now < until:
+        step = governor.beat_seconds
+        governor.sample(line.step(step, (governor.rate_bytes_per_second or 2e6) * step))
+        if governor.pulse_is_on:
+            began = line.now if began is None else began
+        elif began is not None:
+            lasted.append(line.now - began)
+            began = None
+    assert len(lasted) >= 2
+    assert max(lasted) < 0.031, lasted

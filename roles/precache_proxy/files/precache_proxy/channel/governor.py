@@ -72,6 +72,8 @@ class Governor:
     def __init__(self) -> None:
         self.rate_bytes_per_second: float | None = None
         self.queue_seconds = 0.0
+        # It ends with a sample: the next one must not be late, whatever there is to send.
+        self.pulse_is_on = False
         self._rate = _FIRST_RATE
         self._starting = True
         self._mark: Sample | None = None
@@ -119,6 +121,7 @@ class Governor:
         base = self._base_seconds(now)
         if base < _LOCAL_SECONDS:
             self._mark = now
+            self.pulse_is_on = False
             self.rate_bytes_per_second = None
             return None
         mark = self._mark
@@ -135,7 +138,8 @@ class Governor:
                 # A queue that stands is there at every look; a late wake-up of some process is not.
                 self._step(mark, now, max(0.0, self._least_trip - base), base)
                 self._begin_look(now)
-        rate = self._rate * PULSE_FACTOR if self._is_pulse(now) else self._rate
+        self.pulse_is_on = self._is_pulse(now)
+        rate = self._rate * PULSE_FACTOR if self.pulse_is_on else self._rate
         self.rate_bytes_per_second = None if now.at < self._paused_until else rate
         return self.rate_bytes_per_second
 
@@ -329,7 +333,8 @@ class Governor:
         elif late > _TARGET_SECONDS and seen < _PULSE_FULL * self._rate:
             # The pulse came through slower than it was sent, and stood in a queue: the bottleneck's rate.
             if self._echo.is_whole or self._full:
-                self._rate = _BELOW * max(seen, self._full)
+                # A path that stood still for a moment shows less than it carries, or nothing at all.
+                self._rate = max(_BELOW * max(seen, self._full), _FORGET * self._rate, _LEAST_RATE)
                 self._delivered.clear()
                 self._delivered.append(self._rate)
                 self._starting = False

@@ -351,7 +351,8 @@ class Link:
         while True:
             sent, before = sum(session.sent_wire_bytes for session in self._sessions()), sent
             sending = sent > before + _BUSY_BYTES or any(session.has_backlog for session in self._sessions())
-            await asyncio.sleep(self._rate.beat_seconds if sending else _TICK_SECONDS)
+            closely = sending or self._rate.pulse_is_on
+            await asyncio.sleep(self._rate.beat_seconds if closely else _TICK_SECONDS)
             now = time.monotonic()
             self._rate.govern(now, self._sessions())
             beat += 1

@@ -53,6 +53,11 @@ class LinkRate:
         return min((rate for rate in known if rate is not None), default=None)
 
     @property
+    def pulse_is_on(self) -> bool:
+        """Whether more than the rate is let through for a moment, which the next look ends."""
+        return self._governor.pulse_is_on
+
+    @property
     def beat_seconds(self) -> float:
         """How soon to look at the path again while something is sent."""
         return self._governor.beat_seconds

@@ -13,6 +13,7 @@ import time
 import typing as t
 from pathlib import Path
 
+from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import DEFAULT_SOCKET
@@ -287,6 +288,10 @@ class ActionModule(ActionBase):
             for peer in peers - set(destinations):
                 if peer and peer in hostvars:
                     destinations[str(peer)] = bridge(str(peer))
+        # A VM that is here now keeps what is said of it where it is listed: on the way home, too.
+        for name in sorted(set(inventory) - set(sources)):
+            for named, wish in _sound_wishes(hostvars, name):
+                wishes.setdefault(name, {})[named] = with_group(wish, groups)
         if unfollowed or not sources:
             # By itself a deadline that has passed is no reason to refuse: what is under way is picked up.
             raise _Wrong(findings + unfollowed + passed(deadline, time.time()))
@@ -372,6 +377,25 @@ class ActionModule(ActionBase):
     @staticmethod
     def _say(text: str) -> None:
         display.display("{} {}".format(time.strftime("%H:%M:%S"), text))
+
+
+def _sound_wishes(
+    hostvars: t.Mapping[str, t.Any], host: str
+) -> t.Iterator[tuple[str, t.Mapping[str, t.Any]]]:
+    """What the inventory says of the VMs of a host that is not to be emptied.
+
+    What is wrong with its variables is found by its own run, and in nobody's way here.
+    """
+    try:
+        listed = list(hostvars[host].get("lifeboat_vms") or [])
+        wishes = [
+            (str(wish["name"]), wish) for wish in listed if isinstance(wish, t.Mapping) and wish.get("name")
+        ]
+    except AnsibleError:
+        return
+    for named, wish in wishes:
+        if not (wish_findings(named, wish) or leaving_findings(named, wish)):
+            yield named, wish
 
 
 def _vms(hostvars: t.Mapping[str, t.Any], hosts: t.Iterable[str]) -> t.Iterator[t.Mapping[str, t.Any]]:

@@ -179,6 +179,20 @@ def test_a_hosts_variables_say_how_its_vms_may_leave(stage: Stage) -> None:
     assert "evacuate_shutdown_seconds" in told
 
 
+def test_a_vm_that_is_elsewhere_keeps_what_is_said_of_it_where_it_is_listed(stage: Stage) -> None:
+    """On the way home, for one; and what is wrong with that host's variables is in nobody's way."""
+    protect(stage)
+    stage.others["its-home"] = {
+        "lifeboat_vms": [{"name": "web1", "fallback": ["restart"], "power_off": False}]
+    }
+    stage.others["broken"] = {"lifeboat_vms": "{{ nowhere.to_be_found }}"}
+    stage.others["wrong"] = {"lifeboat_vms": [{"name": "web1", "fallback": ["teleport"]}, 7]}
+    done = stage.evacuate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    [options] = stage.parts.evacuation.options
+    assert (options.mode, options.power_off) == ("restart", False)
+
+
 def test_where_another_is_at_work_this_is_told_with_all_else_and_nothing_started(stage: Stage) -> None:
     protect(stage)
     stage.parts.lease.ask("x", "anna on ctl1", 300)

@@ -297,12 +297,8 @@ class Eyes:
         rate = 0.0
         if before is not None and now > before.at:
             rate = max(0.0, (wire - before.sent_wire) / (now - before.at))
-        packing = self._packing.get(str(job["id"]))
-        if packing is None:
-            packing = self._packing[str(job["id"])] = Packing(wire, progress)
+        packing = self._packing.setdefault(str(job["id"]), Packing())
         packing.look(wire, progress)
-        dirty = float(progress.get("memory_dirty_pages_per_second") or 0.0)
-        dirty *= float(progress.get("memory_page_size") or 4096)
         left = packing.left_bytes + float(progress.get("disk_remaining_bytes") or 0.0)
         if self._chases_its_disk(job, progress, now):
             return Move(uuid, Phase.BULK, Rung.LIVE, left, rate, OUTRUNS_BYTES_PER_SECOND, hopeless=True)
@@ -312,7 +308,7 @@ class Eyes:
             Rung.PAUSED if uuid in self.paused else _rung(job),
             left,
             rate,
-            dirty * packing.ratio,
+            packing.dirty_bytes_per_second,
             bool(progress.get("hopeless")),
             sent_bytes=packing.sent_bytes,
             round_number=int(progress.get("memory_iteration") or 0),

@@ -19,14 +19,17 @@ _PAGE_BYTES = 4096
 
 
 class Packing:
-    """One job's memory. ``sent_bytes``: what of it has crossed; ``left_bytes``: what its round has left."""
+    """One job's memory, on the wire.
 
-    def __init__(self, sent_wire: float, progress: t.Mapping[str, t.Any]) -> None:
-        self._wire_before = sent_wire
-        self._pages_before = _number(progress, "memory_normal_bytes")
+    ``sent_bytes``: what of it has crossed, ``left_bytes``: what its round has left,
+    ``dirty_bytes_per_second``: what its guest dirties.
+    """
+
+    def __init__(self) -> None:
+        # From the first look on.
+        self._wire_before, self._pages_before = 0.0, float("inf")
         self.ratio = DEFAULT_PACKED_RATIO
-        self.sent_bytes = 0.0
-        self.left_bytes = 0.0
+        self.sent_bytes = self.left_bytes = self.dirty_bytes_per_second = 0.0
 
     def look(self, sent_wire: float, progress: t.Mapping[str, t.Any]) -> None:
         """Take in counters: bytes sent for this VM, and what QEMU says of its job."""
@@ -38,13 +41,16 @@ class Packing:
         if counted >= _ENOUGH_BYTES:
             ratio = (sent_wire - self._wire_before) / counted
             self.ratio = min(_MOST_RATIO, max(_LEAST_RATIO, ratio))
-        empty = _number(progress, "memory_constant") * (_number(progress, "memory_page_size") or _PAGE_BYTES)
+        page_bytes = _number(progress, "memory_page_size") or _PAGE_BYTES
+        empty = _number(progress, "memory_constant") * page_bytes
         left = _number(progress, "memory_remaining_bytes")
         if _number(progress, "memory_iteration") <= 1 and pages >= _ENOUGH_BYTES:
             # Of those that nobody has looked at yet as many are thought to be empty.
             left *= pages / (pages + empty)
         self.sent_bytes = pages * self.ratio
         self.left_bytes = left * self.ratio
+        dirty = _number(progress, "memory_dirty_pages_per_second") * page_bytes
+        self.dirty_bytes_per_second = dirty * self.ratio
 
 
 def _number(progress: t.Mapping[str, t.Any], key: str) -> float:

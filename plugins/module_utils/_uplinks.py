@@ -81,16 +81,15 @@ class Uplinks:
             if move.phase not in {Phase.BULK, Phase.LAST}:
                 continue
             key = id(self.gate_of(vm))
+            share = shares.given.get(uuid)
             # What one gets that has a trickle of ours says nothing of what one can carry.
-            held_back = shares.given.get(uuid) is not None
-            most[key] = max(most.get(key, 0.0), 0.0 if held_back else move.bytes_per_second)
+            most[key] = max(most.get(key, 0.0), move.bytes_per_second if share is None else 0.0)
             if move.silent:
                 continue
             self._sent_before.add(uuid)
             # One that began to send within the interval, or was opened in it, would look slow; and one that
             # had nothing more to send for a part of it, as if the others had taken it away.
             if uuid in sent_before and move.phase is Phase.BULK and not self._drains(vm, move):
-                share = shares.given.get(uuid)
                 fully = uuid in shares.open_throughout
                 told = Served(move.bytes_per_second, fully, share)
                 if fully or share is not None:

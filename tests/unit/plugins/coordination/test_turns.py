@@ -44,7 +44,8 @@ def progress(left: int, pages: int, empty: int, number: int, rate: int) -> dict[
 
 def test_what_is_left_of_a_memory_is_counted_by_pages_not_by_qemus_rate() -> None:
     """By its rate, which jumps by ten times from look to look, 50 MB were left where 7 were."""
-    packing = Packing(0.0, {})
+    packing = Packing()
+    packing.look(0.0, {})
     assert packing.ratio == DEFAULT_PACKED_RATIO
     left = []
     for sent, *counters in _TOLD:
@@ -58,7 +59,8 @@ def test_what_is_left_of_a_memory_is_counted_by_pages_not_by_qemus_rate() -> Non
 
 def test_a_controller_that_begins_in_the_middle_counts_from_there() -> None:
     sent, *counters = _TOLD[1]
-    packing = Packing(sent, progress(*counters))
+    packing = Packing()
+    packing.look(sent, progress(*counters))
     sent, *counters = _TOLD[2]
     packing.look(sent, progress(*counters))
     assert packing.ratio == pytest.approx(7.1 / 30.3, rel=0.01)
@@ -169,7 +171,7 @@ def test_a_ping_that_was_late_makes_nobody_begin_sooner() -> None:
 
 def test_what_was_caught_up_with_is_no_memory() -> None:
     """It goes by the same label: 4 GB of memory were told as five times what they came to."""
-    packing = Packing(0.0, {})
+    packing = Packing()
     packing.look(600 * MB, {})
     packing.look(601 * MB, progress(4_000_000_000, 10_000_000, 0, 1, 0))
     packing.look(626 * MB, progress(3_900_000_000, 100_000_000, 0, 1, 0))

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ from precache_proxy.channel.governor import Governor
 from precache_proxy.channel.path_watch import Sample
 from precache_proxy.channel.pulses import PulseEcho
 
-from .test_scheduling import Line, idle
+from .test_scheduling import Line, busy, idle
 
 # What a call may wait beyond the round trip while a copy runs.
 _ASKED_SECONDS = 0.05
@@ -25,18 +25,8 @@ def asked_seconds(trip: float) -> float:
     return _ASKED_SECONDS if trip < 0.1 else 0.062
 
 
-def press(
-    line: Line, governor: Governor, seconds: float, *, beat: float | None = None, noise: float = 0.0
-) -> float:
-    """As much as is allowed, looked at as often as the governor asks for. The longest queue, in seconds."""
-    source, longest, until = random.Random(7), 0.0, line.now + seconds
-    while line.now < until:
-        step = beat or governor.beat_seconds
-        sample = line.step(step, (governor.rate_bytes_per_second or 2e6) * step)
-        trip = sample.round_trip_seconds + noise * source.random()
-        governor.sample(replace(sample, round_trip_seconds=trip))
-        longest = max(longest, line.queue / line.rate)
-    return longest
+# Looked at as often as the governor asks for.
+press = partial(busy, beat=None)
 
 
 @pytest.mark.parametrize("trip", [0.01, 0.04, 0.08, 0.18])

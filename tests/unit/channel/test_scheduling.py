@@ -264,11 +264,20 @@ def test_governor_begins_a_long_copy_at_full_speed_after_many_small_ones() -> No
     assert (line.acknowledged - begin) / 3 > 0.5 * line.rate
 
 
-def busy(line: Line, governor: Governor, seconds: float) -> float:
-    """As much as is allowed. The longest queue, in seconds."""
-    longest = 0.0
-    for _ in range(int(seconds / 0.025)):
-        governor.sample(line.step(0.025, (governor.rate_bytes_per_second or 2e6) * 0.025))
+def busy(
+    line: Line, governor: Governor, seconds: float, *, beat: float | None = 0.025, noise: float = 0.0
+) -> float:
+    """As much as is allowed. The longest queue, in seconds.
+
+    ``beat``: seconds between two looks, None: as often as the governor asks for; ``noise``: the most by which
+    round trips are longer than they are, in seconds.
+    """
+    source, longest, until = random.Random(7), 0.0, line.now + seconds
+    while line.now < until - 1e-9:
+        step = beat or governor.beat_seconds
+        sample = line.step(step, (governor.rate_bytes_per_second or 2e6) * step)
+        trip = sample.round_trip_seconds + noise * source.random()
+        governor.sample(replace(sample, round_trip_seconds=trip))
         longest = max(longest, line.queue / line.rate)
     return longest
 

@@ -16,6 +16,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import 
     left_behind,
     verdict_line,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import in_words
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._outcomes import libvirt_silent
 
 display = Display()
@@ -129,9 +130,9 @@ class ActionModule(ActionBase):
         outcomes = list(batch.outcomes.values())
         for name in [*batch.running, *waiting]:
             found = [finding for finding in findings if finding["vm"] == name]
-            sentence = "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in found)
             stops = any(finding["stops"] for finding in found)
             verdict = "would-fail" if stops else "would-start" if name in waiting else "under-way"
+            sentence = in_words(found)
             outcomes.append({"name": name, "verdict": verdict, "sentence": sentence, "findings": found})
         return outcomes
 

@@ -102,6 +102,11 @@ def read_answer(subject: str, status: int, text: str) -> t.Any:
     return answer
 
 
+def in_words(findings: t.Iterable[t.Mapping[str, t.Any]]) -> str:
+    """Findings as a proxy tells them, one after the other; '' where there is none."""
+    return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in findings)
+
+
 def vm_path(vm: str) -> str:
     """The path of a VM by name or UUID; a name may hold spaces and letters beyond ASCII."""
     return "/v1/vms/{}".format(quote(vm, safe=""))

@@ -168,6 +168,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
     ProxyClient,
     ProxyError,
     fail,
+    in_words,
     job_path,
     proxy_arguments,
     wait_arguments,
@@ -248,8 +249,7 @@ class Evacuation:
         told = self._client.request("POST", "/v1/evacuations/check", asked)["findings"]
         findings = [finding for finding in told if finding.get("stops", True)]
         if findings:
-            facts = "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in findings)
-            raise ProxyError("preflight", f"VM {vm}: cannot be evacuated: {facts}", findings)
+            raise ProxyError("preflight", f"VM {vm}: cannot be evacuated: {in_words(findings)}", findings)
         return True, dict(before)
 
     def _protected(self) -> bool:

@@ -96,6 +96,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import
     ProxyError,
     fail,
     fail_over_path,
+    in_words,
     proxy_arguments,
 )
 
@@ -117,8 +118,8 @@ def fail_over(
     if check_mode:
         findings = before["findings"]
         if findings:
-            facts = "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in findings)
-            raise ProxyError("preflight", f"VM {before['name']}: cannot run here: {facts}", findings)
+            sentence = f"VM {before['name']}: cannot run here: {in_words(findings)}"
+            raise ProxyError("preflight", sentence, findings)
         sentence = f"VM {before['name']}: it would run here from generation {before['generation']}"
         return True, told | {"state": "would-start", "sentence": sentence}
     arrival = client.request("POST", path, {"source_is_dead": source_is_dead})

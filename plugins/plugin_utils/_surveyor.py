@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError, in_words
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch, passed
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import (
     MOST_VMS,
@@ -305,7 +305,7 @@ class Surveyor:
             told = ask(self._sources[vm.source], "POST", "/v1/evacuations/check", body, 60.0)
             stops = [finding for finding in told["findings"] if finding.get("stops", True)]
             others = [finding for finding in told["findings"] if finding not in stops]
-            return _sentence(stops), _sentence(others)
+            return in_words(stops), in_words(others)
 
         futures = {vm.uuid: self._pool.submit(judge, vm) for vm in site.vms}
         wrong: dict[str, str] = {}
@@ -433,10 +433,6 @@ class Surveyor:
         # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
         with contextlib.suppress(ProxyError):
             state.workload = ask(proxy, "POST", "/v1/workload", {"seconds": 1})
-
-
-def _sentence(findings: t.Iterable[t.Mapping[str, t.Any]]) -> str:
-    return "; ".join("{subject}: {fact}; {way_out}".format(**finding) for finding in findings)
 
 
 def told_of(site: SiteSummary) -> list[Outcome]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,8 +46,12 @@ class Link:
     state: str = "up"
     cause: str = ""
     sentence: str = "no answer"
+    asked: list[str] = field(default_factory=list)
 
     async def call(self, method: str, parameters: dict[str, Any], **_more: Any) -> dict[str, Any]:
+        self.asked.append(method)
+        if method == "store.status":
+            return await self.store.status(parameters["vm"])
         assert (method, parameters["check"]) == ("store.prepare", True)
         return await self.store.prepare("home1", parameters)
 
@@ -125,6 +129,35 @@ async def test_a_peer_that_does_not_answer_is_a_note_and_no_refusal(sides: Sides
     [note] = await sides.source.check(Protect("web1", "backup1"))
     assert note == "peer backup1 could not be asked whether it takes the replica: no answer"
     assert (await sides.source.protect(Protect("web1", "backup1")))["peer"] == "backup1"
+
+
+async def test_what_the_peer_told_when_it_was_asked_is_not_asked_for_once_more(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round trip less before the first block; later, or a second time, it is asked how it stands."""
+    await prepare(sides)
+    await sides.source.protect(Protect("web1", "backup1"))
+    standing = sides.source._find("web1").replication.standing
+    assert standing.needs_reconcile
+    await standing.reconcile()
+    assert (standing.replica_sizes, standing.needs_reconcile) == ({"vda": 64 * MIB}, False)
+    assert sides.link.asked == ["store.prepare"]
+    await standing.reconcile()
+    assert sides.link.asked == ["store.prepare", "store.status"]
+    standing.hear({"exists": False})
+    monkeypatch.setattr("precache_proxy.source.standing._HEARD_SECONDS", 0.0)
+    await standing.reconcile()
+    assert sides.link.asked[2:] == ["store.status"]
+    assert standing.replica_sizes == {"vda": 64 * MIB}
+
+
+async def test_a_replica_is_made_once(sides: Sides) -> None:
+    """Only who is told so may leave out to take its marks back."""
+    asked = {"vm": VM, "name": "web1", "epoch": 0, "disks": {"vda": 64 * MIB}, "definition": ""}
+    checked = await sides.store.prepare("home1", {**asked, "check": True})
+    assert (checked["findings"], checked["status"]["exists"]) == ([], False)
+    assert (await sides.store.prepare("home1", asked))["created"] is True
+    assert (await sides.store.prepare("home1", asked))["created"] is False
 
 
 async def test_one_that_is_protected_already_is_not_judged_by_its_peer_again(sides: Sides) -> None:

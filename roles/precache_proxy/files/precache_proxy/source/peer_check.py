@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from precache_proxy.blocks import images
 from precache_proxy.channel.link import Link
 from precache_proxy.errors import Finding, LifeboatError
@@ -14,14 +17,22 @@ from precache_proxy.source.request import ProtectSpec
 ASK_TIMEOUT_SECONDS = 20.0
 
 
-async def ask_peer(
-    link: Link, spec: ProtectSpec, definition: Definition, epoch: int
-) -> tuple[list[Finding], str]:
-    """What the peer has against it (room, whose replica it is, its epoch, sizes), and why it could not be
-    asked ("": it was). Changes nothing there."""
+@dataclass(frozen=True)
+class PeerAnswer:
+    """``objections``: what the peer has against it (room, whose replica it is, its epoch, sizes); ``note``:
+    why it could not be asked ("": it was); ``status``: of the replica, None where the peer does not tell.
+    """
+
+    objections: list[Finding] = field(default_factory=list)
+    note: str = ""
+    status: dict[str, Any] | None = None
+
+
+async def ask_peer(link: Link, spec: ProtectSpec, definition: Definition, epoch: int) -> PeerAnswer:
+    """Ask it. Changes nothing there."""
     try:
         if not link.is_up:
-            return [], _not_asked(spec.peer, link.sentence)
+            return PeerAnswer(note=_not_asked(spec.peer, link.sentence))
         sizes: dict[str, int] = {}
         needed_bytes = 0
         tracked = list(plan_layout(definition, spec.disks).tracked.values())
@@ -43,9 +54,9 @@ async def ask_peer(
             },
             timeout_seconds=ASK_TIMEOUT_SECONDS,
         )
-        return [Finding(**told) for told in answer["findings"]], ""
+        return PeerAnswer([Finding(**told) for told in answer["findings"]], status=answer.get("status"))
     except (LifeboatError, KeyError, TypeError) as error:
-        return [], _not_asked(spec.peer, str(error))
+        return PeerAnswer(note=_not_asked(spec.peer, str(error)))
 
 
 def _not_asked(peer: str, why: str) -> str:

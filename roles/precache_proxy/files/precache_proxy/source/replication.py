@@ -136,7 +136,7 @@ class Replication:
         definition, layout, active = await self.disks.look()
         sizes = await self.disks.sizes(definition, layout.tracked, active=active)
         needed_bytes = await self.disks.first_copy_bytes(layout, sizes)
-        await self.standing.prepare_replica(sizes, definition, needed_bytes)
+        created = await self.standing.prepare_replica(sizes, definition, needed_bytes)
         seeding = Seeding(
             self.environment.link(record.peer),
             vm_uuid=record.uuid,
@@ -147,10 +147,13 @@ class Replication:
             mark_bytes=self.environment.settings.slice_bytes,
         )
         try:
+            if created:
+                raise TrackingLost(f"{self.vm}: peer {record.peer} holds nothing of it")
             await self._keep_seeding_checkpoint(layout, active=active)
         except TrackingLost as error:
             logger.info("%s: the first copy begins at the start: %s", self.vm, error)
-            await self._begin_seeding(seeding, layout, active=active)
+            await seeding.begin_anew(has_marks=not created)
+            await self._begin_seeding(layout, active=active)
         self.seeding = seeding
         try:
             await seeding.run(self.disks.source(layout, active=active))
@@ -171,10 +174,9 @@ class Replication:
             else:
                 await offline.check_bitmaps(self.vm, layout.tracked, name)
 
-    async def _begin_seeding(self, seeding: Seeding, layout: Layout, *, active: bool) -> None:
-        """A checkpoint stands before the first block is read, and the peer's marks are of this copy."""
+    async def _begin_seeding(self, layout: Layout, *, active: bool) -> None:
+        """A checkpoint stands before the first block is read."""
         record = self.record
-        await seeding.begin_anew()
         name = checkpoint_name(record.epoch, 0)
         if active:
             await self._tracker.keep_only(self.vm, None)

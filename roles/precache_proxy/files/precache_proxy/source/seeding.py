@@ -54,7 +54,6 @@ class Seeding:
         self._on_mark = on_mark
         self._unmarked_bytes = 0
         self._marks_due = 0
-        self._marks_changed = asyncio.Event()
 
     @property
     def coverage(self) -> float:
@@ -70,14 +69,17 @@ class Seeding:
         """Whether the peer holds everything up to the end of every disk."""
         return all(self.offsets[disk] >= size for disk, size in self._disks.items())
 
-    async def begin_anew(self) -> None:
+    async def begin_anew(self, *, has_marks: bool = True) -> None:
         """Have the peer forget its marks: they belong to a checkpoint that is gone.
 
         Must be done *before* the new checkpoint is made: marks of an older copy beside a newer checkpoint
-        would leave out what changed in between.
+        would leave out what changed in between. ``has_marks`` False: the peer made its replica just now, on
+        our word, and no stream can have marked anything in it.
         """
         self.offsets = dict.fromkeys(self._disks, 0)
         self._sent_offsets = dict(self.offsets)
+        if not has_marks:
+            return
         header = {"vm": self._vm_uuid, "epoch": self._epoch, "disks": self._disks}
         stream = await self._link.open_stream("seed", TrafficClass.PRECACHE, header, label=self._vm_uuid)
         try:
@@ -108,8 +110,13 @@ class Seeding:
                 answers.result()
                 raise ProtocolError(f"VM {self._vm_name}: the peer ended the first copy before it was over")
             await copy
+            # With the last mark, not after its answer, which would be a round trip more.
             await stream.close()
             await answers
+            if self._marks_due:
+                raise ProtocolError(
+                    f"VM {self._vm_name}: the peer ended the first copy without its last mark"
+                )
         except BaseException as error:
             reason = (
                 error if isinstance(error, LifeboatError) else ProtocolError(f"first copy ended: {error!r}")
@@ -135,9 +142,7 @@ class Seeding:
                 self._vm_name, time.monotonic() - began, view.reason() or "done",
             )  # fmt: skip
         await self._mark(feeder)
-        while self._marks_due:
-            self._marks_changed.clear()
-            await self._marks_changed.wait()
+        await feeder.flush()
 
     async def _measure(self, view: View) -> None:
         for disk, reader in view.readers.items():
@@ -188,4 +193,3 @@ class Seeding:
                 self.offsets[disk] = int(offsets.get(disk, self.offsets[disk]))
             self._marks_due -= 1
             self._on_mark(dict(self.offsets))
-            self._marks_changed.set()

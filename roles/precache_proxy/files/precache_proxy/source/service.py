@@ -28,7 +28,7 @@ from precache_proxy.source.feeder import Pace
 from precache_proxy.source.gate import PriorityGate
 from precache_proxy.source.layout import plan_layout, raise_findings
 from precache_proxy.source.passes import PassResult
-from precache_proxy.source.peer_check import ask_peer
+from precache_proxy.source.peer_check import PeerAnswer, ask_peer
 from precache_proxy.source.protection import Protection
 from precache_proxy.source.record import ProtectionRecord
 from precache_proxy.source.request import ProtectSpec, request_findings, vm_findings
@@ -200,10 +200,10 @@ class Source:
 
         Returns what could not be found out, in sentences.
         """
-        _definition, notes = await self._judge(spec)
-        return notes
+        _definition, answer = await self._judge(spec)
+        return [answer.note] if answer.note else []
 
-    async def _judge(self, spec: ProtectSpec) -> tuple[Definition, list[str]]:
+    async def _judge(self, spec: ProtectSpec) -> tuple[Definition, PeerAnswer]:
         findings = request_findings(
             spec, self.settings.name, sorted(self._channel.links), self._hypervisor.features
         )
@@ -217,19 +217,19 @@ class Source:
         present = self._protections.get(definition.uuid)
         findings += vm_findings(spec, definition, None if present is None else present.record.peer)
         link = self._channel.links.get(spec.peer)
-        note = ""
+        answer = PeerAnswer()
         # One that is protected already says by its state what its peer has against it.
         if present is None and link is not None:
             epoch = await asyncio.to_thread(last_epoch, self.directory, definition.uuid)
-            objections, note = await ask_peer(link, spec, definition, epoch)
-            findings += objections
+            answer = await ask_peer(link, spec, definition, epoch)
+            findings += answer.objections
         raise_findings(findings, f"VM {spec.vm} cannot be protected")
-        return definition, [note] if note else []
+        return definition, answer
 
     async def protect(self, spec: ProtectSpec) -> dict[str, Any]:
         """Protect a VM, or change how it is. Raises all findings at once, with nothing changed."""
         async with self._changing:
-            definition, _notes = await self._judge(spec)
+            definition, answer = await self._judge(spec)
             present = self._protections.get(definition.uuid)
             if spec.raw_overlay_consent:
                 await raw_overlay.put_on(self._hypervisor, definition, spec.disks)
@@ -262,6 +262,8 @@ class Source:
             if present is None:
                 self._damaged.pop(definition.uuid, None)
                 present = self._add(record)
+                if answer.status is not None:
+                    present.replication.standing.hear(answer.status)
             else:
                 present.wake()
             return present.status()

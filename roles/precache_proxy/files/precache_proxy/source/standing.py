@@ -19,6 +19,8 @@ from precache_proxy.source.tracker import VmReference, is_of_generation
 logger = logging.getLogger(__name__)
 
 PREPARE_TIMEOUT_SECONDS = 120.0
+# Later than that a peer is asked again how it stands.
+_HEARD_SECONDS = 2.0
 
 
 class OldHomeNotReady(Conflict):
@@ -36,6 +38,7 @@ class PeerStanding:
         self.replica_sizes: dict[str, int] = {}
         # what the peer knows of :attr:`protection`; None: nothing is there, or its release keeps none
         self.replica_protection: dict[str, Any] | None = None
+        self._heard: tuple[float, dict[str, Any]] | None = None
         self._record = record
         self._environment = environment
         self._disks = disks
@@ -58,11 +61,24 @@ class PeerStanding:
         """Make the record durable. Raises NoSpace."""
         await asyncio.to_thread(self._record.write, self._environment.directory)
 
+    def hear(self, status: dict[str, Any]) -> None:
+        """What the peer has just told of the replica, asked for something else: the next :meth:`reconcile`
+        goes by it, if it comes at once.
+        """
+        self._heard = time.monotonic(), status
+
+    async def _status(self) -> dict[str, Any]:
+        heard, self._heard = self._heard, None
+        if heard is not None and time.monotonic() - heard[0] < _HEARD_SECONDS:
+            return heard[1]
+        link = self._environment.link(self._record.peer)
+        return await link.call("store.status", {"vm": self._record.uuid})
+
     async def reconcile(self) -> None:
         """Adopt what the peer holds: drop what it has sealed, keep what it has not. Raises StaleEpoch."""
         record = self._record
         self._disks.media.ask_again()
-        status = await self._environment.link(record.peer).call("store.status", {"vm": record.uuid})
+        status = await self._status()
         if status.get("exists") and int(status["epoch"]) > record.epoch:
             raise StaleEpoch(
                 f"{self._vm}: peer {record.peer} holds epoch {status['epoch']}, this host {record.epoch}: "
@@ -165,8 +181,10 @@ class PeerStanding:
 
     async def prepare_replica(
         self, sizes: Mapping[str, int], definition: Definition, needed_bytes: int
-    ) -> None:
-        """Have the peer make or accept the replica. Raises NoSpace, StaleEpoch, Conflict."""
+    ) -> bool:
+        """Have the peer make or accept the replica; whether it has made it now. Raises NoSpace, StaleEpoch,
+        Conflict.
+        """
         record = self._record
         parameters = {
             "vm": record.uuid,
@@ -181,3 +199,5 @@ class PeerStanding:
         answer = await link.call("store.prepare", parameters, timeout_seconds=PREPARE_TIMEOUT_SECONDS)
         self.replica_name = record.name
         self.replica_protection = answer.get("protection")
+        # A release that does not say: it may be an old one, with marks of an older copy.
+        return bool(answer.get("created", False))

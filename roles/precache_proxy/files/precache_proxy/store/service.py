@@ -146,7 +146,9 @@ class Store:
         return self._locks.setdefault(vm, asyncio.Lock())
 
     async def _answer_status(self, _peer: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        vm = check_vm(parameters.get("vm"))
+        return await self._told_status(check_vm(parameters.get("vm")))
+
+    async def _told_status(self, vm: str) -> dict[str, Any]:
         if vm not in self._replicas and vm not in self._damaged:
             return {"vm": vm, "exists": False, "free_bytes": free_bytes(self.directory)}
         return await self.status(vm)
@@ -175,12 +177,15 @@ class Store:
                 )  # fmt: skip
             findings = [finding(name, error) for error in errors]
             if parameters.get("check"):
-                return {"findings": [asdict(found) for found in findings]}
+                # How it stands, too: who goes on to protect the VM need not ask for that once more.
+                stands = {} if vm in self._damaged else {"status": await self._told_status(vm)}
+                return {"findings": [asdict(found) for found in findings], **stands}
             if len(errors) == 1:
                 raise errors[0]
             if errors:
                 raise InvalidInput(f"VM {name}: {len(errors)} things stand in the way", findings)
             replica = self._replicas.get(vm)
+            created = replica is None or replica.record.detached
             if replica is None or replica.record.detached:
                 replica = await self._create(peer, vm, name, epoch, disks)
             async with replica.changing:
@@ -190,7 +195,7 @@ class Store:
                     record = replace(record, protection=protection)
                 if record != replica.record:
                     await replica.save(record)
-            return await self.status(vm)
+            return {**await self.status(vm), "created": created}
 
     async def _create(self, peer: str, vm: str, name: str, epoch: int, disks: dict[str, int]) -> Replica:
         record = ReplicaRecord(

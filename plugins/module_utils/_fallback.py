@@ -117,9 +117,13 @@ def judge(
     """
     if move.rung is not Rung.LIVE or move.phase is not Phase.BULK:
         return None
+    if not move.dirty_bytes_per_second and move.round_number <= 1:
+        # QEMU says what its guest dirties when a round is over, not before.
+        move = replace(move, dirty_bytes_per_second=vm.dirty_bytes_per_second * vm.packed_ratio)
+    closing = closing_seconds(round_trip_seconds)
+    likely = paused_seconds(move, rate) + closing
     # What is lost by a fall that comes too late cannot be had again.
     move = move.at_worst
-    closing = closing_seconds(round_trip_seconds)
     live = live_seconds(move, rate) + closing
     # The guest goes on dirtying until it stands: at most what it dirties in an interval comes on top.
     paused = paused_seconds(move, rate) + closing
@@ -147,9 +151,15 @@ def judge(
         return Fall(
             Rung.RESTART, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(paused)}"
         )
-    # Nobody is given up for a rate of which little is known: a while later it is, soon enough for others.
-    if certain and paused > seconds_left * (1 + MARGIN_SHARE) + MARGIN_SECONDS:
-        return Fall(Rung.STAY, "too-late", f"{seconds_left:.0f} s are left, it takes {_long(paused)}")
+    if Rung.PAUSED in allowed and likely <= seconds_left:
+        # Only if what a sample of its memory said is so: then not a moment is to be lost.
+        return Fall(
+            Rung.PAUSED, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(likely)}"
+        )
+    # Nobody is given up for a rate or for pages of which little is known: a while later it is, soon enough
+    # for others.
+    if certain and likely > seconds_left * (1 + MARGIN_SHARE) + MARGIN_SECONDS:
+        return Fall(Rung.STAY, "too-late", f"{seconds_left:.0f} s are left, it takes {_long(likely)}")
     return None
 
 

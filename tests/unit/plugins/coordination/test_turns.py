@@ -193,6 +193,39 @@ def test_a_sample_that_said_too_little_stops_no_guest_too_late() -> None:
     assert fall.rung is Rung.PAUSED
 
 
+def test_nobody_is_given_up_for_pages_that_may_be_empty() -> None:
+    """On the lab, 10 Mbit/s: 33 MB as its sample said, 79 MB if no page that is left were empty."""
+    guest = vm("a", memory=73 * MB, packed_ratio=0.45, rungs=(Rung.LIVE, Rung.PAUSED, Rung.STAY))
+    move = Move(
+        "uuid-a", Phase.BULK, remaining_bytes=30 * MB, most_remaining_bytes=79 * MB, sent_bytes=10 * MB,
+        round_number=1, bytes_per_second=MB, dirty_bytes_per_second=2 * MB,
+    )  # fmt: skip
+    fall = judge(guest, move, MB, 0.04, 66.0)
+    assert fall is not None
+    assert fall.rung is Rung.PAUSED, "not a moment is to be lost"
+    restart = judge(replace(guest, rungs=(Rung.LIVE, Rung.PAUSED, Rung.RESTART)), move, MB, 0.04, 66.0)
+    assert restart is not None
+    assert restart.rung is Rung.RESTART, "where it may, the way that is surely in time"
+    only_live = replace(guest, rungs=(Rung.LIVE, Rung.STAY))
+    assert judge(only_live, move, MB, 0.04, 66.0) is None
+    too_late = judge(only_live, move, MB, 0.04, 24.0)
+    assert too_late is not None
+    assert (too_late.rung, too_late.reason) == (Rung.STAY, "too-late")
+
+
+def test_in_the_first_round_a_guest_dirties_what_it_was_seen_to_dirty() -> None:
+    """QEMU counts only when a round is over: until then a live move looked as if it made the deadline."""
+    guest = vm("a", memory=200 * MB, packed_ratio=0.5, dirty_bytes_per_second=4 * MB,
+               rungs=(Rung.LIVE, Rung.PAUSED, Rung.STAY))  # fmt: skip
+    move = Move("uuid-a", Phase.BULK, remaining_bytes=60 * MB, round_number=1, bytes_per_second=MB)
+    fall = judge(guest, move, MB, 0.04, 70.0)
+    assert fall is not None
+    assert fall.rung is Rung.PAUSED
+    assert judge(replace(guest, dirty_bytes_per_second=0.0), move, MB, 0.04, 70.0) is None
+    later = replace(move, round_number=2)
+    assert judge(guest, later, MB, 0.04, 70.0) is None, "from then on QEMU knows"
+
+
 @pytest.mark.parametrize(
     ("sizes", "count", "rate", "deadline"),
     [((60, 300, 1500), 20, 1000, 600.0), ((100, 300, 1500), 20, 120, 300.0), ((80,), 40, 60, 300.0)],

@@ -15,7 +15,7 @@ import typing as t
 Variables = t.Mapping[str, t.Any]
 
 DEFAULT_PORT = 4747
-DEFAULT_CONNECTIONS = 4
+DEFAULT_CONNECTIONS = 5
 
 
 def address_of(name: str, variables: Variables) -> str:

@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--peer-port", type=int, required=True)
-    parser.add_argument("--connections", type=int, default=4)
+    parser.add_argument("--connections", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--message-bytes", type=int, default=1 << 20)
     parser.add_argument("--traffic-class", default="PRECACHE")

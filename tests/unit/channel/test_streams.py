@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 import pytest
 
 from precache_proxy.channel import MAX_MESSAGE_BYTES, Stream, StreamReset, TrafficClass
+from precache_proxy.channel.session import Session
 from precache_proxy.errors import (
     Conflict,
     Finding,
@@ -383,3 +385,77 @@ async def test_connections_can_be_changed_while_streams_run(pair: PairFactory) -
     await until(lambda: link.status()["connections"] == 4)
     with pytest.raises(InvalidInput, match="1 to 32"):
         link.set_connections(0)
+
+
+def carries(session: Session) -> int:
+    """How many of its connections carry streams."""
+    return sum(each.synced for each in session.connections.values())
+
+
+async def test_calls_have_a_connection_of_their_own(pair: PairFactory) -> None:
+    """A copy fills sockets and their congestion windows; a call on one of those would wait behind it."""
+    home, backup = await pair(connections=3)
+    backup.handle_stream("echo", echo)
+
+    async def answer(_peer: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        return parameters
+
+    backup.handle_call("echo", answer)
+    link = home.links["backup"]
+    accepted = backup.links["home"]._accepted
+    assert accepted is not None
+    await until(lambda: carries(link._session) == carries(accepted) == 3)
+    streams = [await link.open_stream("echo", TrafficClass.PRECACHE, {}) for _ in range(2)]
+    echoed = 0
+
+    async def push(stream: Stream) -> None:
+        for _ in range(100):
+            await stream.send(bytes(100_000))
+        await stream.close()
+
+    async def take(stream: Stream) -> None:
+        nonlocal echoed
+        while (message := await stream.receive()) is not None:
+            echoed += len(message)
+
+    tasks = [asyncio.create_task(work(stream)) for stream in streams for work in (push, take)]
+    for number in range(40):
+        assert await link.call("echo", {"number": number}) == {"number": number}
+        if number == 20:
+            # It breaks: the next one takes its place, and is filled no further.
+            before = link._session.connections[1].carried_bytes
+            link._session.connections[0].close(ConnectionResetError("cut"))
+            await asyncio.sleep(0)
+            assert link._session._connection_for_calls() is link._session.connections[1]
+        await asyncio.sleep(0.002)
+    await asyncio.gather(*tasks)
+    assert echoed == 2 * 100 * 100_000
+    assert before > 100_000
+    await until(lambda: link.status()["connections"] == 3)
+    await until(lambda: link._session._connection_for_calls() is link._session.connections[0])
+    for session in (link._session, accepted):
+        # What it carried since it was dialled again, acknowledgements of the copy among it.
+        assert session.connections[0].carried_bytes < session.connections[2].carried_bytes / 10
+    carried = [link._session.connections[slot].carried_bytes for slot in (1, 2)]
+    for number in range(40):
+        await link.call("echo", {"number": number, "filling": "x" * 1000})
+    grown = [
+        link._session.connections[slot].carried_bytes - before
+        for slot, before in zip((1, 2), carried, strict=True)
+    ]
+    assert max(grown) < 20_000, "pings, no calls"
+
+
+async def test_a_connection_that_is_silent_by_itself_gets_no_calls(pair: PairFactory) -> None:
+    home, _backup = await pair(connections=2)
+    session = home.links["backup"]._session
+    await until(lambda: carries(session) == 2)
+    first, second = (session.connections[slot] for slot in (0, 1))
+    assert session._connection_for_calls() is first
+    first.received_at = second.received_at - 5
+    assert session._connection_for_calls() is second
+    second.received_at = first.received_at
+    assert session._connection_for_calls() is first, "the way is, not the connection"
+    home.links["backup"].set_connections(1)
+    await until(lambda: len(session.connections) == 1)
+    assert session._connection_for_calls() is None

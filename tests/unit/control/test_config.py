@@ -70,7 +70,7 @@ def test_full_file_is_read_with_its_units() -> None:
     first, second = told.peers
     assert first.rate_bytes_per_second == 50_000_000
     assert first.windows == (config.RateWindow(time(8), time(18, 30), frozenset({0, 4}), 6_250_000),)
-    assert (second.port, second.connections, second.rate_bytes_per_second) == (4747, 4, None)
+    assert (second.port, second.connections, second.rate_bytes_per_second) == (4747, 5, None)
     assert told.peer("backup2") is second
     assert told.peer("nobody") is None
 

@@ -133,7 +133,7 @@ class PeerConfig:
     name: str
     address: str
     port: int = DEFAULT_PORT
-    connections: int = 4
+    connections: int = 5
     rate_bytes_per_second: float | None = None
     windows: tuple[RateWindow, ...] = ()
 

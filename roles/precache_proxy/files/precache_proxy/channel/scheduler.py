@@ -40,10 +40,13 @@ class Scheduler:
         return next((member for member, queue in self._queues.items() if queue), None)
 
     def next_frame(
-        self, quantum_bytes: int, lowest_allowed: TrafficClass = _LOWEST
+        self,
+        quantum_bytes: int,
+        lowest_allowed: TrafficClass = _LOWEST,
+        highest_allowed: TrafficClass = TrafficClass.CONTROL,
     ) -> tuple[Stream, SentFrame] | None:
-        """The next frame, at most ``quantum_bytes`` long; streams without work or credit leave
-        their queue.
+        """The next frame of the classes allowed, at most ``quantum_bytes`` long; streams without work or
+        credit leave their queue.
         """
         if self._floor_bytes >= quantum_bytes and lowest_allowed == _LOWEST and self._queues[_LOWEST]:
             found = self._from_class(_LOWEST, quantum_bytes)
@@ -53,7 +56,7 @@ class Scheduler:
         for member in TrafficClass:
             if member > lowest_allowed:
                 break
-            if self._queues[member]:
+            if member >= highest_allowed and self._queues[member]:
                 found = self._from_class(member, quantum_bytes)
                 if found is not None:
                     if member is not _LOWEST:

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # AES-GCM keys serve for 2^24.5 records (RFC 8446, 5.5); far below that a connection is replaced.
 _RENEW_BYTES = 128 * GIB
+# Each connection is pinged every 2.5 s at least, and answers within a round trip.
+_SILENT_SECONDS = 4.0
 
 
 class SessionOwner(Protocol):
@@ -235,10 +237,26 @@ class Session:
 
     def _pump(self) -> None:
         self._pumping = False
+        for_calls = self._connection_for_calls()
         # The one that heard from the peer last is the least likely to be stuck.
-        for connection in sorted(self.connections.values(), key=lambda each: -each.received_at):
+        for connection in sorted(
+            self.connections.values(), key=lambda each: (each is not for_calls, -each.received_at)
+        ):
             if not connection.busy:
                 connection.pump()
+
+    def _connection_for_calls(self) -> Connection | None:
+        """The one that carries no class but control, where there are two at least.
+
+        Behind a copy a call would wait in a socket: most of all in one whose congestion window is new.
+        """
+        synced = [each for each in self.connections.values() if each.synced]
+        if len(synced) < 2:
+            return None
+        heard_at = max(each.received_at for each in synced)
+        # One that is silent while others are not is broken by itself.
+        alive = [each for each in synced if heard_at - each.received_at < _SILENT_SECONDS]
+        return min(alive, key=lambda each: each.slot)
 
     def next_chunk(self, connection: Connection) -> bytes | None:
         """What to send next on this connection: the link's own frames, then streams by class."""
@@ -260,10 +278,16 @@ class Session:
 
     def _add_frames(self, connection: Connection, pieces: list[bytes | memoryview]) -> int:
         size, target = 0, self._size.chunk_bytes
+        for_calls = self._connection_for_calls()
+        only_calls = connection is for_calls
+        highest = TrafficClass.CONTROL
+        if for_calls is not None and not only_calls and not for_calls.busy:
+            highest = TrafficClass.HANDOFF
         while size < target:
             # What is urgent does not wait for the rate; it is paid for by what comes after it.
-            lowest = TrafficClass.PRECACHE if self._pacer.may_send() else TrafficClass.CONTROL
-            found = self._scheduler.next_frame(target, lowest)
+            waits = only_calls or not self._pacer.may_send()
+            lowest = TrafficClass.CONTROL if waits else TrafficClass.PRECACHE
+            found = self._scheduler.next_frame(target, lowest, highest)
             if found is None:
                 break
             stream, frame = found

@@ -10,7 +10,8 @@ from pathlib import Path
 from precache_proxy.units import KIB, MIB
 
 DEFAULT_PORT = 4747
-DEFAULT_CONNECTIONS = 4
+# Four for data, one for calls.
+DEFAULT_CONNECTIONS = 5
 MAXIMUM_CONNECTIONS = 32
 
 

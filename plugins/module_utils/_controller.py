@@ -131,22 +131,25 @@ class Controller:
 
     # -- one interval
 
-    def step(self, seen: Observation) -> Orders:
-        """Decide. To be called once an interval."""
+    def step(self, seen: Observation, *, between: bool = False) -> Orders:
+        """Decide. To be called once an interval; and ``between`` two, when somebody is through: then others
+        take the place and the line, and nothing is learnt of what the line carries."""
         orders = Orders()
         seen = replace(seen, moves=self._rounds.told(seen.moves, self._vms, seen.now))
         self._take_in(seen)
+        if not between:
+            self._uplinks.observe(seen, self._shares, self._waiting)
         asked_for = self._asked_for(seen)
         under_way = UnderWay(seen, asked_for, self._vms, self._uplinks, self.site.processors)
         left = None if seen.deadline_at is None else seen.deadline_at - seen.now
         if self._agenda.is_old(seen, left):
             self._agenda.renew(self.current_site(), seen, left, under_way)
             self._hopeless.clear()
-        if self._adaptive:
+        if self._adaptive and not between:
             self._fall(seen, left, orders)
         self._start(seen, left, asked_for, under_way, orders)
         if self._adaptive:
-            self._share(seen, orders)
+            self._share(seen, orders, between=between)
             self._hold(seen, orders)
         return orders
 
@@ -181,7 +184,6 @@ class Controller:
             else:
                 self._waiting.pop(uuid, None)
         self._take_back(seen)
-        self._uplinks.observe(seen, self._shares, self._waiting)
 
     def _take_back(self, seen: Observation) -> None:
         """Those that gave way to a deadline that has moved since (a UPS is on line again) have their turn."""
@@ -453,7 +455,7 @@ class Controller:
             if other != uuid and other not in giving_way
         ) or any(other in self._agenda.starts_at and other not in self._hopeless for other in self._waiting)
 
-    def _share(self, seen: Observation, orders: Orders) -> None:
+    def _share(self, seen: Observation, orders: Orders, *, between: bool) -> None:
         by_gate: dict[int, list[Member]] = {}
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
@@ -466,7 +468,7 @@ class Controller:
                 (vm, Move(uuid, Phase.LEAD_IN, rung))
             )
         served = [(gate, by_gate.get(id(gate), [])) for gate in self._uplinks.gates.values()]
-        orders.shares.update(self._shares.share(served, seen.moves))
+        orders.shares.update(self._shares.share(served, seen.moves, between=between))
 
     def _hold(self, seen: Observation, orders: Orders) -> None:
         """No periodic passes for those whose turn is near: their catch-up sends the same, once."""

@@ -132,9 +132,15 @@ class Recorder:
         return self._names.get(uuid, uuid)
 
     def observe(
-        self, seen: Observation, orders: Orders, hosts: t.Mapping[str, HostState], controller: Controller
+        self,
+        seen: Observation,
+        orders: Orders,
+        hosts: t.Mapping[str, HostState],
+        controller: Controller,
+        *,
+        between: bool = False,
     ) -> None:
-        """Take in an interval."""
+        """Take in an interval; or what was seen ``between`` two looks, which is no sample."""
         at = seen.now - self.began_at
         for uuid in seen.out:
             if uuid in self._names:
@@ -151,6 +157,8 @@ class Recorder:
              "sentence": told.sentence}
             for told in orders.decisions
         ]  # fmt: skip
+        if between:
+            return
         self._count(hosts)
         if seen.deadline_at is not None:
             # The first, by which E is taken, and the last, by which S(D) is.

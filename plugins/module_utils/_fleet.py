@@ -11,6 +11,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
     OUTRUNS_BYTES_PER_SECOND,
     Move,
     Phase,
+    live_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import DOWNTIME_LIMIT_SECONDS
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
@@ -217,6 +218,30 @@ def _rung(job: Job) -> Rung:
     return Rung.RESTART if job.get("rung") == Rung.RESTART.value else Rung.LIVE
 
 
+def nearly_over(move: Move, seconds: float) -> bool:
+    """Whether a move is thought to be through, or handed over, within this time."""
+    if move.silent or move.phase is Phase.LEAD_IN:
+        return False
+    rate = move.bytes_per_second
+    return move.phase is not Phase.BULK or (rate > 0 and live_seconds(move, rate) <= seconds)
+
+
+def through(host: HostState) -> set[tuple[str, str]]:
+    """Of a host's newest jobs those that have nothing more to send: with how far each of them is."""
+    return {
+        (str(job["id"]), "ended" if job.get("ended") else "closing")
+        for job in host.jobs
+        if job.get("ended") or job.get("step") in _CLOSING
+    }
+
+
+def _later(job: Job, move: Move) -> Move:
+    """A move as it was seen at the last look, with the step that its proxy tells now."""
+    if str(job.get("step")) in _CLOSING:
+        return replace(move, phase=Phase.CLOSING)
+    return move
+
+
 class Eyes:
     """Turns what proxies say each interval into an Observation; remembers counters from look to look."""
 
@@ -237,8 +262,13 @@ class Eyes:
         now: float,
         begun: t.Collection[str],
         deadline_at: float | None,
+        *,
+        between: bool = False,
     ) -> Observation:
-        """The observation. ``begun``: identifiers of jobs that count; older ones that failed do not."""
+        """The observation. ``begun``: identifiers of jobs that count; older ones that failed do not.
+
+        ``between`` two looks only jobs were asked for: rates, and what is left, are those of the last look.
+        """
         moves: dict[str, Move] = {}
         pairs: dict[Pair, PairView] = {}
         out: set[str] = set()
@@ -253,6 +283,9 @@ class Eyes:
             labels: dict[str, Json] = {}
             for link in host.status.get("links", []):
                 key = (host.name, str(link["peer"]))
+                if between:
+                    pairs[key] = self._before.pairs.get(key, PairView(link.get("state") == "up"))
+                    continue
                 if stale:
                     # Counters that were not read anew would say that nothing is sent.
                     seen = self._before.pairs.get(key, PairView())
@@ -265,7 +298,11 @@ class Eyes:
             for job in host.jobs:
                 uuid = str(job["vm"])
                 if not job.get("ended") and job.get("step") != "undecided":
-                    known = self._before.moves.get(uuid) if stale else None
+                    known = self._before.moves.get(uuid) if stale or between else None
+                    if known is not None and between and not stale:
+                        known = _later(job, known)
+                    elif known is None and between:
+                        known = Move(uuid, Phase.LEAD_IN, _rung(job))
                     move = known or self._move(job, labels.get(uuid, {}), now)
                     moves[uuid] = replace(move, silent=silent)
                 elif job_out(job) and (job["id"] in begun or uuid not in protected):

@@ -43,6 +43,8 @@ class Shares:
         self.open_throughout: set[str] = set()
         # Per gate: the moves that are served fully, in the order in which they came to be.
         self._open: dict[int, dict[str, None]] = {}
+        # Those that came to be served fully in the middle of an interval.
+        self._opened_between: set[str] = set()
         self._intervals_open: dict[str, int] = {}
         # Gates at which more were served fully than the gate allows: for one that is nearly over.
         self._crowded: set[int] = set()
@@ -56,17 +58,29 @@ class Shares:
         return self._intervals_open.get(uuid, 0)
 
     def share(
-        self, served: t.Iterable[tuple[Gate, list[Member]]], moves: t.Mapping[str, Move]
+        self,
+        served: t.Iterable[tuple[Gate, list[Member]]],
+        moves: t.Mapping[str, Move],
+        *,
+        between: bool = False,
     ) -> dict[str, float | None]:
-        """The shares of the coming interval, of every gate's members; ``moves`` are those that were seen."""
+        """The shares of the coming interval, of every gate's members; ``moves`` are those that were seen.
+
+        ``between`` two looks: of the rest of this one. Who is opened then was not open throughout.
+        """
         shares: dict[str, float | None] = {}
         before = {uuid for opened in self._open.values() for uuid in opened}
         for gate, members in served:
             self._share_gate(gate, members, shares)
         opened = {uuid for names in self._open.values() for uuid in names}
-        # Served fully over the whole of the coming interval's predecessor: what it gets may be believed.
-        self.open_throughout = opened & before
         self.given = dict(shares)
+        if between:
+            self._opened_between |= opened - before
+            self.open_throughout &= opened
+            return shares
+        # Served fully over the whole of the coming interval's predecessor: what it gets may be believed.
+        self.open_throughout = (opened & before) - self._opened_between
+        self._opened_between = set()
         for uuid in opened:
             if uuid in moves and moves[uuid].phase is Phase.BULK:
                 self._intervals_open[uuid] = self._intervals_open.get(uuid, 0) + 1

@@ -7,11 +7,9 @@ It holds no state that matters. Killed at any line, the jobs go on; begun again 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import typing as t
-from concurrent.futures import Future, wait
 from dataclasses import replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._batch import OUT
@@ -26,7 +24,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._coordination_
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import PASSING, Eyes
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
+    PASSING,
+    Eyes,
+    nearly_over,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import line_known
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
@@ -40,32 +42,25 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
     SiteSummary,
     VmSummary,
 )
-from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._leases import (
-    Leases,
-    TakenOver,
-    findings_of,
-)
-from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._requester import Requester
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._leases import TakenOver, findings_of
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._lookout import Lookout
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
     Find,
     Proxy,
     Refused,
     Wanted,
-    ask,
     nobody,
     told_of,
 )
 
 __all__ = ["Abandoned", "Coordinator", "Proxy", "Refused", "TakenOver", "Wanted", "told_of"]
 
-# How long a host may take to say how it stands; so long it is late, and then it is not reached.
-_ANSWER_SECONDS = 15.0
-# How long the last look waits for whoever is late.
-_PATIENT_SECONDS = 30.0
 # What proxies are asked for takes them milliseconds: nobody waits longer for it within an interval.
 _ERRANDS_SECONDS = 1.0
 # So long a start is asked for again that its proxy refuses for what may pass: libvirt restarts there.
 _REFUSED_PATIENCE_SECONDS = 60.0
+# How often those are asked after whose moves are nearly over, between two looks.
+_GLANCE_SECONDS = 0.3
 # With nothing under way and nothing that may start, after so many looks it is over.
 _IDLE_LOOKS = 4
 _UNREACHED_PATIENCE_SECONDS = 300.0
@@ -85,7 +80,7 @@ class Abandoned(Exception):
     """Whoever began this is gone: another may be going on with it, and two would be in each other's way."""
 
 
-class Coordinator(Requester):
+class Coordinator(Lookout):
     """Works on proxies that are given, with a clock and a way to say things that are given."""
 
     def __init__(
@@ -100,11 +95,8 @@ class Coordinator(Requester):
         abandoned: t.Callable[[], bool] = lambda: False,
         find: Find = nobody,
     ) -> None:
-        super().__init__(wanted, sources, destinations, deadline, say, clock, find)
-        self._sleep = sleep
+        super().__init__(wanted, sources, destinations, deadline, say, clock, sleep, find)
         self._abandoned = abandoned
-        self._leases = Leases(wanted.site, self._sources, wanted.who, self._pool, say, clock, sleep)
-        self._pending: dict[str, Future[dict[str, t.Any]]] = {}
         # Asked to start: no answer yet; and those whose answer was lost.
         self._starting: set[str] = set()
         self._unanswered: set[str] = set()
@@ -115,8 +107,6 @@ class Coordinator(Requester):
         self._refusals: dict[str, dict[str, t.Any]] = {}
         # Refused for what may pass: since when, and what was said last.
         self._put_off: dict[str, tuple[float, dict[str, t.Any]]] = {}
-        self._lost_at: dict[str, float] = {}
-        self._silent: frozenset[str] = frozenset()
         self._down_since: dict[tuple[str, str], float] = {}
         self.changed = False
 
@@ -165,7 +155,6 @@ class Coordinator(Requester):
         self._silent = frozenset(silent(self.hosts))
         self._adopt(site)
         said_at, idle = began, 0
-        wanted = {vm.uuid for vm in site.vms}
         guess = "" if line_known(site) else ", a guess: nobody knows yet what the line carries"
         self._say(f"{len(site.vms)} VMs to leave {self.wanted.site} by strategy {self.wanted.strategy}; "
                   f"forecast {plan.makespan_seconds:.0f} s{guess}{self._again}")  # fmt: skip
@@ -187,20 +176,7 @@ class Coordinator(Requester):
             self._errands.settle(0.0)
             self._adopt(site)
             self._looked = True
-            deadline_at = self._deadline.now(self._clock())
-            seen = eyes.look(self.hosts, self._clock(), set(self._begun.values()), deadline_at)
-            seen = self._with_refusals(seen)
-            # Hosts remember others, who left long ago: they are told at the end, and not counted here.
-            seen = replace(seen, out=wanted.intersection(seen.out))
-            orders = controller.step(seen)
-            self._obey(orders, seen, controller, eyes)
-            recorder.observe(seen, orders, self.hosts, controller)
-            for line in recorder.news(self.hosts, self._begun.values()):
-                self._say(line)
-            for decision in orders.decisions:
-                if decision.what not in {"starts", "precaching-waits"}:
-                    self._say(f"{recorder.name(decision.vm)}: {decision.what} ({decision.reason})"
-                              + (f": {decision.sentence}" if decision.sentence else ""))  # fmt: skip
+            seen, orders = self._decide(controller, eyes, recorder)
             # At a steady pace, whatever else was told: it says how to go on with it.
             if self._clock() - said_at >= self.wanted.progress_seconds:
                 trouble = self._deadline.trouble
@@ -214,7 +190,7 @@ class Coordinator(Requester):
                 break
             if idle >= _IDLE_LOOKS and not self._may_still_start(controller, seen):
                 break
-            self._sleep(max(0.1, interval - (self._clock() - looked_at)))
+            self._rest(looked_at + interval, interval, seen, controller, eyes, recorder)
         self._look(interval, patient=True)
         self._errands.settle(_ERRANDS_SECONDS)
         self._adopt(site)
@@ -235,6 +211,57 @@ class Coordinator(Requester):
             if outcome["verdict"] not in OUT and outcome["name"] not in said:
                 self._say(verdict_line(outcome))
         return recorder
+
+    def _decide(
+        self, controller: Controller, eyes: Eyes, recorder: Recorder, *, between: bool = False
+    ) -> tuple[Observation, Orders]:
+        """Have the controller decide by what the hosts said, ask for that, and say what is new."""
+        deadline_at = self._deadline.now(self._clock())
+        begun = set(self._begun.values())
+        seen = eyes.look(self.hosts, self._clock(), begun, deadline_at, between=between)
+        seen = self._with_refusals(seen)
+        # Hosts remember others, who left long ago: they are told at the end, and not counted here.
+        seen = replace(seen, out={vm.uuid for vm in controller.site.vms}.intersection(seen.out))
+        orders = controller.step(seen, between=between)
+        self._obey(orders, seen, controller, eyes)
+        recorder.observe(seen, orders, self.hosts, controller, between=between)
+        for line in recorder.news(self.hosts, self._begun.values()):
+            self._say(line)
+        for decision in orders.decisions:
+            if decision.what not in {"starts", "precaching-waits"}:
+                self._say(f"{recorder.name(decision.vm)}: {decision.what} ({decision.reason})"
+                          + (f": {decision.sentence}" if decision.sentence else ""))  # fmt: skip
+        return seen, orders
+
+    def _rest(
+        self,
+        until: float,
+        interval: float,
+        seen: Observation,
+        controller: Controller,
+        eyes: Eyes,
+        recorder: Recorder,
+    ) -> None:
+        """Until the next look. Whose move is nearly over is asked after meanwhile: who comes next has its
+        place, and the line, as soon as it is through and not up to an interval later."""
+        # Who owes an answer is not asked again before the look.
+        slow = set(self._pending)
+        while until - self._clock() > 2 * _GLANCE_SECONDS:
+            nearly = {
+                controller.source_of(uuid)
+                for uuid, move in seen.moves.items()
+                if nearly_over(move, interval) and uuid in self._begun
+            }
+            nearly -= slow
+            if not nearly or self._abandoned():
+                break
+            self._sleep(_GLANCE_SECONDS)
+            news, late = self._glance(nearly)
+            slow |= late
+            if news:
+                self._errands.settle(0.0)
+                seen, _orders = self._decide(controller, eyes, recorder, between=True)
+        self._sleep(max(0.1, until - self._clock()))
 
     def _adopt(self, site: SiteSummary) -> None:
         """Jobs that are under way count as ours: begun before, or by a request whose answer was lost."""
@@ -258,60 +285,6 @@ class Coordinator(Requester):
                 if self.wanted.bandwidth_bytes_per_second is not None and not job.get("ended"):
                     body = {"bandwidth_bytes_per_second": self.wanted.bandwidth_bytes_per_second}
                     self._steer(host.name, identifier, "steer", body, key="bandwidth")
-
-    def _ask_destinations_again(self) -> None:
-        asked = {
-            name: self._pool.submit(ask, proxy, "GET", "/v1/status", None, _ANSWER_SECONDS)
-            for name, proxy in self._destinations.items()
-        }
-        wait(asked.values(), 2 * _ANSWER_SECONDS)
-        for name, answer in asked.items():
-            with contextlib.suppress(ProxyError, TimeoutError):
-                self.there[name].status = answer.result(timeout=0)
-
-    def _look(self, interval: float, *, patient: bool = False) -> None:
-        """Ask the sources how they stand; one that is slow or gone holds up nobody."""
-        for name, proxy in self._sources.items():
-            # One that never answered has VMs that nobody plans with: it is told as not reached.
-            if name not in self._pending and name not in self._silent:
-                self._pending[name] = self._pool.submit(self._poll, proxy, whole=patient)
-        until = time.monotonic() + (_PATIENT_SECONDS if patient else max(1.0, interval * 0.75))
-        # Who was late at the last look is not waited for at this one.
-        for name in sorted(self._pending, key=lambda name: self.hosts[name].late_since is not None):
-            future = self._pending[name]
-            late = self.hosts[name].late_since is not None and not patient
-            try:
-                status = future.result(timeout=0.0 if late else max(0.0, until - time.monotonic()))
-            except TimeoutError:
-                if self.hosts[name].late_since is None:
-                    self.hosts[name].late_since = self._clock()
-                continue
-            except ProxyError as error:
-                del self._pending[name]
-                self.hosts[name].late_since = None
-                if not self.hosts[name].error:
-                    self._say(f"{name}: {error.message.removeprefix(f'{name}: ')}")
-                self.hosts[name].error = error.message
-                self._lost_at.setdefault(name, self._clock())
-                continue
-            del self._pending[name]
-            if self.hosts[name].error:
-                self._say(f"{name}: answers again")
-            self.hosts[name].status, self.hosts[name].error = status, ""
-            self.hosts[name].late_since = None
-            self._lost_at.pop(name, None)
-
-    def _poll(self, proxy: Proxy, *, whole: bool) -> dict[str, t.Any]:
-        """A host's state. Not all of it while VMs move: that asks QEMU for every lag, and takes long."""
-        before = self.hosts[proxy.name].status
-        self._leases.renew(proxy.name)
-        if whole or not before:
-            return dict(ask(proxy, "GET", "/v1/status", None, _ANSWER_SECONDS))
-        return {
-            **before,
-            **ask(proxy, "GET", "/v1/evacuations", None, _ANSWER_SECONDS),
-            **ask(proxy, "GET", "/v1/links", None, _ANSWER_SECONDS),
-        }
 
     def _with_refusals(self, seen: Observation) -> Observation:
         # Of one that was asked to start again its job of before says nothing any more.

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
     Orders,
@@ -120,7 +120,8 @@ class Simulation:
         while now < end:
             self._happen(now)
             began = self._clock()
-            orders = self._controller.step(self._observe(now, interval))
+            seen = self._observe(now, interval)
+            orders = self._controller.step(seen)
             took = self._clock() - began
             longest, spent = max(longest, took), spent + took
             steps += 1
@@ -130,11 +131,18 @@ class Simulation:
             for vm in self._active.values():
                 vm.sent_before = vm.sent
             self._carried = {}
-            for _unused in range(4):
+            for part in range(4):
                 self._advance(min(tick, end - now), now)
                 now += tick
                 if now >= end:
                     break
+                if part < 3 and (later := self._between(seen, now)) is not None:
+                    seen = later
+                    began = self._clock()
+                    between = self._controller.step(seen, between=True)
+                    longest = max(longest, self._clock() - began)
+                    self._obey(between, now, started)
+                    orders.starts += between.starts
             most = max(most, len(self._active))
             self._check_progress(now, interval)
             # Guests that outrun the link go on for ever where nothing stops them: there is no more to see.
@@ -172,6 +180,22 @@ class Simulation:
         out = [uuid for uuid, vm in self.vms.items() if vm.out_at is not None]
         failed = {uuid: vm.may_retry for uuid, vm in self.vms.items() if vm.failed and vm.phase is None}
         return Observation(now, moves, pairs, out, failed, self.deadline)
+
+    def _between(self, before: Observation, now: float) -> Observation | None:
+        """What is seen between two looks, with the rates of the last one; None where nobody is through."""
+        told = self._observe(now, 1.0)
+        moves = {}
+        for uuid, move in told.moves.items():
+            known = before.moves.get(uuid)
+            if known is None or move.phase is Phase.LEAD_IN:
+                moves[uuid] = Move(uuid, Phase.LEAD_IN, move.rung) if known is None else known
+            else:
+                moves[uuid] = replace(known, phase=move.phase) if move.phase is Phase.CLOSING else known
+        through = {uuid for uuid, move in moves.items() if move.phase is Phase.CLOSING}
+        through_before = {uuid for uuid, move in before.moves.items() if move.phase is Phase.CLOSING}
+        if set(told.out) == set(before.out) and through <= through_before:
+            return None
+        return replace(told, moves=moves, pairs=before.pairs)
 
     def _obey(self, orders: Orders, now: float, started: dict[str, float]) -> None:
         for uuid, rung in orders.starts:

@@ -18,6 +18,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._bridge import Bridge, Unreachable
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator import Coordinator, Refused
+from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._lookout import Lookout
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._reach import Reach
 
 from precache_proxy.errors import LifeboatError
@@ -134,7 +135,7 @@ def test_one_that_a_host_was_asked_to_move_and_owes_every_answer_since_is_undeci
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.protect("home1", "web1")
-    monkeypatch.setattr(f"{Coordinator.__module__}._PATIENT_SECONDS", 1.0)
+    monkeypatch.setattr(f"{Lookout.__module__}._PATIENT_SECONDS", 1.0)
     proxy = world.proxies["home1"]
     proxy.hangs_at_start = True
     watch = Watch(Deadline("x", at=time.time() + 6), lambda _ups: 0.0)

@@ -42,7 +42,17 @@ def moved_away(
         newest = next((job for job in reversed(jobs) if name in (job.get("vm"), job.get("name"))), {})
         there = domains is None or any(name in (one.get("uuid"), one.get("name")) for one in domains)
         left = newest.get("verdict") in _OUT and not there
-        tombstone = next((one for one in tombstones if name in (one.get("uuid"), one.get("name"))), None)
+        # One that was made anew by the name of one that left is another VM.
+        anew = {one.get("uuid") for one in domains or () if name == one.get("name")}
+        tombstone = next(
+            (
+                one
+                for one in tombstones
+                if name == one.get("uuid")
+                or (name == one.get("name") and (not anew or one.get("uuid") in anew))
+            ),
+            None,
+        )
         if tombstone is not None and not (left and newest["verdict"] in _EVACUATED):
             away.append({"name": name, "peer": tombstone.get("peer"), "sentence": tombstone.get("sentence")})
         elif left:

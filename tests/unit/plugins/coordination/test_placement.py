@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from ansible_collections.lifeboat.evacuation.plugins.filter.placement import placement
+from ansible_collections.lifeboat.evacuation.plugins.filter.placement import moved_away, placement
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._placement import (
     QEMU_OVERHEAD_BYTES,
     Placement,
@@ -237,3 +237,17 @@ def test_the_filter_takes_results_as_ansible_registers_them() -> None:
     told = placement({"home1": asked("a")}, own, beside)
     assert told["peers"] == {"home1": {"a": "backup1"}}
     json.dumps(told)
+
+
+def test_a_vm_that_was_made_anew_by_the_name_of_one_that_left_is_another_vm() -> None:
+    """By its name alone it was taken for the one that left, and stayed unprotected."""
+    tombstone = {"uuid": "u-1", "name": "web1", "peer": "backup1", "sentence": "It runs at backup1."}
+    old, new = ({"uuid": uuid, "name": "web1"} for uuid in ("u-1", "u-2"))
+
+    def gone(listed: str, *domains: dict[str, str]) -> list[str]:
+        return [vm["name"] for vm in moved_away([{"name": listed}], [], domains, [tombstone])]
+
+    assert gone("web1", new) == []
+    assert gone("web1") == gone("web1", old) == ["web1"], "it alone is meant"
+    assert gone("u-1", new) == ["u-1"], "by its UUID it always is"
+    assert gone("u-2", new) == []

@@ -20,8 +20,7 @@ from typing import Any, Final, Protocol
 
 from precache_proxy.crash_points import drops
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
-from precache_proxy.evacuation.libvirt_frames import DOMAIN_MIGRATE_FINISH3_PARAMS
-from precache_proxy.evacuation.libvirt_replies import Replies
+from precache_proxy.evacuation.libvirt_replies import DOMAIN_MIGRATE_FINISH3_PARAMS, Replies
 from precache_proxy.evacuation.pace import Pace
 from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker, WindowBudget
 
@@ -58,30 +57,6 @@ class RelayCounters:
     received_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOCKETS, 0))
 
 
-@dataclass(slots=True)
-class Begun:
-    """What of a connection has passed before its relay takes over: a piece that was read here and not sent,
-    a message that was received and not unpacked, and the unpacker of those before it."""
-
-    unpacker: Unpacker = field(default_factory=Unpacker)
-    piece: bytes = b""
-    message: bytes | None = None
-
-
-class Meet(Protocol):
-    """Who may answer a connection before its stream is needed (opening_ahead.py)."""
-
-    async def meet(
-        self,
-        socket: str,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        open_plain: Callable[[str], Awaitable[RelayStream]],
-        /,
-    ) -> tuple[RelayStream, Begun]:
-        """The stream that carries it, and what has passed already."""
-
-
 class RelayedConnection:
     """One connection of libvirt or QEMU, and the stream that carries it."""
 
@@ -97,12 +72,8 @@ class RelayedConnection:
         link_up: Callable[[], bool],
         level: int = 1,
         pace: Pace | None = None,
-        begun: Begun | None = None,
-        on_piece: Callable[[bytes], None] | None = None,
     ) -> None:
         self.socket = socket
-        self._begun = begun or Begun()
-        self._on_piece = on_piece
         self._level = level
         self._pace = pace
         self._reader = reader
@@ -163,10 +134,7 @@ class RelayedConnection:
         lost = Replies(DOMAIN_MIGRATE_FINISH3_PARAMS) if drops("relay-finish-reply") else None
         clock = asyncio.get_running_loop().time
         waited = False
-        piece = self._begun.piece
-        while piece or (piece := await self._reader.read(PIECE_BYTES)):
-            if self._on_piece is not None:
-                self._on_piece(piece)
+        while piece := await self._reader.read(PIECE_BYTES):
             if lost is not None and self.socket == LIBVIRT and lost.contain(piece):
                 raise ProtocolError("relay of the libvirt socket: lost its last reply, as the test asked")
             began = clock()
@@ -178,15 +146,13 @@ class RelayedConnection:
                 await self._pace.wait(len(parts[1]) + 1)
             await self._stream.send(*parts)
             waited = clock() - packed > packed - began
-            piece = b""
         await self._stream.close()
 
     async def _inward(self) -> None:
-        unpacker, message = self._begun.unpacker, self._begun.message
+        unpacker = Unpacker()
         loop = asyncio.get_running_loop()
-        while message is not None or (message := await self._stream.receive()) is not None:
+        while (message := await self._stream.receive()) is not None:
             piece = unpacker.unpack(message)
-            message = None
             self._counters.received_bytes[self.socket] += len(piece)
             self._writing_since = loop.time()
             self._writer.write(piece)
@@ -242,10 +208,8 @@ class JobSockets:
         on_failure: Callable[[LifeboatError], None],
         level: int = 1,
         pace: Pace | None = None,
-        ahead: Meet | None = None,
     ) -> None:
         self.directory = directory
-        self._ahead = ahead
         self._level = level
         self._pace = pace
         self.counters = RelayCounters()
@@ -287,10 +251,7 @@ class JobSockets:
 
     async def _carry(self, socket: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if self._ahead is None:
-                stream, begun = await self._open_stream(socket), Begun()
-            else:
-                stream, begun = await self._ahead.meet(socket, reader, writer, self._open_stream)
+            stream = await self._open_stream(socket)
             connection = RelayedConnection(
                 socket,
                 reader,
@@ -301,17 +262,9 @@ class JobSockets:
                 link_up=self._link_up,
                 level=self._level,
                 pace=self._pace,
-                begun=begun,
             )
             await connection.run()
-        except (OSError, LifeboatError) as local_or_ours:
-            error = (
-                local_or_ours
-                if isinstance(local_or_ours, LifeboatError)
-                else ProtocolError(
-                    f"relay of the {socket} socket: the local side broke off ({local_or_ours})"
-                )
-            )
+        except LifeboatError as error:
             logger.warning("relay of the %s socket ended: %s", socket, error)
             writer.transport.abort()
             if socket != LIBVIRT or isinstance(error, Stalled):

@@ -10,6 +10,7 @@ from enum import StrEnum
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
     BOOT_SECONDS,
     CONVERGES_BELOW,
+    MOST_WRITTEN_SHARE,
     closing_seconds,
     forecast,
     lead_in_seconds,
@@ -42,9 +43,10 @@ class Move:
     ``remaining_bytes`` is what this round has left, ``most_remaining_bytes`` what it may have left where a
     sample of the memory said too little (None: the same), ``dirtied_bytes`` what was dirtied since it began,
     as far as is known, ``bytes_per_second`` what it got over the last interval, ``dirty_bytes_per_second``
-    what the guest dirties, ``sent_bytes`` what of its memory has crossed; all on the wire. ``round_number``
-    is QEMU's, from 1 on; 0: none has begun, or nobody says. ``hopeless``: the proxy says that the longest
-    stop that is allowed would not do. ``silent``: its host says nothing now, and nothing can be told to it.
+    what the guest dirties, ``written_bytes_per_second`` what it writes to its disks, ``sent_bytes`` what of
+    its memory has crossed; all on the wire. ``round_number`` is QEMU's, from 1 on; 0: none has begun, or
+    nobody says. ``hopeless``: the proxy says that the longest stop that is allowed would not do. ``silent``:
+    its host says nothing now, and nothing can be told to it.
     """
 
     vm: str
@@ -59,6 +61,7 @@ class Move:
     sent_bytes: float = 0.0
     round_number: int = 0
     most_remaining_bytes: float | None = None
+    written_bytes_per_second: float = 0.0
 
     @property
     def at_worst(self) -> Move:
@@ -88,11 +91,14 @@ def live_seconds(move: Move, rate: float) -> float:
         return 0.0
     if rate <= 0:
         return float("inf")
-    shrink = 0.0 if move.rung is not Rung.LIVE else move.dirty_bytes_per_second / rate
-    if shrink >= 0.95 and move.phase is not Phase.LAST:
+    if move.rung is not Rung.LIVE or move.phase is Phase.LAST:
+        return move.left_bytes / rate
+    # The mirror of what it writes takes its share of the line until the guest stands.
+    rate -= min(move.written_bytes_per_second, MOST_WRITTEN_SHARE * rate)
+    shrink = move.dirty_bytes_per_second / rate
+    if shrink >= 0.95:
         return float("inf")
-    factor = 1.0 if move.phase is Phase.LAST else 1.0 / (1.0 - shrink)
-    return move.left_bytes / rate * factor
+    return move.left_bytes / rate / (1.0 - shrink)
 
 
 def paused_seconds(move: Move, rate: float) -> float:

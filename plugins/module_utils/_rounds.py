@@ -26,7 +26,8 @@ class Rounds:
     def told(
         self, moves: t.Mapping[str, Move], vms: t.Mapping[str, VmSummary], now: float
     ) -> dict[str, Move]:
-        """The moves with their ``dirtied_bytes``: what is dirtied until the round is over comes on top.
+        """The moves with their ``dirtied_bytes``: what is dirtied until the round is over comes on top. And
+        with what their guests were seen to write before they moved: nobody measures it now.
 
         A round has begun where its number says so, or, without one, where more is left than before. What QEMU
         sends anew is told after its first round; until then what the guest dirtied beforehand is taken.
@@ -46,8 +47,9 @@ class Rounds:
                 rate = move.dirty_bytes_per_second or vm.dirty_bytes_per_second * vm.packed_ratio
                 dirtied = min(dirtied + rate * (now - at), vm.memory_used_bytes * vm.packed_ratio)
             self._seen[uuid] = (now, move.remaining_bytes, number, dirtied)
-            if dirtied:
-                told[uuid] = replace(told[uuid], dirtied_bytes=dirtied)
+            written = vm.written_bytes_per_second
+            if dirtied or written:
+                told[uuid] = replace(told[uuid], dirtied_bytes=dirtied, written_bytes_per_second=written)
         return told
 
 

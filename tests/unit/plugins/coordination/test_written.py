@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import fixed_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState, site_summary
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
@@ -16,6 +17,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
     usual_shutdown_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import lines
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, VmSummary
 from hypothesis import given
@@ -124,3 +126,17 @@ def test_the_proxy_says_how_fast_and_an_older_one_does_not() -> None:
     ]
     whole = site_summary("home", [HostState("home1", {"vms": told, "links": []})], {}, {}, None, None)
     assert [item.written_bytes_per_second for item in whole.vms] == [2e6, 0.0, 0.0]
+
+
+def test_the_mirror_of_a_move_under_way_takes_its_share_until_the_guest_stands() -> None:
+    guest = vm("a", memory=400 * MB, written_bytes_per_second=2 * MB)
+    move = Move("uuid-a", Phase.BULK, remaining_bytes=60 * MB, bytes_per_second=6 * MB, round_number=1,
+                dirty_bytes_per_second=MB)  # fmt: skip
+    told = Rounds().told({"uuid-a": move}, {"uuid-a": guest}, 0.0)["uuid-a"]
+    # 4 MB/s are left for memory, of which a quarter is dirtied anew each time.
+    assert live_seconds(told, 6 * MB) == pytest.approx(60 / 4 / (1 - 1 / 4))
+    assert live_seconds(move, 6 * MB) == pytest.approx(60 / 6 / (1 - 1 / 6))
+    # Its proxy has its writes wait where they would take more than half.
+    assert live_seconds(told, 3 * MB) == pytest.approx(60 / 1.5 / (1 - 1 / 1.5))
+    for stands in (replace(told, rung=Rung.PAUSED), replace(told, phase=Phase.LAST)):
+        assert live_seconds(stands, 6 * MB) == pytest.approx(60 / 6)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precache_proxy.evacuation.libvirt_replies import DOMAIN_MIGRATE_FINISH3_PARAMS, Replies
+from precache_proxy.evacuation.libvirt_frames import DOMAIN_MIGRATE_FINISH3_PARAMS
+from precache_proxy.evacuation.libvirt_replies import Replies
 
 PROGRAM, REPLY, CALL = 0x20008086, 1, 0
 

@@ -59,7 +59,8 @@ def _foreign_replica(peer: str, status: Mapping[str, Any]) -> list[Finding]:
 
 
 class Arrivals:
-    """All arrivals of this host. ``not_admitted`` is told of jobs that may use relays no longer."""
+    """All arrivals of this host. ``now_admitted`` and ``not_admitted`` are told of jobs that may use relays
+    from now on, and no longer."""
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class Arrivals:
         self.footprint = Footprint(
             self.records, domains, guard, store, network, qemu_user, self.sockets_directory
         )
+        self.now_admitted: Callable[[str], None] = lambda _job_id: None
         self.not_admitted: Callable[[str], None] = lambda _job_id: None
         self._domains = domains
         self._guard = guard
@@ -293,6 +295,7 @@ class Arrivals:
             raise
         self.records.add(arrival)
         crash_point("arrival-recorded")
+        self.now_admitted(job_id)
         try:
             await self.footprint.make(arrival)
             if arrival.restarts:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import libvirt
 
 from precache_proxy.blocks.images import ImageReference
-from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import (
     Cancelled,
@@ -25,15 +24,23 @@ from precache_proxy.errors import (
     NoSpace,
     NotFound,
     PeerUnreachable,
-    Stalled,
 )
-from precache_proxy.evacuation import addresses, freeze, layers, migrate, mirroring, preflight, relay
+from precache_proxy.evacuation import (
+    addresses,
+    departure_relays,
+    freeze,
+    layers,
+    migrate,
+    mirroring,
+    preflight,
+    relay,
+)
 from precache_proxy.evacuation.arrival import RUNS_HERE, ArrivalState
 from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
+from precache_proxy.evacuation.opening_ahead import OpeningsAhead
 from precache_proxy.evacuation.pace import Pace
-from precache_proxy.evacuation.packing import level_for
 from precache_proxy.evacuation.surroundings import Surroundings, look
 from precache_proxy.source.scratch import boottime_seconds
 from precache_proxy.units import MIB
@@ -82,6 +89,8 @@ class Departure:
     complaint: str = ""
     failure: LifeboatError | None = None
     sockets: relay.JobSockets | None = field(default=None)
+    # connections that libvirt and QEMU there are asked for before libvirt and QEMU here ask
+    ahead: OpeningsAhead | None = field(default=None)
     # what it may put on the wire while others go first
     pace: Pace = field(default_factory=Pace)
     # its bandwidth while blocks go as generations; that of the migration is QEMU's to keep
@@ -159,8 +168,13 @@ async def run_forward(departure: Departure) -> None:
     await catch_up(departure)
     await _freeze(departure)
     await send_residual(departure)
-    paths = await prepare(departure, {"bitmaps": [departure.job.checkpoint]})
-    await _migrate(departure, paths)
+    departure.ahead = departure_relays.openings_ahead(departure)
+    try:
+        paths = await prepare(departure, {"bitmaps": [departure.job.checkpoint]})
+        await _migrate(departure, paths)
+    finally:
+        await departure.ahead.close()
+        departure.ahead = None
 
 
 async def pass_preflight(departure: Departure) -> bool:
@@ -253,6 +267,8 @@ async def prepare(departure: Departure, further: Mapping[str, Any]) -> dict[str,
     await departure.enter(Step.PREPARE)
     departure.contact.watch(departure)
     crash_point("departure-before-prepare")
+    if departure.ahead is not None:
+        departure.ahead.begin_libvirt()
     status = around.source.status(job.vm)
     answer = await departure.call(
         "prepare",
@@ -281,12 +297,13 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     rate = departure.measure.channel_bytes_per_second
     round_trip = departure.link.round_trip_seconds
     wanted = job.options.synchronous_writes
+    emulator = await mirroring.emulator_version(around.domains, job.vm)
     synchronous = (
         mirroring.needs_synchronous_writes(
             departure.measure.written_bytes_per_second,
             rate,
             round_trip,
-            changeable=mirroring.changeable(await mirroring.emulator_version(around.domains, job.vm)),
+            changeable=mirroring.changeable(emulator),
         )
         if wanted is None
         else wanted
@@ -298,8 +315,11 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         "synchronous_writes": synchronous,
     }
     await departure.enter(Step.MIGRATE)
-    departure.sockets = _sockets(departure)
+    departure.sockets = departure_relays.job_sockets(departure)
     await departure.sockets.listen()
+    if departure.ahead is not None:
+        definition = await around.domains.definition(job.vm)
+        departure_relays.ask_for_mirrors(departure.ahead, definition, paths, emulator)
     plan = migrate.Plan(
         sockets=departure.sockets.directory,
         disks=tuple(paths),
@@ -352,35 +372,6 @@ async def _end_when_enough(departure: Departure) -> None:
     while True:
         await migrate.abort(departure.around.domains, departure.job.vm)
         await asyncio.sleep(ABORT_AGAIN_SECONDS)
-
-
-def _sockets(departure: Departure) -> relay.JobSockets:
-    job, around, link = departure.job, departure.around, departure.link
-
-    async def open_stream(socket: str) -> relay.RelayStream:
-        stream: relay.RelayStream = await link.open_stream(
-            relay.STREAM_KIND, TrafficClass.MIGRATION, relay.header(job.id, socket), label=job.vm
-        )
-        return stream
-
-    def on_failure(error: LifeboatError) -> None:
-        """A dead relay: cut both streams, tell libvirt to stop; QEMU alone would wait with the guest's
-        writes."""
-        if departure.failure is None and departure.sockets is not None:
-            departure.failure = error if isinstance(error, Stalled) else departure.failure
-            departure.sockets.close_connections()
-            departure.enough.set()
-
-    return relay.JobSockets(
-        around.run_directory / "jobs" / job.id,
-        (around.qemu_user.uid, around.qemu_user.gid),
-        open_stream,
-        stall_seconds=around.stall_seconds,
-        link_up=lambda: bool(link.state == "up"),
-        on_failure=on_failure,
-        level=level_for(departure.measure.channel_bytes_per_second),
-        pace=departure.pace,
-    )
 
 
 async def cancel(departure: Departure) -> None:

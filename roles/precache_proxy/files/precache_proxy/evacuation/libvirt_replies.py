@@ -1,19 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Looks for one reply in a stream of libvirt's RPC, so that a test can lose just that one.
-
-Source: libvirt, src/rpc/virnetprotocol.x (a packet: length, then program, version, procedure, type, serial
-and status, each 32 bits, big-endian) and src/remote/remote_protocol.x (the procedures).
-"""
+"""Looks for one reply in a stream of libvirt's RPC (libvirt_frames.py), without keeping what passes."""
 
 from __future__ import annotations
 
-import struct
-from typing import Final
-
-DOMAIN_MIGRATE_FINISH3_PARAMS: Final = 306
-_REMOTE_PROGRAM: Final = 0x20008086
-_REPLY: Final = 1
-_HEADER = struct.Struct(">IIIIIII")
+from precache_proxy.evacuation.libvirt_frames import HEADER, REMOTE_PROGRAM, REPLY
 
 
 class Replies:
@@ -34,10 +24,10 @@ class Replies:
                 return False
             data = data[self._skip :]
             self._skip = 0
-            if len(data) < _HEADER.size:
+            if len(data) < HEADER.size:
                 self._rest = data
                 return False
-            length, program, _version, procedure, kind, _serial, _status = _HEADER.unpack_from(data)
-            if (program, procedure, kind) == (_REMOTE_PROGRAM, self._procedure, _REPLY):
+            length, program, _version, procedure, kind, _serial, _status = HEADER.unpack_from(data)
+            if (program, procedure, kind) == (REMOTE_PROGRAM, self._procedure, REPLY):
                 return True
-            self._skip = max(length, _HEADER.size)
+            self._skip = max(length, HEADER.size)

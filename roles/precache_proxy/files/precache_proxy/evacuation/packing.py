@@ -13,7 +13,7 @@ from precache_proxy.units import GIB, KIB
 
 # Large enough for a good ratio, small enough that QEMU's estimate of the bandwidth follows the link.
 PIECE_BYTES: Final = 128 * KIB
-_RAW: Final = b"\x00"
+RAW: Final = b"\x00"
 _ZSTD: Final = b"\x01"
 # What zstd adds to a piece that does not shrink: three bytes a block, and the frame's header.
 _PACKING_BYTES: Final = 1 * KIB
@@ -80,7 +80,7 @@ class Packer:
         """
         if self._skip and not waited:
             self._skip -= 1
-            return _RAW, piece
+            return RAW, piece
         self._skip = 0
         packed = self._compressor.compress(piece) + self._compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         # Short pieces say nothing about the content.
@@ -134,7 +134,7 @@ class Unpacker:
             raise ProtocolError(
                 f"relay: a message of {len(payload)} bytes; a piece has {PIECE_BYTES} at most"
             )
-        if marker == _RAW:
+        if marker == RAW:
             return payload
         if marker != _ZSTD:
             raise ProtocolError(

@@ -13,14 +13,16 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from precache_proxy.crash_points import drops
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
-from precache_proxy.evacuation.libvirt_replies import DOMAIN_MIGRATE_FINISH3_PARAMS, Replies
+from precache_proxy.evacuation.libvirt_frames import DOMAIN_MIGRATE_FINISH3_PARAMS
+from precache_proxy.evacuation.libvirt_replies import Replies
+from precache_proxy.evacuation.nbd_flushes import Flushes
 from precache_proxy.evacuation.pace import Pace
 from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker, WindowBudget
 
@@ -57,6 +59,32 @@ class RelayCounters:
     received_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOCKETS, 0))
 
 
+@dataclass(slots=True)
+class Begun:
+    """What of a connection has passed before its relay takes over: a piece that was read here and not sent,
+    a message that was received and not unpacked, and the unpacker of those before it. ``flushes`` where it is
+    a mirror's that is followed from its first request."""
+
+    unpacker: Unpacker = field(default_factory=Unpacker)
+    piece: bytes = b""
+    message: bytes | None = None
+    flushes: Flushes | None = None
+
+
+class Meet(Protocol):
+    """Who may answer a connection before its stream is needed (opening_ahead.py)."""
+
+    async def meet(
+        self,
+        socket: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        open_plain: Callable[[str], Awaitable[RelayStream]],
+        /,
+    ) -> tuple[RelayStream, Begun]:
+        """The stream that carries it, and what has passed already."""
+
+
 class RelayedConnection:
     """One connection of libvirt or QEMU, and the stream that carries it."""
 
@@ -72,8 +100,12 @@ class RelayedConnection:
         link_up: Callable[[], bool],
         level: int = 1,
         pace: Pace | None = None,
+        begun: Begun | None = None,
+        on_piece: Callable[[bytes], None] | None = None,
     ) -> None:
         self.socket = socket
+        self._begun = begun or Begun()
+        self._on_piece = on_piece
         self._level = level
         self._pace = pace
         self._reader = reader
@@ -134,7 +166,9 @@ class RelayedConnection:
         lost = Replies(DOMAIN_MIGRATE_FINISH3_PARAMS) if drops("relay-finish-reply") else None
         clock = asyncio.get_running_loop().time
         waited = False
-        while piece := await self._reader.read(PIECE_BYTES):
+        async for piece in self._pieces():
+            if self._on_piece is not None:
+                self._on_piece(piece)
             if lost is not None and self.socket == LIBVIRT and lost.contain(piece):
                 raise ProtocolError("relay of the libvirt socket: lost its last reply, as the test asked")
             began = clock()
@@ -148,13 +182,28 @@ class RelayedConnection:
             waited = clock() - packed > packed - began
         await self._stream.close()
 
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        piece, ended = self._begun.piece, False
+        while not ended:
+            piece = piece or await self._reader.read(PIECE_BYTES)
+            ended = not piece
+            if self._begun.flushes is not None:
+                piece, told = self._begun.flushes.outward(piece)
+                self._writer.write(told)
+            for at in range(0, len(piece), PIECE_BYTES):
+                yield piece[at : at + PIECE_BYTES]
+            piece = b""
+
     async def _inward(self) -> None:
-        unpacker = Unpacker()
+        unpacker, message = self._begun.unpacker, self._begun.message
         loop = asyncio.get_running_loop()
-        while (message := await self._stream.receive()) is not None:
+        while message is not None or (message := await self._stream.receive()) is not None:
             piece = unpacker.unpack(message)
+            message = None
             self._counters.received_bytes[self.socket] += len(piece)
             self._writing_since = loop.time()
+            if self._begun.flushes is not None:
+                self._begun.flushes.inward(piece)
             self._writer.write(piece)
             await self._writer.drain()
             self._writing_since = None
@@ -208,8 +257,10 @@ class JobSockets:
         on_failure: Callable[[LifeboatError], None],
         level: int = 1,
         pace: Pace | None = None,
+        ahead: Meet | None = None,
     ) -> None:
         self.directory = directory
+        self._ahead = ahead
         self._level = level
         self._pace = pace
         self.counters = RelayCounters()
@@ -251,7 +302,10 @@ class JobSockets:
 
     async def _carry(self, socket: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            stream = await self._open_stream(socket)
+            if self._ahead is None:
+                stream, begun = await self._open_stream(socket), Begun()
+            else:
+                stream, begun = await self._ahead.meet(socket, reader, writer, self._open_stream)
             connection = RelayedConnection(
                 socket,
                 reader,
@@ -262,9 +316,17 @@ class JobSockets:
                 link_up=self._link_up,
                 level=self._level,
                 pace=self._pace,
+                begun=begun,
             )
             await connection.run()
-        except LifeboatError as error:
+        except (OSError, LifeboatError) as local_or_ours:
+            error = (
+                local_or_ours
+                if isinstance(local_or_ours, LifeboatError)
+                else ProtocolError(
+                    f"relay of the {socket} socket: the local side broke off ({local_or_ours})"
+                )
+            )
             logger.warning("relay of the %s socket ended: %s", socket, error)
             writer.transport.abort()
             if socket != LIBVIRT or isinstance(error, Stalled):

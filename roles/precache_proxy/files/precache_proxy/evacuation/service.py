@@ -22,6 +22,7 @@ from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.fail_over import FailOver
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE
 from precache_proxy.evacuation.guard import Forbidden, Guard
+from precache_proxy.evacuation.held_opening import AHEAD_KIND
 from precache_proxy.evacuation.job import EvacuationOptions, Job, Journal
 from precache_proxy.evacuation.landing import Landing
 from precache_proxy.evacuation.relay import STREAM_KIND
@@ -91,6 +92,7 @@ class Evacuation:
             channel.links,
             self._around.stall_seconds,
         )
+        self._arrivals.now_admitted = self._relays.admitted
         self._arrivals.not_admitted = self._relays.close
         self._landing = Landing(self._arrivals.records, self._domains, source, store, channel.links)
         self._departures = Departures(self._around, self._landing.leave)
@@ -116,6 +118,7 @@ class Evacuation:
         ):
             channel.handle_call(f"evacuation.{name}", self._when_loaded(handler))
         channel.handle_stream(STREAM_KIND, self._relays.carry)
+        channel.handle_stream(AHEAD_KIND, self._relays.carry_ahead)
 
     def _when_loaded(self, handler: CallHandler) -> CallHandler:
         """No answer before the records are read: "no such job" would be taken for the truth."""

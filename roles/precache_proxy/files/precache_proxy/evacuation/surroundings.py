@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Guard, hook_findings
 from precache_proxy.evacuation.job import Journal
+from precache_proxy.evacuation.opening_ahead import KnownOpenings
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
 from precache_proxy.hypervisor.domain_xml import Definition
@@ -37,6 +38,7 @@ class Surroundings:
     network: ArrivalNetwork
     qemu_user: QemuUser
     stall_seconds: float
+    openings: KnownOpenings = field(default_factory=KnownOpenings)
 
     @property
     def fallback_overlay_directory(self) -> Path:

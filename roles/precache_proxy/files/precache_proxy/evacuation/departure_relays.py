@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The streams of one evacuation at its source: those of its sockets, and those that are asked for ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from precache_proxy.channel.settings import TrafficClass
+from precache_proxy.errors import LifeboatError, Stalled
+from precache_proxy.evacuation import held_opening, nbd_frames, relay
+from precache_proxy.evacuation.opening_ahead import OpeningsAhead
+from precache_proxy.evacuation.packing import level_for
+from precache_proxy.hypervisor.domain_xml import Definition
+
+if TYPE_CHECKING:
+    from precache_proxy.evacuation.departure import Departure
+
+
+def job_sockets(departure: Departure) -> relay.JobSockets:
+    """The sockets that libvirt and QEMU here connect to."""
+    job, around, link = departure.job, departure.around, departure.link
+
+    async def open_stream(socket: str) -> relay.RelayStream:
+        stream: relay.RelayStream = await link.open_stream(
+            relay.STREAM_KIND, TrafficClass.MIGRATION, relay.header(job.id, socket), label=job.vm
+        )
+        return stream
+
+    def on_failure(error: LifeboatError) -> None:
+        """A dead relay: cut both streams, tell libvirt to stop; QEMU alone would wait with the guest's
+        writes."""
+        if departure.failure is None and departure.sockets is not None:
+            departure.failure = error if isinstance(error, Stalled) else departure.failure
+            departure.sockets.close_connections()
+            departure.enough.set()
+
+    return relay.JobSockets(
+        around.run_directory / "jobs" / job.id,
+        (around.qemu_user.uid, around.qemu_user.gid),
+        open_stream,
+        stall_seconds=around.stall_seconds,
+        link_up=lambda: bool(link.state == "up"),
+        on_failure=on_failure,
+        level=level_for(departure.measure.channel_bytes_per_second),
+        pace=departure.pace,
+        ahead=departure.ahead,
+    )
+
+
+def openings_ahead(departure: Departure) -> OpeningsAhead:
+    """What libvirt and QEMU at the destination are asked before libvirt and QEMU here ask it."""
+    job, around, link = departure.job, departure.around, departure.link
+
+    async def open_ahead(socket: str, requests: Sequence[bytes]) -> relay.RelayStream:
+        stream: relay.RelayStream = await link.open_stream(
+            held_opening.AHEAD_KIND,
+            TrafficClass.MIGRATION,
+            held_opening.header(job.id, socket, requests),
+            label=job.vm,
+        )
+        return stream
+
+    return OpeningsAhead(job.peer, around.openings, open_ahead, stall_seconds=around.stall_seconds)
+
+
+def ask_for_mirrors(
+    ahead: OpeningsAhead, definition: Definition, disks: Iterable[str], emulator_version: int | None
+) -> None:
+    """Have the connection of each disk's mirror opened as soon as QEMU listens there."""
+    for key in disks:
+        disk = definition.disk(key)
+        if disk is not None and disk.alias and emulator_version is not None:
+            # libvirt, src/qemu/qemu_alias.c: so it names a disk's NBD export.
+            ahead.begin(relay.DISK, nbd_frames.opening(f"drive-{disk.alias}", emulator_version))

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Connections that are opened ahead of a migration: used when all goes well, missed by nobody when not."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration.evacuation_pair import EvacuationPair
+from integration.proxy_pair import BACKUP, HOME, wait_for
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+
+USED = "relay of the {} socket: the connection that was opened ahead is in use"
+CLIENTS = "virt-admin client-list libvirtd | awk '$2 == \"unix\" {print $1}'"
+
+
+def libvirt_connections(pair: EvacuationPair, host: str) -> int:
+    """How many connections a host's libvirtd has accepted (state 03, connected)."""
+    table = pair.shell(host, "cat /proc/net/unix")
+    return sum(
+        words[5] == "03" and words[-1].endswith("libvirt/libvirt-sock")
+        for words in (line.split() for line in table.splitlines()[1:])
+    )
+
+
+def test_libvirt_and_qemu_go_on_with_what_was_opened_ahead(pair: EvacuationPair) -> None:
+    guest = pair.make_guest("expected", disks=2)
+    pair.evacuate(guest)
+    log = pair.log(HOME)
+    assert log.count(USED.format("libvirt")) == 1, log
+    assert log.count(USED.format("disk")) == 2, log
+    assert "over the WAN" not in log
+
+
+def test_a_held_connection_that_dies_is_replaced_by_another(pair: EvacuationPair) -> None:
+    guest = pair.make_guest("held in vain")
+    canary = guest.canary(HOME)
+    before = libvirt_connections(pair, BACKUP)
+    with pair.never_twice(guest):
+        job_id = pair.begin_until(guest, HOME, "departure-prepared")
+        wait_for(lambda: libvirt_connections(pair, BACKUP), lambda count: count == before + 1)
+        # The newest is the one that is held; the proxy's own is as old as the proxy.
+        newest = max(int(word) for word in pair.shell(BACKUP, CLIENTS).split())
+        pair.shell(BACKUP, f"virt-admin client-disconnect libvirtd {newest}")
+        wait_for(lambda: libvirt_connections(pair, BACKUP), lambda count: count == before)
+        pair.go_on(HOME)
+        pair.check_settled(guest, job_id, canary, BACKUP)
+    assert USED.format("libvirt") not in pair.log(HOME)
+
+
+@pytest.mark.parametrize("back_at_once", [True, False])
+def test_nothing_is_held_for_a_source_that_died_before_libvirt_came(
+    pair: EvacuationPair, *, back_at_once: bool
+) -> None:
+    guest = pair.make_guest("called off")
+    canary = guest.canary(HOME)
+    before = libvirt_connections(pair, BACKUP)
+    with pair.never_twice(guest):
+        job_id = pair.begin_until(guest, HOME, "departure-prepared")
+        wait_for(lambda: libvirt_connections(pair, BACKUP), lambda count: count == before + 1)
+        pair.kill(HOME)
+        if back_at_once:
+            pair.start(HOME)
+        wait_for(lambda: libvirt_connections(pair, BACKUP), lambda count: count == before, timeout_seconds=40)
+        if not back_at_once:
+            pair.start(HOME)
+        pair.check_settled(guest, job_id, canary, HOME)
+
+
+def test_a_destination_whose_proxy_was_killed_meanwhile_holds_nothing_and_loses_nothing(
+    pair: EvacuationPair,
+) -> None:
+    guest = pair.make_guest("forgotten")
+    canary = guest.canary(HOME)
+    with pair.never_twice(guest):
+        job_id = pair.begin_until(guest, HOME, "departure-prepared")
+        before = libvirt_connections(pair, BACKUP)
+        pair.kill(BACKUP)
+        assert libvirt_connections(pair, BACKUP) < before
+        pair.start(BACKUP)
+        pair.go_on(HOME)
+        # Whether the link is up again when libvirt connects decides; the guest is whole either way.
+        verdict = pair.wait_job(HOME, job_id)["verdict"]
+        pair.check_settled(guest, job_id, canary, BACKUP if verdict == "evacuated" else HOME)

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from precache_proxy import durable
 from precache_proxy.blocks import images
 from precache_proxy.errors import Finding
-from precache_proxy.evacuation import confirm, departure, preflight
+from precache_proxy.evacuation import confirm, departure, layers, preflight
 from precache_proxy.evacuation.arrival_network import NothingToDo
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.departure import Departure
@@ -30,7 +31,7 @@ from precache_proxy.evacuation.fence import Fence
 from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.job import EvacuationOptions, FrozenDisk, Journal, Step, new_job
 from precache_proxy.evacuation.measure import Measure
-from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.evacuation.reconcile import Life, Presence
 from precache_proxy.evacuation.rollback import roll_back
 from precache_proxy.evacuation.surroundings import Surroundings
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
@@ -88,6 +89,26 @@ class Machines:
 
     async def run_in_turn(self, _vm: str, function: Callable[[Any], Any], **_unused: Any) -> Any:
         return await asyncio.to_thread(function, LibvirtDomain(self))
+
+    async def life(self, _vm: str) -> Life:
+        return Life(self.is_there, 7, in_order=True)
+
+    async def shut_down(self, _vm: str) -> None:
+        tell(f"asked to shut down at {self.side}")
+        self.is_there = Presence.SHUT_OFF
+
+    async def define(self, xml: str, _name: str) -> None:
+        tell(f"defined at {self.side}")
+        self.description = xml
+
+    async def start(self, _vm: str, *, paused: bool = False) -> bool:
+        assert paused
+        tell(f"started at {self.side}")
+        # what will lie on top of it when it is tracked
+        disks = parse_definition(self.description).disks
+        self.tops = [Path(disk.path.replace("-arrival.qcow2", ".qcow2")) for disk in disks]
+        self.is_there = Presence.ARRIVED
+        return True
 
     async def wait_not_migrating(self, _vm: str, _timeout_seconds: float) -> None:
         return None
@@ -164,27 +185,50 @@ def cross(overlay: Path) -> None:
         file.write(bytes(WRITTEN_BYTES))
 
 
-async def story(directory: Path) -> None:
-    """One evacuation that is taken back when everything stands there, and one that is not."""
+@dataclass
+class Sides:
+    """Both homes of a VM, of which the second has its replica at generation 1."""
+
+    image: Path
+    kept: Store
+    replicas: Store
+    there: Machines
+    here: Machines
+    arrivals: Arrivals
+    around: Surroundings
+
+    async def stop(self) -> None:
+        await self.arrivals.stop()
+        for store in (self.kept, self.replicas):
+            await store.stop()
+
+
+async def sides(
+    directory: Path, *, description: str = "", attachments: dict[str, bytes] | None = None
+) -> Sides:
+    """Make them; ``description``: the VM's definition, which its replica has from then on."""
     preflight.destination_findings = no_findings  # type: ignore[assignment]
+    layers.DEFINITIONS_DIRECTORY = directory / "definitions"
     home, backup, run = directory / "home", directory / "backup", directory / "run"
-    for path in (home, backup, run):
+    for path in (home, backup, run, layers.DEFINITIONS_DIRECTORY):
         path.mkdir()
     settings = StoreSettings(keep_generations=1, minimum_free_bytes=0)
     kept = Store(home / "store", run / "home", settings)
     replicas = Store(backup / "store", run / "backup", settings)
     for store in (kept, replicas):
         await store.start()
+    image = directory / "web1.qcow2"
+    await images.create(image, DISK_BYTES)
+    there, here = Machines("backup", Presence.ABSENT), Machines("home", Presence.RUNNING)
+    here.description = description or definition(image)
     feeder = Source(Handlers(replicas))
     feeder.resize(vda=DISK_BYTES)
     await feeder.prepare()
     await feeder.seed([Change("vda", 0, os.urandom(WRITTEN_BYTES))])
-    await feeder.send([Change("vda", 0, os.urandom(WRITTEN_BYTES))])
+    await feeder.send(
+        [Change("vda", 0, os.urandom(WRITTEN_BYTES))], attachments, header={"definition": here.description}
+    )
 
-    image = directory / "web1.qcow2"
-    await images.create(image, DISK_BYTES)
-    there, here = Machines("backup", Presence.ABSENT), Machines("home", Presence.RUNNING)
-    here.description = definition(image)
     guard = Guard(backup, run / "backup")
     guard.prepare_directories()
     arrivals = Arrivals(
@@ -198,6 +242,13 @@ async def story(directory: Path) -> None:
         QemuUser(os.getuid(), os.getgid()), 5.0,
     )  # fmt: skip
     around.guard.prepare_directories()
+    return Sides(image, kept, replicas, there, here, arrivals, around)
+
+
+async def story(directory: Path) -> None:
+    """One evacuation that is taken back when everything stands there, and one that is not."""
+    both = await sides(directory)
+    image, there, here, arrivals, around = both.image, both.there, both.here, both.arrivals, both.around
 
     async def evacuate(number: str) -> Departure:
         """As far as the last byte of what crosses."""
@@ -226,9 +277,7 @@ async def story(directory: Path) -> None:
     tell(f"ended {leaving.job.step} {leaving.job.warning}")
     for item in (taken_back, leaving):
         await cast(Fence, item.contact).stop()
-    await arrivals.stop()
-    for store in (kept, replicas):
-        await store.stop()
+    await both.stop()
 
 
 if __name__ == "__main__":

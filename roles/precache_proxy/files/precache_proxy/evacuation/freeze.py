@@ -55,7 +55,7 @@ async def freeze(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk]) -> 
     overlays = {key: frozen.overlay for key, frozen in disks.items()}
     if not missing:
         # They may be on since a kill that came before their names were durable.
-        await asyncio.to_thread(durable.sync_parents, overlays.values())
+        await asyncio.to_thread(layers.sync_names, overlays.values())
         return
     await layers.put_overlays(domains, vm, overlays)
 
@@ -88,6 +88,8 @@ async def merge_back(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk],
         finally:
             if started_here:
                 await domains.destroy(vm)
+    # Before they go: a definition that still names them could start nothing, or a mix of old and new.
+    await asyncio.to_thread(layers.sync_definitions)
     await asyncio.to_thread(remove_overlays, disks)
 
 

@@ -207,6 +207,8 @@ class Landing:
                 await layers.commit(self._domains, vm, key, top=None, base=base)
                 await layers.wait_for_layer(self._domains, vm, key, base)
                 crash_point("landing-merged")
+            # Before they go: a definition that still names one of them could not start the VM.
+            await asyncio.to_thread(layers.sync_definitions)
             for path in disk.merged:
                 # Generations of the replica and our overlays: their content is in the base now.
                 await asyncio.to_thread(durable.remove, Path(path))

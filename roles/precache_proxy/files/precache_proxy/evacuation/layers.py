@@ -8,6 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
@@ -20,6 +21,8 @@ from precache_proxy.evacuation.domains import Domains
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+# Where libvirt of a host keeps persistent definitions of QEMU's VMs.
+DEFINITIONS_DIRECTORY = Path("/etc/libvirt/qemu")
 _SNAPSHOT_FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
@@ -44,14 +47,35 @@ async def put_overlays(domains: Domains, vm: str, overlays: Mapping[str, str]) -
     """One atomic external snapshot: from now on each disk of ``overlays`` writes to its overlay.
 
     The bitmaps of known checkpoints go on in the overlays; what stood before stands still, flushed.
-    Their names are durable when this returns. Raises HypervisorError; then libvirt has changed nothing.
+    Their names are durable when this returns, and the definition that names them. Raises HypervisorError;
+    then libvirt has changed nothing.
     """
     definition = await domains.definition(vm)
     targets = [disk.target for disk in definition.disks]
     xml = _snapshot_xml(overlays, targets)
     await domains.run_in_turn(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
-    # QEMU syncs what the guest wrote, never the directory: a power cut could take the file's name.
-    await asyncio.to_thread(durable.sync_parents, overlays.values())
+    await asyncio.to_thread(sync_names, overlays.values())
+
+
+def sync_names(paths: Iterable[str | Path]) -> None:
+    """What is in the VM's chain since just now is durably named: the files, and by the definition (blocking).
+
+    QEMU syncs what the guest wrote, never the directory: a power cut could take the file's name.
+    """
+    durable.sync_parents(paths)
+    sync_definitions()
+
+
+def sync_definitions() -> None:
+    """Persistent definitions are as libvirt says they are, power cut or not (blocking). Raises OSError.
+
+    libvirt syncs a definition that it changes, and leaves its new name to the kernel (virFileRewrite). One
+    from before a freeze starts the VM without what it wrote since; one from before a merge starts it from a
+    layer that is no longer written, or is gone. Images often lie on another file system than definitions:
+    what a guest syncs does not bring those to the disk.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        durable.sync_directory(DEFINITIONS_DIRECTORY)
 
 
 async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Iterable[str]) -> None:

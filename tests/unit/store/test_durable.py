@@ -16,6 +16,9 @@ import pytest
 
 from precache_proxy import durable
 from precache_proxy.errors import IntegrityError
+from precache_proxy.store.record import ReplicaRecord
+from precache_proxy.store.replica import Replica
+from precache_proxy.store.settings import StoreSettings
 from unit.store.test_crashes import finished_calls, first, last
 
 
@@ -100,3 +103,29 @@ def test_what_a_record_says_is_synced_before_anybody_acts_on_it(tmp_path: Path) 
         assert between == [], "written after it was synced"
     gone = first(calls, r'unlink\(".*/guard/vm\.json"\)')
     assert first(calls[gone:], r"fsync\(\d+<[^>]*/guard>\)") + gone < first(calls, r'write\(1[^,]*, "lifted')
+
+
+async def test_a_blob_that_a_killed_process_left_is_synced_before_a_record_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kill came after it had its name, and before that was durable; a power cut may come at any time."""
+    record = ReplicaRecord(vm="vm", name="web1", peer="home1", epoch=1, disks={})
+    content = b"<domain/>"
+    await Replica(tmp_path, tmp_path, StoreSettings(1, 0), record).keep_blob(content)
+    synced: list[Path] = []
+    sync = durable.sync_directory
+
+    def note(directory: Path) -> None:
+        synced.append(directory)
+        sync(directory)
+
+    monkeypatch.setattr(durable, "sync_directory", note)
+    after = Replica(tmp_path, tmp_path, StoreSettings(1, 0), record)
+    digest = await after.keep_blob(content)
+    assert synced == [tmp_path / "blobs", tmp_path]
+    await after.keep_blob(content)
+    assert len(synced) == 2, "each pass keeps its definition: not synced each time"
+    (tmp_path / "blobs" / digest).unlink()
+    await after.keep_blob(content)
+    assert (tmp_path / "blobs" / digest).read_bytes() == content
+    assert synced[2:] == [tmp_path / "blobs", tmp_path]

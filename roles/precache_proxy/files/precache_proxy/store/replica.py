@@ -49,6 +49,8 @@ class Replica:
         self.no_space: str | None = None
         self.commit_failure: str | None = None
         self.receiving = False
+        # those that this process knows to be durable, names and all
+        self._blobs: set[str] = set()
         self._streams: dict[asyncio.Task[Any], str] = {}
         self._ended: dict[asyncio.Task[Any], str] = {}
 
@@ -210,10 +212,15 @@ class Replica:
         """
         digest = hashlib.sha256(content).hexdigest()
         path = self.directory / "blobs" / digest
-        if not path.exists():
+        if digest not in self._blobs or not path.exists():
             path.parent.mkdir(exist_ok=True)
-            await asyncio.to_thread(durable.write_bytes, path, content)
+            if path.exists():
+                # Its content was synced before it got its name; a kill may have come before that was.
+                await asyncio.to_thread(durable.sync_directory, path.parent)
+            else:
+                await asyncio.to_thread(durable.write_bytes, path, content)
             await asyncio.to_thread(durable.sync_directory, self.directory)
+            self._blobs.add(digest)
         return digest
 
     def blob(self, digest: str) -> bytes:
@@ -228,6 +235,7 @@ class Replica:
             for path in (self.directory / "blobs").iterdir():
                 if path.name not in used:
                     path.unlink()
+                    self._blobs.discard(path.name)
 
     # -- leftovers ---------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def begun_since(crowd: Crowd) -> Callable[..., list[dict[str, Any]]]:
 def seen(crowd: Crowd, what: str) -> None:
     """One line of figures for docs/soak.md."""
     report = crowd.report()
-    outs = sorted(vm["out_seconds"] for vm in crowd.ours(report) if vm["out_seconds"] is not None)
+    outs = sorted(vm["out_seconds"] for vm in crowd.ours(report) if vm.get("out_seconds") is not None)
     print(f"{what}: out after {', '.join(f'{one:.0f}' for one in outs)} s; {crowd.verdicts(report)}")
 
 

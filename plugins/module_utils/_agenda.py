@@ -7,15 +7,17 @@ from __future__ import annotations
 import typing as t
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import Forecasts
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Pair
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import SiteSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import SiteSummary, VmSummary
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._under_way import UnderWay
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
 
 _PLAN_EVERY_SECONDS = 30.0
 # By so much of it an uplink's rate, or the deadline, must have changed for a new plan before that.
 _NEWS_SHARE = 0.2
+# Who is worth so much of what the next one is worth may be begun before it.
+_ALIKE = 0.6
 
 
 class Agenda:
@@ -31,10 +33,40 @@ class Agenda:
         self._forecasts = Forecasts()
         self._made_at = float("-inf")
         self._made_with: tuple[float | None, ...] = ()
+        # Per gate: the pair of the VM that was begun last.
+        self._begun_last: dict[int, Pair] = {}
 
     def in_order(self, uuids: t.Iterable[str]) -> tuple[str, ...]:
         """As they are to go."""
         return tuple(sorted(uuids, key=lambda uuid: self._rank.get(uuid, 0)))
+
+    def in_turn(self, uuids: t.Iterable[str], vms: t.Mapping[str, VmSummary]) -> tuple[str, ...]:
+        """As they are to be begun now: where one at a time fills an uplink, those first that are worth about
+        as much as the next one and go the way of the one before.
+
+        A way that only trickled needs seconds until it carries what the line can.
+        """
+        in_order = self.in_order(uuids)
+        if not any(gate.one_at_a_time for gate in self._uplinks.gates.values()):
+            return in_order
+        next_ones: dict[int, VmSummary] = {}
+        same: dict[str, None] = {}
+        for uuid in in_order:
+            vm = vms[uuid]
+            gate = self._uplinks.gate_of(vm)
+            ahead = next_ones.setdefault(id(gate), vm)
+            if (
+                gate.one_at_a_time
+                and self._begun_last.get(id(gate)) == vm.pair
+                and not (vm.group or ahead.group)
+                and self.worth.get(uuid, 0.0) >= _ALIKE * self.worth.get(ahead.uuid, 0.0)
+            ):
+                same[uuid] = None
+        return (*same, *(uuid for uuid in in_order if uuid not in same))
+
+    def begins(self, vm: VmSummary) -> None:
+        """It is begun now."""
+        self._begun_last[id(self._uplinks.gate_of(vm))] = vm.pair
 
     def expire(self) -> None:
         """Somebody waits of whom the plan knows nothing: it is old from now on."""

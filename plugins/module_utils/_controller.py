@@ -85,6 +85,8 @@ class Controller:
         # Those that were seen last while they were handed over: where they are may be open.
         self._closing: set[str] = set()
         self._unheard_since: dict[Pair, float] = {}
+        # When the last whole interval was over.
+        self._looked_at = 0.0
         self._shares = Shares()
         self._rounds = Rounds()
 
@@ -138,6 +140,7 @@ class Controller:
         seen = replace(seen, moves=self._rounds.told(seen.moves, self._vms, seen.now))
         self._take_in(seen)
         if not between:
+            self._looked_at = seen.now
             self._uplinks.observe(seen, self._shares, self._waiting)
         asked_for = self._asked_for(seen)
         under_way = UnderWay(seen, asked_for, self._vms, self._uplinks, self.site.processors)
@@ -253,7 +256,7 @@ class Controller:
             return
         # Who was asked to start and is not seen yet is awaited as those that move.
         at_work = {*seen.moves, *(vm.uuid for vm in asked_for)}
-        in_order = self.waiting
+        in_order = self._agenda.in_turn(self._waiting, self._vms) if self._adaptive else self.waiting
         ahead = self._pairs_ahead(in_order, seen, at_work, under_way) if self._adaptive else {}
         least = {key: min(active.get(pair, 0) for pair in pairs) for key, pairs in ahead.items()}
         for uuid in in_order:
@@ -292,6 +295,7 @@ class Controller:
                 continue
             self._memory.reserve(vm)
             under_way.begins(vm)
+            self._agenda.begins(vm)
             pairs = ahead.get(id(gate), set())
             if under_way.packs_enough(vm.source):
                 pairs -= {pair for pair in pairs if pair[0] == vm.source}
@@ -468,7 +472,9 @@ class Controller:
                 (vm, Move(uuid, Phase.LEAD_IN, rung))
             )
         served = [(gate, by_gate.get(id(gate), [])) for gate in self._uplinks.gates.values()]
-        orders.shares.update(self._shares.share(served, seen.moves, between=between))
+        since = seen.now - self._looked_at if between else None
+        orders.shares.update(self._shares.share(served, seen.moves, looked_before_seconds=since))
+        orders.ends_in.update(self._shares.ends_in)
 
     def _hold(self, seen: Observation, orders: Orders) -> None:
         """No periodic passes for those whose turn is near: their catch-up sends the same, once."""

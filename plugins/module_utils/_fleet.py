@@ -189,6 +189,7 @@ def _pair(key: Pair, link: Json, site: str) -> PairSummary:
         round_trip_seconds=float(
             link.get("least_round_trip_seconds") or link.get("round_trip_seconds") or 0.0
         ),
+        expected_bytes_per_second=link.get("expected_bytes_per_second"),
     )
 
 

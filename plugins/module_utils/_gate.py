@@ -31,10 +31,20 @@ _LONGEST_REST = 32
 # Below this share of what one move gets, spare is as good as none.
 _NOTHING = 0.06
 _BLIND_INTERVALS = 2
+# So many times as long as on an idle line a lead-in is thought to take beside others that send, until one
+# was seen.
+_BUSY = 1.6
 # A lead-in that takes longer than so many usual ones had much to catch up with: it says nothing of others.
 _LONGEST_LEAD_IN = 2.5
-# What those that are served fully must gain of what is taken from the others.
+# What those that are served fully must gain of what is taken from the others; and the uplink of what the
+# others take more.
 _GAINED = 0.4
+# By so much of what was carried the others must take more for that to be told; and an interval that carried
+# less than so much of it had a gap.
+_TOLD = 0.1
+_NO_GAP = 0.75
+# Who got so much of what was carried had the uplink for most of the interval.
+_MOSTLY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +64,14 @@ class Gate:
 
     def __init__(self, rate: float | None, usual_stream: float = DEFAULT_STREAM_BYTES_PER_SECOND) -> None:
         self.rate = rate
+        # What its pairs carried when they were last pressed: good enough for when to begin the next one.
+        self.expected: float | None = None
         self._usual = usual_stream
         self.goodput = 0.0
         # The longest round trip of its pairs, as far as is known; what the longer lead-ins took of late.
         self.round_trip_seconds = 0.0
         self.seen_lead_in_seconds = 0.0
+        self._seen_busy = False
         self.spare = 0.0
         self.stream: float | None = None
         self.reason = "first"
@@ -72,16 +85,21 @@ class Gate:
         self._tried = False
         # What spare was before it was raised last.
         self._before = 0.0
+        # Until it is known what came of that: what was carried before, what the others had of it, and the
+        # spare that they have now.
+        self._raised: tuple[float, float, float] | None = None
         # While less spare is tried: what it was, and what those that are served fully got with it.
         self._narrowing: tuple[float, float] | None = None
 
     @property
     def lead_in_seconds(self) -> float:
         """What passes before the memory of one that begins now begins to cross: on a busy line longer."""
-        return max(lead_in_seconds(self.round_trip_seconds), self.seen_lead_in_seconds)
+        usual = lead_in_seconds(self.round_trip_seconds)
+        return max(usual if self._seen_busy else _BUSY * usual, self.seen_lead_in_seconds)
 
-    def saw_lead_in(self, seconds: float) -> None:
-        """A move's memory began to cross so long after it was begun."""
+    def saw_lead_in(self, seconds: float, *, busy: bool = True) -> None:
+        """A move's memory began to cross so long after it was begun, while others sent (``busy``) or none."""
+        self._seen_busy = self._seen_busy or busy
         if seconds <= _LONGEST_LEAD_IN * lead_in_seconds(self.round_trip_seconds):
             self.seen_lead_in_seconds = max(seconds, 0.8 * self.seen_lead_in_seconds + 0.2 * seconds)
 
@@ -112,11 +130,15 @@ class Gate:
         """How many moves may be under way; at first the next ones are got ready before there is room."""
         if self._starting and not self._filled:
             # Where one is thought to fill it, another would only be kept waiting with its memory begun.
-            return (
-                1 if self.stream is None and (self.rate or 2 * self._usual) <= self._usual else 2 * self.open
-            )
+            thought = self.rate or self.expected or 2 * self._usual
+            return 1 if self.stream is None and thought <= self._usual else 2 * self.open
         partly = self.stream is not None and self.spare % self.stream > _FIRST_PROBE * self.stream
         return self.open + partly
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether one move is thought to fill it."""
+        return self.open == 1 and (self.window == 1 or not self._starting)
 
     def observe(
         self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0, *, more_wait: bool
@@ -124,6 +146,8 @@ class Gate:
         """An interval: goodput in bytes per second, what each move got that sent all through it, and the most
         that any move got at all."""
         self.goodput = goodput
+        if self._brought_nothing(served):
+            return
         full = {name: move.bytes_per_second for name, move in served.items() if move.fully}
         # Whoever is served fully and gets nothing has a link that is down: that says nothing of the uplink.
         if not any(full.values()) or goodput <= 0:
@@ -168,11 +192,43 @@ class Gate:
         self._tried = False
         self._grow(served, most, more_wait)
 
-    def observe_crowded(self, goodput: float) -> None:
-        """An interval in which one took the place of another that was not over: nothing else is learned."""
+    def observe_crowded(self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0) -> None:
+        """An interval in which one took the place of another: only what all of them got tells something, and
+        that one can get at least the most that any got."""
         self.goodput = goodput
+        # Who began at its end got next to nothing, and says nothing.
+        if most >= _MOSTLY * goodput > 0:
+            self.stream = max(self.stream or 0.0, most)
         self._best = max(goodput, 0.95 * self._best)
-        self._judge_narrower(None)
+        if not self._brought_nothing(served):
+            self._judge_narrower(None)
+
+    def _brought_nothing(self, served: t.Mapping[str, Served]) -> bool:
+        """Whether spare was raised, the others took it, and all of them together got no more than before.
+
+        Whoever is served fully comes and goes, and small ones fill no two intervals: by what each of them
+        gets it would never show.
+        """
+        if self._raised is None or self.goodput <= 0:
+            return False
+        carried, had, spare = self._raised
+        if spare != self.spare or self.open > 1:
+            # Others tell of that: one more is served fully, or it is another spare by now.
+            self._raised = None
+            return False
+        more = _others_got(served) - had
+        if more < _TOLD * carried or self.goodput < _NO_GAP * carried:
+            return False
+        self._raised = None
+        if self.goodput - carried >= _GAINED * more:
+            return False
+        self.reason = "no-more-carried"
+        self.spare = self._before
+        self._starting = self._tried = False
+        self._narrowing = None
+        self._rest = self._rest_length
+        self._rest_length = min(2 * self._rest_length, _LONGEST_REST)
+        return True
 
     def _judge_narrower(self, now: float | None) -> None:
         if self._narrowing is None:
@@ -238,6 +294,12 @@ class Gate:
         if grown > self.spare:
             self.reason = "more-carried"
             self._before, self.spare = self.spare, grown
+            self._raised = (self.goodput, _others_got(served), self.spare)
+
+
+def _others_got(served: t.Mapping[str, Served]) -> float:
+    """What those got that are not served fully."""
+    return sum(move.bytes_per_second for move in served.values() if not move.fully)
 
 
 class FixedGate(Gate):

@@ -62,12 +62,15 @@ class Decision:
 class Orders:
     """What to ask of the proxies now. A share of None: no limit of ours.
 
+    ``ends_in``: of shares that are to end by themselves before the next look, in how many seconds.
+
     ``shutdowns``: of those that start by restart, how long their guests may take to shut down, seconds.
     """
 
     starts: list[tuple[str, Rung]] = field(default_factory=list)
     shutdowns: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float | None] = field(default_factory=dict)
+    ends_in: dict[str, float] = field(default_factory=dict)
     falls: dict[str, Fall] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     decisions: list[Decision] = field(default_factory=list)

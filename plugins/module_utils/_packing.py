@@ -14,6 +14,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 
 # Fewer bytes of pages than that say little: the words that go before them are most of what was sent.
 _ENOUGH_BYTES = 4e6
+_ENOUGH_WIRE_BYTES = 3e6
+_BUFFERED_BYTES = 32e6
 _LEAST_RATIO, _MOST_RATIO = 0.02, 1.2
 _PAGE_BYTES = 4096
 
@@ -29,6 +31,7 @@ class Packing:
         # From the first look on.
         self._wire_before, self._pages_before = 0.0, float("inf")
         self.ratio = DEFAULT_PACKED_RATIO
+        self._counted = False
         self.sent_bytes = self.left_bytes = self.dirty_bytes_per_second = 0.0
 
     def look(self, sent_wire: float, progress: t.Mapping[str, t.Any]) -> None:
@@ -38,16 +41,18 @@ class Packing:
         if counted <= 0 or sent_wire < self._wire_before:
             # What was sent before the first page is catch-up, not memory; and counters may begin anew.
             self._wire_before, self._pages_before, counted = sent_wire, pages, 0.0
-        if counted >= _ENOUGH_BYTES:
-            ratio = (sent_wire - self._wire_before) / counted
-            self.ratio = min(_MOST_RATIO, max(_LEAST_RATIO, ratio))
+        crossed = sent_wire - self._wire_before
+        # Of a trickle most of what QEMU counts as sent is in buffers still.
+        if counted >= (_ENOUGH_BYTES if crossed >= _ENOUGH_WIRE_BYTES else _BUFFERED_BYTES):
+            self.ratio = min(_MOST_RATIO, max(_LEAST_RATIO, crossed / counted))
+            self._counted = True
         page_bytes = _number(progress, "memory_page_size") or _PAGE_BYTES
         empty = _number(progress, "memory_constant") * page_bytes
         left = _number(progress, "memory_remaining_bytes")
         if _number(progress, "memory_iteration") <= 1 and pages >= _ENOUGH_BYTES:
             # Of those that nobody has looked at yet as many are thought to be empty.
             left *= pages / (pages + empty)
-        self.sent_bytes = pages * self.ratio
+        self.sent_bytes = pages * self.ratio if self._counted else min(crossed, pages * self.ratio)
         self.left_bytes = left * self.ratio
         dirty = _number(progress, "memory_dirty_pages_per_second") * page_bytes
         self.dirty_bytes_per_second = dirty * self.ratio

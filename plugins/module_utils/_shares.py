@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import typing as t
+from heapq import heappop, heappush
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
@@ -25,6 +26,10 @@ _TRICKLE_SHARE = 0.05
 _TRICKLE_BYTES_PER_SECOND = 65_536.0
 # What a stream that had a trickle needs until it has what it may take: its window doubles with each.
 _GROWTH_ROUND_TRIPS = 5.0
+# A share that is lent for less is as good as none: the proxies lend none for less.
+_SHORTEST_LEASE_SECONDS = 1.0
+# Who is so much as urgent as the most urgent may have its place first.
+_ALIKE = 0.6
 # So many times as urgent is who takes the place of one that is served fully.
 _PUSHES_OUT = 4.0
 
@@ -34,18 +39,25 @@ Member = tuple[VmSummary, Move]
 class Shares:
     """The shares of all gates. ``given``: the last ones, in bytes per second, None: no limit of ours.
 
+    ``ends_in``: of shares that are to end before the next look, in how many seconds: then the one before it
+    is through, and it may take what it can get.
     ``open_throughout``: those that had no limit in the last interval and the one before it; what they got may
     be believed.
     """
 
     def __init__(self) -> None:
         self.given: dict[str, float | None] = {}
+        self.ends_in: dict[str, float] = {}
         self.open_throughout: set[str] = set()
         # Per gate: the moves that are served fully, in the order in which they came to be.
         self._open: dict[int, dict[str, None]] = {}
         # Those that came to be served fully in the middle of an interval.
         self._opened_between: set[str] = set()
         self._intervals_open: dict[str, int] = {}
+        # In which order moves were seen first.
+        self._begun: dict[str, int] = {}
+        # How old what is told of moves is, seconds.
+        self._since = 0.0
         # Gates at which more were served fully than the gate allows: for one that is nearly over.
         self._crowded: set[int] = set()
 
@@ -62,15 +74,23 @@ class Shares:
         served: t.Iterable[tuple[Gate, list[Member]]],
         moves: t.Mapping[str, Move],
         *,
-        between: bool = False,
+        looked_before_seconds: float | None = None,
     ) -> dict[str, float | None]:
         """The shares of the coming interval, of every gate's members; ``moves`` are those that were seen.
 
-        ``between`` two looks: of the rest of this one. Who is opened then was not open throughout.
+        ``looked_before_seconds``: between two looks, so long after the first of them, whose figures ``moves``
+        still have: of the rest of this interval. Who is opened then was not open throughout.
         """
+        between = looked_before_seconds is not None
+        self._since = looked_before_seconds or 0.0
+        if not between:
+            self._crowded.clear()
         shares: dict[str, float | None] = {}
+        self.ends_in = {}
         before = {uuid for opened in self._open.values() for uuid in opened}
         for gate, members in served:
+            for vm, _move in members:
+                self._begun.setdefault(vm.uuid, len(self._begun))
             self._share_gate(gate, members, shares)
         opened = {uuid for names in self._open.values() for uuid in names}
         self.given = dict(shares)
@@ -90,17 +110,19 @@ class Shares:
 
     def _share_gate(self, gate: Gate, members: list[Member], shares: dict[str, float | None]) -> None:
         opened = self._opened(gate, members, self._open.get(id(gate), {}))
-        self._open[id(gate)] = opened
+        self._open[id(gate)] = dict.fromkeys(opened)
         if len(opened) > gate.open:
             self._crowded.add(id(gate))
-        else:
-            self._crowded.discard(id(gate))
         rest = []
         for vm, move in members:
-            if vm.uuid in opened or move.phase is Phase.LAST or move.rung is not Rung.LIVE:
+            opens_in = opened.get(vm.uuid, 0.0)
+            opens = vm.uuid in opened and opens_in < _SHORTEST_LEASE_SECONDS
+            if opens or move.phase is Phase.LAST or move.rung is not Rung.LIVE:
                 shares[vm.uuid] = None
-            else:
-                rest.append((vm, move))
+                continue
+            rest.append((vm, move))
+            if vm.uuid in opened:
+                self.ends_in[vm.uuid] = opens_in
         if not rest:
             return
         stream = gate.stream or 0.0
@@ -113,51 +135,87 @@ class Shares:
             spare = max(0.0, spare - share)
             shares[vm.uuid] = share
 
-    def _opened(self, gate: Gate, members: list[Member], before: t.Mapping[str, None]) -> dict[str, None]:
-        """Who may take what it can get: whoever does already, then the most urgent, on idle pairs first.
+    def _opened(self, gate: Gate, members: list[Member], before: t.Mapping[str, None]) -> dict[str, float]:
+        """Who may take what it can get, and in how many seconds: whoever does already, then the most urgent.
 
         A live move that is throttled half way sends again what is dirtied meanwhile; so none is pushed out
         but by the gate's own narrowing, and then the last that came, or by one that is so much sooner through
-        that the rest of it is little beside.
+        that the rest of it is little beside. Where one is over before the next look, the one after it opens
+        when it is, some round trips earlier; and so on, for as many as that.
         """
-        free = gate.open
-        opened: dict[str, None] = {}
         candidates = {
             vm.uuid: (vm, move)
             for vm, move in members
             if move.phase is not Phase.LAST and move.rung is Rung.LIVE
         }
         # A guest that stands still has its place, whatever else is said.
-        free -= sum(1 for _vm, move in members if move.rung is not Rung.LIVE)
+        free = gate.open - sum(1 for _vm, move in members if move.rung is not Rung.LIVE)
         rate = _full_rate(gate)
-        kept = _kept([candidates[uuid] for uuid in before if uuid in candidates],
-                     [entry for uuid, entry in candidates.items() if uuid not in before], rate)  # fmt: skip
+        # Who is still in the lead-in has nothing to send yet: an open place would be idle.
+        sends = {uuid: entry for uuid, entry in candidates.items() if entry[1].phase is not Phase.LEAD_IN}
+        kept = _kept([sends[uuid] for uuid in before if uuid in sends],
+                     [entry for uuid, entry in sends.items() if uuid not in before], rate)  # fmt: skip
+        growth = _GROWTH_ROUND_TRIPS * gate.round_trip_seconds
+        # What one gets that opens now; of one that opened within the last interval its rate says too little.
+        seen = rate if gate.stream else 0.0
+        alone = seen if gate.open == 1 else 0.0
+        opened: dict[str, float] = {}
+        # When places are free: of those who are through before another that opens then could fill the link.
+        places: list[float] = []
         busy: dict[tuple[str, str], int] = {}
         for uuid in kept:
             entry = vm, move = candidates.pop(uuid)
             if free <= 0 and opened:
                 candidates[uuid] = entry
                 continue
-            opened[uuid] = None
+            opened[uuid] = 0.0
             busy[vm.pair] = busy.get(vm.pair, 0) + 1
-            # Over before the next look: the one after it opens now, or the link would idle meanwhile.
-            if not _over_soon(move, gate.round_trip_seconds):
-                free -= 1
-        waiting = sorted(
-            candidates.values(),
-            # Who is still in the lead-in has nothing to send yet: an open place would be idle.
-            key=lambda entry: (entry[1].phase is Phase.LEAD_IN, -_urgency(entry[0], entry[1], rate)),
-        )
-        turns: list[tuple[int, int, str]] = []
-        for number, (vm, _move) in enumerate(waiting):
-            turns.append((busy.get(vm.pair, 0), number, vm.uuid))
-            busy[vm.pair] = busy.get(vm.pair, 0) + 1
-        for _turn, _number, uuid in sorted(turns):
-            if free <= 0 and opened:
-                break
-            opened[uuid] = None
             free -= 1
+            through = _through_seconds(move, max(move.bytes_per_second, alone)) - self._since
+            if through <= INTERVAL_SECONDS + growth:
+                # Where several go the others take up what one leaves: no need to know when.
+                heappush(places, max(0.0, through - growth) if gate.open == 1 else 0.0)
+        for _place in range(min(len(candidates), max(free, 0 if opened else 1))):
+            heappush(places, 0.0)
+        waiting = [entry for entry in candidates.values() if entry[1].phase is not Phase.LEAD_IN]
+        # Of those in their lead-in whoever began first will be the first to send.
+        leading = [entry for entry in candidates.values() if entry[1].phase is Phase.LEAD_IN]
+        leading.sort(key=lambda entry: self._begun[entry[0].uuid])
+        in_turn = _by_pairs_in_turn if gate.open > 1 else _by_pairs
+        for vm, move in [*in_turn(waiting, busy, rate), *leading]:
+            if not places:
+                break
+            opens_in = heappop(places)
+            opened[vm.uuid] = opens_in
+            through = opens_in + _through_seconds(move, seen)
+            if gate.open == 1 and through <= INTERVAL_SECONDS + growth:
+                heappush(places, max(0.0, through - growth))
         return opened
+
+
+def _by_pairs(waiting: list[Member], busy: t.Mapping[tuple[str, str], int], rate: float) -> list[Member]:
+    """Those that wait for the only place: the most urgent first, of those about as urgent one of the pair
+    that sends: another's way needs seconds until it carries what the line can."""
+    alike = _ALIKE * max((_urgency(entry[0], entry[1], rate) for entry in waiting), default=0.0)
+
+    def turn(entry: Member) -> tuple[bool, float]:
+        urgency = _urgency(entry[0], entry[1], rate)
+        return entry[0].pair not in busy or urgency < alike, -urgency
+
+    return sorted(waiting, key=turn)
+
+
+def _by_pairs_in_turn(
+    waiting: list[Member], busy: t.Mapping[tuple[str, str], int], rate: float
+) -> list[Member]:
+    """Those that wait for one of several places: the most urgent first, on idle pairs before others."""
+    waiting.sort(key=lambda entry: -_urgency(entry[0], entry[1], rate))
+    count = dict(busy)
+    turns: list[tuple[int, int]] = []
+    for number, (vm, _move) in enumerate(waiting):
+        turns.append((count.get(vm.pair, 0), number))
+        count[vm.pair] = count.get(vm.pair, 0) + 1
+    return [waiting[number] for _turn, number in sorted(turns)]
 
 
 def _kept(opened: list[Member], waiting: list[Member], rate: float) -> list[str]:
@@ -174,10 +232,9 @@ def _kept(opened: list[Member], waiting: list[Member], rate: float) -> list[str]
     return [vm.uuid for vm, _move in opened if vm.uuid not in out]
 
 
-def _over_soon(move: Move, round_trip_seconds: float) -> bool:
-    """Whether it is through before one that opens only at the next look would fill the link."""
-    rate, until = move.bytes_per_second, INTERVAL_SECONDS + _GROWTH_ROUND_TRIPS * round_trip_seconds
-    return move.phase is Phase.BULK and rate > 0 and live_seconds(move, rate) <= until
+def _through_seconds(move: Move, rate: float) -> float:
+    """When it will have sent all, at that rate; infinite where nothing says."""
+    return live_seconds(move, rate) if move.phase is Phase.BULK and rate > 0 else float("inf")
 
 
 def _full_rate(gate: Gate) -> float:

@@ -8,7 +8,7 @@ All of it are values: nothing here reads a clock, a file or a socket. Bytes, sec
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 # What a stream of memory becomes on the wire where nothing was seen yet (stock multifd zstd: 43 of 94 MB).
@@ -95,7 +95,10 @@ class VmSummary:
 
 @dataclass(frozen=True, slots=True)
 class PairSummary:
-    """Two proxies and the way between them; ``uplink`` names what several pairs may share."""
+    """Two proxies and the way between them; ``uplink`` names what several pairs may share.
+
+    ``expected_bytes_per_second`` is what the way carried when it was last pressed: it may carry more.
+    """
 
     source: str
     destination: str
@@ -103,6 +106,7 @@ class PairSummary:
     bytes_per_second: float | None = None
     round_trip_seconds: float = 0.0
     stream_bytes_per_second: float = DEFAULT_STREAM_BYTES_PER_SECOND
+    expected_bytes_per_second: float | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -138,6 +142,16 @@ class SiteSummary:
     uplinks: t.Mapping[str, float | None] = field(default_factory=dict)
     hosts: tuple[str, ...] = ()
     processors: t.Mapping[str, int] = field(default_factory=dict)
+
+    def guessed(self) -> SiteSummary:
+        """The same with a guess at uplinks that nobody knows: what one of its pairs carried when it was last
+        pressed, for pairs of a site mostly share its uplink."""
+        guesses: dict[str, float] = {}
+        for pair in self.pairs:
+            if pair.expected_bytes_per_second:
+                guesses[pair.uplink] = max(guesses.get(pair.uplink, 0.0), pair.expected_bytes_per_second)
+        known = {name: rate for name, rate in self.uplinks.items() if rate}
+        return replace(self, uplinks={**self.uplinks, **guesses, **known})
 
     def pair(self, vm: VmSummary) -> PairSummary:
         """The pair that a VM crosses; one of unknown quality where none was told of."""

@@ -48,6 +48,7 @@ class UnderWay:
         self._moves = [(vms[uuid], move) for uuid, move in seen.moves.items() if uuid in vms]
         # What they send is counted, those that begin now included.
         self._beginning = list(asked_for)
+        self._now = seen.now
         self._uplinks = uplinks
         self._processors = processors
         self.room = {id(gate): gate.window for gate in uplinks.gates.values()}
@@ -124,25 +125,56 @@ class UnderWay:
     def _runs_dry(self, gate: Gate) -> bool:
         """Whether all that is under way is through before one that started only at the next look could send.
 
-        A lead-in costs an uplink nothing: whoever stands behind it in time keeps the line from idling.
+        A lead-in costs an uplink nothing: whoever stands behind it in time keeps the line from idling. Who
+        stands there sooner than that waits, with its memory begun.
         """
-        rate = gate.capacity or _UNKNOWN_BYTES_PER_SECOND
-        return self._queued_bytes(gate, rate) / rate < gate.lead_in_seconds + INTERVAL_SECONDS
+        rate = gate.capacity or gate.expected
+        if not rate and any(
+            move.phase is Phase.BULK and not move.silent and self._uplinks.gate_of(vm) is gate
+            for vm, move in self._moves
+        ):
+            return False  # what it carries is known at the next look
+        rate = rate or _UNKNOWN_BYTES_PER_SECOND
+        return self._through_seconds(gate, rate) < gate.lead_in_seconds + INTERVAL_SECONDS
+
+    def _through_seconds(self, gate: Gate, rate: float) -> float:
+        """When a gate that carries so much is through with all: none sends before its lead-in is over.
+
+        Small ones count without: of those that fit into a look one at each would not fill the line, and the
+        line would look as if it carried no more.
+        """
+        at = self._sending_bytes(gate, rate) / rate
+        lead = gate.lead_in_seconds
+        ready = [
+            (max(0.0, lead - self._uplinks.leads_in_for(vm.uuid, self._now)), least_bytes(vm))
+            for vm, move in self._moves
+            if move.phase is Phase.LEAD_IN and not move.silent and self._uplinks.gate_of(vm) is gate
+        ]
+        ready += [(lead, least_bytes(vm)) for vm in self._beginning if self._uplinks.gate_of(vm) is gate]
+        for ends, left in sorted(ready):
+            takes = left / rate
+            at = takes + (at if gate.capacity and takes < INTERVAL_SECONDS else max(at, ends))
+        return at
 
     def _queued_bytes(self, gate: Gate, rate: float) -> float:
         """What all of them have still to send through a gate that carries so much."""
+        ready = [vm for vm, move in self._moves if move.phase is Phase.LEAD_IN and not move.silent]
+        ready += self._beginning
+        waiting = sum(least_bytes(vm) for vm in ready if self._uplinks.gate_of(vm) is gate)
+        return waiting + self._sending_bytes(gate, rate)
+
+    def _sending_bytes(self, gate: Gate, rate: float) -> float:
+        """The same of those whose memory crosses."""
         queued = 0.0
         for vm, move in self._moves:
             if move.silent or move.hopeless or self._uplinks.gate_of(vm) is not gate:
                 continue
-            if move.phase is Phase.LEAD_IN:
-                queued += least_bytes(vm)
-            elif move.phase is not Phase.CLOSING:
+            if move.phase not in {Phase.LEAD_IN, Phase.CLOSING}:
                 # With the rounds to come: who starts too early has its memory dirtied while it waits.
                 left = min(live_seconds(move, rate) * rate, _MOST_ROUNDS * move.left_bytes)
                 unknown = move.round_number == 1 and vm.sampled_memory_bytes is None
                 queued += _CERTAIN_SHARE * left if unknown else left
-        return queued + sum(least_bytes(vm) for vm in self._beginning if self._uplinks.gate_of(vm) is gate)
+        return queued
 
 
 def least_bytes(vm: VmSummary) -> float:

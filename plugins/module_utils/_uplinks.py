@@ -17,6 +17,9 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
     VmSummary,
 )
 
+# A line that carries more than this share of what it can is busy.
+_BUSY_SHARE = 0.3
+
 
 class Uplinks:
     """The gates by name, and the most that a stream of each pair carried of late (bytes per second).
@@ -36,10 +39,14 @@ class Uplinks:
         self._sent_before: set[str] = set()
         # Of those that were seen to be in their lead-in: since when.
         self._leads_in_since: dict[str, float] = {}
+        self._begun_beside: set[str] = set()
         self._make_gates(site, strategy)
         for key, pair in self.pairs.items():
             gate = self.gate_of_pair(key)
             gate.round_trip_seconds = max(gate.round_trip_seconds, pair.round_trip_seconds)
+            if pair.expected_bytes_per_second:
+                # They share the uplink: it carries what one of them carried, at least.
+                gate.expected = max(gate.expected or 0.0, pair.expected_bytes_per_second)
 
     def _make_gates(self, site: SiteSummary, strategy: str) -> None:
         if self.adaptive:
@@ -118,22 +125,32 @@ class Uplinks:
                 break
         for key, gate in gates.items():
             if shares.crowded(gate):
-                gate.observe_crowded(goodput.get(key, 0.0))
+                gate.observe_crowded(goodput.get(key, 0.0), served.get(key, {}), most.get(key, 0.0))
             else:
                 carried = goodput.get(key, 0.0)
                 # Where only those are seen that were held back, another carried it and is through.
                 seen_most = most.get(key, 0.0) or (carried if key in most else 0.0)
                 gate.observe(carried, served.get(key, {}), seen_most, more_wait=key in waiting)
 
+    def leads_in_for(self, uuid: str, now: float) -> float:
+        """For how many seconds a move that was not seen to send has been in its lead-in."""
+        return now - self._leads_in_since.get(uuid, now)
+
     def _time_lead_in(self, vm: VmSummary, move: Move, now: float) -> None:
         if move.phase is Phase.LEAD_IN:
             # It was begun a look before it was seen.
-            self._leads_in_since.setdefault(vm.uuid, now - INTERVAL_SECONDS)
+            if vm.uuid not in self._leads_in_since:
+                self._leads_in_since[vm.uuid] = now - INTERVAL_SECONDS
+                # By what was carried when it was begun.
+                if self.gate_of(vm).goodput > _BUSY_SHARE * (self.gate_of(vm).capacity or float("inf")):
+                    self._begun_beside.add(vm.uuid)
             return
         since = self._leads_in_since.pop(vm.uuid, None)
         if since is not None and move.phase is Phase.BULK and not move.silent:
             # It ended some time within the interval.
-            self.gate_of(vm).saw_lead_in(now - since - INTERVAL_SECONDS / 2)
+            busy = vm.uuid in self._begun_beside
+            self.gate_of(vm).saw_lead_in(now - since - INTERVAL_SECONDS / 2, busy=busy)
+        self._begun_beside.discard(vm.uuid)
 
     def _drains(self, vm: VmSummary, move: Move) -> bool:
         """Whether it is through before long: its last rounds are short, and do not fill an interval."""

@@ -352,7 +352,7 @@ class Coordinator(Lookout):
             self._to_pause.discard(uuid)
             self._pause(controller, uuid, eyes)
         for uuid, share in orders.shares.items():
-            self._share(controller, uuid, share, seen.now)
+            self._share(controller, uuid, share, orders.ends_in.get(uuid), seen.now)
         self._postpone(controller, orders.held, seen.now)
         # What is answered by then counts now; a host that is late is heard of at a later look.
         late = [name for name, host in self.hosts.items() if host.lost]

@@ -64,25 +64,29 @@ class Requester(Surveyor):
 
         self._ask(controller, uuid, "steer", {"pause_guest": True}, told, key="pause")
 
-    def _share(self, controller: Controller, uuid: str, share: float | None, now: float) -> None:
+    def _share(
+        self, controller: Controller, uuid: str, share: float | None, ends_in: float | None, now: float
+    ) -> None:
         before, until = self._shares.get(uuid, (None, float("inf")))
-        renewed = until - now > _SHARE_LEASE_SECONDS / 2
-        if share == before and (share is None or renewed):
+        if share is None and before is None:
             return
-        if share is not None and before is not None and abs(share - before) < 0.1 * before and renewed:
-            return
+        if share is not None and before is not None and ends_in is None:
+            renewed = until - now > _SHARE_LEASE_SECONDS / 2
+            if renewed and abs(share - before) < 0.1 * before:
+                return
+        lease = _SHARE_LEASE_SECONDS if ends_in is None else ends_in
         if uuid not in self._begun:
             return
         body: dict[str, object] = {
             "share_bytes_per_second": None if share is None else max(share, 16_384.0),
-            "for_seconds": _SHARE_LEASE_SECONDS,
+            "for_seconds": lease,
         }
 
         def told(_job: t.Any, error: ProxyError | None) -> None:
             if error is not None:
                 self._shares.pop(uuid, None)
 
-        self._shares[uuid] = (share, now + _SHARE_LEASE_SECONDS)
+        self._shares[uuid] = (share, now + lease)
         self._ask(controller, uuid, "steer", body, told, key="share")
 
     def _postpone(self, controller: Controller, held: t.Collection[str], now: float) -> None:

@@ -324,10 +324,11 @@ class Surveyor:
         """The plan for now, and what would not fit."""
         now = self._clock()
         at = self._deadline.now(now)
-        plan = make_plan(site, None if at is None else at - now, overlap=self.wanted.strategy != "sequential")
-        count = at_once(self.wanted.strategy, site)
-        if count is not None and len(site.vms) <= MOST_VMS:
-            plan = fixed_plan(plan, site, lines(site), count)
+        left, guessed = None if at is None else at - now, site.guessed()
+        plan = make_plan(guessed, left, overlap=self.wanted.strategy != "sequential")
+        count = at_once(self.wanted.strategy, guessed)
+        if count is not None and len(guessed.vms) <= MOST_VMS:
+            plan = fixed_plan(plan, guessed, lines(guessed), count)
         return plan, placement_findings(site)
 
     def close(self) -> None:

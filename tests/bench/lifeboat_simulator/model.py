@@ -66,6 +66,7 @@ class TrueVm:
     failed: bool = False
     may_retry: bool = True
     share: float | None = None
+    share_until: float = 0.0
     empty_share: float = 0.0
 
     @property

@@ -20,6 +20,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 from lifeboat_simulator.model import Links, TruePair, TrueVm
 
 _STANDS_STILL_SECONDS = 10.0
+_SHARE_LEASE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ class Simulation:
                     f"{now:.0f} s: {self.vms[uuid].summary.name} is throttled in its last pass"
                 )
             self.vms[uuid].share = share
+            self.vms[uuid].share_until = now + orders.ends_in.get(uuid, _SHARE_LEASE_SECONDS)
         for uuid, fall in orders.falls.items():
             vm = self.vms[uuid]
             if fall.rung is Rung.PAUSED:
@@ -251,6 +253,9 @@ class Simulation:
             self._memory[vm.summary.destination] = free + vm.summary.memory_bytes
 
     def _advance(self, seconds: float, now: float) -> None:
+        for vm in self._active.values():
+            if vm.share is not None and now >= vm.share_until:
+                vm.share = None
         rates = self.links.rates(self._active.values(), self._background)
         self._check(rates, now)
         for uuid, vm in list(self._active.items()):

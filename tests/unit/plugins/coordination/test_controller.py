@@ -235,7 +235,7 @@ def test_one_whose_link_is_down_says_nothing_of_the_uplink() -> None:
 def test_one_that_takes_anothers_place_before_that_is_over_makes_no_link_slower() -> None:
     gate = Gate(None)
     gate.observe(6e6, {"a": Served(6e6, True)}, more_wait=False)
-    gate.observe_crowded(6e6)
+    gate.observe_crowded(6e6, {})
     assert gate.reason != "link-slower"
     assert gate.stream == 6e6
     assert gate.capacity == 6e6

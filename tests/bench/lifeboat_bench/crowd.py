@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lifeboat_bench.ground import Ground
@@ -63,6 +64,7 @@ class Crowd:
         self.homes = {plan.name: sorted(PEERS)[number % 2] for number, plan in enumerate(plans)}
         self.canaries: dict[str, str] = {}
         self._report = ground.controller.work / "crowd.json"
+        self._forecast = ground.controller.work / "crowd-forecast.json"
 
     def build(self) -> None:
         """Boot and protect all of them, over a line without limits: first copies are not measured here."""
@@ -97,6 +99,14 @@ class Crowd:
         self._report.unlink(missing_ok=True)
         site = "home" if self.at_home else "backup"
         return Playing(self, {"evacuate_site": site, "evacuate_report": str(self._report), **variables})
+
+    def rehearse(self, variables: Mapping[str, Any]) -> Path:
+        """What `rehearse.yml` forecasts for the site where they are, as it keeps it. Raises LabError."""
+        self._forecast.unlink(missing_ok=True)
+        site = "home" if self.at_home else "backup"
+        asked = {"evacuate_site": site, "rehearse_forecast": str(self._forecast), **variables}
+        self.ground.controller.playbook("rehearse", asked).require_success()
+        return self._forecast
 
     def reported(self) -> dict[str, dict[str, Any]]:
         """What the playbook's report says of each VM. Raises LabError where there is none."""

@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -131,3 +141,127 @@ async def test_a_write_that_the_disk_took_half_of_is_no_success_and_harms_nothin
     journal.put("b", {})
     await journal.commit()
     assert Journal(tmp_path / "journal").open() == {"a": {"n": 1}, "b": {}}
+
+
+@contextmanager
+def held_replacement(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """(a whole file's replacement has begun, let it go on): a disk that takes its time."""
+    begun, go_on = threading.Event(), threading.Event()
+    whole = durable.write_whole
+
+    def held(path: Path, content: bytes) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write_whole", held)
+        try:
+            yield begun, go_on
+        finally:
+            go_on.set()
+
+
+async def test_the_loop_goes_on_while_the_file_is_replaced_and_what_is_put_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_SPARE_LINES", 4)
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    for number in range(20):
+        journal.put("a", {"n": number})
+    with held_replacement(monkeypatch) as (begun, go_on):
+        first = asyncio.create_task(journal.commit())
+        assert await asyncio.to_thread(begun.wait, 20)
+        # As a heartbeat would: had the replacement the loop's thread, none of this would be reached.
+        journal.put("a", {"n": "newer"})
+        journal.put("b", {})
+        second = asyncio.create_task(journal.commit())
+        await asyncio.sleep(0.05)
+        assert (first.done(), second.done()) == (False, False), "nothing of it is durable yet"
+        go_on.set()
+        await asyncio.gather(first, second)
+    assert (tmp_path / "journal").read_bytes().count(b"\n") == 3
+    assert Journal(tmp_path / "journal").open() == {"a": {"n": "newer"}, "b": {}}
+
+
+async def test_closing_waits_for_a_replacement_and_loses_nothing_of_what_came_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_SPARE_LINES", 4)
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    for number in range(20):
+        journal.put("a", {"n": number})
+    with held_replacement(monkeypatch) as (begun, go_on):
+        commit = asyncio.create_task(journal.commit())
+        assert await asyncio.to_thread(begun.wait, 20)
+        journal.put("b", {})
+        threading.Timer(0.1, go_on.set).start()
+        journal.close()
+    assert Journal(tmp_path / "journal").open() == {"a": {"n": 19}, "b": {}}
+    await commit
+
+
+async def test_closing_writes_what_no_thread_has_taken_up_yet(tmp_path: Path) -> None:
+    busy = threading.Event()
+    pool = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(pool)
+    occupied = asyncio.create_task(asyncio.to_thread(busy.wait, 20))
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    await asyncio.sleep(0.01)
+    journal.put("a", {})
+    commit = asyncio.create_task(journal.commit())
+    await asyncio.sleep(0.01)
+    journal.close()
+    assert Journal(tmp_path / "journal").open() == {"a": {}}
+    busy.set()
+    await commit
+    await occupied
+    assert Journal(tmp_path / "journal").open() == {"a": {}}
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from mobility_agent import durable
+
+durable._SPARE_LINES = 8
+
+async def main():
+    journal = durable.Journal(Path(sys.argv[1]))
+    number = max((record["n"] for record in journal.open().values()), default=0)
+    while True:
+        number += 1
+        journal.put(f"vm{number % 5}", {"n": number})
+        await journal.commit()
+        sys.stdout.write(f"{number}\\n")
+        sys.stdout.flush()
+
+asyncio.run(main())
+"""
+
+
+def test_what_was_committed_survives_a_kill_at_any_moment_of_a_replacement(tmp_path: Path) -> None:
+    chance = random.Random(4)
+    path, acknowledged = tmp_path / "journal", 0
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(6):
+        words = [sys.executable, "-c", WRITER, str(path)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment) as writer:
+            assert writer.stdout is not None
+            lines = [writer.stdout.readline()]
+            time.sleep(chance.uniform(0, 0.1))
+            writer.send_signal(signal.SIGKILL)
+            lines += writer.stdout.readlines()
+        last = int([line for line in lines if line.endswith(b"\n")][-1])
+        assert last > acknowledged
+        acknowledged = last
+        content = path.read_bytes()
+        found = [
+            json.loads(line.partition(b" ")[2]) for line in content.splitlines(True) if line[-1:] == b"\n"
+        ]
+        kept = {record["n"] for _key, record in found}
+        assert {acknowledged - back for back in range(min(5, acknowledged))} <= kept
+        assert content.count(b"\n") < 40, "it was replaced meanwhile"

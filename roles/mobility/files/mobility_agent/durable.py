@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,20 @@ class _Written(asyncio.Event):
 
 
 class Journal:
-    """Keyed records that survive. One process at a time; all calls from one event loop."""
+    """Keyed records that survive. One process at a time; all calls from one event loop.
+
+    The disk is written to by a thread, one write at a time: heartbeats go on while it works.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = -1
         self._live: dict[str, bytes] = {}
         self._lines = 0
-        # A write failed: what the end of the file holds is not known, and what was to be in it is not.
+        # Of the file: the thread that writes, and the loop's where it opens and closes.
+        self._lock = threading.Lock()
+        # A write has begun, or failed: what the end of the file holds is not known, and what was to be in it
+        # is in ``_live`` alone.
         self._torn = False
         self._waiting: list[bytes] = []
         self._task: asyncio.Task[None] | None = None
@@ -123,15 +130,15 @@ class Journal:
             else:
                 records[key] = record
         self._live = {key: _line(key, record) for key, record in records.items()}
-        self._rewrite()
+        self._lines = len(self._live)
+        self._replace(b"".join(self._live.values()))
         return records
 
-    def _rewrite(self) -> None:
-        write_whole(self._path, b"".join(self._live.values()))
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._lines = len(self._live)
+    def _replace(self, content: bytes) -> None:
+        write_whole(self._path, content)
+        before, self._file = self._file, os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        if before >= 0:
+            os.close(before)
 
     def put(self, key: str, record: Record) -> None:
         """Remember ``record``; durable once :meth:`commit` returns."""
@@ -165,21 +172,42 @@ class Journal:
                 batch, self._waiting = b"".join(self._waiting), []
                 self._writing, self._next = self._next, _Written()
                 try:
-                    self._lines += batch.count(b"\n")
-                    if self._torn or self._lines > 2 * len(self._live) + _SPARE_LINES:
-                        # In the loop's thread, and rare: nothing may be put while the file is replaced.
-                        self._rewrite()
-                        self._torn = False
-                    else:
-                        await asyncio.to_thread(self._append, batch)
+                    await asyncio.to_thread(self._store, batch, self._whole_if_due(batch))
                 except OSError as error:
-                    self._torn = True
                     logger.error("%s: not written: %s", self._path, error)
                     self._writing.failure = error
                 finally:
                     self._writing.set()
         finally:
             self._task = None
+
+    def _whole_if_due(self, batch: bytes) -> bytes | None:
+        """What the file shall hold in all, where ``batch`` is not to be appended to what it holds.
+
+        Taken here in the loop, at one instant: what is put while it is being written waits for its turn, and
+        is appended to the new file.
+        """
+        self._lines += batch.count(b"\n")
+        whole = None
+        if self._torn or self._lines > 2 * len(self._live) + _SPARE_LINES:
+            whole = b"".join(self._live.values())
+            self._lines = len(self._live)
+        # Until it is there, closing would have to write all of it.
+        self._torn = True
+        return whole
+
+    def _store(self, batch: bytes, whole: bytes | None) -> None:
+        with self._lock:
+            if self._file < 0:
+                # Closed since it was asked for; closing wrote everything, if it could.
+                if self._torn:
+                    raise OSError(errno.EIO, "closed before it was written")
+                return
+            if whole is None:
+                self._append(batch)
+            else:
+                self._replace(whole)
+            self._torn = False
 
     def _append(self, batch: bytes) -> None:
         written = os.write(self._file, batch)
@@ -189,16 +217,18 @@ class Journal:
         os.fdatasync(self._file)
 
     def close(self) -> None:
-        """Write what is left and let go of the file."""
-        if self._file < 0:
-            return
-        try:
-            if self._torn:
-                self._rewrite()
-            elif self._waiting:
-                self._append(b"".join(self._waiting))
-            self._waiting = []
-        except OSError as error:
-            logger.error("%s: not written: %s", self._path, error)
-        os.close(self._file)
-        self._file = -1
+        """Write what is left and let go of the file; waits for a write that is under way."""
+        with self._lock:
+            if self._file < 0:
+                return
+            try:
+                if self._torn:
+                    self._replace(b"".join(self._live.values()))
+                    self._torn = False
+                elif self._waiting:
+                    self._append(b"".join(self._waiting))
+                self._waiting = []
+            except OSError as error:
+                logger.error("%s: not written: %s", self._path, error)
+            os.close(self._file)
+            self._file = -1

@@ -472,8 +472,8 @@ class Controller:
                 (vm, Move(uuid, Phase.LEAD_IN, rung))
             )
         served = [(gate, by_gate.get(id(gate), [])) for gate in self._uplinks.gates.values()]
-        since = seen.now - self._looked_at if between else None
-        orders.shares.update(self._shares.share(served, seen.moves, looked_before_seconds=since))
+        since = seen.now - self._looked_at
+        orders.shares.update(self._shares.share(served, seen.moves, between=between, since_seconds=since))
         orders.ends_in.update(self._shares.ends_in)
 
     def _hold(self, seen: Observation, orders: Orders) -> None:

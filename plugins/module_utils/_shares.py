@@ -74,15 +74,15 @@ class Shares:
         served: t.Iterable[tuple[Gate, list[Member]]],
         moves: t.Mapping[str, Move],
         *,
-        looked_before_seconds: float | None = None,
+        between: bool = False,
+        since_seconds: float = 0.0,
     ) -> dict[str, float | None]:
         """The shares of the coming interval, of every gate's members; ``moves`` are those that were seen.
 
-        ``looked_before_seconds``: between two looks, so long after the first of them, whose figures ``moves``
-        still have: of the rest of this interval. Who is opened then was not open throughout.
+        ``between`` two looks: of the rest of this one. Who is opened then was not open throughout. Figures
+        in ``moves`` are ``since_seconds`` old: those of the look.
         """
-        between = looked_before_seconds is not None
-        self._since = looked_before_seconds or 0.0
+        self._since = since_seconds
         if not between:
             self._crowded.clear()
         shares: dict[str, float | None] = {}
@@ -162,6 +162,7 @@ class Shares:
         opened: dict[str, float] = {}
         # When places are free: of those who are through before another that opens then could fill the link.
         places: list[float] = []
+        known = False
         busy: dict[tuple[str, str], int] = {}
         for uuid in kept:
             entry = vm, move = candidates.pop(uuid)
@@ -172,9 +173,11 @@ class Shares:
             busy[vm.pair] = busy.get(vm.pair, 0) + 1
             free -= 1
             through = _through_seconds(move, max(move.bytes_per_second, alone)) - self._since
+            # Of one that was open for less than an interval its rate says too little: it may be through any
+            # moment. And where several go the others take up what one leaves: no need to know when.
+            known = known or (gate.open == 1 and self.intervals_open(uuid) > 0)
             if through <= INTERVAL_SECONDS + growth:
-                # Where several go the others take up what one leaves: no need to know when.
-                heappush(places, max(0.0, through - growth) if gate.open == 1 else 0.0)
+                heappush(places, max(0.0, through - growth) if known else 0.0)
         for _place in range(min(len(candidates), max(free, 0 if opened else 1))):
             heappush(places, 0.0)
         waiting = [entry for entry in candidates.values() if entry[1].phase is not Phase.LEAD_IN]
@@ -188,7 +191,7 @@ class Shares:
             opens_in = heappop(places)
             opened[vm.uuid] = opens_in
             through = opens_in + _through_seconds(move, seen)
-            if gate.open == 1 and through <= INTERVAL_SECONDS + growth:
+            if known and through <= INTERVAL_SECONDS + growth:
                 heappush(places, max(0.0, through - growth))
         return opened
 

@@ -22,6 +22,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries imp
 MARGIN_SECONDS = 2.0
 MARGIN_SHARE = 0.15
 
+# Rounds that shrink by less than this are no series that ends.
+_LEADS_NOWHERE_FROM = 0.95
 
 # What a guest is said to dirty that outruns the mirror of its disk: more than any link carries.
 OUTRUNS_BYTES_PER_SECOND = 1e12
@@ -93,11 +95,13 @@ def live_seconds(move: Move, rate: float) -> float:
         return float("inf")
     if move.rung is not Rung.LIVE or move.phase is Phase.LAST:
         return move.left_bytes / rate
+    alone = move.dirty_bytes_per_second / rate
+    if alone >= _LEADS_NOWHERE_FROM:
+        return float("inf")
     # The mirror of what it writes takes its share of the line until the guest stands.
     rate -= min(move.written_bytes_per_second, MOST_WRITTEN_SHARE * rate)
-    shrink = move.dirty_bytes_per_second / rate
-    if shrink >= 0.95:
-        return float("inf")
+    # What it wrote before it moved is not measured again: that makes a move slow, but none endless.
+    shrink = min(move.dirty_bytes_per_second / rate, max(alone, CONVERGES_BELOW))
     return move.left_bytes / rate / (1.0 - shrink)
 
 
@@ -123,18 +127,10 @@ def judge(
     """
     if move.rung is not Rung.LIVE or move.phase is not Phase.BULK:
         return None
-    if not move.dirty_bytes_per_second and move.round_number <= 1:
-        # QEMU says what its guest dirties when a round is over, not before.
-        move = replace(move, dirty_bytes_per_second=vm.dirty_bytes_per_second * vm.packed_ratio)
-    closing = closing_seconds(round_trip_seconds)
-    likely = paused_seconds(move, rate) + closing
-    # What is lost by a fall that comes too late cannot be had again.
-    move = move.at_worst
-    live = live_seconds(move, rate) + closing
-    # The guest goes on dirtying until it stands: at most what it dirties in an interval comes on top.
-    paused = paused_seconds(move, rate) + closing
     allowed = set(vm.rungs)
-    # What is hopeless on a trickle may do well with what it gets in its turn.
+    closing = closing_seconds(round_trip_seconds)
+    # What is hopeless on a trickle may do well with what it gets in its turn. Only what QEMU tells of its
+    # guest is asked: without a deadline it costs nothing to wait until it does.
     outruns = move.dirty_bytes_per_second >= CONVERGES_BELOW * rate
     hopeless = move.hopeless or (certain and not forecast(vm, Rung.LIVE, rate, round_trip_seconds).feasible)
     if hopeless and outruns and Rung.PAUSED in allowed:
@@ -145,19 +141,34 @@ def judge(
         return Fall(Rung.RESTART, "does-not-converge", _said(move, rate))
     if seconds_left is None or seconds_left <= 0:
         return None
-    # As late as it may be, so that guests run while they can; as early as it must be.
-    latest = paused * (1 + MARGIN_SHARE) + MARGIN_SECONDS
+    if not move.dirty_bytes_per_second and move.round_number <= 1:
+        # QEMU says what its guest dirties when a round is over: too late for many a deadline.
+        move = replace(move, dirty_bytes_per_second=vm.dirty_bytes_per_second * vm.packed_ratio)
+    likely = paused_seconds(move, rate) + closing
+    likely_late = live_seconds(move, rate) + closing > seconds_left - MARGIN_SECONDS
+    # What is lost by a fall that comes too late cannot be had again.
+    move = move.at_worst
+    live = live_seconds(move, rate) + closing
+    # The guest goes on dirtying until it stands: at most what it dirties in an interval comes on top.
+    paused = paused_seconds(move, rate) + closing
     if live <= seconds_left - MARGIN_SECONDS:
         return None
     if Rung.PAUSED in allowed and paused <= seconds_left:
-        if seconds_left <= latest + max(MARGIN_SECONDS, 0.1 * latest):
+        if seconds_left <= _last_moment(paused):
             return Fall(Rung.PAUSED, "deadline", f"{seconds_left:.0f} s are left, live takes {_long(live)}")
         return None
-    if may_restart and paused > seconds_left:
+    # From here on stopping it is not sure to be in time, or not allowed. As long as live is thought to be in
+    # time its guest runs on, until the last moment for the rung below.
+    last = seconds_left <= _last_moment(restart)
+    if may_restart and paused > seconds_left and (likely_late or last):
         return Fall(
             Rung.RESTART, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(paused)}"
         )
+    if may_restart and Rung.PAUSED not in allowed and likely_late and last:
+        return Fall(Rung.RESTART, "deadline", f"{seconds_left:.0f} s are left, live takes {_long(live)}")
     if Rung.PAUSED in allowed and likely <= seconds_left:
+        if not likely_late and seconds_left > _last_moment(likely):
+            return None
         # Only if what a sample of its memory said is so: then not a moment is to be lost.
         return Fall(
             Rung.PAUSED, "deadline", f"{seconds_left:.0f} s are left, its memory takes {_long(likely)}"
@@ -167,6 +178,15 @@ def judge(
     if certain and likely > seconds_left * (1 + MARGIN_SHARE) + MARGIN_SECONDS:
         return Fall(Rung.STAY, "too-late", f"{seconds_left:.0f} s are left, it takes {_long(likely)}")
     return None
+
+
+def _last_moment(seconds: float) -> float:
+    """How long before a deadline that must begin which takes so long.
+
+    As late as it may be, so that guests run while they can; as early as it must be.
+    """
+    latest = seconds * (1 + MARGIN_SHARE) + MARGIN_SECONDS
+    return latest + max(MARGIN_SECONDS, 0.1 * latest)
 
 
 def _long(seconds: float) -> str:

@@ -215,15 +215,83 @@ def test_nobody_is_given_up_for_pages_that_may_be_empty() -> None:
 
 def test_in_the_first_round_a_guest_dirties_what_it_was_seen_to_dirty() -> None:
     """QEMU counts only when a round is over: until then a live move looked as if it made the deadline."""
-    guest = vm("a", memory=200 * MB, packed_ratio=0.5, dirty_bytes_per_second=4 * MB,
+    guest = vm("a", memory=200 * MB, packed_ratio=0.5, dirty_bytes_per_second=MB,
                rungs=(Rung.LIVE, Rung.PAUSED, Rung.STAY))  # fmt: skip
     move = Move("uuid-a", Phase.BULK, remaining_bytes=60 * MB, round_number=1, bytes_per_second=MB)
-    fall = judge(guest, move, MB, 0.04, 70.0)
-    assert fall is not None
-    assert fall.rung is Rung.PAUSED
+    for dirty in (MB, 4 * MB):
+        fall = judge(replace(guest, dirty_bytes_per_second=dirty), move, MB, 0.04, 70.0)
+        assert fall is not None
+        assert (fall.rung, fall.reason) == (Rung.PAUSED, "deadline")
     assert judge(replace(guest, dirty_bytes_per_second=0.0), move, MB, 0.04, 70.0) is None
     later = replace(move, round_number=2)
     assert judge(guest, later, MB, 0.04, 70.0) is None, "from then on QEMU knows"
+
+
+@pytest.mark.parametrize("rung", [Rung.PAUSED, Rung.RESTART])
+def test_without_a_deadline_nobody_is_stopped_for_what_was_seen_before_it_moved(rung: Rung) -> None:
+    """QEMU will tell soon enough whether it outruns the line."""
+    guest = vm("a", memory=200 * MB, packed_ratio=0.5, dirty_bytes_per_second=4 * MB,
+               rungs=(Rung.LIVE, rung, Rung.STAY))  # fmt: skip
+    first = Move("uuid-a", Phase.BULK, remaining_bytes=60 * MB, round_number=1, bytes_per_second=MB)
+    assert judge(guest, first, MB, 0.04, None) is None
+    assert judge(guest, first, MB, 0.04, 1000.0) is None, "nor long before one"
+    told = judge(guest, replace(first, round_number=2, dirty_bytes_per_second=2 * MB), MB, 0.04, None)
+    assert told is not None
+    assert (told.rung, told.reason) == (rung, "does-not-converge")
+
+
+def pages_that_may_be_empty(rungs: tuple[Rung, ...], left: float, *, dirty: float = 0.0) -> Rung | None:
+    """What becomes of one with 100 MB to send by its sample, 400 MB at worst, at 1 MB/s."""
+    guest = vm("a", memory=400 * MB, rungs=(Rung.LIVE, *rungs, Rung.STAY))
+    move = Move(
+        "uuid-a", Phase.BULK, remaining_bytes=100 * MB, most_remaining_bytes=400 * MB, round_number=1,
+        bytes_per_second=MB, dirty_bytes_per_second=dirty,
+    )  # fmt: skip
+    fall = judge(guest, move, MB, 0.0, left, certain=False)
+    if fall is not None:
+        assert fall.reason == "deadline"
+    return fall.rung if fall is not None else None
+
+
+def test_nobody_is_stopped_while_live_is_likely_in_time() -> None:
+    """If the worst were so, a stop would be too late, too; a fall came 200 s before the likely end."""
+    stop = (Rung.PAUSED,)
+    assert pages_that_may_be_empty(stop, 300.0) is None
+    assert pages_that_may_be_empty(stop, 150.0) is None
+    assert pages_that_may_be_empty(stop, 125.0) is Rung.PAUSED, "the last moment, if its sample is right"
+    assert pages_that_may_be_empty(stop, 102.0) is Rung.PAUSED
+    # Its rounds take 200 s by its sample.
+    assert pages_that_may_be_empty(stop, 300.0, dirty=0.5 * MB) is None
+    assert pages_that_may_be_empty(stop, 195.0, dirty=0.5 * MB) is Rung.PAUSED
+    # While even the worst is in time if it stands: the last moment for that.
+    assert pages_that_may_be_empty(stop, 600.0, dirty=0.5 * MB) is None
+    assert pages_that_may_be_empty(stop, 450.0, dirty=0.5 * MB) is Rung.PAUSED
+
+
+def test_nobody_is_rebooted_while_live_is_likely_in_time() -> None:
+    boot = (Rung.RESTART,)
+    for rungs in (boot, (Rung.PAUSED, *boot)):
+        assert pages_that_may_be_empty(rungs, 300.0) is None
+        assert pages_that_may_be_empty(rungs, 101.0) is Rung.RESTART, "nothing else is surely in time"
+        assert pages_that_may_be_empty(rungs, 195.0, dirty=0.5 * MB) is Rung.RESTART
+    guest = vm("a", memory=400 * MB, rungs=(Rung.LIVE, *boot, Rung.STAY))
+    few = Move("uuid-a", Phase.BULK, remaining_bytes=20 * MB, most_remaining_bytes=60 * MB, round_number=1)
+    assert judge(guest, few, MB, 0.0, 50.0) is None
+    fall = judge(guest, few, MB, 0.0, 34.0)
+    assert fall is not None
+    assert fall.rung is Rung.RESTART, "the last moment for one"
+
+
+def test_one_that_may_not_be_stopped_is_rebooted_while_there_is_time_for_it() -> None:
+    """Its memory is in time if it stands, which it may not; its rounds are not, if it dirties as before."""
+    guest = vm("a", memory=30 * MB, dirty_bytes_per_second=2 * MB,
+               rungs=(Rung.LIVE, Rung.RESTART, Rung.STAY))  # fmt: skip
+    move = Move("uuid-a", Phase.BULK, remaining_bytes=25 * MB, round_number=1, bytes_per_second=MB)
+    assert judge(guest, move, MB, 0.0, 60.0) is None, "QEMU may tell otherwise until then"
+    fall = judge(guest, move, MB, 0.0, 34.0)
+    assert fall is not None
+    assert (fall.rung, fall.reason) == (Rung.RESTART, "deadline")
+    assert judge(guest, replace(move, remaining_bytes=10 * MB), MB, 0.0, 20.0) is None, "no time for it"
 
 
 @pytest.mark.parametrize(

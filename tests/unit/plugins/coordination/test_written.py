@@ -8,8 +8,13 @@ from dataclasses import replace
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import fixed_plan
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState, site_summary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
+    HostState,
+    nearly_over,
+    site_summary,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
+    CONVERGES_BELOW,
     closing_seconds,
     forecast,
     lead_in_seconds,
@@ -140,3 +145,29 @@ def test_the_mirror_of_a_move_under_way_takes_its_share_until_the_guest_stands()
     assert live_seconds(told, 3 * MB) == pytest.approx(60 / 1.5 / (1 - 1 / 1.5))
     for stands in (replace(told, rung=Rung.PAUSED), replace(told, phase=Phase.LAST)):
         assert live_seconds(stands, 6 * MB) == pytest.approx(60 / 6)
+
+
+def test_what_was_written_before_makes_no_move_endless() -> None:
+    """Nobody measures it while the guest moves: its place would never have been another's."""
+    move = Move("uuid-a", Phase.BULK, remaining_bytes=50 * MB, bytes_per_second=MB,
+                dirty_bytes_per_second=0.5 * MB)  # fmt: skip
+    writes = replace(move, written_bytes_per_second=0.5 * MB)
+    assert live_seconds(move, MB) == pytest.approx(100.0)
+    assert live_seconds(writes, MB) == pytest.approx(50 / 0.5 / (1 - CONVERGES_BELOW))
+    assert not nearly_over(writes, 2.0)
+    assert nearly_over(replace(writes, remaining_bytes=0.2 * MB), 2.0)
+    assert live_seconds(replace(writes, dirty_bytes_per_second=MB), MB) == float("inf"), "that one is"
+
+
+@given(st.floats(0, 3), st.floats(0, 3), st.floats(0, 3))
+def test_of_moves_under_way_who_writes_more_is_never_sooner_through(
+    dirty: float, one: float, other: float
+) -> None:
+    move = Move("uuid-a", Phase.BULK, remaining_bytes=60 * MB, dirty_bytes_per_second=dirty * MB)
+    plain, less, more = (
+        live_seconds(replace(move, written_bytes_per_second=written * MB), MB)
+        for written in (0.0, *sorted([one, other]))
+    )
+    assert plain <= less * (1 + 1e-9)
+    assert less <= more * (1 + 1e-9)
+    assert (more == float("inf")) == (plain == float("inf"))

@@ -89,6 +89,7 @@ class Cable:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._mute_ports: set[int] = set()
 
     async def start(self) -> None:
         """Begin to relay."""
@@ -119,6 +120,10 @@ class Cable:
         """Carry again."""
         self._flowing.set()
 
+    def lose_answers(self, local_port: int) -> None:
+        """Carry nothing more to the dialler whose socket has this port; what it sends arrives."""
+        self._mute_ports.add(local_port)
+
     async def stop(self) -> None:
         """End everything."""
         await self.refuse()
@@ -144,6 +149,8 @@ class Cable:
         try:
             while data := await source.read(65536):
                 await self._flowing.wait()
+                if sink.get_extra_info("peername")[1] in self._mute_ports:
+                    continue
                 self.carried_bytes += len(data)
                 sink.write(data)
                 await sink.drain()

@@ -89,6 +89,9 @@ class Connection:
         self.synced = False  # the peer has told what it has; numbered frames may go
         self.urgent: deque[bytes] = deque()
         self.received_at = time.monotonic()
+        # Of both directions; the hello, which is just over, went there and back too.
+        self.ponged_at = time.monotonic()
+        self.silent = False  # its pings stay unanswered while those on another are answered
         self.pinged_at = 0.0
         self.carried_bytes = 0  # both directions, without TLS
         self.closed = False

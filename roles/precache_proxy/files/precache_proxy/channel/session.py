@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 _RENEW_BYTES = 128 * GIB
 # Each connection is pinged every 2.5 s at least, and answers within a round trip.
 _SILENT_SECONDS = 4.0
+# With fewer, a connection for calls only would take half of what copies have, or all.
+_LEAST_FOR_CALLS = 3
 
 
 class SessionOwner(Protocol):
@@ -142,10 +144,9 @@ class Session:
         if stream.identifier in self.streams:
             expected, limit = stream.acknowledgement()
             self._drop(stream)
-            for connection in self.connections.values():
+            for connection in self._likeliest_first()[:1]:
                 connection.urgent.append(pack_acknowledge(stream.identifier, expected, limit))
                 self.wake()
-                break
 
     def _drop(self, stream: Stream) -> None:
         self.streams.pop(stream.identifier, None)
@@ -237,26 +238,39 @@ class Session:
 
     def _pump(self) -> None:
         self._pumping = False
-        for_calls = self._connection_for_calls()
-        # The one that heard from the peer last is the least likely to be stuck.
-        for connection in sorted(
-            self.connections.values(), key=lambda each: (each is not for_calls, -each.received_at)
-        ):
+        for connection in self._likeliest_first():
             if not connection.busy:
                 connection.pump()
 
+    def _likeliest_first(self) -> list[Connection]:
+        """The one that heard from the peer last is the least likely to be stuck, for what is told once."""
+        return sorted(self.connections.values(), key=lambda each: (each.silent, -each.received_at))
+
     def _connection_for_calls(self) -> Connection | None:
-        """The one that carries no class but control, where there are two at least.
+        """The one that carries no class but control, where there are three at least.
 
         Behind a copy a call would wait in a socket: most of all in one whose congestion window is new.
         """
-        synced = [each for each in self.connections.values() if each.synced]
-        if len(synced) < 2:
+        alive = [each for each in self.connections.values() if each.synced and not each.silent]
+        if len(alive) < _LEAST_FOR_CALLS:
             return None
-        heard_at = max(each.received_at for each in synced)
-        # One that is silent while others are not is broken by itself.
-        alive = [each for each in synced if heard_at - each.received_at < _SILENT_SECONDS]
         return min(alive, key=lambda each: each.slot)
+
+    def _find_silent(self) -> None:
+        """A connection is broken by itself where the peer answers pings on others and not there.
+
+        What arrives is no measure: where only the direction to the peer is lost, the peer's pings still come.
+        """
+        answered_at = max((each.ponged_at for each in self.connections.values()), default=0.0)
+        for connection in self.connections.values():
+            silent = answered_at - connection.ponged_at >= _SILENT_SECONDS
+            if silent is connection.silent:
+                continue
+            connection.silent = silent
+            if silent:
+                # What was told on it may never come; an acknowledgement is told once.
+                self._dues.repeat(self.streams.values())
+            self.wake()
 
     def next_chunk(self, connection: Connection) -> bytes | None:
         """What to send next on this connection: the link's own frames, then streams by class."""
@@ -264,12 +278,13 @@ class Session:
         if connection.urgent:
             pieces.extend(connection.urgent)
             connection.urgent.clear()
-        pieces.extend(self._dues.take(with_owed=self._scheduler.highest() is not None))
+        if not connection.silent:
+            pieces.extend(self._dues.take(with_owed=self._scheduler.highest() is not None))
         size = sum(map(len, pieces))
         self._counters.link.sent_wire_bytes += size
         if size:
             self._pacer.take(size)
-        if connection.synced and self._scheduler.highest() is not None:
+        if connection.synced and not connection.silent and self._scheduler.highest() is not None:
             size += self._add_frames(connection, pieces)
         if not pieces:
             return None
@@ -331,6 +346,7 @@ class Session:
             if not connection.busy:
                 connection.pump()
         elif kind is FrameType.PONG:
+            connection.ponged_at = time.monotonic()
             now = time.monotonic_ns()
             taken = (now - unpack_u64(frame.payload)) / 1e9
             if 0 <= taken < 3600:
@@ -394,6 +410,7 @@ class Session:
                 self._ping(connection)
                 if not connection.busy:
                     connection.pump()
+        self._find_silent()
         low_water = self._size.follow(
             now, self._sent_wire_bytes, len(self.connections), self._pacer.rate_bytes_per_second
         )

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,8 +16,13 @@ from precache_proxy.blocks.extents import Extents
 from precache_proxy.channel.link import Link
 from precache_proxy.errors import ProtocolError
 from precache_proxy.source.reader import Piece
+from precache_proxy.source.record import ProtectionRecord
+from precache_proxy.source.replication import Replication
 from precache_proxy.source.seeding import Seeding
+from precache_proxy.source.settings import SourceSettings
 from precache_proxy.store.records import Record, RecordType, json_record
+from precache_proxy.store.service import Store
+from precache_proxy.store.settings import StoreSettings
 from precache_proxy.units import MIB
 
 SIZE = 4 * MIB
@@ -123,3 +130,60 @@ async def test_marks_are_taken_back_where_there_may_be_some(has_marks: bool) -> 
     assert seeding.offsets == {"vda": 0}
     assert [record.json() for record in peer.records] == ([{"vda": 0}] if has_marks else [])
     assert peer.opened == int(has_marks)
+
+
+VM = "11111111-2222-4333-8444-555555555578"
+
+
+async def test_a_replica_that_was_made_anew_unheard_is_filled_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it is new is told once; who was cut just then has the marks of the replica before it."""
+    store = Store(tmp_path / "store", tmp_path / "run", StoreSettings(2, 0))
+    await store.start()
+    made = asyncio.Event()
+
+    class SlowPeer(Peer):
+        async def call(self, method: str, parameters: dict[str, Any], **_unused: object) -> dict[str, Any]:
+            assert method == "store.prepare"
+            answer = await store.prepare("home1", parameters)
+            if not made.is_set():
+                made.set()
+                await asyncio.Event().wait()  # the answer never comes
+            return answer
+
+    peer = SlowPeer()
+    record = ProtectionRecord(
+        VM, "web1", "backup1", 15.0, seeding_checkpoint="lifeboat-e0-g0", seeding_offsets={"vda": 2 * MIB}
+    )
+    environment = SimpleNamespace(
+        directory=tmp_path, link=lambda _peer: peer, settings=SourceSettings("home1", ("backup1",))
+    )
+    replication = Replication(record, cast(Any, environment))
+
+    async def look() -> tuple[Any, Any, bool]:
+        return SimpleNamespace(xml="<domain/>"), SimpleNamespace(tracked=["vda"]), True
+
+    async def sizes(*_unused: object, **_more: object) -> dict[str, int]:
+        return {"vda": SIZE}
+
+    async def first_copy_bytes(*_unused: object) -> int:
+        return SIZE
+
+    async def it_counts_still(*_unused: object, **_more: object) -> None: ...
+
+    monkeypatch.setattr(replication.disks, "look", look)
+    monkeypatch.setattr(replication.disks, "sizes", sizes)
+    monkeypatch.setattr(replication.disks, "first_copy_bytes", first_copy_bytes)
+    monkeypatch.setattr(replication.disks, "source", lambda *_unused, **_more: View())
+    monkeypatch.setattr(replication, "_keep_seeding_checkpoint", it_counts_still)
+    cut = asyncio.create_task(replication.seed())
+    await asyncio.wait_for(made.wait(), 5)
+    cut.cancel()
+    await asyncio.gather(cut, return_exceptions=True)
+    assert (await store.status(VM))["exists"]
+    await asyncio.wait_for(replication.seed(), 10)
+    data = [record.offset for record in peer.records if record.type is RecordType.DATA]
+    assert data == [0, MIB, 2 * MIB, 3 * MIB]
+    assert record.seeding_offsets == {"vda": SIZE}
+    await store.stop()

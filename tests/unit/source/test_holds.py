@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from precache_proxy.channel.settings import TrafficClass
-from precache_proxy.errors import Conflict, VmStateChanged
+from precache_proxy.errors import Conflict, NoSpace, VmStateChanged
 from precache_proxy.source import protection as protection_module
 from precache_proxy.source.autostart import AfterBoot
 from precache_proxy.source.backups import Backups
@@ -75,6 +75,34 @@ async def test_a_hold_ends_a_comparison_that_somebody_waits_for(
     with pytest.raises(Conflict, match=r"comparison was ended.*evacuation-1"):
         await verify
     assert protection.state == "held"
+
+
+async def test_a_first_copy_that_a_hold_cut_asks_the_peer_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the peer did for it may not have been heard."""
+    protection, _link = a_protection(tmp_path)
+    protection.replication.standing.needs_reconcile = False
+    copying = asyncio.Event()
+
+    async def copy_for_ever() -> None:
+        copying.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(protection.replication, "seed", copy_for_ever)
+    protection.start()
+    await asyncio.wait_for(copying.wait(), 5)
+    await asyncio.wait_for(protection.hold("evacuation-1"), 5)
+    assert protection.replication.standing.needs_reconcile
+    await protection.stop()
+
+
+def test_where_the_peer_has_no_room_it_is_asked_again_how_it_stands(tmp_path: Path) -> None:
+    protection, _link = a_protection(tmp_path)
+    protection.replication.standing.needs_reconcile = False
+    protection._failed(NoSpace("store: no room"))
+    assert protection.state == "no-space"
+    assert protection.replication.standing.needs_reconcile
 
 
 async def test_a_vm_that_is_being_moved_is_not_unprotected(tmp_path: Path) -> None:

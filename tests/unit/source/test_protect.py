@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,13 +49,16 @@ class Link:
     cause: str = ""
     sentence: str = "no answer"
     asked: list[str] = field(default_factory=list)
+    answers_after_seconds: float = 0.0
 
     async def call(self, method: str, parameters: dict[str, Any], **_more: Any) -> dict[str, Any]:
         self.asked.append(method)
         if method == "store.status":
             return await self.store.status(parameters["vm"])
         assert (method, parameters["check"]) == ("store.prepare", True)
-        return await self.store.prepare("home1", parameters)
+        answer = await self.store.prepare("home1", parameters)
+        await asyncio.sleep(self.answers_after_seconds)
+        return answer
 
     async def wait_up(self, _seconds: float | None) -> None: ...
 
@@ -144,11 +149,23 @@ async def test_what_the_peer_told_when_it_was_asked_is_not_asked_for_once_more(
     assert sides.link.asked == ["store.prepare"]
     await standing.reconcile()
     assert sides.link.asked == ["store.prepare", "store.status"]
-    standing.hear({"exists": False})
+    standing.hear({"exists": False}, time.monotonic())
     monkeypatch.setattr("precache_proxy.source.standing._HEARD_SECONDS", 0.0)
     await standing.reconcile()
     assert sides.link.asked[2:] == ["store.status"]
     assert standing.replica_sizes == {"vda": 64 * MIB}
+
+
+async def test_what_the_peer_told_is_as_old_as_the_question(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await prepare(sides)
+    monkeypatch.setattr("precache_proxy.source.standing._HEARD_SECONDS", 0.3)
+    sides.link.answers_after_seconds = 0.4
+    await sides.source.protect(Protect("web1", "backup1"))
+    sides.link.answers_after_seconds = 0.0
+    await sides.source._find("web1").replication.standing.reconcile()
+    assert sides.link.asked == ["store.prepare", "store.status"]
 
 
 async def test_a_replica_is_made_once(sides: Sides) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,14 @@ ASK_TIMEOUT_SECONDS = 20.0
 @dataclass(frozen=True)
 class PeerAnswer:
     """``objections``: what the peer has against it (room, whose replica it is, its epoch, sizes); ``note``:
-    why it could not be asked ("": it was); ``status``: of the replica, None where the peer does not tell.
+    why it could not be asked ("": it was); ``status``: of the replica, None where the peer does not tell;
+    ``asked_at``: when the question went (monotonic), so that the status is not older than that.
     """
 
     objections: list[Finding] = field(default_factory=list)
     note: str = ""
     status: dict[str, Any] | None = None
+    asked_at: float = 0.0
 
 
 async def ask_peer(link: Link, spec: ProtectSpec, definition: Definition, epoch: int) -> PeerAnswer:
@@ -42,6 +45,7 @@ async def ask_peer(link: Link, spec: ProtectSpec, definition: Definition, epoch:
             described = await images.info(offline.path(disk.path), disk.format, in_use=True)
             sizes[disk.target] = described[0].size_bytes
             needed_bytes += await offline.first_copy_bytes(disk, described[0].size_bytes)
+        asked_at = time.monotonic()
         answer = await link.call(
             "store.prepare",
             {
@@ -54,7 +58,8 @@ async def ask_peer(link: Link, spec: ProtectSpec, definition: Definition, epoch:
             },
             timeout_seconds=ASK_TIMEOUT_SECONDS,
         )
-        return PeerAnswer([Finding(**told) for told in answer["findings"]], status=answer.get("status"))
+        findings = [Finding(**told) for told in answer["findings"]]
+        return PeerAnswer(findings, status=answer.get("status"), asked_at=asked_at)
     except (LifeboatError, KeyError, TypeError) as error:
         return PeerAnswer(note=_not_asked(spec.peer, str(error)))
 

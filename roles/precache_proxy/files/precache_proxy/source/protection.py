@@ -291,6 +291,9 @@ class Protection:
             except asyncio.CancelledError:
                 if not self._work.cancelled():
                     raise  # it is us who are to end
+                if self.record.sealed is None or self.record.resync_cause:
+                    # An answer may have been on its way. A pass that was cut had only waited for its turn.
+                    self.replication.standing.needs_reconcile = True
                 return 0.0  # cut by a hold
             finally:
                 if not self._work.done():
@@ -364,6 +367,8 @@ class Protection:
             self.replication.standing.needs_reconcile = True
         elif isinstance(error, NoSpace) or cause == "no-space":
             self._set("no-space", "no-space", error.message)
+            # Who makes room there may have removed this replica.
+            self.replication.standing.needs_reconcile = True
         elif isinstance(error, NotFound | StaleEpoch) or cause in {"not-found", "stale-epoch", "unsupported"}:
             self._set("stopped", cause, error.message)
             self.replication.standing.needs_reconcile = True

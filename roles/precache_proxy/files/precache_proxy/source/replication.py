@@ -136,7 +136,11 @@ class Replication:
         definition, layout, active = await self.disks.look()
         sizes = await self.disks.sizes(definition, layout.tracked, active=active)
         needed_bytes = await self.disks.first_copy_bytes(layout, sizes)
-        created = await self.standing.prepare_replica(sizes, definition, needed_bytes)
+        answer = await self.standing.prepare_replica(sizes, definition, needed_bytes)
+        created = bool(answer.get("created", False))
+        # The peer's marks, not those remembered: the word that the replica is new comes once, and whoever was
+        # cut before it heard it would leave out the beginning of a replica that holds nothing.
+        record.seeding_offsets = {key: int(value) for key, value in (answer.get("seeding") or {}).items()}
         seeding = Seeding(
             self.environment.link(record.peer),
             vm_uuid=record.uuid,

@@ -263,7 +263,7 @@ class Source:
                 self._damaged.pop(definition.uuid, None)
                 present = self._add(record)
                 if answer.status is not None:
-                    present.replication.standing.hear(answer.status)
+                    present.replication.standing.hear(answer.status, answer.asked_at)
             else:
                 present.wake()
             return present.status()

@@ -19,7 +19,7 @@ from precache_proxy.source.tracker import VmReference, is_of_generation
 logger = logging.getLogger(__name__)
 
 PREPARE_TIMEOUT_SECONDS = 120.0
-# Later than that a peer is asked again how it stands.
+# Longer after the question a peer is asked again how it stands.
 _HEARD_SECONDS = 2.0
 
 
@@ -61,11 +61,11 @@ class PeerStanding:
         """Make the record durable. Raises NoSpace."""
         await asyncio.to_thread(self._record.write, self._environment.directory)
 
-    def hear(self, status: dict[str, Any]) -> None:
-        """What the peer has just told of the replica, asked for something else: the next :meth:`reconcile`
-        goes by it, if it comes at once.
+    def hear(self, status: dict[str, Any], asked_at: float) -> None:
+        """What the peer told of the replica when it was asked (monotonic) for something else: the next
+        :meth:`reconcile` goes by it, if it comes at once.
         """
-        self._heard = time.monotonic(), status
+        self._heard = asked_at, status
 
     async def _status(self) -> dict[str, Any]:
         heard, self._heard = self._heard, None
@@ -181,9 +181,9 @@ class PeerStanding:
 
     async def prepare_replica(
         self, sizes: Mapping[str, int], definition: Definition, needed_bytes: int
-    ) -> bool:
-        """Have the peer make or accept the replica; whether it has made it now. Raises NoSpace, StaleEpoch,
-        Conflict.
+    ) -> dict[str, Any]:
+        """Have the peer make or accept the replica; its status, and ``created``: whether it was made now (a
+        release that does not say may hold an old one). Raises NoSpace, StaleEpoch, Conflict.
         """
         record = self._record
         parameters = {
@@ -199,5 +199,4 @@ class PeerStanding:
         answer = await link.call("store.prepare", parameters, timeout_seconds=PREPARE_TIMEOUT_SECONDS)
         self.replica_name = record.name
         self.replica_protection = answer.get("protection")
-        # A release that does not say: it may be an old one, with marks of an older copy.
-        return bool(answer.get("created", False))
+        return answer

@@ -44,6 +44,8 @@ _SILENT_SECONDS = 10.0
 # A mirror that has so little left for so long goes round behind the guest.
 _CHASE_SECONDS = 20.0
 _CHASE_BYTES = 8e6
+# So many hosts are asked between two looks, at most: each time is work for the controller, too.
+_GLANCED_HOSTS = 16
 _LEAD_IN = frozenset({"preflight", "catch-up", "stop", "freeze", "residual", "prepare"})
 _CLOSING = frozenset({"confirm", "released", "finish", "rollback", "undecided"})
 
@@ -225,6 +227,21 @@ def nearly_over(move: Move, seconds: float) -> bool:
         return False
     rate = move.bytes_per_second
     return move.phase is not Phase.BULK or (rate > 0 and live_seconds(move, rate) <= seconds)
+
+
+def over_first(moves: t.Mapping[str, Move], source_of: t.Callable[[str], str], seconds: float) -> list[str]:
+    """The hosts whose moves may be through, or handed over, within this time: a few, the surest first.
+
+    Of those in their lead-in nobody knows: a small guest is through within a look.
+    """
+    ranks: dict[str, int] = {}
+    for uuid, move in moves.items():
+        over = nearly_over(move, seconds)
+        unknown = move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0
+        if over or (unknown and not move.silent):
+            host, rank = source_of(uuid), 1 if over else 2
+            ranks[host] = min(rank, ranks.get(host, rank))
+    return sorted(ranks, key=lambda host: (ranks[host], host))[:_GLANCED_HOSTS]
 
 
 def through(host: HostState) -> set[tuple[str, str]]:

@@ -94,6 +94,8 @@ class Shares:
             self._share_gate(gate, members, shares)
         opened = {uuid for names in self._open.values() for uuid in names}
         self.given = dict(shares)
+        for uuid in before - opened:
+            self._intervals_open.pop(uuid, None)
         if between:
             self._opened_between |= opened - before
             self.open_throughout &= opened
@@ -104,8 +106,6 @@ class Shares:
         for uuid in opened:
             if uuid in moves and moves[uuid].phase is Phase.BULK:
                 self._intervals_open[uuid] = self._intervals_open.get(uuid, 0) + 1
-        for uuid in before - opened:
-            self._intervals_open.pop(uuid, None)
         return shares
 
     def _share_gate(self, gate: Gate, members: list[Member], shares: dict[str, float | None]) -> None:

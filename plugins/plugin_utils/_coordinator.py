@@ -27,7 +27,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     PASSING,
     Eyes,
-    nearly_over,
+    over_first,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import line_known
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
@@ -190,7 +190,7 @@ class Coordinator(Lookout):
                 break
             if idle >= _IDLE_LOOKS and not self._may_still_start(controller, seen):
                 break
-            self._rest(looked_at + interval, interval, seen, controller, eyes, recorder)
+            self._rest(looked_at, interval, seen, controller, eyes, recorder)
         self._look(interval, patient=True)
         self._errands.settle(_ERRANDS_SECONDS)
         self._adopt(site)
@@ -213,9 +213,13 @@ class Coordinator(Lookout):
         return recorder
 
     def _decide(
-        self, controller: Controller, eyes: Eyes, recorder: Recorder, *, between: bool = False
+        self, controller: Controller, eyes: Eyes, recorder: Recorder, slow: t.Collection[str] | None = None
     ) -> tuple[Observation, Orders]:
-        """Have the controller decide by what the hosts said, ask for that, and say what is new."""
+        """Have the controller decide by what the hosts said, ask for that, and say what is new.
+
+        ``slow`` is told between two looks: hosts whose answers are not waited for.
+        """
+        between = slow is not None
         deadline_at = self._deadline.now(self._clock())
         begun = set(self._begun.values())
         seen = eyes.look(self.hosts, self._clock(), begun, deadline_at, between=between)
@@ -223,7 +227,7 @@ class Coordinator(Lookout):
         # Hosts remember others, who left long ago: they are told at the end, and not counted here.
         seen = replace(seen, out={vm.uuid for vm in controller.site.vms}.intersection(seen.out))
         orders = controller.step(seen, between=between)
-        self._obey(orders, seen, controller, eyes)
+        self._obey(orders, seen, controller, eyes, slow or ())
         recorder.observe(seen, orders, self.hosts, controller, between=between)
         for line in recorder.news(self.hosts, self._begun.values()):
             self._say(line)
@@ -235,32 +239,32 @@ class Coordinator(Lookout):
 
     def _rest(
         self,
-        until: float,
+        looked_at: float,
         interval: float,
         seen: Observation,
         controller: Controller,
         eyes: Eyes,
         recorder: Recorder,
     ) -> None:
-        """Until the next look. Whose move is nearly over is asked after meanwhile: who comes next has its
+        """Until the next look. Whose move may soon be over is asked after meanwhile: who comes next has its
         place, and the line, as soon as it is through and not up to an interval later."""
+        until = looked_at + interval
         # Who owes an answer is not asked again before the look.
         slow = set(self._pending)
         while until - self._clock() > 2 * _GLANCE_SECONDS:
-            nearly = {
-                controller.source_of(uuid)
-                for uuid, move in seen.moves.items()
-                if nearly_over(move, interval) and uuid in self._begun
-            }
-            nearly -= slow
+            ours = {uuid: move for uuid, move in seen.moves.items() if uuid in self._begun}
+            nearly = set(over_first(ours, controller.source_of, interval)) - slow
             if not nearly or self._abandoned():
                 break
             self._sleep(_GLANCE_SECONDS)
             news, late = self._glance(nearly)
             slow |= late
+            if self._abandoned() or self._clock() - looked_at > self._leases.seconds:
+                # Or it stood still meanwhile, and another may have become the coordinator: the look says.
+                return
             if news:
                 self._errands.settle(0.0)
-                seen, _orders = self._decide(controller, eyes, recorder, between=True)
+                seen, _orders = self._decide(controller, eyes, recorder, slow)
         self._sleep(max(0.1, until - self._clock()))
 
     def _adopt(self, site: SiteSummary) -> None:
@@ -336,7 +340,14 @@ class Coordinator(Lookout):
 
     # -- asking the proxies for what was decided
 
-    def _obey(self, orders: Orders, seen: Observation, controller: Controller, eyes: Eyes) -> None:
+    def _obey(
+        self,
+        orders: Orders,
+        seen: Observation,
+        controller: Controller,
+        eyes: Eyes,
+        slow: t.Collection[str],
+    ) -> None:
         for uuid, rung in orders.starts:
             self._start(controller, uuid, rung, orders.shutdowns.get(uuid))
         for uuid, fall in orders.falls.items():
@@ -355,8 +366,8 @@ class Coordinator(Lookout):
             self._share(controller, uuid, share, orders.ends_in.get(uuid), seen.now)
         self._postpone(controller, orders.held, seen.now)
         # What is answered by then counts now; a host that is late is heard of at a later look.
-        late = [name for name, host in self.hosts.items() if host.lost]
-        self._errands.settle(_ERRANDS_SECONDS, late)
+        late = {name for name, host in self.hosts.items() if host.lost}
+        self._errands.settle(_ERRANDS_SECONDS, late.union(slow))
 
     def _start(self, controller: Controller, uuid: str, rung: Rung, shutdown_seconds: float | None) -> None:
         host = controller.source_of(uuid)

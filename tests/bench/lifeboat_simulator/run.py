@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import over_first
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
     Orders,
@@ -137,7 +138,7 @@ class Simulation:
                 now += tick
                 if now >= end:
                     break
-                if part < 3 and (later := self._between(seen, now)) is not None:
+                if part < 3 and (later := self._between(seen, now, interval)) is not None:
                     seen = later
                     began = self._clock()
                     between = self._controller.step(seen, between=True)
@@ -182,11 +183,19 @@ class Simulation:
         failed = {uuid: vm.may_retry for uuid, vm in self.vms.items() if vm.failed and vm.phase is None}
         return Observation(now, moves, pairs, out, failed, self.deadline)
 
-    def _between(self, before: Observation, now: float) -> Observation | None:
-        """What is seen between two looks, with the rates of the last one; None where nobody is through."""
+    def _between(self, before: Observation, now: float, interval: float) -> Observation | None:
+        """What is seen between two looks, with the rates of the last one; None where nobody is through of
+        those hosts that are asked then, as the coordinator asks them."""
+        asked = set(over_first(before.moves, lambda uuid: self.vms[uuid].summary.source, interval))
+        if not asked:
+            return None
         told = self._observe(now, 1.0)
-        moves = {}
+        moves = {
+            uuid: move for uuid, move in before.moves.items() if self.vms[uuid].summary.source not in asked
+        }
         for uuid, move in told.moves.items():
+            if uuid in moves:
+                continue
             known = before.moves.get(uuid)
             if known is None or move.phase is Phase.LEAD_IN:
                 moves[uuid] = Move(uuid, Phase.LEAD_IN, move.rung) if known is None else known
@@ -194,9 +203,11 @@ class Simulation:
                 moves[uuid] = replace(known, phase=move.phase) if move.phase is Phase.CLOSING else known
         through = {uuid for uuid, move in moves.items() if move.phase is Phase.CLOSING}
         through_before = {uuid for uuid, move in before.moves.items() if move.phase is Phase.CLOSING}
-        if set(told.out) == set(before.out) and through <= through_before:
+        out = [uuid for uuid in told.out if uuid not in moves]
+        failed = {uuid: again for uuid, again in told.failed.items() if uuid not in moves}
+        if set(out) == set(before.out) and through <= through_before:
             return None
-        return replace(told, moves=moves, pairs=before.pairs)
+        return replace(told, moves=moves, pairs=before.pairs, out=out, failed=failed)
 
     def _obey(self, orders: Orders, now: float, started: dict[str, float]) -> None:
         for uuid, rung in orders.starts:

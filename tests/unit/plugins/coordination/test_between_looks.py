@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from itertools import pairwise
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     Eyes,
     HostState,
-    nearly_over,
+    over_first,
     through,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
@@ -63,20 +64,21 @@ def test_one_that_was_begun_since_the_last_look_is_in_its_lead_in() -> None:
     assert (move.phase, move.bytes_per_second) == (Phase.LEAD_IN, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("move", "told"),
-    [
-        (Move("a", Phase.LEAD_IN), False),
-        (Move("a", Phase.CLOSING), True),
-        (Move("a", Phase.LAST), True),
-        (Move("a", Phase.CLOSING, silent=True), False),
-        (Move("a", Phase.BULK, remaining_bytes=9 * MB), False),
-        (Move("a", Phase.BULK, remaining_bytes=9 * MB, bytes_per_second=5 * MB), True),
-        (Move("a", Phase.BULK, remaining_bytes=90 * MB, bytes_per_second=5 * MB), False),
-    ],
-)
-def test_who_is_nearly_over(move: Move, *, told: bool) -> None:
-    assert nearly_over(move, 2.0) is told
+def test_those_are_asked_after_who_may_be_over_the_surest_first() -> None:
+    bulk = Move("a", Phase.BULK, remaining_bytes=9 * MB, bytes_per_second=5 * MB)
+    moves = {
+        "lead-in": Move("a", Phase.LEAD_IN),
+        "nearly": bulk,
+        "long": replace(bulk, remaining_bytes=90 * MB),
+        "silent": replace(bulk, phase=Phase.CLOSING, silent=True),
+        "closing": replace(bulk, phase=Phase.CLOSING),
+        "not-yet": replace(bulk, bytes_per_second=0.0),
+    }
+    assert over_first(moves, str, 2.0) == ["closing", "nearly", "lead-in", "not-yet"]
+    many = {f"z{number:02}": moves["closing"] for number in range(40)}
+    few = over_first({**moves, **many}, str, 2.0)
+    assert few == ["closing", "nearly", *sorted(many)][:16]
+    assert over_first(moves, lambda _uuid: "home1", 2.0) == ["home1"]
 
 
 def test_what_of_a_host_is_through_is_told_by_its_newest_jobs() -> None:
@@ -124,6 +126,77 @@ def test_between_two_looks_nothing_is_learnt_of_the_line() -> None:
     assert not orders.falls
 
 
+def test_what_was_so_for_a_part_of_an_interval_spoils_all_of_it() -> None:
+    """One that is nearly over beside the one that was opened for that: it is through before the next look."""
+    controller = Controller(site(vm("a"), vm("b"), rate=6 * MB))
+    uplinks, shares = controller._uplinks, controller._shares
+    gate = controller.gates["uplink"]
+    moves = {
+        "uuid-a": Move("uuid-a", Phase.BULK, remaining_bytes=300 * MB, bytes_per_second=6 * MB),
+        "uuid-b": Move("uuid-b", Phase.BULK, remaining_bytes=300 * MB),
+    }
+    members = [(uplinks_vm, moves[uplinks_vm.uuid]) for uplinks_vm in controller.site.vms]
+    for _look in range(5):
+        shares.share([(gate, members)], moves)
+    assert (shares.intervals_open("uuid-a"), shares.crowded(gate)) == (5, False)
+    ending = {**moves, "uuid-a": replace(moves["uuid-a"], remaining_bytes=MB)}
+    members = [(guest, ending[guest.uuid]) for guest in controller.site.vms]
+    shares.share([(gate, members)], ending)
+    assert shares.crowded(gate)
+    assert uplinks.gate_of(members[0][0]) is gate
+    left = {"uuid-b": ending["uuid-b"]}
+    shares.share([(gate, members[1:])], left, between=True)
+    assert shares.crowded(gate), "until a whole interval has passed without"
+    assert shares.intervals_open("uuid-a") == 0, "its next try begins anew"
+    shares.share([(gate, members[1:])], left)
+    assert not shares.crowded(gate)
+
+
+class SleptLong:
+    """A clock of a process that stood still in its first sleep for as long as it is told."""
+
+    def __init__(self, seconds: float) -> None:
+        self.added = 0.0
+        self._seconds = seconds
+
+    def now(self) -> float:
+        return time.time() + self.added
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(min(seconds, 0.2))
+        self.added += self._seconds
+        self._seconds = 0.0
+
+
+def test_who_stood_still_for_longer_than_its_lease_orders_nothing_by_a_glance(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.protect("home1", "web1")
+    coordinator = world.coordinator()
+    clock = SleptLong(600.0)
+    monkeypatch.setattr(coordinator, "_clock", clock.now)
+    monkeypatch.setattr(coordinator, "_sleep", clock.sleep)
+    monkeypatch.setattr(coordinator, "_begun", {"u": "j1"})
+    monkeypatch.setattr(coordinator, "_glance", lambda _hosts: (True, set()))
+    decided: list[str] = []
+
+    def decide(*_given: Any) -> tuple[Observation, None]:
+        decided.append("decided")
+        return Observation(0.0), None
+
+    monkeypatch.setattr(coordinator, "_decide", decide)
+    seen = Observation(0.0, {"u": Move("u", Phase.CLOSING)})
+    controller: Any = SimpleNamespace(source_of=lambda _uuid: "home1")
+    try:
+        coordinator._rest(clock.now(), 2.0, seen, controller, Eyes(), Any)  # type: ignore[arg-type]
+        assert decided == []
+        # One that did not stand still decides.
+        coordinator._rest(clock.now(), 2.0, seen, controller, Eyes(), Any)  # type: ignore[arg-type]
+    finally:
+        coordinator.close()
+    assert decided == ["decided"]
+
+
 def test_the_coordinator_asks_after_who_is_nearly_over_and_begins_the_next(world: World) -> None:
     """In a row: of the second one nobody waits for the look, at which links are asked after too."""
     world.protect("home1", "web1")
@@ -146,10 +219,8 @@ def test_the_coordinator_asks_after_who_is_nearly_over_and_begins_the_next(world
         coordinator.run(coordinator.survey())
     finally:
         coordinator.close()
-    begun = [entry for entry in asked if entry[2:] == ("POST", "/v1/evacuations")]
-    assert [name for _at, name, _method, _path in begun] == ["home1", "home2"]
-    before = [
-        path for at, name, method, path in asked if at < begun[1][0] and name == "home1" and method == "GET"
-    ]
-    # A look comes every 2 s, and sees its last step; after that it is asked after before the next one.
-    assert any(first == second == "/v1/evacuations" for first, second in pairwise(before))
+    begun = [number for number, entry in enumerate(asked) if entry[2:] == ("POST", "/v1/evacuations")]
+    assert [asked[number][1] for number in begun] == ["home1", "home2"]
+    before = [path for _at, name, method, path in asked[: begun[1]] if name == "home1" and method == "GET"]
+    # A look asks after the links last.
+    assert before[-1] == "/v1/evacuations", "it was begun by what was seen between two looks"

@@ -13,13 +13,14 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lifeboat_bench.crowd import HOSTS_NEEDED, PEERS, VMS, Crowd, wait_until
+from lifeboat_bench.crowd import HOSTS_NEEDED, PEERS, VMS, Crowd, Playing, wait_until
 from lifeboat_bench.ground import Ground
 from lifeboat_bench.result import Bar, Table
 from lifeboat_lab.errors import LabError
@@ -119,19 +120,21 @@ def _cut(crowd: Crowd, strategy: str, share: float, seconds: float) -> Run:
     )
     with _seen_running(crowd) as seen:
         time.sleep(max(0.0, deadline - time.time()))
-        cutters = [threading.Thread(target=crowd.ground.lab.kill_host, args=(host,)) for host in PEERS]
-        for cutter in cutters:
-            cutter.start()
-        for cutter in cutters:
-            cutter.join()
+        _at_once(crowd.ground.lab.kill_host, PEERS)
         time.sleep(SETTLE_SECONDS)
     if playing.began_at is None:
         raise LabError(f"{strategy}: the playbook needed more than {LEAD_SECONDS:g} s to begin")
     horizon = deadline - playing.began_at
+    crowd.ground.say("what is left is looked at")
     found = _look(crowd, seen, playing.began_at, horizon, strategy, share)
-    playing.end()  # what it says of VMs whose hosts are dead is the coordinator's tests' matter
-    _recover(crowd)
+    _recover(crowd, playing)
     return found
+
+
+def _at_once(work: Callable[[str], object], names: Iterable[str]) -> None:
+    """Do it for each at the same time. Raises what the first of them raised."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, names))
 
 
 @contextmanager
@@ -161,9 +164,13 @@ def _seen_running(crowd: Crowd) -> Iterator[dict[str, float]]:
 def _look(
     crowd: Crowd, seen: Mapping[str, float], began_at: float, horizon: float, strategy: str, share: float
 ) -> Run:
-    out, held, restartable, lost = [], [], [], []
-    for name, guest in crowd.guests.items():
-        backup = PEERS[crowd.homes[name]]
+    out: list[str] = []
+    held: list[str] = []
+    restartable: list[str] = []
+    lost: list[str] = []
+
+    def look(name: str) -> None:
+        guest, backup = crowd.guests[name], PEERS[crowd.homes[name]]
         state = guest.states().get(backup)
         if state == "running":
             out.append(name)
@@ -173,6 +180,8 @@ def _look(
             lost.append(f"{name} ({finding})")
         else:
             restartable.append(name)
+
+    _at_once(look, crowd.guests)
     before = [max(0.0, horizon - (seen.get(name, began_at + horizon) - began_at)) for name in out]
     return Run(
         strategy, share, horizon, len(out), len(held), len(restartable), tuple(lost),
@@ -214,13 +223,15 @@ def _not_restartable(crowd: Crowd, name: str, host: str) -> str:
     return "; ".join(guest.verify(host, images=images, acknowledged=0, one_instant=True).findings)
 
 
-def _recover(crowd: Crowd) -> None:
+def _recover(crowd: Crowd, playing: Playing) -> None:
     """The power is back: those that stayed are started at home, those that left come home."""
     lab = crowd.ground.lab
-    crowd.ground.say("the power is back: everything goes home")
-    for host in PEERS:
-        lab.start_host(host)
+    crowd.ground.say("the power is back")
+    lab.wan.set("none")
+    _at_once(lab.start_host, PEERS)
     wait_until(lambda: all(_settled(crowd, host) for host in HOSTS_NEEDED), "all jobs have an end")
+    crowd.ground.say("all jobs have an end")
+    booted = []
     for name, guest in crowd.guests.items():
         runners = guest.running_on()
         if len(runners) > 1:
@@ -229,9 +240,15 @@ def _recover(crowd: Crowd) -> None:
             guest.start(crowd.homes[name])
         if runners in ([], [crowd.homes[name]]):
             # Booted anew, by us or by the proxy that took its move back: what it had in memory is gone.
-            guest.wait_ready()
-            crowd.canaries[name] = guest.canary()
+            booted.append(name)
+    for name in booted:
+        crowd.guests[name].wait_ready()
+        crowd.canaries[name] = crowd.guests[name].canary()
+    crowd.ground.say(f"{len(booted)} VMs were booted at home")
+    # What it says of VMs whose hosts were dead is the coordinator's tests' matter.
+    playing.end()
     _bring_home(crowd)
+    crowd.ground.say("everything is at home")
 
 
 def _settled(crowd: Crowd, host: str) -> bool:

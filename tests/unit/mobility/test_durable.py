@@ -263,5 +263,6 @@ def test_what_was_committed_survives_a_kill_at_any_moment_of_a_replacement(tmp_p
             json.loads(line.partition(b" ")[2]) for line in content.splitlines(True) if line[-1:] == b"\n"
         ]
         kept = {record["n"] for _key, record in found}
-        assert {acknowledged - back for back in range(min(5, acknowledged))} <= kept
+        # The one of five keys before these may have been given anew, and kept, without a word of it yet.
+        assert {acknowledged - back for back in range(min(4, acknowledged))} <= kept
         assert content.count(b"\n") < 40, "it was replaced meanwhile"

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precache_proxy.errors import InvalidInput, ProtocolError
+from precache_proxy.errors import Conflict, InvalidInput, ProtocolError
 from precache_proxy.evacuation import held_opening, libvirt_frames, nbd_frames
-from precache_proxy.evacuation.relay import DISK, LIBVIRT
+from precache_proxy.evacuation.relay import DISK, LIBVIRT, connect_locally
 from unit.evacuation.openings_ground import (
     EVENT,
     JOB,
@@ -19,6 +21,7 @@ from unit.evacuation.openings_ground import (
     PING,
     PREPARE,
     REST,
+    Ground,
     answer_to,
     converse,
     ground,
@@ -220,16 +223,13 @@ async def test_what_came_in_half_while_held_reaches_libvirt_whole() -> None:
         writer.close()
 
 
-@pytest.mark.parametrize("word", ["abort", "source", "proxy", "link"])
+@pytest.mark.parametrize("word", ["source", "proxy", "link"])
 async def test_nothing_is_held_for_a_job_that_is_over(word: str) -> None:
     async with ground() as made:
         made.ahead.begin_libvirt()
         await soon(lambda: made.libvirtd.procedures and len(made.libvirtd.procedures[0]) == len(OPENING))
         await soon(lambda: made.relays.carried(JOB) == [LIBVIRT])
-        if word == "abort":
-            made.is_admitted = False
-            made.relays.close(JOB)
-        elif word == "source":
+        if word == "source":
             await made.ahead.close()
         elif word == "link":
             made.links["home1"].state = "down"
@@ -237,6 +237,95 @@ async def test_nothing_is_held_for_a_job_that_is_over(word: str) -> None:
             await made.relays.stop()
         await soon(lambda: made.libvirtd.open == 0)
         assert made.relays.carried(JOB) == []
+
+
+async def _in_phase(made: Ground, phase: str, patch: pytest.MonkeyPatch) -> None:
+    """Bring libvirt's connection to a phase and call the job off in it."""
+    loop = asyncio.get_running_loop()
+    if phase == "connecting":
+
+        async def connect(*words: Any) -> Any:
+            loop.call_soon(made.relays.close, JOB)
+            await asyncio.sleep(0)
+            return await connect_locally(*words)
+
+        patch.setattr("precache_proxy.evacuation.arrival_relays.connect_locally", connect)
+        await made.open_plain(LIBVIRT)
+        return
+    if phase == "awaited":
+        made.is_admitted = False
+    elif phase == "opening":
+        made.libvirtd.answer = lambda _raw: b""
+    elif phase == "just spoken":
+        hold = held_opening.hold
+
+        async def hold_and_close(*words: Any, **further: Any) -> Any:
+            begun = await hold(*words, **further)
+            # before whoever waits for this hears of it
+            loop.call_soon(made.relays.close, JOB)
+            return begun
+
+        patch.setattr(held_opening, "hold", hold_and_close)
+    made.ahead.begin_libvirt()
+    if phase == "awaited":
+        await asyncio.sleep(0.05)
+        made.is_admitted = True
+        made.relays.admitted(JOB)
+    elif phase == "opening":
+        await soon(lambda: made.libvirtd.procedures)
+    else:
+        await soon(lambda: made.libvirtd.procedures and len(made.libvirtd.procedures[0]) == len(OPENING))
+        await asyncio.sleep(0.05)
+    if phase in {"just spoken", "relayed"}:
+        _reader, writer = await asyncio.open_unix_connection(made.sockets.path(LIBVIRT))
+        writer.write(b"".join(with_serials([*OPENING, REST])))
+        if phase == "just spoken":
+            await soon(lambda: made.libvirtd.open == 0)
+            return
+        await soon(lambda: procedures([REST])[0] in made.libvirtd.procedures[0])
+    made.relays.close(JOB)
+
+
+@pytest.mark.parametrize("phase", ["connecting", "awaited", "opening", "held", "just spoken", "relayed"])
+async def test_a_job_that_is_called_off_holds_nothing_though_its_record_still_admits_it(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its relays are closed first; that it is over is on record only after the next write to a disk."""
+    async with ground() as made:
+        await _in_phase(made, phase, monkeypatch)
+        await asyncio.sleep(0.1)
+        await soon(lambda: made.libvirtd.open == 0)
+        assert made.relays.carried(JOB) == []
+        if phase == "awaited":
+            assert made.libvirtd.procedures == []
+        for stream in (await made.open_plain(LIBVIRT), await made.open_ahead(LIBVIRT, OPENING)):
+            with pytest.raises(Conflict, match="closed here"):
+                await asyncio.wait_for(stream.receive(), 2)
+
+
+async def test_of_two_that_wait_for_their_job_one_may_give_up() -> None:
+    async with ground() as made:
+        made.is_admitted = False
+        first, second = [await made.open_ahead(LIBVIRT, OPENING) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        first.reset(ProtocolError("not wanted any more"))
+        await asyncio.sleep(0.05)
+        made.is_admitted = True
+        made.relays.admitted(JOB)
+        message = await asyncio.wait_for(second.receive(), 2)
+        assert len(held_opening.unpack_replies(message or b"", OPENING)) == len(OPENING)
+
+
+async def test_a_peers_openings_wait_in_bounded_number_and_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("precache_proxy.evacuation.arrival_relays.AHEAD_LIMIT", 2)
+    async with ground() as made:
+        made.is_admitted = False
+        for _ in range(2):
+            await made.open_ahead(LIBVIRT, [b"not a call of an opening"])
+        await asyncio.sleep(0.05)
+        third = await made.open_ahead(LIBVIRT, [b"not a call of an opening"])
+        with pytest.raises(Conflict, match="wait for their jobs"):
+            await asyncio.wait_for(third.receive(), 2)
 
 
 async def test_it_is_opened_for_an_admitted_job_only_and_waits_for_that() -> None:
@@ -283,3 +372,56 @@ async def test_answers_that_make_no_sense_are_not_taken() -> None:
     with pytest.raises(ProtocolError):
         held_opening.unpack_replies(held_opening.pack_replies([b"1"]), [b"one", b"two"])
     assert held_opening.unpack_replies(held_opening.pack_replies([b"1", b""]), [b"", b"x"]) == [b"1", b""]
+
+
+async def test_two_that_wait_in_vain_for_the_same_openings_are_both_carried() -> None:
+    async with ground() as made:
+        made.ahead.begin(DISK, nbd_frames.opening("drive-virtio-disk0", 10_000_000))
+        opened = asyncio.Event()
+
+        async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"hello")
+            await opened.wait()
+            writer.close()
+
+        server = await asyncio.start_unix_server(serve, made.far_directory / JOB / "disk.sock")
+        pairs = [await asyncio.open_unix_connection(made.sockets.path(DISK)) for _ in range(2)]
+        for reader, _writer in pairs:
+            assert await asyncio.wait_for(reader.readexactly(5), 5) == b"hello"
+        assert made.plain == [DISK, DISK]
+        opened.set()
+        server.close()
+
+
+async def test_an_error_of_ours_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ground() as made:
+
+        async def meet(*_words: Any) -> Any:
+            raise ValueError("not foreseen")
+
+        monkeypatch.setattr(made.ahead, "meet", meet)
+        reader, _writer = await asyncio.open_unix_connection(made.sockets.path(DISK))
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 2) == b""
+        assert "not foreseen" in str(made.failures[0])
+
+
+async def test_a_connection_that_is_cut_as_it_takes_over_ends_what_was_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with ground() as made:
+        made.ahead.begin_libvirt()
+        await soon(lambda: made.libvirtd.procedures and len(made.libvirtd.procedures[0]) == len(OPENING))
+        await asyncio.sleep(0.05)
+        (held,) = made.ahead._ahead
+        stop = held._stop
+
+        async def cut(*_words: Any) -> None:
+            made.sockets.close_connections(LIBVIRT)
+            await stop()
+
+        monkeypatch.setattr(held, "_stop", cut)
+        _reader, writer = await asyncio.open_unix_connection(made.sockets.path(LIBVIRT))
+        writer.write(b"".join(with_serials([*OPENING, REST])))
+        await soon(lambda: made.libvirtd.open == 0)
+        assert made.relays.carried(JOB) == []

@@ -60,13 +60,14 @@ class _Ahead:
         self.replies: list[bytes] = []
         self.answered = asyncio.Event()
         self.stream: RelayStream | None = None
+        self._taken = False
         self._open_ahead = open_ahead
         self._task = asyncio.create_task(self._run())
 
     @property
     def usable(self) -> bool:
         """The answers are there, and so is the connection that gave them, for all we know."""
-        return bool(self.replies) and not self._task.done()
+        return bool(self.replies) and not self._taken and not self._task.done()
 
     async def _run(self) -> None:
         try:
@@ -86,9 +87,15 @@ class _Ahead:
             self.answered.set()
 
     async def take(self) -> RelayStream:
-        """The stream, for the relay that goes on with it."""
+        """The stream, for the relay that goes on with it; nobody else gets it from now on."""
         assert self.stream is not None
-        await self._stop()
+        self._taken = True
+        try:
+            await self._stop()
+        except asyncio.CancelledError:
+            # It is on no list any more: nobody else would end it.
+            self._reset(LifeboatError(f"relay of the {self.socket} socket: it was closed as it was begun"))
+            raise
         return self.stream
 
     async def close(self) -> None:
@@ -155,8 +162,13 @@ class OpeningsAhead:
     async def close(self, *sockets: str) -> None:
         """End those (of these sockets; all) that nobody took."""
         for one in [one for one in self._ahead if not sockets or one.socket in sockets]:
-            self._ahead.remove(one)
+            self._drop(one)
             await one.close()
+
+    def _drop(self, one: _Ahead) -> None:
+        """Off the list; another connection that waited for it as well may have been quicker."""
+        if one in self._ahead:
+            self._ahead.remove(one)
 
     async def meet(
         self, socket: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, open_plain: OpenPlain
@@ -176,7 +188,7 @@ class OpeningsAhead:
             if step == len(candidates[0].requests) and data:
                 # Opened in full, and there is something to send: only now is it worth to give up the watch.
                 self._saw(socket, [request for request, _reply in asked], data)
-                self._ahead.remove(candidates[0])
+                self._drop(candidates[0])
                 logger.info("relay of the %s socket: the connection that was opened ahead is in use", socket)
                 follows = nbd_frames.has_extended_headers([request for request, _reply in asked])
                 begun = Begun(Unpacker(), piece=data, flushes=Flushes() if follows else None)
@@ -218,7 +230,7 @@ class OpeningsAhead:
         ready = [one for one in ours if one.usable and len(one.requests) == len(ours[0].requests)]
         for one in ours:
             if one not in ready:
-                self._ahead.remove(one)
+                self._drop(one)
                 await one.close()
         return ready
 

@@ -334,6 +334,11 @@ class JobSockets:
                 self._on_failure(error)
         except asyncio.CancelledError:
             writer.transport.abort()
+        except Exception as error:
+            # An error of ours must not leave libvirt or QEMU waiting, and the guest's writes with them.
+            logger.exception("relay of the %s socket ended", socket)
+            writer.transport.abort()
+            self._on_failure(ProtocolError(f"relay of the {socket} socket: it failed here ({error!r})"))
 
     def close_connections(self, *sockets: str) -> None:
         """Cut what is open (of these sockets; of all), so that neither libvirt nor QEMU waits for what will

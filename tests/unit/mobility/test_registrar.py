@@ -193,6 +193,20 @@ def test_without_evidence_no_epoch_is_made_up() -> None:
     assert net.where() == GATEWAYS["old"][1]
 
 
+def test_one_that_the_anchors_have_here_already_in_a_newer_epoch_is_not_given_up() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 7, HANDOFF, net.now)
+    net.run(1)
+    # The agent was killed before its journal had it; libvirt says that the VM runs here.
+    net.gateways["old"] = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    net.gateways["old"].attach(VM, HOMES, 0, START, net.now)
+    net.run(5)
+    assert "lost" not in net.kinds("old")
+    assert "adopted" in net.kinds("old")
+    assert net.gateways["old"].acknowledged(VM) == list(ANCHORS)
+    assert net.gateways["old"].epoch(VM) == 7
+
+
 @pytest.mark.parametrize("error", [-240.0, 240.0])
 def test_a_clock_off_by_minutes_is_told_and_the_vm_is_bound_all_the_same(error: float) -> None:
     net = Net()

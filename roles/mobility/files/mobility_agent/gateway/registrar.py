@@ -389,8 +389,10 @@ class Registrar:
         held = answer.epoch or 0
         if line.phase is Phase.WITHDRAWING:
             return self._withdrawn(line, answer, f"VM {line.vm}: {line.anchor} has it elsewhere")
-        if answer.holder is None and line.handoff is HandoffIndicator.NEW_INTERFACE:
-            # It was shut off where it had gone, and starts here: it takes up where that ended.
+        own = answer.holder == self._care_of
+        if own or (answer.holder is None and line.handoff is HandoffIndicator.NEW_INTERFACE):
+            # It was shut off where it had gone, and starts here: it takes up where that ended. Or the anchor
+            # has it here already: this agent was killed between its claim and its record of it.
             claim.epoch = held
             for anchor in self._anchors:
                 self._start(line.vm, anchor, Phase.CLAIMING, HandoffIndicator.NEW_INTERFACE, now)

@@ -97,8 +97,8 @@ def is_opening_call(raw: bytes) -> bool:
 def answers(raw: bytes, request: bytes) -> bool:
     """Whether a packet is the reply to a call, good or bad."""
     _length, program, _version, procedure, kind, serial, _status = HEADER.unpack_from(raw)
-    _, asked_program, _, asked_procedure, _, asked_serial, _ = HEADER.unpack_from(request)
-    return (program, procedure, kind, serial) == (asked_program, asked_procedure, REPLY, asked_serial)
+    asked = HEADER.unpack_from(request)
+    return (program, procedure, kind, serial) == (asked[1], asked[3], REPLY, asked[5])
 
 
 def is_good(raw: bytes) -> bool:

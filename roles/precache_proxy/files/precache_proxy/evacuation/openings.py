@@ -143,7 +143,8 @@ class NbdLanguage:
         if len(request) <= nbd_frames.CLIENT_FLAGS_BYTES:
             return True
         # Acknowledgements carry no data, so the last header ends the reply; an error may carry a text.
-        return nbd_frames.OPTION_REPLY.unpack(reply[-nbd_frames.OPTION_REPLY.size :])[1:] == (
+        last = len(reply) - nbd_frames.OPTION_REPLY.size
+        return last >= 0 and nbd_frames.OPTION_REPLY.unpack_from(reply, last)[1:] == (
             nbd_frames.OPTION.unpack_from(request)[1],
             nbd_frames.ACKNOWLEDGED,
             0,

@@ -62,6 +62,15 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.fixture
+def definitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where libvirt keeps its definitions."""
+    directory = tmp_path / "definitions"
+    directory.mkdir()
+    monkeypatch.setattr(layers, "DEFINITIONS_DIRECTORY", directory)
+    return directory
+
+
+@pytest.fixture
 def overlays(tmp_path: Path) -> list[Path]:
     """Two files in two directories."""
     paths = [tmp_path / "fast" / "vda.top", tmp_path / "slow" / "vdb.top"]
@@ -72,14 +81,14 @@ def overlays(tmp_path: Path) -> list[Path]:
 
 
 async def test_a_freeze_that_is_repeated_makes_the_names_durable(
-    overlays: list[Path], synced: list[Path]
+    overlays: list[Path], synced: list[Path], definitions: Path
 ) -> None:
     disks = {
         key: FrozenDisk("/image", "qcow2", str(path), 4096)
         for key, path in zip(("vda", "vdb"), overlays, strict=True)
     }
     await freeze.freeze(cast(Any, Domains(running_in(*overlays))), VM, disks)
-    assert sorted(synced) == [path.parent for path in overlays]
+    assert sorted(synced) == sorted([*(path.parent for path in overlays), definitions])
 
 
 async def test_consent_that_is_given_again_makes_the_names_durable(
@@ -128,11 +137,11 @@ def tracking(overlays: list[Path], monkeypatch: pytest.MonkeyPatch) -> Tracking:
 
 
 async def test_tracking_that_is_begun_again_makes_the_tops_names_durable(
-    tracking: Tracking, overlays: list[Path], synced: list[Path]
+    tracking: Tracking, overlays: list[Path], synced: list[Path], definitions: Path
 ) -> None:
     arrival = arrived(overlays)
     await tracking.begin(arrival)
-    assert sorted(synced) == [path.parent for path in overlays]
+    assert sorted(synced) == sorted([*(path.parent for path in overlays), definitions])
     assert cast(Any, tracking)._records.checkpoints == ["lifeboat-e1-g8"]
 
 

@@ -263,13 +263,14 @@ class OpeningsAhead:
                         raise ProtocolError(
                             f"relay of the {socket} socket: the peer answers otherwise than before"
                         )
+            writer.write(source.rest)
+            await writer.drain()
         except TimeoutError as error:
             stalled = Stalled(f"relay of the {socket} socket: not opened within {self._stall_seconds:.0f} s")
             stream.reset(stalled)
             raise stalled from error
-        except (LifeboatError, asyncio.CancelledError):
+        except BaseException:
+            # Whatever it was (the local side may have broken off): the peer's end is root there.
             stream.reset(LifeboatError(f"relay of the {socket} socket: its opening was given up"))
             raise
-        writer.write(source.rest)
-        await writer.drain()
         return stream, Begun(source.unpacker, piece=data)

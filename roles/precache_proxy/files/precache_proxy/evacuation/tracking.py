@@ -51,8 +51,9 @@ class Tracking:
             failure = f"names of what arrived cannot be made durable: {error}"
 
         def sync() -> None:
-            # The VM runs in the tops, also where they are on since before a kill: their names come first.
-            durable.sync_parents(tops.values())
+            # The VM runs in the tops, also where they are on since before a kill: their names come first, and
+            # the definition that has them.
+            layers.sync_names(tops.values())
             for disk in arrival.disks.values():
                 durable.sync_file(Path(disk.overlay))
 

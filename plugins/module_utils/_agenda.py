@@ -16,8 +16,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks impor
 _PLAN_EVERY_SECONDS = 30.0
 # By so much of it an uplink's rate, or the deadline, must have changed for a new plan before that.
 _NEWS_SHARE = 0.2
-# Who is worth so much of what the next one is worth may be begun before it.
+# Who is worth so much of what the next one is worth may be begun before it, if it is one of so many that are
+# next, and not for longer than so many in a row.
 _ALIKE = 0.6
+_NEXT_ONES = 4
+_IN_A_ROW = 4
 
 
 class Agenda:
@@ -33,40 +36,51 @@ class Agenda:
         self._forecasts = Forecasts()
         self._made_at = float("-inf")
         self._made_with: tuple[float | None, ...] = ()
-        # Per gate: the pair of the VM that was begun last.
-        self._begun_last: dict[int, Pair] = {}
+        # Per gate: the pair of the VM that was begun last, and how many of it in a row.
+        self._begun_last: dict[int, tuple[Pair, int]] = {}
 
     def in_order(self, uuids: t.Iterable[str]) -> tuple[str, ...]:
         """As they are to go."""
         return tuple(sorted(uuids, key=lambda uuid: self._rank.get(uuid, 0)))
 
     def in_turn(self, uuids: t.Iterable[str], vms: t.Mapping[str, VmSummary]) -> tuple[str, ...]:
-        """As they are to be begun now: where one at a time fills an uplink, those first that are worth about
-        as much as the next one and go the way of the one before.
+        """As they are to be begun now: where one at a time fills an uplink, one of the next few that is as
+        important as the next one, and goes the way of the one before, comes first.
 
-        A way that only trickled needs seconds until it carries what the line can.
+        A way that only trickled needs seconds until it carries what the line can. That is no reason to have
+        anybody wait for whom others wait, nor to give up whom the plan saves.
         """
         in_order = self.in_order(uuids)
-        if not any(gate.one_at_a_time for gate in self._uplinks.gates.values()):
+        narrow = {id(gate) for gate in self._uplinks.gates.values() if gate.one_at_a_time}
+        if not narrow or self.plan is None or any(told.end_seconds is None for told in self.plan.vms):
             return in_order
-        next_ones: dict[int, VmSummary] = {}
-        same: dict[str, None] = {}
+        next_ones: dict[int, list[VmSummary]] = {}
         for uuid in in_order:
-            vm = vms[uuid]
-            gate = self._uplinks.gate_of(vm)
-            ahead = next_ones.setdefault(id(gate), vm)
-            if (
-                gate.one_at_a_time
-                and self._begun_last.get(id(gate)) == vm.pair
-                and not (vm.group or ahead.group)
-                and self.worth.get(uuid, 0.0) >= _ALIKE * self.worth.get(ahead.uuid, 0.0)
-            ):
-                same[uuid] = None
-        return (*same, *(uuid for uuid in in_order if uuid not in same))
+            key = id(self._uplinks.gate_of(vms[uuid]))
+            if key in narrow and len(next_ones.setdefault(key, [])) < _NEXT_ONES:
+                next_ones[key].append(vms[uuid])
+        awaited = {name for uuid in in_order for name in vms[uuid].after}
+        first = [told.uuid for key, few in next_ones.items() if (told := self._same_way(key, few, awaited))]
+        return (*first, *(uuid for uuid in in_order if uuid not in first))
+
+    def _same_way(self, key: int, few: t.Sequence[VmSummary], awaited: t.Collection[str]) -> VmSummary | None:
+        """Who of the next few of a gate comes first because it goes the way of the one before."""
+        ahead = few[0]
+        pair, in_a_row = self._begun_last.get(key, (ahead.pair, 0))
+        waited_for = ahead.name in awaited or ahead.uuid in awaited
+        if ahead.pair == pair or ahead.group or waited_for or in_a_row >= _IN_A_ROW:
+            return None
+        for vm in few[1:]:
+            alike = self.worth.get(vm.uuid, 0.0) >= _ALIKE * self.worth.get(ahead.uuid, 0.0)
+            if vm.pair == pair and not vm.group and vm.weight >= ahead.weight and alike:
+                return vm
+        return None
 
     def begins(self, vm: VmSummary) -> None:
         """It is begun now."""
-        self._begun_last[id(self._uplinks.gate_of(vm))] = vm.pair
+        key = id(self._uplinks.gate_of(vm))
+        pair, in_a_row = self._begun_last.get(key, (vm.pair, 0))
+        self._begun_last[key] = vm.pair, in_a_row + 1 if pair == vm.pair else 1
 
     def expire(self) -> None:
         """Somebody waits of whom the plan knows nothing: it is old from now on."""

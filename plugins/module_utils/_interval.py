@@ -47,6 +47,11 @@ class Observation:
     failed: t.Mapping[str, bool] = field(default_factory=dict)
     deadline_at: float | None = None
 
+    def is_up(self, pair: Pair) -> bool:
+        """Whether a pair's link is up, as far as is known."""
+        view = self.pairs.get(pair)
+        return view is None or view.up
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:

@@ -11,7 +11,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Pair
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import INTERVAL_SECONDS, wire_bytes
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import VmSummary
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung, VmSummary
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
 
 # So much of what is left now is counted as what will cross, at most, of a guest whose rounds do not shrink.
@@ -45,7 +45,12 @@ class UnderWay:
         uplinks: Uplinks,
         processors: t.Mapping[str, int],
     ) -> None:
-        self._moves = [(vms[uuid], move) for uuid, move in seen.moves.items() if uuid in vms]
+        self._moves = [
+            # Whose way is down gets nowhere, whatever its host says.
+            (vms[uuid], replace(move, silent=move.silent or not seen.is_up(vms[uuid].pair)))
+            for uuid, move in seen.moves.items()
+            if uuid in vms
+        ]
         # What they send is counted, those that begin now included.
         self._beginning = list(asked_for)
         self._now = seen.now
@@ -146,7 +151,7 @@ class UnderWay:
         at = self._sending_bytes(gate, rate) / rate
         lead = gate.lead_in_seconds
         ready = [
-            (max(0.0, lead - self._uplinks.leads_in_for(vm.uuid, self._now)), least_bytes(vm))
+            (max(0.0, lead - self._uplinks.leads_in_for(vm.uuid, self._now)), least_bytes(vm, move.rung))
             for vm, move in self._moves
             if move.phase is Phase.LEAD_IN and not move.silent and self._uplinks.gate_of(vm) is gate
         ]
@@ -158,9 +163,11 @@ class UnderWay:
 
     def _queued_bytes(self, gate: Gate, rate: float) -> float:
         """What all of them have still to send through a gate that carries so much."""
-        ready = [vm for vm, move in self._moves if move.phase is Phase.LEAD_IN and not move.silent]
-        ready += self._beginning
-        waiting = sum(least_bytes(vm) for vm in ready if self._uplinks.gate_of(vm) is gate)
+        ready = [
+            (vm, move.rung) for vm, move in self._moves if move.phase is Phase.LEAD_IN and not move.silent
+        ]
+        ready += [(vm, Rung.LIVE) for vm in self._beginning]
+        waiting = sum(least_bytes(vm, rung) for vm, rung in ready if self._uplinks.gate_of(vm) is gate)
         return waiting + self._sending_bytes(gate, rate)
 
     def _sending_bytes(self, gate: Gate, rate: float) -> float:
@@ -177,7 +184,9 @@ class UnderWay:
         return queued
 
 
-def least_bytes(vm: VmSummary) -> float:
-    """What a move that has not begun to send will send, if little."""
+def least_bytes(vm: VmSummary, rung: Rung = Rung.LIVE) -> float:
+    """What a move that has not begun to send will send, if little; by restart no memory crosses."""
+    if rung is Rung.RESTART or not vm.running or vm.rungs[:1] == (Rung.RESTART,):
+        return vm.lag_bytes
     sampled = vm.sampled_memory_bytes is not None
     return wire_bytes(vm if sampled else replace(vm, packed_ratio=_LEAST_PACKED_RATIO))

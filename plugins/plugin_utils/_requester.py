@@ -28,6 +28,8 @@ from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor impo
 
 _SHARE_LEASE_SECONDS = 20.0
 _POSTPONE_SECONDS = 30.0
+# A share that equals none.
+_UNKNOWN = float("nan")
 # Of so many that stay it is asked with each line of progress what their replicas lack.
 _LAGS_ASKED = 6
 
@@ -84,7 +86,8 @@ class Requester(Surveyor):
 
         def told(_job: t.Any, error: ProxyError | None) -> None:
             if error is not None:
-                self._shares.pop(uuid, None)
+                # It may hold and it may not: whatever is wanted at the next look is asked for then.
+                self._shares[uuid] = (_UNKNOWN, 0.0)
 
         self._shares[uuid] = (share, now + lease)
         self._ask(controller, uuid, "steer", body, told, key="share")

@@ -553,3 +553,28 @@ def test_no_proxy_is_one_sentence(tmp_path: Path) -> None:
     )
     with pytest.raises(Unreachable, match="cannot be run here"):
         bridge.get("/v1/status")
+
+
+def test_a_share_whose_answer_is_lost_is_asked_for_again_a_lift_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = world.coordinator()
+    asked: list[tuple[float | None, float]] = []
+    lost = ProxyError("unreachable", "home1: SSH lost")
+    outcomes: list[ProxyError | None] = [None, lost, lost, None]
+
+    def ask(_controller: Any, _uuid: str, _what: str, body: dict[str, Any], told: Any, *, key: str) -> None:
+        asked.append((body["share_bytes_per_second"], body["for_seconds"]))
+        assert key == "share"
+        told(None, outcomes.pop(0))
+
+    monkeypatch.setattr(coordinator, "_ask", ask)
+    monkeypatch.setattr(coordinator, "_begun", {"u": "j1"})
+    nobody: Any = None
+    try:
+        for share in (1e6, 1e6, None, None, None, None):
+            coordinator._share(nobody, "u", share, None, 100.0)
+    finally:
+        coordinator.close()
+    # Set once; lifted until that is answered, and not once more.
+    assert asked == [(1e6, 20.0), (None, 20.0), (None, 20.0), (None, 20.0)]

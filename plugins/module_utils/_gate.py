@@ -45,6 +45,11 @@ _TOLD = 0.1
 _NO_GAP = 0.75
 # Who got so much of what was carried had the uplink for most of the interval.
 _MOSTLY = 0.5
+# An uplink that carried so many times what one move is known to get, in so many looks on end, is wider.
+_WIDER = 1.2
+_WIDER_LOOKS = 2
+# More that are served fully carry so much more at least, unless the uplink is full.
+_MORE = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,9 @@ class Gate:
         self._blind = 0
         self._most_blind = 0.0
         self._tried = False
+        self._wider = 0
+        # How many were served fully when spare was raised last, and what was carried by then.
+        self._raised_with: tuple[int, float] | None = None
         # What spare was before it was raised last.
         self._before = 0.0
         # Until it is known what came of that: what was carried before, what the others had of it, and the
@@ -190,7 +198,21 @@ class Gate:
             self.spare *= 0.5
             return
         self._tried = False
+        if self._more_carried_no_more(len(full)):
+            return
         self._grow(served, most, more_wait)
+
+    def _more_carried_no_more(self, number: int) -> bool:
+        """Whether more are served fully than when spare was raised last, and all of them carry no more."""
+        if self._raised_with is None or not self._starting or self.rate is not None:
+            return False
+        before, carried = self._raised_with
+        if number <= max(before, 1) or not _NO_GAP * carried <= self.goodput < _MORE * carried:
+            return False
+        self.reason = "no-more-carried"
+        self.spare = min(self._before, self.spare)
+        self._starting = False
+        return True
 
     def observe_crowded(self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0) -> None:
         """An interval in which one took the place of another: only what all of them got tells something, and
@@ -200,6 +222,15 @@ class Gate:
         if most >= _MOSTLY * goodput > 0:
             self.stream = max(self.stream or 0.0, most)
         self._best = max(goodput, 0.95 * self._best)
+        self._wider = self._wider + 1 if self.stream and goodput > _WIDER * self.stream else 0
+        if self.stream and self.rate is None and self._starting and self._wider >= _WIDER_LOOKS:
+            # Small ones are through within a few looks, and nearly all of these are crowded: that all of them
+            # together got more than one can is what shows that there is room.
+            if (grown := 2 * (goodput - self.stream)) > self.spare:
+                self.reason = "more-carried"
+                self._before, self.spare = self.spare, grown
+                self._raised = None
+                return
         if not self._brought_nothing(served):
             self._judge_narrower(None)
 
@@ -282,6 +313,11 @@ class Gate:
             return
         if offered and used < _USED * sum(move.share or 0.0 for move in offered):
             return  # they are not held back by us: more for them would bring nothing
+        guess = self.expected if self.rate is None else None
+        # A guess that is far exceeded was another line's, and nothing is to be held back for it.
+        fits = guess is not None and _FILLED * guess <= self.goodput <= _WIDER * guess
+        if fits and not offered and self.spare >= _FIRST_PROBE * most:
+            return  # nobody took what was given last: more would only have more of them wait
         if self.spare < _FIRST_PROBE * most and not known:
             grown = _FIRST_PROBE * most
         elif known and self.rate is not None:
@@ -295,6 +331,7 @@ class Gate:
             self.reason = "more-carried"
             self._before, self.spare = self.spare, grown
             self._raised = (self.goodput, _others_got(served), self.spare)
+            self._raised_with = (sum(move.fully for move in served.values()), self.goodput)
 
 
 def _others_got(served: t.Mapping[str, Served]) -> float:

@@ -22,7 +22,8 @@ _CERTAIN_SHARE = 0.6
 # What a line is thought to carry of which nothing is known yet: of small guests more than two begin on it
 # while it is idle anyway.
 _UNKNOWN_BYTES_PER_SECOND = 12.5e6
-# So many begin at one look because the line runs dry, at most.
+# So many begin at one look because the line runs dry, at most; until something is known of the line, so many
+# in all, for as long as they are in their lead-ins.
 _MOST_AT_ONCE = 4
 # Memory of which nobody has seen what packing makes of it: idle guests came to 0.26 to 0.40 of it. Whoever
 # thinks that it is more lets the line run dry.
@@ -133,7 +134,11 @@ class UnderWay:
         A lead-in costs an uplink nothing: whoever stands behind it in time keeps the line from idling. Who
         stands there sooner than that waits, with its memory begun.
         """
-        rate = gate.capacity or gate.expected
+        if gate.capacity is None and self._leads_in(gate) >= _MOST_AT_ONCE:
+            return False
+        # What a way carried once may be another line's by now: as much as nobody knows of is thought at most.
+        guess = min(gate.expected, _UNKNOWN_BYTES_PER_SECOND) if gate.expected else None
+        rate = gate.capacity or guess
         if not rate and any(
             move.phase is Phase.BULK and not move.silent and self._uplinks.gate_of(vm) is gate
             for vm, move in self._moves
@@ -141,6 +146,18 @@ class UnderWay:
             return False  # what it carries is known at the next look
         rate = rate or _UNKNOWN_BYTES_PER_SECOND
         return self._through_seconds(gate, rate) < gate.lead_in_seconds + INTERVAL_SECONDS
+
+    def _leads_in(self, gate: Gate) -> int:
+        """How many are in their lead-in, those that begin now included: not who takes longer, as a guest does
+        that shuts down, for that keeps nobody from the line."""
+        begun = [
+            vm
+            for vm, move in self._moves
+            if move.phase is Phase.LEAD_IN
+            and not move.silent
+            and self._uplinks.leads_in_for(vm.uuid, self._now) <= gate.lead_in_seconds
+        ]
+        return sum(self._uplinks.gate_of(vm) is gate for vm in [*begun, *self._beginning])
 
     def _through_seconds(self, gate: Gate, rate: float) -> float:
         """When a gate that carries so much is through with all: none sends before its lead-in is over.

@@ -156,3 +156,23 @@ def test_a_guess_that_is_far_exceeded_holds_nothing_back() -> None:
     for _look in range(3):
         gate.observe(_STREAM, {"a": Served(_STREAM, True)}, _STREAM, more_wait=True)
     assert gate.spare >= _STREAM
+
+
+@pytest.mark.parametrize(
+    ("memory", "carries", "dirty"), [(50 * MB, _STREAM, 0.5 * MB), (10 * MB, _STREAM / 10, 0.02 * MB)]
+)
+def test_a_guess_a_hundred_times_too_large_begins_no_crowd(
+    memory: float, carries: float, dirty: float
+) -> None:
+    """Seventeen were begun while the first were in their lead-in, four at each look."""
+    guessed, unguessed = (
+        emptied(alike(memory, guess, dirty=dirty), carries, stream=60 * MB) for guess in (600 * MB, None)
+    )
+    assert guessed.most_at_once <= 8
+    assert guessed.mean_individual <= 1.5 * unguessed.mean_individual
+    assert guessed.makespan <= 1.03 * unguessed.makespan
+
+
+def test_small_ones_begin_no_crowd_on_a_thin_line_that_nobody_knows() -> None:
+    result = emptied(alike(10 * MB, None, dirty=0.02 * MB), _STREAM / 10, stream=60 * MB)
+    assert result.most_at_once <= 6

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
+from precache_proxy.evacuation.nbd_flushes import Flushes
 from precache_proxy.evacuation.packing import PIECE_BYTES, Packer, Unpacker, WindowBudget, level_for
 from precache_proxy.evacuation.relay import (
     DISK,
     LIBVIRT,
     RAM,
+    Begun,
     JobSockets,
     RelayCounters,
     RelayedConnection,
@@ -219,6 +222,37 @@ async def test_both_directions_reach_the_other_end_whole(tmp_path: Path) -> None
     server.close()
     await sockets.close()
     assert not sockets.directory.exists()
+
+
+async def test_a_mirror_that_flushes_after_its_servers_end_ends_in_peace(tmp_path: Path) -> None:
+    """QEMU at the destination lets go of the export; the source's says its last words a moment later."""
+    here, there = pair()
+    path = tmp_path / "disk.sock"
+    runs: list[asyncio.Task[None]] = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begun = Begun(flushes=Flushes())
+        connection = RelayedConnection(
+            DISK, reader, writer, here, RelayCounters(), stall_seconds=10, link_up=lambda: True, begun=begun
+        )
+        runs.append(asyncio.create_task(connection.run()))
+
+    server = await asyncio.start_unix_server(accept, path)
+    reader, writer = await asyncio.open_unix_connection(path)
+    flush, disconnect = (struct.pack(">IHHQQQ", 0x21E41C71, 0, kind, 7, 0, 0) for kind in (3, 2))
+    writer.write(flush)
+    assert struct.unpack(">IHHQQQ", await reader.readexactly(32))[3] == 7, "it has nothing to flush"
+    await there.close()
+    assert await reader.read() == b""
+    writer.write(flush)
+    await asyncio.sleep(0.05)
+    writer.write(disconnect)
+    writer.write_eof()
+    await asyncio.wait_for(runs[0], 5)
+    assert here.reset_by is None
+    assert [await there.inbox.get(), await there.inbox.get()][-1] is None
+    writer.close()
+    server.close()
 
 
 async def test_a_job_that_is_over_leaves_no_connection_open_on_either_side(tmp_path: Path) -> None:

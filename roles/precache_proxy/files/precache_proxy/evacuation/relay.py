@@ -115,6 +115,8 @@ class RelayedConnection:
         self._stall_seconds = stall_seconds
         self._link_up = link_up
         self._writing_since: float | None = None
+        # The local side was told that the other one has ended.
+        self._told_end = False
 
     async def run(self) -> None:
         """Carry both directions until both have ended. Raises Stalled, or the stream's reset."""
@@ -189,7 +191,9 @@ class RelayedConnection:
             ended = not piece
             if self._begun.flushes is not None:
                 piece, told = self._begun.flushes.outward(piece)
-                self._writer.write(told)
+                # Who has heard the server's end has nothing to be told any more.
+                if told and not self._told_end:
+                    self._writer.write(told)
             for at in range(0, len(piece), PIECE_BYTES):
                 yield piece[at : at + PIECE_BYTES]
             piece = b""
@@ -207,6 +211,7 @@ class RelayedConnection:
             self._writer.write(piece)
             await self._writer.drain()
             self._writing_since = None
+        self._told_end = True
         if self._writer.can_write_eof():
             self._writer.write_eof()
 

@@ -9,6 +9,7 @@ import typing as t
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import Forecasts
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Pair
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import Plan, make_plan
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import ALIKE
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import SiteSummary, VmSummary
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._under_way import UnderWay
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
@@ -16,9 +17,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks impor
 _PLAN_EVERY_SECONDS = 30.0
 # By so much of it an uplink's rate, or the deadline, must have changed for a new plan before that.
 _NEWS_SHARE = 0.2
-# Who is worth so much of what the next one is worth may be begun before it, if it is one of so many that are
-# next, and not for longer than so many in a row.
-_ALIKE = 0.6
+# Who is worth about as much as the next one may be begun before it, if it is one of so many that are next,
+# and not for longer than so many in a row.
 _NEXT_ONES = 4
 _IN_A_ROW = 4
 
@@ -71,7 +71,7 @@ class Agenda:
         if ahead.pair == pair or ahead.group or waited_for or in_a_row >= _IN_A_ROW:
             return None
         for vm in few[1:]:
-            alike = self.worth.get(vm.uuid, 0.0) >= _ALIKE * self.worth.get(ahead.uuid, 0.0)
+            alike = self.worth.get(vm.uuid, 0.0) >= ALIKE * self.worth.get(ahead.uuid, 0.0)
             if vm.pair == pair and not vm.group and vm.weight >= ahead.weight and alike:
                 return vm
         return None

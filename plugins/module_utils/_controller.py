@@ -463,8 +463,9 @@ class Controller:
         by_gate: dict[int, list[Member]] = {}
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
-            heard = not move.silent and (vm is None or seen.is_up(vm.pair))
-            if vm is not None and move.phase is not Phase.CLOSING and heard:
+            if vm is None or move.phase is Phase.CLOSING or move.silent:
+                continue
+            if seen.is_up(vm.pair):
                 by_gate.setdefault(id(self._uplinks.gate_of(vm)), []).append((vm, move))
         # Those that start now have their share from the first byte on, not from the next look.
         for uuid, rung in orders.starts:

@@ -28,8 +28,8 @@ _TRICKLE_BYTES_PER_SECOND = 65_536.0
 _GROWTH_ROUND_TRIPS = 5.0
 # A share that is lent for less is as good as none: the proxies lend none for less.
 _SHORTEST_LEASE_SECONDS = 1.0
-# Who is so much as urgent as the most urgent may have its place first.
-_ALIKE = 0.6
+# Who is so much as urgent as the most urgent, or worth so much, may have its place first.
+ALIKE = 0.6
 # So many times as urgent is who takes the place of one that is served fully.
 _PUSHES_OUT = 4.0
 
@@ -199,7 +199,7 @@ class Shares:
 def _by_pairs(waiting: list[Member], busy: t.Mapping[tuple[str, str], int], rate: float) -> list[Member]:
     """Those that wait for the only place: the most urgent first, of those about as urgent one of the pair
     that sends: another's way needs seconds until it carries what the line can."""
-    alike = _ALIKE * max((_urgency(entry[0], entry[1], rate) for entry in waiting), default=0.0)
+    alike = ALIKE * max((_urgency(entry[0], entry[1], rate) for entry in waiting), default=0.0)
 
     def turn(entry: Member) -> tuple[bool, float]:
         urgency = _urgency(entry[0], entry[1], rate)

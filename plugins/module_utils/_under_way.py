@@ -150,14 +150,20 @@ class UnderWay:
     def _leads_in(self, gate: Gate) -> int:
         """How many are in their lead-in, those that begin now included: not who takes longer, as a guest does
         that shuts down, for that keeps nobody from the line."""
-        begun = [
-            vm
+        led = [self._uplinks.leads_in_for(vm.uuid, self._now) for vm, _move in self._leading(gate)]
+        return sum(seconds <= gate.lead_in_seconds for seconds in led) + len(self._beginning_at(gate))
+
+    def _leading(self, gate: Gate) -> list[tuple[VmSummary, Move]]:
+        """Those that are in their lead-in."""
+        return [
+            (vm, move)
             for vm, move in self._moves
-            if move.phase is Phase.LEAD_IN
-            and not move.silent
-            and self._uplinks.leads_in_for(vm.uuid, self._now) <= gate.lead_in_seconds
+            if move.phase is Phase.LEAD_IN and not move.silent and self._uplinks.gate_of(vm) is gate
         ]
-        return sum(self._uplinks.gate_of(vm) is gate for vm in [*begun, *self._beginning])
+
+    def _beginning_at(self, gate: Gate) -> list[VmSummary]:
+        """Those that begin now, or were asked to."""
+        return [vm for vm in self._beginning if self._uplinks.gate_of(vm) is gate]
 
     def _through_seconds(self, gate: Gate, rate: float) -> float:
         """When a gate that carries so much is through with all: none sends before its lead-in is over.
@@ -169,10 +175,9 @@ class UnderWay:
         lead = gate.lead_in_seconds
         ready = [
             (max(0.0, lead - self._uplinks.leads_in_for(vm.uuid, self._now)), least_bytes(vm, move.rung))
-            for vm, move in self._moves
-            if move.phase is Phase.LEAD_IN and not move.silent and self._uplinks.gate_of(vm) is gate
+            for vm, move in self._leading(gate)
         ]
-        ready += [(lead, least_bytes(vm)) for vm in self._beginning if self._uplinks.gate_of(vm) is gate]
+        ready += [(lead, least_bytes(vm)) for vm in self._beginning_at(gate)]
         for ends, left in sorted(ready):
             takes = left / rate
             at = takes + (at if gate.capacity and takes < INTERVAL_SECONDS else max(at, ends))
@@ -180,12 +185,9 @@ class UnderWay:
 
     def _queued_bytes(self, gate: Gate, rate: float) -> float:
         """What all of them have still to send through a gate that carries so much."""
-        ready = [
-            (vm, move.rung) for vm, move in self._moves if move.phase is Phase.LEAD_IN and not move.silent
-        ]
-        ready += [(vm, Rung.LIVE) for vm in self._beginning]
-        waiting = sum(least_bytes(vm, rung) for vm, rung in ready if self._uplinks.gate_of(vm) is gate)
-        return waiting + self._sending_bytes(gate, rate)
+        leading = sum(least_bytes(vm, move.rung) for vm, move in self._leading(gate))
+        beginning = sum(least_bytes(vm) for vm in self._beginning_at(gate))
+        return leading + beginning + self._sending_bytes(gate, rate)
 
     def _sending_bytes(self, gate: Gate, rate: float) -> float:
         """The same of those whose memory crosses."""

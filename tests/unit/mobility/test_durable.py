@@ -162,14 +162,20 @@ def held_replacement(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threadin
             go_on.set()
 
 
-async def test_the_loop_goes_on_while_the_file_is_replaced_and_what_is_put_meanwhile_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def long_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
+    """One whose next write replaces its file."""
     monkeypatch.setattr(durable, "_SPARE_LINES", 4)
     journal = Journal(tmp_path / "journal")
     journal.open()
     for number in range(20):
         journal.put("a", {"n": number})
+    return journal
+
+
+async def test_the_loop_goes_on_while_the_file_is_replaced_and_what_is_put_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = long_journal(tmp_path, monkeypatch)
     with held_replacement(monkeypatch) as (begun, go_on):
         first = asyncio.create_task(journal.commit())
         assert await asyncio.to_thread(begun.wait, 20)
@@ -188,11 +194,7 @@ async def test_the_loop_goes_on_while_the_file_is_replaced_and_what_is_put_meanw
 async def test_closing_waits_for_a_replacement_and_loses_nothing_of_what_came_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(durable, "_SPARE_LINES", 4)
-    journal = Journal(tmp_path / "journal")
-    journal.open()
-    for number in range(20):
-        journal.put("a", {"n": number})
+    journal = long_journal(tmp_path, monkeypatch)
     with held_replacement(monkeypatch) as (begun, go_on):
         commit = asyncio.create_task(journal.commit())
         assert await asyncio.to_thread(begun.wait, 20)

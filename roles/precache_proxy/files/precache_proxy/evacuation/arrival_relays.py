@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from precache_proxy.errors import Conflict, InvalidInput, LifeboatError
 from precache_proxy.evacuation import held_opening
@@ -29,7 +29,6 @@ from precache_proxy.evacuation.relay import (
     connect_locally,
 )
 
-Result = TypeVar("Result")
 # How long an opening waits for its job, or for QEMU: the source ends it, or this does.
 AHEAD_SECONDS = 180.0
 # Of one job's socket: a disk each; and of one peer's that wait for their jobs.
@@ -52,7 +51,7 @@ class ArrivalRelays:
         self._sockets_directory = sockets_directory
         self._links = links
         self._stall_seconds = stall_seconds
-        self._tasks: dict[asyncio.Task[Any], tuple[str, str]] = {}
+        self._tasks: dict[asyncio.Task[None], tuple[str, str]] = {}
         # openings that have come before their jobs' admission: peer and job of each that waits
         self._awaited: dict[asyncio.Event, tuple[str, str]] = {}
         # jobs that were closed, the last ones; their records may not say so yet
@@ -184,9 +183,7 @@ class ArrivalRelays:
 
         return on_piece
 
-    async def _listed(
-        self, stream: Any, job_id: str, socket: str, work: Coroutine[Any, Any, Result]
-    ) -> Result:
+    async def _listed(self, stream: Any, job_id: str, socket: str, work: Coroutine[Any, Any, None]) -> None:
         """Do it, on the list of what ends with the job."""
         task = asyncio.create_task(work)
         self._tasks[task] = (job_id, socket)
@@ -196,7 +193,7 @@ class ArrivalRelays:
             await asyncio.wait({task})
             if task.cancelled():
                 raise Conflict(f"job {job_id}: its relays were closed here")
-            return task.result()
+            task.result()
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -227,7 +224,7 @@ class ArrivalRelays:
         self,
         job_id: str,
         *,
-        but_for: frozenset[str] | set[str] = frozenset(),
+        but_for: Collection[str] = (),
         spare: asyncio.Task[Any] | None = None,
     ) -> None:
         """End the tasks of a job; ``spare`` has its own reason to end."""

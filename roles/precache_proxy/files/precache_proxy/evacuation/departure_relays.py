@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.errors import LifeboatError, Stalled
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from precache_proxy.evacuation.departure import Departure
 
 
+async def _open(departure: Departure, kind: str, header: dict[str, Any]) -> relay.RelayStream:
+    stream: relay.RelayStream = await departure.link.open_stream(
+        kind, TrafficClass.MIGRATION, header, label=departure.job.vm
+    )
+    return stream
+
+
 def job_sockets(departure: Departure) -> relay.JobSockets:
     """The sockets that libvirt and QEMU here connect to."""
     job, around, link = departure.job, departure.around, departure.link
 
     async def open_stream(socket: str) -> relay.RelayStream:
-        stream: relay.RelayStream = await link.open_stream(
-            relay.STREAM_KIND, TrafficClass.MIGRATION, relay.header(job.id, socket), label=job.vm
-        )
-        return stream
+        return await _open(departure, relay.STREAM_KIND, relay.header(job.id, socket))
 
     def on_failure(error: LifeboatError) -> None:
         """A dead relay: cut both streams, tell libvirt to stop; QEMU alone would wait with the guest's
@@ -50,16 +54,11 @@ def job_sockets(departure: Departure) -> relay.JobSockets:
 
 def openings_ahead(departure: Departure) -> OpeningsAhead:
     """What libvirt and QEMU at the destination are asked before libvirt and QEMU here ask it."""
-    job, around, link = departure.job, departure.around, departure.link
+    job, around = departure.job, departure.around
 
     async def open_ahead(socket: str, requests: Sequence[bytes]) -> relay.RelayStream:
-        stream: relay.RelayStream = await link.open_stream(
-            held_opening.AHEAD_KIND,
-            TrafficClass.MIGRATION,
-            held_opening.header(job.id, socket, requests),
-            label=job.vm,
-        )
-        return stream
+        header = held_opening.header(job.id, socket, requests)
+        return await _open(departure, held_opening.AHEAD_KIND, header)
 
     return OpeningsAhead(job.peer, around.openings, open_ahead, stall_seconds=around.stall_seconds)
 

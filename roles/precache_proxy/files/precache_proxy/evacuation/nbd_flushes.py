@@ -15,8 +15,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-_REQUEST: Final = struct.Struct(">IHHQQQ")
-_REPLY: Final = struct.Struct(">IHHQQQ")
+# Of a request and of a reply: magic, flags, kind, cookie, offset and length.
+_HEADER: Final = struct.Struct(">IHHQQQ")
 _REQUEST_MAGIC: Final = 0x21E41C71
 _REPLY_MAGIC: Final = 0x6E8A278C
 _READ: Final = 0
@@ -32,9 +32,8 @@ _NOTHING: Final = 0
 class _Packets:
     """One direction, by its headers, however it is cut."""
 
-    def __init__(self, magic: int, form: struct.Struct) -> None:
+    def __init__(self, magic: int) -> None:
         self._magic = magic
-        self._form = form
         # of a header that is not whole, and how much of a packet's payload is still to come
         self.rest = b""
         self.payload_bytes = 0
@@ -50,13 +49,13 @@ class _Packets:
         ``lost`` where it is none: then nothing here is understood any more."""
         payload, data = data[: self.payload_bytes], data[self.payload_bytes :]
         self.payload_bytes -= len(payload)
-        if self.payload_bytes or len(data) < self._form.size:
+        if self.payload_bytes or len(data) < _HEADER.size:
             return payload, None, data
-        fields = self._form.unpack_from(data)
+        fields = _HEADER.unpack_from(data)
         if fields[0] != self._magic:
             self.lost = True
             return payload, None, data
-        return payload, fields, data[self._form.size :]
+        return payload, fields, data[_HEADER.size :]
 
 
 class Flushes:
@@ -67,8 +66,8 @@ class Flushes:
 
     def __init__(self) -> None:
         self.answered = 0
-        self._requests = _Packets(_REQUEST_MAGIC, _REQUEST)
-        self._replies = _Packets(_REPLY_MAGIC, _REPLY)
+        self._requests = _Packets(_REQUEST_MAGIC)
+        self._replies = _Packets(_REPLY_MAGIC)
         # cookies of requests that were not answered in full
         self._open: set[int] = set()
         # whether anything may have been written since all was flushed
@@ -98,11 +97,11 @@ class Flushes:
             if kind == _WRITE or flags & _HAS_PAYLOAD:
                 self._requests.payload_bytes = length
             if self._says_nothing_new(kind, flags):
-                told += _REPLY.pack(_REPLY_MAGIC, _DONE, _NOTHING, cookie, offset, 0)
+                told += _HEADER.pack(_REPLY_MAGIC, _DONE, _NOTHING, cookie, offset, 0)
                 self.answered += 1
             else:
                 self._goes_out(kind, cookie)
-                onward += _REQUEST.pack(*fields)
+                onward += _HEADER.pack(*fields)
             data = after
         return bytes(onward) + data, bytes(told)
 

@@ -184,8 +184,7 @@ class Store:
                 raise errors[0]
             if errors:
                 raise InvalidInput(f"VM {name}: {len(errors)} things stand in the way", findings)
-            replica = self._replicas.get(vm)
-            created = replica is None or replica.record.detached
+            present = replica = self._replicas.get(vm)
             if replica is None or replica.record.detached:
                 replica = await self._create(peer, vm, name, epoch, disks)
             async with replica.changing:
@@ -195,7 +194,7 @@ class Store:
                     record = replace(record, protection=protection)
                 if record != replica.record:
                     await replica.save(record)
-            return {**await self.status(vm), "created": created}
+            return {**await self.status(vm), "created": replica is not present}
 
     async def _create(self, peer: str, vm: str, name: str, epoch: int, disks: dict[str, int]) -> Replica:
         record = ReplicaRecord(

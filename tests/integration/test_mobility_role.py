@@ -52,11 +52,25 @@ def test_the_agent_runs_sandboxed_and_comes_back_at_boot(host: Host) -> None:
     assert service.is_enabled
     told = host.check_output(
         "systemctl show mobility-agent "
-        "-p ProtectSystem,NoNewPrivileges,CapabilityBoundingSet,MemoryDenyWriteExecute,NRestarts"
+        "-p ProtectSystem,NoNewPrivileges,CapabilityBoundingSet,MemoryDenyWriteExecute,NRestarts,"
+        "DevicePolicy,DeviceAllow"
     )
     assert "CapabilityBoundingSet=cap_net_admin cap_net_raw" in told
     assert "ProtectSystem=strict" in told
     assert "NRestarts=0" in told
+    assert "DevicePolicy=closed" in told
+    assert "DeviceAllow=/dev/net/tun rw" in told
+
+
+@pytest.mark.parametrize("name", GATEWAYS)
+def test_a_gateway_has_where_packets_wait_while_a_vm_is_moved(
+    lab: Lab, mobility: RunPlaybook, name: str
+) -> None:
+    host = lab_host(lab, name)
+    assert "state UNKNOWN" in host.check_output("ip link show dev lbhold0")
+    lab.exec(name, "systemctl", "kill", "--signal=KILL", "mobility-agent")
+    wait(lambda: host.run("mobility-agent status").rc == 0)
+    assert host.run("ip link show dev lbhold0").rc == 0
 
 
 def test_keys_are_private_and_the_socket_is_the_groups(host: Host) -> None:

@@ -52,6 +52,7 @@ class Move:
     gap: float
     stall: float
     lost_after_resume: int
+    lost_in_all: int
     network_seconds: float
     goes_on: bool
     # Where the client's gap went beyond the guest's own: answers missing before the guest stood still and
@@ -165,6 +166,8 @@ def _row(what: str, moves: list[Move]) -> dict[str, Any]:
         "worst_seconds": max(move.beyond for move in moves) if alive else None,
         "stall_beyond_seconds": median([move.stalled_beyond for move in moves]) if alive else None,
         "packets_lost_after_resume": max(move.lost_after_resume for move in moves),
+        # Most of these came while the guest stood still.
+        "packets_lost_in_all": [move.lost_in_all for move in moves],
         "agent_seconds": median([move.network_seconds for move in moves]),
         "missing_before_stop_seconds": median([move.before_stop for move in moves]) if alive else None,
         "missing_after_resume_seconds": median([move.after_resume for move in moves]) if alive else None,
@@ -219,6 +222,7 @@ def _watched(ground: Ground, guest: Guest) -> Move:
         gap=seen.longest_gap_seconds(),
         stall=seen.longest_stall_seconds(),
         lost_after_resume=seen.lost_since(resumed),
+        lost_in_all=seen.lost_since(0.0),
         network_seconds=network,
         # Without mobility what the VM sends still finds its way for a moment, and no answer does.
         goes_on=not seen.failure and seen.arrivals[-1] > resumed + WATCHED_SECONDS / 2,

@@ -304,3 +304,93 @@ async def test_routing_is_not_told_of_vms_that_ran_before_the_host_started(tmp_p
     await gateway.arrive(1)
     assert gateway.kernel.leads == {HOME: "vmbr0"}
     await gateway.duty.stop()
+
+
+class Holds:
+    """What a gateway told its holds to do, and where the kernel led the VM's packets at that moment."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.told: list[tuple[str, object]] = []
+
+    def begin(self, _vm: str, homes: tuple[IPv6Network, ...]) -> bool:
+        self.told.append(("begin", homes))
+        return True
+
+    def end(self, _vm: str) -> None:
+        self.told.append(("end", self._kernel.leads.get(HOME)))
+
+    def end_within(self, _vm: str, seconds: float) -> None:
+        self.told.append(("end within", seconds))
+
+    def discard(self, _vm: str) -> None:
+        self.told.append(("discard", self._kernel.leads.get(HOME)))
+
+    def stop(self) -> None:
+        self.told.append(("stop", None))
+
+
+def holding(gateway: Gateway) -> Holds:
+    holds = Holds(gateway.kernel)
+    gateway.duty.holds = cast(Any, holds)
+    return holds
+
+
+async def test_what_waits_goes_on_when_it_is_known_where_to_and_not_before(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    assert not gateway.duty.hold(VM)
+    await gateway.arrive(1)
+    holds = holding(gateway)
+    assert gateway.duty.hold(VM)
+    # libvirt says that it left, and an anchor where it is.
+    await gateway.duty.depart(VM, None)
+    assert holds.told == [("begin", (HOME,))]
+    anchor = gateway.config.peer("anchor1")
+    assert anchor is not None
+    gateway.duty.take(anchor, Loss(VM, (HOME,), 2, 8, BACKUP).message(1))
+    assert holds.told[1:] == [("end", BACKUP)]
+    # It is away: what comes for it does not wait here again.
+    assert not gateway.duty.hold(VM)
+    await gateway.duty.stop()
+
+
+async def test_what_waits_is_the_vms_own_where_it_stays(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    await gateway.arrive(1)
+    holds = holding(gateway)
+    gateway.duty.hold(VM)
+    gateway.duty.runs_again(VM)
+    assert holds.told == [("begin", (HOME,)), ("end", "vmbr0")]
+    holds.told.clear()
+    # Its release was taken back after it had gone.
+    gateway.duty.hold(VM)
+    await gateway.duty.depart(VM, None)
+    await gateway.arrive(3)
+    assert holds.told == [("begin", (HOME,)), ("end", "vmbr0")]
+    await gateway.duty.stop()
+
+
+async def test_what_waits_for_one_that_is_nowhere_is_dropped(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    await gateway.arrive(1)
+    await gateway.answer(1, gateway.config.tunnel_address)
+    holds = holding(gateway)
+    gateway.duty.hold(VM)
+    await gateway.duty.depart(VM, None, withdraw=True)
+    assert holds.told == [("begin", (HOME,))]
+    await gateway.answer(1, None)
+    assert holds.told[1:] == [("discard", "nowhere")]
+    await gateway.duty.stop()
+
+
+async def test_by_routing_alone_nothing_waits_long_for_a_word(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path, announce=True)
+    await gateway.arrive(1)
+    holds = holding(gateway)
+    gateway.duty.hold(VM)
+    await gateway.duty.depart(VM, None)
+    assert holds.told == [("begin", (HOME,)), ("end within", 2.0)]
+    await gateway.duty.depart(VM, BACKUP)
+    assert holds.told[2:] == [("end", BACKUP)]
+    await gateway.duty.stop()
+    assert holds.told[3:] == [("stop", None)]

@@ -45,6 +45,13 @@ class Duty:
     async def depart(self, vm: str, to: Any, *, withdraw: bool = False) -> None:
         self.told.append(("depart", vm, withdraw))
 
+    def hold(self, vm: str) -> bool:
+        self.told.append(("hold", vm))
+        return True
+
+    def runs_again(self, vm: str) -> None:
+        self.told.append(("runs again", vm))
+
     def follows(self, _vm: str, homes: Any) -> Any:
         return only_ipv6(homes)
 
@@ -118,7 +125,28 @@ async def test_an_agent_that_starts_claims_what_runs_and_not_what_is_arriving() 
     await made._on_connected({VM: False})
     assert duty.told == [("reconcile", {VM})]
     await made._on_connected({VM: True})
-    assert duty.told[2:] == [arrived(0, HandoffIndicator.NEW_INTERFACE, False)]
+    assert duty.told[2:] == [("runs again", VM), arrived(0, HandoffIndicator.NEW_INTERFACE, False)]
+
+
+async def test_what_comes_waits_from_the_stop_of_a_move_on_and_of_no_other_stop() -> None:
+    made, duty = moves(HERE)
+    paused = 0
+    made._on_event(VM, Event.SUSPENDED, paused)
+    assert duty.told == []
+    # At once, whatever else is still to be followed.
+    made._on_event(VM, Event.SUSPENDED, Event.SUSPENDED_MIGRATED)
+    made._on_event(VM, Event.RESUMED, Event.RESUMED_MIGRATED)
+    assert duty.told == [("hold", VM), ("runs again", VM)]
+    made._on_event(VM, Event.SUSPENDED, Event.SUSPENDED_POSTCOPY)
+    assert duty.told[2:] == [("hold", VM)]
+
+
+def test_libvirt_numbers_its_events_as_we_do() -> None:
+    libvirt = pytest.importorskip("libvirt")
+    assert libvirt.VIR_DOMAIN_EVENT_SUSPENDED == Event.SUSPENDED
+    assert libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED == Event.SUSPENDED_MIGRATED
+    assert libvirt.VIR_DOMAIN_EVENT_SUSPENDED_POSTCOPY == Event.SUSPENDED_POSTCOPY
+    assert libvirt.VIR_DOMAIN_EVENT_RESUMED == Event.RESUMED
 
 
 async def test_addresses_given_and_taken_while_it_runs_are_followed() -> None:

@@ -154,3 +154,46 @@ def test_a_path_that_is_too_narrow_for_any_tunnel_is_named(
     assert f"path to {ONE}: carries 1300 octets" in str(finding)
     path.learn_mtu(ONE, None)
     assert path.findings() == []
+
+
+def test_what_waits_goes_before_wherever_else_a_vm_is_led(kernel: Kernel) -> None:
+    path = made(anchor=False)
+    path.set_local(HOME, "vmbr0", MAC)
+    path.hold(HOME)
+    waiting = "table 7603 dev lbhold0"
+    assert kernel.of_home() == {"table 7600 dev vmbr0", waiting}
+    path.set_lost(HOME)
+    assert kernel.of_home() == {"table 7600 blackhole", waiting}
+    path.set_away(HOME, ONE)
+    tunnelled = {f"table 7601 to {ONE} dev lbtun1", "table 7600 dev lbtun0"}
+    assert kernel.of_home() == {*tunnelled, waiting}
+    path.end_hold(HOME)
+    assert kernel.of_home() == tunnelled
+    path.hold(HOME)
+    path.clear(HOME)
+    assert kernel.of_home() == set()
+
+
+def test_a_hold_that_the_kernel_refused_leaves_nothing_behind(kernel: Kernel) -> None:
+    path = made(anchor=False)
+    path.set_local(HOME, "vmbr0", MAC)
+    kernel.refuses = True
+    with pytest.raises(KernelRefused):
+        path.hold(HOME)
+    kernel.refuses = False
+    path.end_hold(HOME)
+    assert kernel.of_home() == {"table 7600 dev vmbr0"}
+    assert not path.unsure
+
+
+def test_only_a_gateway_has_rules_for_what_waits() -> None:
+    def tables(path: DataPath) -> list[tuple[int, int, str | None]]:
+        return sorted((rule.priority, rule.table, rule.device) for rule in path._rules())
+
+    assert [rule for rule in tables(made(anchor=False)) if 990 < rule[0] < 1001] == [
+        (995, 7600, "lbhold0"),
+        (996, 254, "lbhold0"),
+        (999, 7603, None),
+        (1000, 7600, None),
+    ]
+    assert not [rule for rule in tables(made(anchor=True)) if 990 < rule[0] < 1000]

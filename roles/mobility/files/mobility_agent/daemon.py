@@ -22,6 +22,7 @@ from mobility_agent.control.parts import Parts
 from mobility_agent.control.service_manager import ServiceManager
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.first_hop import FormerBridges
+from mobility_agent.datapath.hold_device import HoldDevice
 from mobility_agent.datapath.path import DataPath
 from mobility_agent.datapath.path_mtu import PathMtuListener
 from mobility_agent.durable import Journal, raise_counter
@@ -123,6 +124,7 @@ class Daemon:
                 parts.transport.send,
                 parts.responders,
                 self._kept_off.keys(),
+                HoldDevice(),
             )
             if config.hypervisor != "none":
                 names = frozenset(bridge.name for bridge in config.bridges)

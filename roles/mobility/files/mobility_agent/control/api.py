@@ -89,6 +89,7 @@ class Api:
                 web.get("/v1/vms/{vm}", self._vm),
                 web.post("/v1/vms/{vm}/arrive", self._arrive),
                 web.post("/v1/vms/{vm}/depart", self._depart),
+                web.post("/v1/vms/{vm}/hold", self._hold),
                 web.post("/v1/vms/{vm}/outlook", self._outlook),
                 web.get("/v1/bindings", self._bindings),
                 web.get("/v1/bindings/{vm}", self._binding),
@@ -128,6 +129,7 @@ class Api:
                 findings.append(
                     Finding(f"bridge {bridge.name}", "is not there", "start its network", "not-found")
                 )
+        findings += gateway.holds.findings() if gateway is not None else []
         findings += self._parts.learner.findings() if self._parts.learner is not None else []
         return web.json_response({"name": self._parts.config.name, "findings": _as_json(findings)})
 
@@ -221,6 +223,19 @@ class Api:
             )
         tunnel = None if to is None else self._parts.tunnel_of(to)
         return web.json_response(await gateway.depart(request.match_info["vm"], tunnel, withdraw=withdraw))
+
+    async def _hold(self, request: web.Request) -> web.Response:
+        """A VM stands still here for the end of its move; or (``end``) it goes on here."""
+        gateway, vm = self._parts.the_gateway(), request.match_info["vm"]
+        findings: list[Finding] = []
+        told = reader_of(await _body(request), findings)
+        end = told.boolean("end", default=False)
+        conclude(told, findings)
+        if gateway.attachments.get(vm) is None:
+            raise NotFound(f"VM {vm}: not known to this gateway; see `mobility-agent status`")
+        if end:
+            gateway.runs_again(vm)
+        return web.json_response({"vm": vm, "held": not end and gateway.hold(vm)})
 
     async def _outlook(self, request: web.Request) -> web.Response:
         """Would this VM keep its addresses, coming here (``arriving``) or leaving from here?"""

@@ -42,6 +42,15 @@ def render(parts: Parts) -> str:
             "# HELP lifeboat_mobility_registrations_pending Claims and withdrawals without an answer.",
             "# TYPE lifeboat_mobility_registrations_pending gauge",
             _line("registrations_pending", status["registrations_pending"]),
+            "# HELP lifeboat_mobility_holds VMs being moved from here, for which packets wait.",
+            "# TYPE lifeboat_mobility_holds gauge",
+            _line("holds", status["holds"]["vms"]),
+            "# HELP lifeboat_mobility_held_packets_total Packets that came for VMs being moved, by fate.",
+            "# TYPE lifeboat_mobility_held_packets_total counter",
+            *(
+                _line("held_packets_total", status["holds"][what], what=what)
+                for what in ("held", "sent_on", "dropped")
+            ),
             "# HELP lifeboat_mobility_anchor_up Whether the anchor answers heartbeats.",
             "# TYPE lifeboat_mobility_anchor_up gauge",
         ]

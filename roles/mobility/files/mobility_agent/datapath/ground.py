@@ -98,6 +98,16 @@ class Ground:
                 state=_NEIGHBOUR_PERMANENT,
             )
 
+    def make_hold(self, device: str, mtu: int, queue_packets: int) -> None:
+        """Set a TUN device up, without addresses of its own. Raises KernelRefused."""
+        with _told_as(f"device {device}"):
+            index = self.index(device)
+            if index is None:
+                raise KernelRefused(f"device {device}: is gone as soon as it was made; see `ip link`")
+            no_address = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _MODE_NONE)]})]}
+            self._route.link("set", index=index, mtu=mtu, txqlen=queue_packets, IFLA_AF_SPEC=no_address)
+            self._route.link("set", index=index, state="up")
+
     def remove_loop(self) -> None:
         """Take the loop link away, and with it every route through it."""
         index = self.index(LOOP_IN)

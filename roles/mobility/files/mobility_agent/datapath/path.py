@@ -7,6 +7,8 @@ Tables, each of our own:
   here, and on an anchor the home prefixes -> the loop link; our tunnel's end -> decapsulation.
 - *tunnels* (what came through the loop link): home address -> encapsulated to its care-of address; on a
   gateway everything else -> encapsulated to the anchor in use.
+- *holds* (all packets look here before *hosts*, but those that have waited): VMs that are being moved ->
+  the hold device, which is gone with this process and takes these routes along.
 - *guests* (what VMs on our bridges send): from a home prefix that is not routed here, or to any home
   prefix -> the loop link.
 
@@ -24,6 +26,7 @@ from mobility_agent.datapath import filters, judgement, neighbours, routes
 from mobility_agent.datapath.comparison import Differences, compare
 from mobility_agent.datapath.first_hop import Former
 from mobility_agent.datapath.ground import LOOP_OUT, Ground, OuterSource, Rule
+from mobility_agent.datapath.hold_device import HOLD, MTU_OCTETS, QUEUE_PACKETS
 from mobility_agent.datapath.ipv4 import Ipv4FirstHop, answers_for_others
 from mobility_agent.datapath.neighbours import Neighbour
 from mobility_agent.datapath.netlink import Request, RouteSocket
@@ -62,6 +65,13 @@ class DataPath:
             Rule(priority + 11, MAIN_TABLE, LOOP_OUT),
             Rule(priority + 110, settings.hosts_table),
         ]
+        if settings.bridges:
+            rules += [
+                # What has waited goes where the VM is now, and does not wait again.
+                Rule(priority + 105, settings.hosts_table, HOLD),
+                Rule(priority + 106, MAIN_TABLE, HOLD),
+                Rule(priority + 109, settings.holds_table),
+            ]
         # With a routing daemon every site knows the way to every VM.
         for bridge in settings.bridges if not settings.announce else ():
             for prefix in settings.prefixes:
@@ -312,8 +322,27 @@ class DataPath:
                 self._wanted.remote[home] = self._wanted.bound[home]
             self._wanted.away.discard(home)
             self._wanted.lost.discard(home)
+            self._wanted.held.discard(home)
         forgotten = self._forget_local(homes)
         self._change(homes, before, forgotten)
+
+    def prepare_hold(self) -> None:
+        """Make the hold device, which somebody has opened, ready for :meth:`hold`. Raises KernelRefused."""
+        self._ground.make_hold(HOLD, MTU_OCTETS, QUEUE_PACKETS)
+
+    def hold(self, homes: Iterable[IPv6Network]) -> None:
+        """What comes for these waits in the hold device from now on. Raises KernelRefused."""
+        homes = tuple(homes)
+        before = self._now(homes)
+        self._wanted.held.update(homes)
+        self._change(homes, before, [])
+
+    def end_hold(self, homes: Iterable[IPv6Network]) -> None:
+        """What comes goes where the VM is again. Raises KernelRefused."""
+        homes = tuple(homes)
+        before = self._now(homes)
+        self._wanted.held.difference_update(homes)
+        self._change(homes, before, [])
 
     def clear_remote(self, homes: Iterable[Home]) -> None:
         """An anchor's binding ended; what a gateway on this host has of them stays."""

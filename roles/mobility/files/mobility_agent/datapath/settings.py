@@ -55,3 +55,8 @@ class PathSettings:
     def guests_table(self) -> int:
         """What VMs send."""
         return self.first_table + 2
+
+    @property
+    def holds_table(self) -> int:
+        """What waits while a VM is moved."""
+        return self.first_table + 3

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from mobility_agent.datapath.ground import LOOP_IN, LOOP_NEXT_HOP, LOOP_OUT, TUNNEL
+from mobility_agent.datapath.hold_device import HOLD
 from mobility_agent.datapath.routes import DEFAULT, MAIN_TABLE, Kind, Route
 from mobility_agent.datapath.settings import SEG6, PathSettings
 from mobility_agent.homes import Home
@@ -28,13 +29,15 @@ class Wanted:
     bound: dict[Home, IPv6Address] = field(default_factory=dict)
     away: set[Home] = field(default_factory=set)
     lost: set[Home] = field(default_factory=set)
+    #: What comes for these waits, wherever they are led otherwise.
+    held: set[Home] = field(default_factory=set)
     attracted: tuple[IPv6Network, ...] = ()
     anchor_tunnel: IPv6Address | None = None
     mtu_octets: dict[IPv6Address, int] = field(default_factory=dict)
 
     def homes(self) -> set[Home]:
         """Every home address of which anything is wanted."""
-        return self.local.keys() | self.remote.keys() | self.away | self.lost
+        return self.local.keys() | self.remote.keys() | self.away | self.lost | self.held
 
     def _inner_mtu(self, care_of: IPv6Address | None) -> int:
         outer = self.settings.path_mtu_octets
@@ -54,7 +57,11 @@ class Wanted:
         return Route(destination, table, LOOP_IN, LOOP_NEXT_HOP, mtu=self._inner_mtu(care_of))
 
     def home_routes(self, home: Home) -> list[Route]:
-        """A home address's routes, tunnels first."""
+        """A home address's routes, tunnels first, and last what goes before all of them."""
+        waiting = [Route(home, self.settings.holds_table, HOLD)] if home in self.held else []
+        return self._leading_routes(home) + waiting
+
+    def _leading_routes(self, home: Home) -> list[Route]:
         settings = self.settings
         local = self.local.get(home)
         if isinstance(home, IPv4Network):
@@ -104,5 +111,7 @@ class Wanted:
         """Wherever routes of a home address may stand: what is not wanted of it is removed from there."""
         if isinstance(home, IPv4Network):
             return [Route(home, MAIN_TABLE)]
-        found = [Route(home, table) for table in (self.settings.hosts_table, self.settings.tunnels_table)]
-        return [*found, Route(home, MAIN_TABLE)] if self.settings.announce else found
+        settings = self.settings
+        tables = (settings.hosts_table, settings.tunnels_table, settings.holds_table)
+        found = [Route(home, table) for table in tables]
+        return [*found, Route(home, MAIN_TABLE)] if settings.announce else found

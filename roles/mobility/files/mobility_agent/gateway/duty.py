@@ -21,6 +21,7 @@ from mobility_agent.errors import MobilityError, NotFound
 from mobility_agent.gateway.anchors import AnchorWatch
 from mobility_agent.gateway.arrivals import INSTEAD_OF_IPV4, IS_IPV4, Arrivals
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
+from mobility_agent.gateway.holds import UNTOLD_SECONDS, Device, Holds
 from mobility_agent.gateway.neighbourhood import Neighbourhood
 from mobility_agent.gateway.registrar import Outcome, Registrar
 from mobility_agent.homes import Home, only_ipv6, within
@@ -42,7 +43,8 @@ _INQUIRY_SECONDS = 86400.0
 class GatewayDuty:
     """One gateway. ``send`` hands a message to a peer; ``responders``: neighbour discovery by bridge.
 
-    ``kept_off``: bridges that this gateway must not be the first hop of, as it is now.
+    ``kept_off``: bridges that this gateway must not be the first hop of, as it is now. ``hold_device``: in
+    which packets wait for VMs that are being moved; None: they do not.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class GatewayDuty:
         send: Callable[[Peer, Message], None],
         responders: dict[str, Responder],
         kept_off: Collection[str] = (),
+        hold_device: Device | None = None,
     ) -> None:
         self._config = config
         self._path = path
@@ -64,6 +67,7 @@ class GatewayDuty:
         self.attachments = Attachments()
         self.neighbourhood = Neighbourhood(config.prefixes, self.attachments, responders)
         self.arrivals = Arrivals(config, path, self.attachments, self._link_locals, kept_off)
+        self.holds = Holds(path, hold_device, only_ipv6(config.networks))
         self._forwards: dict[str, float] = {}
         self._inquire_at = 0.0
         self._wake = asyncio.Event()
@@ -117,6 +121,7 @@ class GatewayDuty:
 
     def start(self) -> None:
         """Register everything that is here, and serve."""
+        self.holds.start()
         now = time.monotonic()
         for attachment in self.attachments.all():
             if attachment.state == HERE:
@@ -131,6 +136,7 @@ class GatewayDuty:
 
     async def stop(self) -> None:
         """Serve no more; routes and records stay."""
+        self.holds.stop()
         try:
             await self._background.stop()
         finally:
@@ -294,6 +300,7 @@ class GatewayDuty:
 
     def _forget(self, attachment: Attachment) -> None:
         """Nothing of it is known here any more."""
+        self.holds.discard(attachment.vm)
         self._forwards.pop(attachment.vm, None)
         self._path.clear(attachment.homes)
         self.attachments.remove(attachment.vm)
@@ -351,6 +358,7 @@ class GatewayDuty:
             self._path.clear(set(before.homes) - set(homes))
         self._forget_former_owners(vm, homes)
         self._forwards.pop(vm, None)
+        self.holds.end(vm)
         self.attachments.put(attachment)
         self._claim(attachment, began)
         self._send_due()
@@ -382,6 +390,7 @@ class GatewayDuty:
         owners = {owner.vm: owner for home in homes if (owner := self.attachments.owner(home)) is not None}
         for former in owners.values():
             if former.vm != vm:
+                self.holds.discard(former.vm)
                 self._forwards.pop(former.vm, None)
                 self._path.clear(set(former.homes) - set(homes))
                 self.attachments.remove(former.vm)
@@ -404,6 +413,20 @@ class GatewayDuty:
             self._answered[vm].remove(answered)
             if not self._answered[vm]:
                 del self._answered[vm]
+
+    def hold(self, vm: str) -> bool:
+        """The VM stands still here, to run elsewhere in a moment: what comes for it waits, if it can."""
+        attachment = self.attachments.get(vm)
+        # By routing alone IPv4 follows: there is no tunnel that what waited could be sent on by.
+        return (
+            attachment is not None
+            and attachment.state == HERE
+            and self.holds.begin(vm, only_ipv6(attachment.homes))
+        )
+
+    def runs_again(self, vm: str) -> None:
+        """The VM goes on here: what has waited is its own."""
+        self.holds.end(vm)
 
     async def depart(self, vm: str, to: IPv6Address | None, *, withdraw: bool = False) -> dict[str, Any]:
         """The VM runs here no more: it went to ``to`` (None: not known yet), or, ``withdraw``, nowhere.
@@ -457,6 +480,10 @@ class GatewayDuty:
             evident=False,
         )
         self._want(gone)
+        if to is not None:
+            self.holds.end(vm)
+        elif self._config.announce:
+            self.holds.end_within(vm, UNTOLD_SECONDS)
         self._keep(gone)
         self.neighbourhood.announce(gone)
         self._wake.set()
@@ -503,6 +530,7 @@ class GatewayDuty:
             "vms_here": self.attachments.here,
             "vms_away": len(self.attachments) - self.attachments.here,
             "registrations_pending": self.registrar.pending(),
+            "holds": self.holds.status(),
             "anchor_in_use": self._watch.in_use,
             "anchors": self._watch.status(),
         }

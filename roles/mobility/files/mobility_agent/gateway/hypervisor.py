@@ -161,9 +161,11 @@ class Hypervisor:
 class Event:
     """virDomainEventType, and of the details those that matter here; METADATA is our own."""
 
-    STARTED, RESUMED, STOPPED = 2, 4, 5
+    STARTED, SUSPENDED, RESUMED, STOPPED = 2, 3, 4, 5
     METADATA = 1000
     STARTED_MIGRATED, RESUMED_MIGRATED, STOPPED_MIGRATED = 1, 1, 3
+    #: At the end of a migration from here, and not somebody's pause: libvirt tells the one from the other.
+    SUSPENDED_MIGRATED, SUSPENDED_POSTCOPY = 1, 7
 
 
 class Moves:
@@ -192,6 +194,11 @@ class Moves:
         await self._background.stop()
 
     def _on_event(self, vm: str, event: int, detail: int) -> None:
+        # Not in their turn: behind what others wait for, each packet until then would be lost.
+        if event == Event.SUSPENDED and detail in {Event.SUSPENDED_MIGRATED, Event.SUSPENDED_POSTCOPY}:
+            self._duty.hold(vm)
+        elif event == Event.RESUMED:
+            self._duty.runs_again(vm)
         self._queue.put_nowait((vm, event, detail))
 
     async def _run(self) -> None:
@@ -266,6 +273,8 @@ class Moves:
     async def _on_connected(self, active: dict[str, bool]) -> None:
         await self._duty.reconcile(set(active))
         for vm, runs in active.items():
+            if runs:
+                self._duty.runs_again(vm)
             known = self._duty.attachments.get(vm)
             if not runs or (known is not None and known.state == HERE):
                 continue

@@ -224,6 +224,78 @@ async def test_closing_writes_what_no_thread_has_taken_up_yet(tmp_path: Path) ->
     assert Journal(tmp_path / "journal").open() == {"a": {}}
 
 
+async def test_closing_tells_those_whose_turn_had_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = long_journal(tmp_path, monkeypatch)
+    not_begun = asyncio.create_task(journal.commit())
+    # No more than the call: the task that would write has not had a turn of the loop.
+    await asyncio.sleep(0)
+    journal.close()
+    await asyncio.wait_for(not_begun, 5)
+
+    journal.open()
+    with held_replacement(monkeypatch) as (begun, go_on):
+        for number in range(20):
+            journal.put("a", {"n": number})
+        first = asyncio.create_task(journal.commit())
+        assert await asyncio.to_thread(begun.wait, 20)
+        journal.put("b", {})
+        behind_it = asyncio.create_task(journal.commit())
+        await asyncio.sleep(0.01)
+        threading.Timer(0.1, go_on.set).start()
+        journal.close()
+        await asyncio.wait_for(asyncio.gather(first, behind_it), 5)
+    assert Journal(tmp_path / "journal").open() == {"a": {"n": 19}, "b": {}}
+
+
+async def test_closing_on_a_full_disk_is_no_success_for_those_who_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    journal.put("a", {})
+    waits = asyncio.create_task(journal.commit())
+    await asyncio.sleep(0)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fdatasync", full)
+        journal.close()
+    with pytest.raises(OSError, match="No space"):
+        await asyncio.wait_for(waits, 5)
+    with pytest.raises(OSError, match="No space"):
+        await asyncio.wait_for(journal.commit(), 5)
+
+
+async def test_a_write_that_no_thread_has_begun_is_no_success(tmp_path: Path) -> None:
+    busy = threading.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    occupied = asyncio.create_task(asyncio.to_thread(busy.wait, 20))
+    journal = Journal(tmp_path / "journal")
+    journal.open()
+    await asyncio.sleep(0.01)
+    journal.put("a", {})
+    first = asyncio.create_task(journal.commit())
+    await asyncio.sleep(0.01)
+    journal.put("b", {})
+    behind_it = asyncio.create_task(journal.commit())
+    await asyncio.sleep(0.01)
+    assert journal._task is not None
+    journal._task.cancel()
+    for waits in (first, behind_it):
+        with pytest.raises(OSError, match="ended before it was written"):
+            await asyncio.wait_for(waits, 5)
+    assert not (tmp_path / "journal").read_bytes(), "it was true"
+    busy.set()
+    await occupied
+    # Nothing of it is forgotten by that.
+    await asyncio.wait_for(journal.commit(), 5)
+    assert set(Journal(tmp_path / "journal").open()) == {"a", "b"}
+
+
 WRITER = """
 import asyncio, sys
 from pathlib import Path

@@ -85,6 +85,11 @@ class _Written(asyncio.Event):
         super().__init__()
         self.failure: OSError | None = None
 
+    def end(self, failure: OSError | None) -> None:
+        """Tell who waits."""
+        self.failure = failure
+        self.set()
+
 
 class Journal:
     """Keyed records that survive. One process at a time; all calls from one event loop.
@@ -170,16 +175,31 @@ class Journal:
         try:
             while self._waiting:
                 batch, self._waiting = b"".join(self._waiting), []
-                self._writing, self._next = self._next, _Written()
+                group = self._begin_group()
+                # A thread that never began (the executor is going, the task is cancelled) has kept nothing.
+                failure: OSError | None = self._unwritten()
                 try:
                     await asyncio.to_thread(self._store, batch, self._whole_if_due(batch))
+                    failure = None
                 except OSError as error:
                     logger.error("%s: not written: %s", self._path, error)
-                    self._writing.failure = error
+                    failure = error
                 finally:
-                    self._writing.set()
+                    group.end(failure)
         finally:
             self._task = None
+            if self._waiting:
+                # Nobody else would tell those who wait for the group that has not begun. Its lines stay, for
+                # the next commit.
+                self._begin_group().end(self._unwritten())
+
+    def _unwritten(self) -> OSError:
+        return OSError(errno.ECANCELED, f"{self._path}: ended before it was written")
+
+    def _begin_group(self) -> _Written:
+        """What was put so far is one group, and what is put from now on belongs to the next."""
+        self._writing, self._next = self._next, _Written()
+        return self._writing
 
     def _whole_if_due(self, batch: bytes) -> bytes | None:
         """What the file shall hold in all, where ``batch`` is not to be appended to what it holds.
@@ -221,14 +241,18 @@ class Journal:
         with self._lock:
             if self._file < 0:
                 return
+            failure: OSError | None = None
             try:
                 if self._torn:
                     self._replace(b"".join(self._live.values()))
                     self._torn = False
                 elif self._waiting:
                     self._append(b"".join(self._waiting))
-                self._waiting = []
             except OSError as error:
                 logger.error("%s: not written: %s", self._path, error)
+                failure = error
+            # Their turn will not come any more: who waits hears of it here.
+            self._waiting = []
+            self._begin_group().end(failure)
             os.close(self._file)
             self._file = -1

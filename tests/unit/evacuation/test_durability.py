@@ -19,6 +19,7 @@ from unit.store.store_driver import VM
 from unit.store.test_crashes import finished_calls, first, last
 
 CHILD = Path(__file__).with_name("hand_off_child.py")
+DEFINITIONS = r"fsync\(\d+<[^>]*/definitions>\)"
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
 
@@ -104,11 +105,14 @@ def test_what_is_taken_back_is_gone_before_that_is_said(story: tuple[Trace, Path
     asked, answered, stayed = (trace.told(what) for what in ("asked abort", "answered abort", "stayed"))
     trace.record("home/jobs", "first.json", step("rollback"), 0, asked)
     aborting = trace.record("backup/arrivals", "first.json", state("aborting"), asked, answered)
-    assert aborting < trace.told("ended at backup") < trace.told("undefined at backup")
+    undefined = trace.told("undefined at backup")
+    assert aborting < trace.told("ended at backup") < undefined
+    forgotten = undefined + first(trace.calls[undefined:answered], DEFINITIONS)
     for path in (f"backup/disks/{VM}/vda-e2-first-arrival.qcow2", f"backup/guard/{VM}.json"):
         gone = aborting + first(trace.calls[aborting:answered], rf'unlink\(".*{re.escape(path)}"\) += 0')
         directory = re.escape(str(Path(path).parent))
         assert first(trace.calls[gone:answered], rf"fsync\(\d+<[^>]*{directory}>\)")
+        assert forgotten < gone, "a definition that came back would name what is gone, and be in the way"
         assert gone < trace.record("backup/arrivals", "first.json", state("aborted"), gone, answered)
     paid = trace.record("home/jobs", "first.json", r'\\"owes_abort\\": false', answered, stayed)
     assert paid < trace.record("home/jobs", "first.json", step("stayed"), paid, stayed) < stayed
@@ -143,7 +147,8 @@ def test_the_source_forgets_nothing_before_it_has_noted_that_it_runs_there(story
     answered, undefined = trace.told("answered release"), trace.told("undefined at home")
     assert trace.record("home/jobs", "second.json", step("finish"), answered, undefined) < undefined
     ended = trace.told("ended done")
-    done = trace.record("home/jobs", "second.json", step("done"), undefined, ended)
+    forgotten = undefined + first(trace.calls[undefined:ended], DEFINITIONS)
+    done = trace.record("home/jobs", "second.json", step("done"), forgotten, ended)
     base = trace.record(f"home/store/{VM}", "replica.json", r"web1\.qcow2", undefined, done)
     first(trace.calls[:done], r"fsync\(\d+<[^>]*home/store>\)")
     assert base < trace.told("protection forgotten") < done, "the way back has its base"

@@ -16,6 +16,7 @@ from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden
 from precache_proxy.evacuation.images import drop_own_bitmaps
 from precache_proxy.evacuation.job import Job, Step, Verdict
+from precache_proxy.evacuation.layers import forget_definition
 from precache_proxy.evacuation.reconcile import Presence
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ async def finish(departure: Departure, *, answered: bool = False) -> None:
         job.warn(f"{job.peer} was told that this host is dead; the old copy here was ended.")
         await around.domains.destroy(job.vm)
     await asyncio.to_thread(freeze.restore_ownership, job.disks)
-    await around.domains.undefine(job.vm)
+    await forget_definition(around.domains, job.vm)
     crash_point("departure-undefined")
     await asyncio.to_thread(freeze.remove_overlays, job.disks)
     await _keep_images(departure)

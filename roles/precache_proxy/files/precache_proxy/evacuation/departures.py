@@ -26,6 +26,7 @@ from precache_proxy.evacuation.job import (
     Verdict,
     new_job,
 )
+from precache_proxy.evacuation.layers import forget_definition
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.pace import refuse_too_little
 from precache_proxy.evacuation.pruning import Entry, superseded
@@ -451,7 +452,7 @@ class Departures:
         logger.critical("VM %s: %s", job.vm, error)
         await asyncio.to_thread(self._guard.forbid, confirm.tombstone(job))
         await self._domains.destroy(job.vm)
-        await self._domains.undefine(job.vm)
+        await forget_definition(self._domains, job.vm)
         with contextlib.suppress(LifeboatError):
             await self._source.handed_over(job.vm)
         job.owes_abort = False

@@ -20,6 +20,7 @@ from precache_proxy.evacuation.arrival_records import ArrivalRecords
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import ARRIVAL, Forbidden, Guard
 from precache_proxy.evacuation.images import create_overlay
+from precache_proxy.evacuation.layers import forget_definition
 from precache_proxy.evacuation.relay import make_job_directory, remove_job_directory
 from precache_proxy.evacuation.rooms import StoreRoom
 from precache_proxy.hypervisor.qemu_user import QemuUser
@@ -84,7 +85,7 @@ class Footprint:
             await self._records.enter(arrival, ArrivalState.ABORTING)
         crash_point("arrival-aborting")
         await self._domains.destroy(arrival.vm)
-        await self._domains.undefine(arrival.vm)
+        await forget_definition(self._domains, arrival.vm)
         if was_released:
             await self._network.remove(arrival)
 

@@ -28,6 +28,7 @@ from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, this_boot
 from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden
 from precache_proxy.evacuation.job import FOLLOWING, EvacuationOptions, Step, Verdict, new_job
+from precache_proxy.evacuation.layers import forget_definition
 from precache_proxy.evacuation.preflight import covered_disks
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.surroundings import Surroundings
@@ -165,7 +166,7 @@ async def _end(
     for item in open_jobs:
         await _end_job(item, sentence)
     crash_point("home-jobs-ended")
-    await around.domains.undefine(vm)
+    await forget_definition(around.domains, vm)
     with contextlib.suppress(NotFound):
         await around.source.handed_over(vm)
     # Most have left without a job of this host's; the network asks for no more than the names in it.

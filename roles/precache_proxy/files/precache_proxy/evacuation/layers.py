@@ -78,6 +78,24 @@ def sync_definitions() -> None:
         durable.sync_directory(DEFINITIONS_DIRECTORY)
 
 
+async def forget_definition(domains: Domains, vm: str) -> None:
+    """Have libvirt forget the VM's definition for good; files stay. One that is not defined is no error.
+
+    libvirt unlinks without a sync. A definition that a power cut brings back names files that are gone, and
+    the VM's next arrival here would be refused for it. Synced also where it was gone before: by a run of this
+    that a kill ended in between. Raises HypervisorError, OSError.
+    """
+    await domains.undefine(vm)
+
+    def sync() -> None:
+        sync_definitions()
+        # A link that comes back would be the autostart of the next definition of that name.
+        with contextlib.suppress(FileNotFoundError):
+            durable.sync_directory(DEFINITIONS_DIRECTORY / "autostart")
+
+    await asyncio.to_thread(sync)
+
+
 async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Iterable[str]) -> None:
     """Track the VM's writes from this instant under ``name``; one that exists is no error."""
     wanted = set(targets)

@@ -90,6 +90,7 @@ class Cable:
         self._flowing.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._mute_ports: set[int] = set()
+        self._deaf_ports: set[int] = set()
 
     async def start(self) -> None:
         """Begin to relay."""
@@ -124,6 +125,10 @@ class Cable:
         """Carry nothing more to the dialler whose socket has this port; what it sends arrives."""
         self._mute_ports.add(local_port)
 
+    def lose_questions(self, local_port: int) -> None:
+        """Carry nothing more of what the dialler whose socket has this port sends; answers arrive."""
+        self._deaf_ports.add(local_port)
+
     async def stop(self) -> None:
         """End everything."""
         await self.refuse()
@@ -140,16 +145,22 @@ class Cable:
             writer.transport.abort()
             return
         self._pairs.append((writer, far_writer))
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.create_task(self._carry(source, sink))
+        port = writer.get_extra_info("peername")[1]
+        for source, sink, lossy in (
+            (reader, far_writer, self._deaf_ports),
+            (far_reader, writer, self._mute_ports),
+        ):
+            task = asyncio.create_task(self._carry(source, sink, port, lossy))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _carry(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, port: int, lossy: set[int]
+    ) -> None:
         try:
             while data := await source.read(65536):
                 await self._flowing.wait()
-                if sink.get_extra_info("peername")[1] in self._mute_ports:
+                if port in lossy:
                     continue
                 self.carried_bytes += len(data)
                 sink.write(data)

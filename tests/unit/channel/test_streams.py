@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from precache_proxy.channel import MAX_MESSAGE_BYTES, Stream, StreamReset, TrafficClass
-from precache_proxy.channel.frames import Frame, FrameParser, FrameType
 from precache_proxy.channel.session import Session
 from precache_proxy.errors import (
     Conflict,
@@ -23,7 +22,7 @@ from precache_proxy.errors import (
     Stalled,
 )
 
-from .conftest import PairFactory, WiredFactory, until
+from .conftest import PairFactory, until
 
 
 async def echo(stream: Stream) -> None:
@@ -445,113 +444,3 @@ async def test_calls_have_a_connection_of_their_own(pair: PairFactory) -> None:
         for slot, before in zip((1, 2), carried, strict=True)
     ]
     assert max(grown) < 20_000, "pings, no calls"
-
-
-def next_frames(session: Session, slot: int) -> list[Frame]:
-    """What the session would send next on a connection."""
-    chunk = session.next_chunk(session.connections[slot]) or b""
-    parser = FrameParser()
-    parser.buffer()[: len(chunk)] = chunk
-    return list(parser.received(len(chunk)))
-
-
-async def test_a_connection_that_is_silent_by_itself_gets_no_calls(pair: PairFactory) -> None:
-    home, _backup = await pair(connections=4)
-    session = home.links["backup"]._session
-    await until(lambda: carries(session) == 4)
-    first, second, *others = (session.connections[slot] for slot in range(4))
-    assert session._connection_for_calls() is first
-    first.ponged_at -= 5
-    session._find_silent()
-    assert session._connection_for_calls() is second, "although it hears of the peer"
-    for each in (second, *others):
-        each.ponged_at = first.ponged_at
-    session._find_silent()
-    assert session._connection_for_calls() is first, "the way is, not the connection"
-
-
-async def test_where_few_connections_answer_data_goes_on_them_and_none_is_for_calls_only(
-    pair: PairFactory,
-) -> None:
-    home, backup = await pair(connections=2)
-    backup.handle_stream("echo", echo)
-    link = home.links["backup"]
-    session = link._session
-    await until(lambda: carries(session) == 2)
-    assert session._connection_for_calls() is None, "two were asked for: both carry data"
-    stream = await link.open_stream("echo", TrafficClass.PRECACHE, {})
-    await stream.drained()
-    session.connections[1].ponged_at -= 5
-    session._find_silent()
-    # Queued, and no turn of the loop in between: nothing goes before it is asked for here.
-    sent = asyncio.ensure_future(stream.send(b"x"))
-    session._pumping = True
-    await asyncio.sleep(0)
-    assert next_frames(session, 1) == []
-    assert [frame.type for frame in next_frames(session, 0)] == [FrameType.DATA]
-    await sent
-
-
-async def test_what_has_arrived_is_told_again_on_one_that_answers(pair: PairFactory) -> None:
-    """An acknowledgement is told once: in a socket whose direction is lost it would stop the other side."""
-    home, backup = await pair(connections=4)
-    backup.handle_stream("echo", echo)
-    stream = await home.links["backup"].open_stream("echo", TrafficClass.PRECACHE, {})
-    await stream.send(b"x")
-    await stream.receive()
-    accepted = backup.links["home"]._accepted
-    assert accepted is not None
-    await until(lambda: carries(accepted) == 4)
-    await asyncio.sleep(0.1)
-    # Pings of the peer come on it still, later than anything on the others.
-    accepted.connections[0].ponged_at -= 5
-    accepted.connections[0].received_at += 5
-    accepted._find_silent()
-    assert next_frames(accepted, 0) == []
-    [told] = next_frames(accepted, 1)
-    assert (told.type, told.stream) == (FrameType.ACKNOWLEDGE, stream.identifier)
-    accepted._find_silent()
-    assert next_frames(accepted, 1) == [], "once"
-    assert accepted._likeliest_first()[-1] is accepted.connections[0]
-
-
-async def test_one_direction_of_a_connection_that_is_lost_stops_a_copy_for_no_longer_than_pings_take(
-    wired: WiredFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two pings, one a second, stay unanswered; that nothing comes at all would be seen after 30 s."""
-    monkeypatch.setattr("precache_proxy.channel.session._SILENT_SECONDS", 2.0)
-    home, backup, cable = await wired(connections=4, dead_peer_seconds=30.0)
-
-    async def take(stream: Stream) -> None:
-        while await stream.receive() is not None:
-            pass
-
-    backup.handle_stream("take", take)
-    link = home.links["backup"]
-    link.set_rate(4_000_000)
-    await until(lambda: carries(link._session) == 4)
-    stream = await link.open_stream("take", TrafficClass.PRECACHE, {})
-    running = [True]
-
-    async def push() -> None:
-        while running[0]:
-            await stream.send(bytes(100_000))
-
-    pusher = asyncio.create_task(push())
-    await until(lambda: link.counters()["acknowledged_raw_bytes"] > 1_000_000)
-    cable.lose_answers(link._session.connections[0]._tls.getsockname()[1])
-    clock = asyncio.get_running_loop().time
-    seen, changed_at, longest, ends_at = 0, clock(), 0.0, clock() + 8
-    while clock() < ends_at:
-        acknowledged = int(link.counters()["acknowledged_raw_bytes"])
-        if acknowledged != seen:
-            longest = max(longest, clock() - changed_at)
-            seen, changed_at = acknowledged, clock()
-        await asyncio.sleep(0.02)
-    longest = max(longest, clock() - changed_at)
-    accepted = backup.links["home"]._accepted
-    assert accepted is not None
-    assert [accepted.connections[slot].silent for slot in range(4)] == [True, False, False, False]
-    assert longest < 5
-    running[0] = False
-    await pusher

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from precache_proxy.channel.frames import Frame, FrameParser
+from precache_proxy.channel.liveness import Liveness
 from precache_proxy.errors import LifeboatError, ProtocolError
 from precache_proxy.units import KIB, MIB
 
@@ -89,9 +90,7 @@ class Connection:
         self.synced = False  # the peer has told what it has; numbered frames may go
         self.urgent: deque[bytes] = deque()
         self.received_at = time.monotonic()
-        # Of both directions; the hello, which is just over, went there and back too.
-        self.ponged_at = time.monotonic()
-        self.silent = False  # its pings stay unanswered while those on another are answered
+        self.liveness = Liveness()
         self.pinged_at = 0.0
         self.carried_bytes = 0  # both directions, without TLS
         self.closed = False

@@ -16,7 +16,9 @@ _LARGEST_RESET_BYTES = 60 * KIB
 
 
 class Dues:
-    """Acknowledgements are told once, and again on a new connection; resets until the peer confirms them."""
+    """Acknowledgements are told once, and again where a connection may have lost them; resets until the peer
+    confirms them; the last acknowledgement of a stream until it is proved that it has come.
+    """
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -26,6 +28,7 @@ class Dues:
         self._owed_timer: asyncio.TimerHandle | None = None
         self._resetting: dict[int, bytes] = {}
         self._resets_due: dict[int, bytes] = {}
+        self._farewells: list[bytes] = []
 
     @property
     def unconfirmed_resets(self) -> Iterable[bytes]:
@@ -71,8 +74,19 @@ class Dues:
         self._owed.pop(stream.identifier, None)
         self._due.pop(stream.identifier, None)
 
+    def farewell(self, frames: Iterable[bytes]) -> None:
+        """Tell last acknowledgements, of streams that are known no longer: nothing else would repeat them."""
+        self._farewells.extend(frames)
+        if self._farewells:
+            self._wake()
+
+    def take_farewells(self) -> list[bytes]:
+        """Their frames; whoever takes them keeps them until they have come."""
+        taken, self._farewells = self._farewells, []
+        return taken
+
     def repeat(self, streams: Iterable[Stream]) -> None:
-        """A connection is gone, perhaps with what was told on it."""
+        """A connection is gone or silent, perhaps with what was told on it."""
         self._due.update((stream.identifier, stream) for stream in streams)
         self._resets_due.update(self._resetting)
 
@@ -94,5 +108,6 @@ class Dues:
         self._owed.clear()
         self._resetting.clear()
         self._resets_due.clear()
+        self._farewells.clear()
         if self._owed_timer is not None:
             self._owed_timer.cancel()

@@ -31,6 +31,7 @@ from precache_proxy.channel.frames import (
     unpack_json,
     unpack_u64,
 )
+from precache_proxy.channel.liveness import SilenceWatch
 from precache_proxy.channel.pacer import Pacer
 from precache_proxy.channel.scheduler import Scheduler
 from precache_proxy.channel.settings import TrafficClass
@@ -44,8 +45,6 @@ log = logging.getLogger(__name__)
 
 # AES-GCM keys serve for 2^24.5 records (RFC 8446, 5.5); far below that a connection is replaced.
 _RENEW_BYTES = 128 * GIB
-# Each connection is pinged every 2.5 s at least, and answers within a round trip.
-_SILENT_SECONDS = 4.0
 # With fewer, a connection for calls only would take half of what copies have, or all.
 _LEAST_FOR_CALLS = 3
 
@@ -100,6 +99,7 @@ class Session:
         self._dues = Dues(self.wake)
         self._pumping = False
         self._size = ChunkSize(time.monotonic())
+        self._silence = SilenceWatch(time.monotonic())
         self._sent_wire_bytes = 0
 
     # -- streams
@@ -142,11 +142,9 @@ class Session:
     def forget(self, stream: Stream) -> None:
         """Both halves are over: tell the peer so once more, then know it no longer."""
         if stream.identifier in self.streams:
-            expected, limit = stream.acknowledgement()
+            frame = pack_acknowledge(stream.identifier, *stream.acknowledgement())
             self._drop(stream)
-            for connection in self._likeliest_first()[:1]:
-                connection.urgent.append(pack_acknowledge(stream.identifier, expected, limit))
-                self.wake()
+            self._dues.farewell([frame])
 
     def _drop(self, stream: Stream) -> None:
         self.streams.pop(stream.identifier, None)
@@ -182,11 +180,16 @@ class Session:
             return
         if not self.connections:
             self.empty_since = time.monotonic()
+        self._give_again(connection)
+        self._owner.connection_lost(self, error)
+
+    def _give_again(self, connection: Connection) -> None:
+        """What this connection was given may never come: it goes again on the others."""
         for stream in list(self.streams.values()):
             stream.connection_lost(connection)
         self._dues.repeat(self.streams.values())
+        self._dues.farewell(connection.liveness.take_unproved())
         self.wake()
-        self._owner.connection_lost(self, error)
 
     def protocol_broken(self, error: ProtocolError) -> None:
         """The peer sent nonsense, which would come again on every connection: give the session up."""
@@ -244,32 +247,26 @@ class Session:
 
     def _likeliest_first(self) -> list[Connection]:
         """The one that heard from the peer last is the least likely to be stuck, for what is told once."""
-        return sorted(self.connections.values(), key=lambda each: (each.silent, -each.received_at))
+        return sorted(self.connections.values(), key=lambda each: (each.liveness.silent, -each.received_at))
 
     def _connection_for_calls(self) -> Connection | None:
         """The one that carries no class but control, where there are three at least.
 
         Behind a copy a call would wait in a socket: most of all in one whose congestion window is new.
         """
-        alive = [each for each in self.connections.values() if each.synced and not each.silent]
+        alive = [each for each in self.connections.values() if each.synced and not each.liveness.silent]
         if len(alive) < _LEAST_FOR_CALLS:
             return None
         return min(alive, key=lambda each: each.slot)
 
-    def _find_silent(self) -> None:
-        """A connection is broken by itself where the peer answers pings on others and not there.
-
-        What arrives is no measure: where only the direction to the peer is lost, the peer's pings still come.
-        """
-        answered_at = max((each.ponged_at for each in self.connections.values()), default=0.0)
-        for connection in self.connections.values():
-            silent = answered_at - connection.ponged_at >= _SILENT_SECONDS
-            if silent is connection.silent:
-                continue
-            connection.silent = silent
-            if silent:
-                # What was told on it may never come; an acknowledgement is told once.
-                self._dues.repeat(self.streams.values())
+    def _find_silent(self, now: float) -> None:
+        """A connection is broken by itself where the peer answers pings on others and not there."""
+        slots = {slot: connection.liveness for slot, connection in self.connections.items()}
+        for slot in self._silence.look(now, slots):
+            connection = self.connections[slot]
+            if connection.liveness.silent:
+                # It is closed later, or answers again: then the peer drops what it has twice.
+                self._give_again(connection)
             self.wake()
 
     def next_chunk(self, connection: Connection) -> bytes | None:
@@ -278,13 +275,17 @@ class Session:
         if connection.urgent:
             pieces.extend(connection.urgent)
             connection.urgent.clear()
-        if not connection.silent:
+        silent = connection.liveness.silent
+        if not silent:
             pieces.extend(self._dues.take(with_owed=self._scheduler.highest() is not None))
+            farewells = self._dues.take_farewells()
+            pieces.extend(farewells)
+            connection.liveness.told(time.monotonic_ns(), farewells)
         size = sum(map(len, pieces))
         self._counters.link.sent_wire_bytes += size
         if size:
             self._pacer.take(size)
-        if connection.synced and not connection.silent and self._scheduler.highest() is not None:
+        if connection.synced and not silent and self._scheduler.highest() is not None:
             size += self._add_frames(connection, pieces)
         if not pieces:
             return None
@@ -346,11 +347,9 @@ class Session:
             if not connection.busy:
                 connection.pump()
         elif kind is FrameType.PONG:
-            connection.ponged_at = time.monotonic()
-            now = time.monotonic_ns()
-            taken = (now - unpack_u64(frame.payload)) / 1e9
-            if 0 <= taken < 3600:
-                self.round_trip.sample(taken, now / 1e9)
+            now, asked = time.monotonic_ns(), unpack_u64(frame.payload)
+            if connection.liveness.answered(asked):
+                self.round_trip.sample((now - asked) / 1e9, now / 1e9)
         elif kind is FrameType.RESET:
             self._reset_arrived(connection, frame)
         elif kind is FrameType.RESET_DONE:
@@ -410,7 +409,7 @@ class Session:
                 self._ping(connection)
                 if not connection.busy:
                     connection.pump()
-        self._find_silent()
+        self._find_silent(now)
         low_water = self._size.follow(
             now, self._sent_wire_bytes, len(self.connections), self._pacer.rate_bytes_per_second
         )
@@ -422,5 +421,7 @@ class Session:
         return min(1.0 if self.streams else 2.5, dead_seconds / 4)
 
     def _ping(self, connection: Connection) -> None:
-        connection.pinged_at = time.monotonic()
-        connection.urgent.append(pack(FrameType.PING, pack_u64(time.monotonic_ns())))
+        at = time.monotonic_ns()
+        connection.pinged_at = at / 1e9
+        connection.liveness.pinged(at)
+        connection.urgent.append(pack(FrameType.PING, pack_u64(at)))

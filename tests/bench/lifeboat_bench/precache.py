@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -27,24 +28,36 @@ CARRIED_SHARE = (1500 - 40 - 20 - 12) / 1500
 class Case:
     """One WAN, how much is copied over it, and the share of the link asked for (None: a rate instead)."""
 
+    name: str
     profile: str
     size_mib: int
     asked_share: float | None
 
 
 CASES = (
-    Case("rate=400mbit,rtt=40ms", 1536, 0.95),
-    Case("rate=50mbit,rtt=180ms", 224, 0.92),
-    Case("rate=400mbit,rtt=180ms", 1536, 0.75),
-    Case("none", 2048, None),
+    Case("regional", "rate=400mbit,rtt=40ms", 1536, 0.95),
+    Case("trans-pacific", "rate=50mbit,rtt=180ms", 224, 0.92),
+    Case("long-fat", "rate=400mbit,rtt=180ms", 1536, 0.75),
+    Case("local", "none", 2048, None),
 )
+# Which of them to measure, by name, joined by commas.
+ONLY = "LIFEBOAT_BENCH_ONLY"
 ASKED_BYTES_PER_SECOND = 150e6
 
 
 def run(ground: Ground) -> Table:
     """Measure every case. Raises LabError where one fails."""
     table = Table("precache")
+    wanted = [word for word in os.environ.get(ONLY, "").split(",") if word]
+    unknown = set(wanted) - {case.name for case in CASES}
+    if unknown:
+        raise LabError(
+            f"{ONLY}: no case {', '.join(sorted(unknown))}; choose some of "
+            + ", ".join(case.name for case in CASES)
+        )
     for number, case in enumerate(CASES):
+        if wanted and case.name not in wanted:
+            continue
         name = f"copy{number}"
         ground.say(f"{case.profile}: {case.size_mib} MiB by nbdcopy, then by a first copy")
         _define(ground, name, case.size_mib)
@@ -52,6 +65,7 @@ def run(ground: Ground) -> Table:
             _measure(ground, table, case, name)
         finally:
             ground.lab.exec(SOURCE, "virsh", "destroy", name, check=False)
+    table.circumstances["only"] = wanted
     table.circumstances["wan_checks"] = ground.wan_checks
     return table
 

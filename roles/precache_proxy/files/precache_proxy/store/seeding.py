@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -26,13 +27,17 @@ _SPACE_CHECK_BYTES = 32 * MIB
 
 
 class Seeding:
-    """The bases of some disks, open for writing."""
+    """The bases of some disks, open for writing. ``told`` lets the source know of a mark that is durable."""
 
-    def __init__(self, replica: Replica, disks: dict[str, int]) -> None:
+    def __init__(
+        self, replica: Replica, disks: dict[str, int], told: Callable[[dict[str, int]], Awaitable[None]]
+    ) -> None:
         self.replica = replica
         self.disks = disks
         self._writers: dict[str, ImageWriter] = {}
+        self._told = told
         self._unchecked_bytes = 0
+        self._marking: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
         """Create or grow the bases and record them before anything is written. Raises Conflict."""
@@ -93,7 +98,9 @@ class Seeding:
             await images.resize(self.replica.path(base.file), base.format, size_bytes)
 
     async def write(self, disk: str, record: Record) -> None:
-        """Take a DATA or ZERO record."""
+        """Take a DATA or ZERO record. Raises what a mark under way has failed with, too."""
+        if self._marking is not None and self._marking.done():
+            await self._marked()
         writer = self._writers.get(disk)
         if writer is None:
             base = self.replica.record.layers[disk][0]
@@ -116,27 +123,50 @@ class Seeding:
         await writer.write(record.offset, record.payload)
 
     async def mark(self, offsets: dict[str, int]) -> None:
-        """Make all that came so far durable, then record up to where a resumed copy may skip."""
+        """Begin to make all that came so far durable, to record up to where a resumed copy may skip, and to
+        tell that.
+
+        What comes next is written meanwhile, or a disk that takes its time would stop the link. Waits for the
+        mark before this one.
+        """
         for disk, offset in offsets.items():
             if disk not in self.disks or not isinstance(offset, int) or not 0 <= offset <= self.disks[disk]:
                 raise InvalidInput(
                     f"{self.replica.subject}: mark {offset!r} of disk {disk!r} is not inside it"
                 )
-        await asyncio.gather(*(writer.flush() for writer in self._writers.values()))
+        await self._marked()
+        # A flush is about requests that were answered before it was asked for.
+        for writer in self._writers.values():
+            await writer.settled()
+        self._marking = asyncio.create_task(self._make_durable(offsets))
+
+    async def _make_durable(self, offsets: dict[str, int]) -> None:
+        await asyncio.gather(*(writer.flush_answered() for writer in self._writers.values()))
         crash_point("store-mark")
         async with self.replica.changing:
             record = self.replica.record
             await self.replica.save(replace(record, seeding={**record.seeding, **offsets}))
         crash_point("store-marked")
+        await self._told(offsets)
+
+    async def _marked(self) -> None:
+        """The mark under way is durable and told. Raises what it has failed with."""
+        if self._marking is not None:
+            await self._marking
+            self._marking = None
 
     async def finish(self) -> None:
-        """Close the bases in order."""
+        """Close the bases in order, the last mark told."""
+        await self._marked()
         for writer in self._writers.values():
             await writer.finish()
             writer.release()
 
     async def abort(self) -> None:
         """Close at once: what was marked is durable, what came after will come again."""
+        if self._marking is not None:
+            self._marking.cancel()
+            await asyncio.gather(self._marking, return_exceptions=True)
         await asyncio.gather(*(writer.abort() for writer in self._writers.values()), return_exceptions=True)
 
 
@@ -148,7 +178,11 @@ async def receive_seed(replica: Replica, stream: Stream) -> None:
     replica.check_peer(stream.peer)
     replica.check_space()
     names = list(disks)
-    seeding = Seeding(replica, disks)
+
+    async def told(offsets: dict[str, int]) -> None:
+        await stream.send(*json_record(RecordType.MARKED, offsets).pack())
+
+    seeding = Seeding(replica, disks, told)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(replica.chain_lock.writing())
         decoder = Decoder(stream, None)
@@ -160,9 +194,7 @@ async def receive_seed(replica: Replica, stream: Stream) -> None:
                     case RecordType.DATA | RecordType.ZERO if record.disk < len(names):
                         await seeding.write(names[record.disk], record)
                     case RecordType.MARK:
-                        offsets = record.json()
-                        await seeding.mark(offsets)
-                        await stream.send(*json_record(RecordType.MARKED, offsets).pack())
+                        await seeding.mark(record.json())
                     case RecordType.SLICE:
                         pass
                     case _:

@@ -117,6 +117,10 @@ class ImageWriter:
     async def flush(self) -> None:
         """:meth:`settled`, then flush as far as the export flushes."""
         await self.settled()
+        await self.flush_answered()
+
+    async def flush_answered(self) -> None:
+        """Flush what was answered before the call; what is written meanwhile does not wait for it."""
         await self._client.flush()
 
     async def finish(self) -> None:

@@ -5,6 +5,7 @@ lost."""
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -31,10 +32,12 @@ ARRIVAL_GOES_ON = (
     "landing-begun", "landing-merged", "landing-collapsed",
 )  # fmt: skip
 ROLLBACK = ("rollback-begun", "rollback-peer-cleaned", "rollback-merged", "arrival-aborting")
+CALLED_OFF = ("departure-before-standstill", "departure-stands-still")
 # Each test run takes these; the whole table is for `make soak`.
 SAMPLE = {
     "departure-frozen", "departure-migrating", "departure-tombstoned", "departure-released",
     "departure-undefined", "arrival-prepared", "arrival-released", "arrival-resumed", "rollback-peer-cleaned",
+    "departure-stands-still",
 }  # fmt: skip
 
 
@@ -46,7 +49,7 @@ def check_settled(pair: EvacuationPair, guest: Guest, job_id: str, canary: str, 
 
 
 def test_every_point_of_an_evacuation_is_in_a_table_here() -> None:
-    named = {*GOES_BACK, *GOES_ON, *ARRIVAL_GOES_BACK, *ARRIVAL_GOES_ON, *ROLLBACK}
+    named = {*GOES_BACK, *GOES_ON, *ARRIVAL_GOES_BACK, *ARRIVAL_GOES_ON, *ROLLBACK, *CALLED_OFF}
     prefixes = ("departure-", "arrival-", "landing-", "return-", "rollback-")
     assert named == {point for point in CRASH_POINTS if point.startswith(prefixes)}
 
@@ -97,6 +100,28 @@ def test_a_proxy_killed_in_a_rollback(pair: EvacuationPair, point: str) -> None:
         pair.start(host)
         check_settled(pair, guest, job["id"], canary, HOME)
     assert guest.images(HOME) == images
+
+
+@pytest.mark.parametrize("point", sampled(SAMPLE, *CALLED_OFF))
+def test_source_proxy_killed_while_the_guest_stands_still_to_be_called_off(
+    pair: EvacuationPair, point: str
+) -> None:
+    guest = pair.make_guest("victim")
+    canary, images, boots = guest.canary(HOME), guest.images(HOME), guest.told().boots
+    with pair.never_twice(guest):
+        pair.restart(HOME, crash_at=point)
+        pair.wait_links()
+        job = pair.begin(HOME, guest, bandwidth_bytes_per_second=2_000_000, synchronous_writes=True)
+        wait_for(
+            lambda: pair.job(HOME, job["id"]), lambda told: bool(told["progress"].get("memory_total_bytes"))
+        )
+        with suppress(OSError):
+            pair.ask(HOME, "POST", f"/v1/evacuations/{job['id']}/cancel", {})
+        wait_for(lambda: not pair.alive(HOME), timeout_seconds=120)
+        pair.start(HOME)
+        check_settled(pair, guest, job["id"], canary, HOME)
+    assert guest.images(HOME) == images
+    assert guest.told().boots == boots
 
 
 CONFIRM = (

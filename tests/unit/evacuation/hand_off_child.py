@@ -110,7 +110,7 @@ class Machines:
         self.is_there = Presence.ARRIVED
         return True
 
-    async def wait_not_migrating(self, _vm: str, _timeout_seconds: float) -> None:
+    async def wait_not_migrating(self, _vm: str, *_unused: object) -> None:
         return None
 
     async def resume(self, _vm: str) -> None:

@@ -53,8 +53,11 @@ class Machines:
         self.is_there = Presence.RUNNING
         self.resumed += 1
 
-    async def wait_not_migrating(self, _vm: str, _timeout_seconds: float) -> None:
+    async def wait_not_migrating(self, _vm: str, *_unused: object) -> None:
         return
+
+    async def paused_by_user(self, _vm: str) -> bool:
+        return False
 
     async def definition(self, _vm: str) -> Any:
         return SimpleNamespace(disk=lambda _key: None)

@@ -31,6 +31,8 @@ CRASH_POINTS: Final[dict[str, str]] = {
     "departure-before-prepare": "step prepare is durable, the peer was not asked",
     "departure-prepared": "the peer has overlays, guard and sockets",
     "departure-migrating": "libvirt is copying RAM",
+    "departure-before-standstill": "a live move is called off, the guest was not stopped for that",
+    "departure-stands-still": "the guest stands still, libvirt was not told to end the move",
     "departure-migrated": "libvirt says that it is over; nothing of ours is recorded",
     "departure-before-tombstone": "step confirm is durable, no tombstone yet",
     "departure-tombstoned": "the tombstone is durable, not released",

@@ -27,9 +27,9 @@ from precache_proxy.errors import (
 )
 from precache_proxy.evacuation import (
     addresses,
+    calling_off,
     departure_relays,
     freeze,
-    layers,
     migrate,
     mirroring,
     preflight,
@@ -52,7 +52,6 @@ CATCH_UP_ENOUGH_BYTES = 8 * MIB
 CATCH_UP_SHRINK = 0.7
 PREPARE_TIMEOUT_SECONDS = 180.0
 LINK_LOOK_SECONDS = 0.5
-ABORT_AGAIN_SECONDS = 0.2
 _SENDING = frozenset(
     {
         Step.PREFLIGHT,
@@ -118,6 +117,18 @@ class Departure:
     async def save(self) -> None:
         """Make what the record says now durable."""
         await asyncio.to_thread(self.around.journal.save, self.job)
+
+    async def note_stop(self) -> None:
+        """On record that we pause the guest here, before it is done: a rollback lets only such a one go on.
+
+        Where that cannot be written (a full disk) it is paused all the same: what it is done for cannot wait.
+        """
+        if not self.job.stopped_here:
+            self.job.stopped_here = True
+            try:
+                await self.save()
+            except OSError as error:
+                logger.error("evacuation %s: its record cannot be written: %s", self.job.id, error)
 
     def check_cancelled(self) -> None:
         """Raise Cancelled when the operator asked for it, or the relay's failure."""
@@ -346,17 +357,17 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
             # libvirt has nothing more to ask there: its good-byes would cost the guest two round trips.
             departure.sockets.close_connections(relay.LIBVIRT)
 
-    stopper = asyncio.create_task(_end_when_enough(departure))
+    end = calling_off.CallingOff(departure, waits=synchronous)
     unsubscribe = around.domains.on_lifecycle(job.vm, on_lifecycle)
     try:
         departure.check_cancelled()
-        await migrate.migrate(around.domains, job.vm, plan, on_progress)
+        await migrate.migrate(around.domains, job.vm, plan, on_progress, end.writes_wait)
     except LifeboatError as error:
         # The operator's word and the relay's reason say more than libvirt's "canceled" and "broken pipe".
         departure.check_cancelled()
         raise departure.failure or error from error
     finally:
-        stopper.cancel()
+        await end.over()
         unsubscribe()
         departure.measure.migrated(
             departure.sockets.counters, await migrate.completed_statistics(around.domains, job.vm)
@@ -364,14 +375,6 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         await departure.sockets.close()
         departure.sockets = None
     crash_point("departure-migrated")
-
-
-async def _end_when_enough(departure: Departure) -> None:
-    """End the migration once that is asked for: again and again, for libvirt may not have begun it yet."""
-    await departure.enough.wait()
-    while True:
-        await migrate.abort(departure.around.domains, departure.job.vm)
-        await asyncio.sleep(ABORT_AGAIN_SECONDS)
 
 
 async def cancel(departure: Departure) -> None:
@@ -424,7 +427,9 @@ async def pause_guest(departure: Departure) -> None:
             f"at step {Step.MIGRATE.value}"
         )
     logger.warning("evacuation %s of VM %s: its guest is paused until it has arrived", job.id, job.vm)
-    await departure.around.domains.suspend(job.vm)
+    if not await departure.around.domains.paused_by_user(job.vm):
+        await departure.note_stop()
+        await departure.around.domains.suspend(job.vm)
     job.guest_paused = True
 
 
@@ -435,10 +440,5 @@ async def clear_local_leftovers(departure: Departure) -> None:
         await departure.sockets.close()
         departure.sockets = None
     with contextlib.suppress(LifeboatError):
-        await around.domains.wait_not_migrating(job.vm, around.stall_seconds * 2)
-        definition = await around.domains.definition(job.vm)
-        mirrored = [
-            key for key in job.disks if (disk := definition.disk(key)) is not None and disk.mirror == "copy"
-        ]
-        await layers.cancel_block_jobs(around.domains, job.vm, mirrored)
+        await calling_off.end_leftovers(departure)
     await asyncio.to_thread(relay.remove_job_directory, around.run_directory / "jobs" / job.id)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import libvirt
@@ -142,12 +142,15 @@ class Domains:
             return await self.run(vm, ask, timeout_seconds=20)
         return False
 
-    async def wait_not_migrating(self, vm: str, timeout_seconds: float) -> None:
+    async def wait_not_migrating(
+        self, vm: str, timeout_seconds: float, before_abort: Callable[[], Awaitable[None]]
+    ) -> None:
         """Wait until libvirt has ended a migration that is under way; end it ourselves when it takes too
         long."""
         deadline = time.monotonic() + timeout_seconds
         while await self.migrating(vm):
             if time.monotonic() > deadline:
+                await before_abort()
                 with contextlib.suppress(HypervisorError, NotFound):
                     await self.run(vm, lambda domain: domain.abortJob())
                 deadline = time.monotonic() + timeout_seconds
@@ -177,6 +180,11 @@ class Domains:
     async def suspend(self, vm: str) -> None:
         """Pause a running VM."""
         await self.run(vm, lambda domain: domain.suspend() if domain.state()[0] in _ALIVE else None)
+
+    async def paused_by_user(self, vm: str) -> bool:
+        """Whether somebody paused the VM outside of any job of libvirt's: not a migration, not an error."""
+        wanted = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
+        return await self.run(vm, lambda domain: list(domain.state()) == wanted)
 
     async def start(self, vm: str, *, paused: bool = False) -> bool:
         """Start a VM that is shut off (the guard and the hook have their say); an active one is no error.

@@ -106,8 +106,10 @@ class Fence:
                 forbidden = Forbidden(job.vm, FENCED, sentence, job.id, job.epoch)
                 await asyncio.to_thread(around.guard.forbid, forbidden)
                 job.explain(FENCED, sentence)
+                job.stopped_here = True
                 await departure.save()
                 logger.critical("%s", sentence)
+            await departure.note_stop()
             with contextlib.suppress(NotFound):
                 await around.domains.suspend(job.vm)
 

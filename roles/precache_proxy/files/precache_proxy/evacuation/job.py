@@ -184,6 +184,10 @@ class Job:
     heard_boot: str = ""
     # the guest was stopped in the middle of its migration, so that its memory crosses only once
     guest_paused: bool = False
+    # we have paused the guest here, or were about to: only such a one goes on with a rollback
+    stopped_here: bool = False
+    # for how long it stood still while its move was ended before its end
+    stood_still_seconds: float | None = None
     # the VM had to be started anew against all plans: its memory is lost, its disks are whole
     memory_lost: bool = False
     # it ran when it was to be restarted: it is started again wherever it ends up; durable with step CATCH_UP,

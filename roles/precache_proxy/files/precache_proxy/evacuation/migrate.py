@@ -92,10 +92,17 @@ def mebibytes(bytes_per_second: float) -> int:
 
 
 async def migrate(
-    domains: Domains, vm: str, plan: Plan, on_progress: Callable[[dict[str, Any]], None]
+    domains: Domains,
+    vm: str,
+    plan: Plan,
+    on_progress: Callable[[dict[str, Any]], None],
+    on_synchronous: Callable[[], None],
 ) -> None:
     """Run the migration to its end. Raises HypervisorError: then *who runs the VM is not said*, ask both
-    sides."""
+    sides.
+
+    ``on_synchronous`` is called before a mirror in the background is told to wait with the guest's writes.
+    """
 
     def work(domain: Any) -> None:
         with contextlib.suppress(libvirt.libvirtError):
@@ -107,7 +114,7 @@ async def migrate(
     convergence = Convergence(plan.options.downtime_limit_seconds, plan.options.downtime_limit_most_seconds)
     left_to_us = plan.options.synchronous_writes is None and not plan.synchronous_writes
     mirror = MirrorWatch(plan.round_trip_seconds) if left_to_us else None
-    watch = asyncio.create_task(_watch(domains, vm, on_progress, convergence, mirror))
+    watch = asyncio.create_task(_watch(domains, vm, on_progress, convergence, mirror, on_synchronous))
     try:
         await domains.run(vm, work, timeout_seconds=None)
     finally:
@@ -121,6 +128,7 @@ async def _watch(
     on_progress: Callable[[dict[str, Any]], None],
     convergence: Convergence,
     mirror: MirrorWatch | None,
+    on_synchronous: Callable[[], None],
 ) -> None:
     while True:
         await asyncio.sleep(PROGRESS_SECONDS)
@@ -131,6 +139,7 @@ async def _watch(
                 logger.warning("VM %s dirties memory as fast as it is sent; may stop for %.1f s", vm, raised)
                 await allow_downtime(domains, vm, raised)
             if mirror is not None and mirror.observe(progress):
+                on_synchronous()
                 await _mend_mirror(domains, vm, mirror)
             on_progress(
                 {**progress, "downtime_limit_seconds": convergence.limit, "hopeless": convergence.hopeless}

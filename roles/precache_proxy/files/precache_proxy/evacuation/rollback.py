@@ -14,6 +14,7 @@ from precache_proxy.evacuation import freeze, giving_up, restart
 from precache_proxy.evacuation.arrival import RUNS_HERE
 from precache_proxy.evacuation.departure import Departure, clear_local_leftovers
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
+from precache_proxy.evacuation.guard import FENCED
 from precache_proxy.evacuation.job import Step, Verdict
 from precache_proxy.evacuation.reconcile import Presence
 
@@ -56,6 +57,7 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
         await giving_up.refuse_when_moved(departure)
     async with departure.deciding:
         if not fence.is_due(departure):
+            await _remember_fence(departure)
             await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
             presence = await _run_here(departure, presence)
     if fence.is_due(departure):
@@ -67,6 +69,7 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
     if job.disks:
         await freeze.merge_back(around.domains, job.vm, job.disks, presence)
     crash_point("rollback-merged")
+    await _go_on_at_last(departure, fence)
     with contextlib.suppress(NotFound):
         await around.source.after_rollback(job.vm)
         await around.source.release(job.vm, job.id)
@@ -74,10 +77,32 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
     await departure.enter(Step.STAYED)
 
 
+async def _remember_fence(departure: Departure) -> None:
+    """A record of an older release does not say that the fence stopped its VM: the guard's file does, and is
+    about to go."""
+    found = await asyncio.to_thread(departure.around.guard.forbidden, departure.job.vm)
+    if found is not None and found.cause == FENCED and found.job == departure.job.id:
+        await departure.note_stop()
+
+
+async def _go_on_at_last(departure: Departure, fence: Fence) -> None:
+    """A proxy that was killed may have asked libvirt for a stop that came only after we had looked."""
+    job, around = departure.job, departure.around
+    if job.stopped_here:
+        async with departure.deciding:
+            if not fence.is_due(departure) and await around.domains.paused_by_user(job.vm):
+                await around.domains.resume(job.vm)
+
+
 async def _run_here(departure: Departure, presence: Presence) -> Presence:
     job, around = departure.job, departure.around
     if presence is Presence.PAUSED:
-        # libvirt left it between two worlds, or we fenced it; nobody else runs it.
+        if not job.stopped_here and await around.domains.paused_by_user(job.vm):
+            job.sentence += (
+                " It is paused here, which was not for this evacuation: resume it when it is to run."
+            )
+            return presence
+        # libvirt left it between two worlds, or we stopped it; nobody else runs it.
         await around.domains.resume(job.vm)
         return Presence.RUNNING
     if presence is Presence.SHUT_OFF:

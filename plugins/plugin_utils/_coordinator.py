@@ -372,7 +372,7 @@ class Coordinator(Lookout):
     def _start(self, controller: Controller, uuid: str, rung: Rung, shutdown_seconds: float | None) -> None:
         host = controller.source_of(uuid)
         vm = next(vm for vm in controller.site.vms if vm.uuid == uuid)
-        name, body = vm.name, self._begin_body(vm, rung, shutdown_seconds)
+        name, body = vm.name, self._order(host, self._begin_body(vm, rung, shutdown_seconds))
         self._starting.add(uuid)
         if uuid not in self._unanswered:
             jobs = self.hosts[host].jobs
@@ -389,6 +389,9 @@ class Coordinator(Lookout):
                 if rung is Rung.PAUSED:
                     self._to_pause.add(uuid)
                 self._say(f"{name}: starts, to {job.get('peer')}{_HOW[rung]}")
+            elif error.cause == "taken-over":
+                # Nothing was begun; who has the host now, and whether we go on, the next look says.
+                controller.not_started(uuid, self._clock(), counts=False)
             elif error.cause == "unreachable":
                 # The answer may be what was lost: should it be under way, the next look finds it.
                 self._unanswered.add(uuid)
@@ -419,5 +422,5 @@ class Coordinator(Lookout):
             body["bandwidth_bytes_per_second"] = self.wanted.bandwidth_bytes_per_second
         return body
 
-    def _begin(self, host: str, body: t.Mapping[str, object]) -> dict[str, t.Any]:
+    def _begin(self, host: str, body: t.Mapping[str, object] | None) -> dict[str, t.Any]:
         return dict(self._sources[host].request("POST", "/v1/evacuations", body))

@@ -2,6 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """One coordinator per hypervisor: leases of seconds that the sources' proxies keep, renewed at each look.
 
+Each grant has an epoch, higher than all before. An order names the one that was ours at the look that it was
+decided by, and the proxy refuses it once somebody else has been granted a later one: what a controller that
+stood still sends when it goes on does nothing.
+
 A controller that dies renews nothing, and its successor waits no longer than the lease runs; one that is
 alive is seen by its renewals, and the second is refused with who it is. Who only tries holds a host for a
 moment and renews nothing: that ends nobody who is at work.
@@ -91,6 +95,10 @@ class Leases:
         self._identifier = uuid.uuid4().hex
         # Until when each is ours, by our clock.
         self._granted: dict[str, float] = {}
+        # Under which epoch each is, or was last; hosts of older proxies have none.
+        self._epochs: dict[str, int] = {}
+        # Who took over by word from us and has ended since, by hosts that are ours again.
+        self._meanwhile: dict[str, str] = {}
         # Were ours, and another has them.
         self._lost: set[str] = set()
         # Proxies of an older version.
@@ -146,6 +154,12 @@ class Leases:
         holder = self._ask(host, self.seconds, take_over=False)
         if holder is None:
             self._lost.discard(host)
+            if host in self._meanwhile:
+                raise TakenOver(
+                    f"{host}: {self._meanwhile[host]} had taken over its evacuation and has ended since; "
+                    "this one gives no more orders, what is under way goes on: see what that one says, or "
+                    "give the command again"
+                )
             return
         if self._granted.pop(host, None) is not None:
             self._lost.add(host)
@@ -155,10 +169,20 @@ class Leases:
                             "goes on: see what that one says")  # fmt: skip
         raise ProxyError("conflict", f"{told}; its VMs are left to that one")
 
+    def epoch(self, host: str) -> int | None:
+        """What orders to a host are to name from now on; None: its proxy is of an older version."""
+        return self._epochs.get(host)
+
+    def _by_word_of(self, other: Holder) -> bool:
+        """Whether another has taken over by an operator's word that counts for more than ours.
+
+        Of two that take over at the same time each may hold some of the other's: by word one of them ends.
+        """
+        return bool(other.get("taken_over")) and not (self._by_word and self._identifier > str(other["id"]))
+
     def _ends_us(self, holder: Holder) -> bool:
         """Whether who has a host of ours ends us; of two, never each the other."""
-        # Of two that take over at the same time each may hold some of the other's: by word one of them ends.
-        if holder.get("taken_over") and not (self._by_word and self._identifier > str(holder["id"])):
+        if self._by_word_of(holder):
             return True
         now = self._clock()
         return int(holder["renewals"]) > 0 and all(until <= now for until in list(self._granted.values()))
@@ -166,6 +190,9 @@ class Leases:
     def give_back(self) -> None:
         """Others need not wait until they have run out."""
         self._claimed = False
+        # Who is at work before a next try has taken over nothing of ours.
+        self._epochs.clear()
+        self._meanwhile.clear()
         asked = [self._pool.submit(self._quietly, host) for host in list(self._granted)]
         self._granted.clear()
         wait(asked, _PATIENCE_SECONDS)
@@ -229,4 +256,17 @@ class Leases:
             return None
         if told["granted"] and seconds > 0:
             self._granted[host] = until
+            self._note(host, told["coordinator"])
         return None if told["granted"] else told["coordinator"]
+
+    def _note(self, host: str, ours: Holder) -> None:
+        """Under which epoch a host is ours now, and whether somebody took over since it was last."""
+        epoch, before = ours.get("epoch"), ours.get("before")
+        if epoch is None:
+            return
+        last = self._epochs.get(host)
+        self._epochs[host] = int(epoch)
+        if last is None or not before or before["id"] == self._identifier or int(before["epoch"]) <= last:
+            return
+        if self._by_word_of(before):
+            self._meanwhile[host] = str(before["who"])

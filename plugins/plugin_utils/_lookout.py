@@ -47,7 +47,7 @@ class Lookout(Requester):
         super().__init__(wanted, sources, destinations, deadline, say, clock, find)
         self._sleep = sleep
         self._leases = Leases(wanted.site, self._sources, wanted.who, self._pool, say, clock, sleep)
-        self._pending: dict[str, Future[dict[str, t.Any]]] = {}
+        self._pending: dict[str, Future[tuple[dict[str, t.Any], int | None]]] = {}
         self._lost_at: dict[str, float] = {}
         self._silent: frozenset[str] = frozenset()
 
@@ -73,7 +73,7 @@ class Lookout(Requester):
             future = self._pending[name]
             late = self.hosts[name].late_since is not None and not patient
             try:
-                status = future.result(timeout=0.0 if late else max(0.0, until - time.monotonic()))
+                status, epoch = future.result(timeout=0.0 if late else max(0.0, until - time.monotonic()))
             except TimeoutError:
                 if self.hosts[name].late_since is None:
                     self.hosts[name].late_since = self._clock()
@@ -90,20 +90,27 @@ class Lookout(Requester):
             if self.hosts[name].error:
                 self._say(f"{name}: answers again")
             self.hosts[name].status, self.hosts[name].error = status, ""
+            if epoch is not None:
+                self._epochs[name] = epoch
             self.hosts[name].late_since = None
             self._lost_at.pop(name, None)
 
-    def _poll(self, proxy: Proxy, *, whole: bool) -> dict[str, t.Any]:
-        """A host's state. Not all of it while VMs move: that asks QEMU for every lag, and takes long."""
+    def _poll(self, proxy: Proxy, *, whole: bool) -> tuple[dict[str, t.Any], int | None]:
+        """A host's state, and the epoch of the lease that it was asked under.
+
+        Not all of it while VMs move: that asks QEMU for every lag, and takes long.
+        """
         before = self.hosts[proxy.name].status
         self._leases.renew(proxy.name)
+        epoch = self._leases.epoch(proxy.name)
         if whole or not before:
-            return dict(ask(proxy, "GET", "/v1/status", None, _ANSWER_SECONDS))
-        return {
+            return dict(ask(proxy, "GET", "/v1/status", None, _ANSWER_SECONDS)), epoch
+        told = {
             **before,
             **ask(proxy, "GET", "/v1/evacuations", None, _ANSWER_SECONDS),
             **ask(proxy, "GET", "/v1/links", None, _ANSWER_SECONDS),
         }
+        return told, epoch
 
     def _glance(self, hosts: t.Collection[str]) -> tuple[bool, set[str]]:
         """Ask hosts after their jobs alone: whether any of those is through since that was told last, and who

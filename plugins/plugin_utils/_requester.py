@@ -28,6 +28,7 @@ from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor impo
 
 _SHARE_LEASE_SECONDS = 20.0
 _POSTPONE_SECONDS = 30.0
+_SAID_AT_THE_NEXT_LOOK = frozenset({"conflict", "not-found", "taken-over", "unreachable"})
 # A share that equals none.
 _UNKNOWN = float("nan")
 # Of so many that stay it is asked with each line of progress what their replicas lack.
@@ -56,12 +57,19 @@ class Requester(Surveyor):
         self._cannot_postpone: set[str] = set()
         self._to_pause: set[str] = set()
         self._shares: dict[str, tuple[float | None, float]] = {}
+        # Under which epoch of its lease each host was when it was looked at last.
+        self._epochs: dict[str, int] = {}
+
+    def _order(self, host: str, body: t.Mapping[str, object] | None) -> t.Mapping[str, object] | None:
+        """The body of an order that is decided now: it does nothing once another coordinates the host."""
+        epoch = self._epochs.get(host)
+        return body if epoch is None else {**(body or {}), "epoch": epoch}
 
     def _pause(self, controller: Controller, uuid: str, eyes: Eyes) -> None:
         def told(_job: t.Any, error: ProxyError | None) -> None:
             if error is None:
                 eyes.paused.add(uuid)
-            elif error.cause == "unreachable":
+            elif error.cause in {"unreachable", "taken-over"}:
                 self._to_pause.add(uuid)
 
         self._ask(controller, uuid, "steer", {"pause_guest": True}, told, key="pause")
@@ -128,7 +136,7 @@ class Requester(Surveyor):
             if error is not None and error.cause == "not-found":
                 self._cannot_postpone.add(host)
 
-        proxy, body = self._sources[host], {"for_seconds": seconds}
+        proxy, body = self._sources[host], self._order(host, {"for_seconds": seconds})
         path = f"{vm_path(uuid)}/postpone"
         self._errands.send(host, f"postpone {uuid}", lambda: proxy.request("POST", path, body), told)
 
@@ -155,11 +163,11 @@ class Requester(Surveyor):
         key: str = "",
     ) -> None:
         def over(answer: t.Any, error: ProxyError | None) -> None:
-            # It may have ended since we looked: the next look says.
-            if error is not None and error.cause not in {"conflict", "not-found", "unreachable"}:
+            # It may have ended since we looked, or have been taken over: the next look says.
+            if error is not None and error.cause not in _SAID_AT_THE_NEXT_LOOK:
                 self._say(f"{host}: {error.message}")
             if told is not None:
                 told(answer, error)
 
-        proxy, path = self._sources[host], job_path(job, what)
+        proxy, path, body = self._sources[host], job_path(job, what), self._order(host, body)
         self._errands.send(host, f"{key or what} {job}", lambda: proxy.request("POST", path, body), over)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,34 @@ class Running:
         self.process.kill()
         self.process.wait()
 
+    def stand_still(self) -> None:
+        """As on a machine that is suspended, or that swaps: ansible-playbook and its workers, which have
+        sessions of their own."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After :meth:`stand_still`."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in _with_children(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
     def clean(self) -> None:
         if self.process.poll() is None:
+            self.go_on()
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def _with_children(process: int) -> Iterator[int]:
+    """A process and all that it has begun, itself first: what is stopped begins nothing more."""
+    yield process
+    for thread in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in thread.read_text().split():
+                yield from _with_children(int(child))
 
 
 class Crowd:

@@ -15,6 +15,7 @@ import pytest
 from integration.playbook_runner import PlaybookResult
 from integration.run_watch import none_twice
 from integration.site_crowd import PEERS, Crowd, Member, RunPlaybook, crowd_at_home, wait_until
+from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.lab import Lab
 
@@ -103,6 +104,48 @@ def test_the_controller_is_killed_and_started_again(crowd: Crowd) -> None:
     assert set(crowd.verdicts(report).values()) <= OUT
     crowd.intact_at("backup")
     # One that stayed may have been begun again; moved was each of them once.
+    moved = sorted(job["vm"] for job in begun(*PEERS) if job["verdict"] == "evacuated")
+    assert moved == sorted(guest.plan.uuid for guest in crowd.guests.values())
+
+
+def test_a_controller_that_stood_still_gives_no_orders_when_it_goes_on(crowd: Crowd) -> None:
+    """Stopped for longer than its lease, another began meanwhile; also by hand nothing is had in its name."""
+    begun = begun_since(crowd)
+    first = crowd.begin("home", evacuate_deadline="20m")
+    wait_until(lambda: any(job["step"] == "migrate" for job in begun(*PEERS)), "one is on its way")
+    held = {host: crowd.proxy(host).get("/status")["coordinator"] for host in PEERS}
+    first.stand_still()
+    try:
+        second = crowd.begin("home", evacuate_deadline="20m")
+
+        def taken_over() -> bool:
+            now = {host: crowd.proxy(host).get("/status")["coordinator"] for host in PEERS}
+            return all(
+                now[host] and now[host]["id"] != held[host]["id"] and now[host]["renewals"] for host in PEERS
+            )
+
+        wait_until(taken_over, "the second one coordinates both hosts")
+        wait_until(lambda: any(not job["ended"] for job in begun(*PEERS)), "one is on its way again")
+        for host in PEERS:
+            with pytest.raises(LabError, match="taken over by"):
+                crowd.proxy(host).request(
+                    "POST", "/evacuations", {"vm": "nobody", "epoch": held[host]["epoch"]}
+                )
+            for job in begun(host):
+                with pytest.raises(LabError, match="nothing was changed"):
+                    crowd.proxy(host).request(
+                        "POST", f"/evacuations/{job['id']}/cancel", {"epoch": held[host]["epoch"]}
+                    )
+    finally:
+        first.go_on()
+    assert first.end() != 0, first.text[-6000:]
+    told = first.text.replace("\n", " ")
+    assert "has taken over; this one gives no more orders" in told, first.text[-6000:]
+    assert second.end() == 0, second.text[-6000:]
+    seen(crowd, "the controller stands still and another takes over")
+    assert set(crowd.verdicts(crowd.report())) == set(crowd.guests)
+    assert set(crowd.verdicts(crowd.report()).values()) <= OUT
+    crowd.intact_at("backup")
     moved = sorted(job["vm"] for job in begun(*PEERS) if job["verdict"] == "evacuated")
     assert moved == sorted(guest.plan.uuid for guest in crowd.guests.values())
 

@@ -24,6 +24,7 @@ from precache_proxy.control import journal, link_measurement
 from precache_proxy.control.answers import vms_answer
 from precache_proxy.control.api import ControlServer
 from precache_proxy.control.checks import CLOCK_METHOD
+from precache_proxy.control.coordinator_lease import CoordinatorLease
 from precache_proxy.control.parts import Parts
 from precache_proxy.control.service_manager import ServiceManager
 from precache_proxy.errors import Conflict, LifeboatError
@@ -156,7 +157,8 @@ async def build(config: Config) -> Parts:
         network=arrival_network(config),
         qemu_user=config.hypervisor.qemu_user,
     )
-    return Parts(config, hypervisor, channel, store, source, evacuation)
+    lease = CoordinatorLease(record=config.paths.state / "coordinator.json")
+    return Parts(config, hypervisor, channel, store, source, evacuation, lease=lease)
 
 
 async def _clock(_peer: str, _parameters: dict[str, Any]) -> dict[str, Any]:

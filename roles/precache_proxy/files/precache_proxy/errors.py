@@ -128,6 +128,18 @@ class ProtocolError(LifeboatError):
     http_status = 502
 
 
+class NotUsed(ProtocolError):
+    """A connection that was held ready has ended, and nothing that was sent for it has reached it."""
+
+    cause = "not-used"
+
+
+class TakenOver(Conflict):
+    """An order of a coordinator that another has taken over from; nothing was changed."""
+
+    cause = "taken-over"
+
+
 class StaleEpoch(Conflict):
     """The VM's home has moved since: what was offered belongs to an older epoch."""
 

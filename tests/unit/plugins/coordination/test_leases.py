@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precache_proxy.control.coordinator_lease import CoordinatorLease
+from precache_proxy.errors import TakenOver as Fenced
 from small_parts.parts import DATABASE, KNOWN
 from unit.plugins.coordination.world import World
 
@@ -163,6 +164,35 @@ def test_it_is_taken_over_on_the_operators_word(site: Site) -> None:
         first.renew("home2")
     first.give_back()
     assert site.holders() == ["bert"] * 3
+
+
+def test_one_that_was_taken_over_from_ends_also_if_the_other_has_ended_meanwhile(site: Site) -> None:
+    """It stood still all the while: the operator's word was not for an hour."""
+    first, second = site.controller("anna"), site.controller("bert")
+    first.claim(HOSTS, 2.0, take_over=False)
+    old = {host: first.epoch(host) for host in HOSTS}
+    second.claim(HOSTS, 2.0, take_over=True)
+    for host in HOSTS:
+        second.renew(host)
+    second.give_back()
+    site.clock.now += 3600
+    with pytest.raises(TakenOver, match="home1: bert had taken over its evacuation and has ended since"):
+        first.renew("home1")
+    first.give_back()
+    assert site.holders() == [""] * 3
+    for host, lease in site.leases.items():
+        with pytest.raises(Fenced):
+            lease.check(old[host], host)
+
+
+def test_one_that_stood_still_while_nobody_came_goes_on_with_what_it_ordered(site: Site) -> None:
+    first = site.controller("anna")
+    first.claim(HOSTS, 2.0, take_over=False)
+    old = first.epoch("home1")
+    site.clock.now += 3600
+    first.renew("home1")
+    assert first.epoch("home1") == old
+    site.leases["home1"].check(old, "home1")
 
 
 def test_all_hosts_or_none(site: Site) -> None:
@@ -375,11 +405,15 @@ def test_never_two_coordinate_one_host_and_at_least_one_goes_on(deeds: list[tupl
         site = Site(pool)
         play = Play(site)
         unheard = False
+        # Who took over on an operator's word; once he has ended, those before him may all have.
+        by_word: set[str] = set()
+        word_was_kept = False
         for deed, who, host in deeds:
             began = set(play.at_work)
             if deed in {"claim", "take over"} and who not in play.at_work:
                 play.claims(who, host, take_over=deed == "take over")
             elif deed == "end":
+                word_was_kept = word_was_kept or who in by_word & play.at_work
                 play.ends(who)
                 began.discard(who)
             elif deed == "cut":
@@ -397,7 +431,9 @@ def test_never_two_coordinate_one_host_and_at_least_one_goes_on(deeds: list[tupl
             unheard = unheard or deed in {"take over", "restart"}
             holders = set(site.holders()) - {""}
             # What one who ended could not give back runs out.
-            assert not began or play.at_work or holders
+            if deed == "take over" and who in play.at_work - began:
+                by_word.add(who)
+            assert not began or play.at_work or holders or word_was_kept
             for name, holder in zip(HOSTS, site.holders(), strict=True):
                 believe = play.believing(name)
                 assert unheard or len(believe) <= 1
@@ -460,4 +496,51 @@ def test_one_that_is_taken_over_from_ends_and_its_jobs_go_on(world: World) -> No
     second.join(60)
     assert not second.is_alive()
     assert ends[1] == dict.fromkeys(KNOWN.values(), "evacuated")
+    assert [len(parts.evacuation.begun) for parts in world.parts.values()] == [1, 1]
+
+
+def test_an_order_that_was_on_its_way_while_another_took_over_does_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anna stands still with a start under way, as a stopped process or a connection that hangs does."""
+    world.protect("home1", "web1")
+    world.protect("home2", DATABASE)
+    for parts in world.parts.values():
+        parts.evacuation.step_seconds = 0.6
+    on_the_way, goes_on = threading.Event(), threading.Event()
+    refused: list[ProxyError] = []
+    proxy = world.proxies["home1"]
+    request = proxy.request
+
+    def slow(method: str, path: str, body: Any = None, timeout_seconds: float = 30.0) -> Any:
+        if (method, path) != ("POST", "/v1/evacuations") or on_the_way.is_set():
+            return request(method, path, body, timeout_seconds)
+        on_the_way.set()
+        assert goes_on.wait(30)
+        try:
+            return request(method, path, body, timeout_seconds)
+        except ProxyError as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(proxy, "request", slow)
+    ends: list[Any] = []
+    anna = run(world, [], ends, who="anna")
+    assert on_the_way.wait(30)
+    bert = run(world, [], ends, who="bert", take_over=True)
+    patience = time.monotonic() + 30
+    while not world.parts["home1"].evacuation.begun:
+        assert time.monotonic() < patience, "bert begins nothing"
+        time.sleep(0.05)
+    goes_on.set()
+    while not refused:
+        assert time.monotonic() < patience, "it was obeyed"
+        time.sleep(0.05)
+    assert [error.cause for error in refused] == ["taken-over"]
+    assert "home1: taken over by bert since" in str(refused[0])
+    for thread in (anna, bert):
+        thread.join(60)
+    outcomes = [end for end in ends if isinstance(end, dict)]
+    assert outcomes == [dict.fromkeys(KNOWN.values(), "evacuated")]
+    assert [type(end).__name__ for end in ends if not isinstance(end, dict)] == ["TakenOver"]
     assert [len(parts.evacuation.begun) for parts in world.parts.values()] == [1, 1]

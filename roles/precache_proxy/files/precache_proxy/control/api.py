@@ -9,7 +9,8 @@ import grp
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from aiohttp import web
 
@@ -164,8 +165,9 @@ class Api:
         return web.json_response(answers.as_json(result))
 
     async def _postpone(self, request: web.Request) -> web.Response:
+        values = self._obeyed(await requests.body(request))
         vm = answers.find_vm(self._parts, request.match_info["vm"])
-        seconds = requests.postponement(await requests.body(request))
+        seconds = requests.postponement(values)
         status = self._parts.source.postpone(vm["uuid"], seconds)
         return web.json_response(answers.vm_answer(status))
 
@@ -208,8 +210,7 @@ class Api:
         return web.json_response({"evacuations": jobs})
 
     async def _begin(self, request: web.Request) -> web.Response:
-        values = await requests.body(request)
-        vm, options = requests.evacuation(values)
+        vm, options = requests.evacuation(self._obeyed(await requests.body(request)))
         job = await self._parts.evacuation.begin(vm, options=options)
         return web.json_response(answers.job_answer(job), status=202)
 
@@ -237,12 +238,13 @@ class Api:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _cancel(self, request: web.Request) -> web.Response:
+        self._obeyed(await requests.body(request))
         identifier = answers.find_job(self._parts, request.match_info["job"])["id"]
         job = await self._parts.evacuation.cancel(identifier)
         return web.json_response(answers.job_answer(job), status=202)
 
     async def _steer(self, request: web.Request) -> web.Response:
-        wanted = requests.steering(await requests.body(request))
+        wanted = requests.steering(self._obeyed(await requests.body(request)))
         identifier = answers.find_job(self._parts, request.match_info["job"])["id"]
         evacuation = self._parts.evacuation
         if wanted.shares:
@@ -266,7 +268,15 @@ class Api:
         asked = requests.coordination(await requests.body(request))
         lease = self._parts.lease
         granted = lease.ask(asked.coordinator, asked.who, asked.for_seconds, take_over=asked.take_over)
-        return web.json_response({"granted": granted, "coordinator": lease.told()})
+        told = {"granted": granted, "coordinator": lease.told()}
+        await lease.keep()
+        return web.json_response(told)
+
+    def _obeyed(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An order's body without the epoch that it was decided under. Raises TakenOver, InvalidInput."""
+        epoch, rest = requests.under(values)
+        self._parts.lease.check(epoch, self._parts.config.name)
+        return rest
 
     async def _settle(self, request: web.Request) -> web.Response:
         findings: list[Finding] = []

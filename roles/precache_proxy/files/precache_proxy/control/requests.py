@@ -190,6 +190,19 @@ def steering(values: Mapping[str, Any]) -> Steering:
     return wanted
 
 
+def under(values: Mapping[str, Any]) -> tuple[int | None, Mapping[str, Any]]:
+    """The epoch of the lease that an order was decided under (None: it names none), and the rest of its body.
+    Raises InvalidInput."""
+    rest = dict(values)
+    epoch = rest.pop("epoch", None)
+    if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int)):
+        raise InvalidInput(
+            f"request: epoch: is {epoch!r}, no whole number; give what /v1/coordinator told, or leave it "
+            "out; nothing was changed"
+        )
+    return epoch, rest
+
+
 def postponement(values: Mapping[str, Any]) -> float:
     """For how many seconds a VM's periodic passes are to wait. Raises InvalidInput."""
     findings: list[Finding] = []

@@ -34,6 +34,8 @@ class Pipe:
 
     peer = "home1"
     idle_seconds = 0.0
+    # How long the word of an end is on its way to the source.
+    late_seconds = 0.0
     header: dict[str, Any]
 
     def __init__(self) -> None:
@@ -63,10 +65,19 @@ class Pipe:
 
     def reset(self, error: LifeboatError) -> None:
         assert self.other is not None
+        other = self.other
+
+        def arrives() -> None:
+            other.over = error
+            other.inbox.put_nowait(error)
+
         if self.over is None:
-            self.over = self.other.over = error
+            self.over = error
             self.inbox.put_nowait(error)
-            self.other.inbox.put_nowait(error)
+            if self.late_seconds:
+                asyncio.get_running_loop().call_later(self.late_seconds, arrives)
+            else:
+                arrives()
 
 
 def answer_to(raw: bytes) -> bytes:
@@ -120,6 +131,7 @@ class Ground:
         self.known = KnownOpenings()
         self.is_admitted = True
         self.knows_ahead = True
+        self.ends_are_late_seconds = 0.0
         self.plain: list[str] = []
         self.failures: list[LifeboatError] = []
         self.served: set[asyncio.Task[None]] = set()
@@ -149,6 +161,7 @@ class Ground:
     def _open(self, told: dict[str, Any], handler: Callable[[Any], Awaitable[None]]) -> Pipe:
         here, there = Pipe(), Pipe()
         here.other, there.other, there.header = there, here, told
+        there.late_seconds = self.ends_are_late_seconds
 
         async def serve() -> None:
             try:

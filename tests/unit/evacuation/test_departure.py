@@ -97,7 +97,7 @@ class Domains:
 
 @pytest.fixture(autouse=True)
 def of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def version(*_unused: object) -> int:
+    async def version(*_unused: object, **_further: object) -> int:
         return 10_000_007
 
     monkeypatch.setattr("precache_proxy.evacuation.mirroring.emulator_version", version)

@@ -152,6 +152,17 @@ async def test_the_version_is_that_of_the_running_qemu(monkeypatch: pytest.Monke
     found = await emulator_version(Domains(), "x")  # type: ignore[arg-type]
     assert (found, changeable(found)) == (7_002_022, False)
 
+    asked: list[str] = []
+    monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", lambda *words: asked.append(str(words)))
+    connection = libvirt.open("test:///default")
+
+    class Real:
+        async def run(self, vm: str, function: Callable[[Any], Any]) -> Any:
+            return function(connection.lookupByName(vm))
+
+    guess = await emulator_version(Real(), "test", decides=False)  # type: ignore[arg-type]
+    assert (guess, asked) == (connection.getVersion(), []), "libvirt's word will do, and leaves no mark"
+
     def refuse(*_unused: object) -> str:
         raise libvirt.libvirtError("no monitor")
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precache_proxy.evacuation.nbd_flushes import Flushes
+from precache_proxy.evacuation import nbd_frames
+from precache_proxy.evacuation.nbd_flushes import Flushes, MirrorFlushes
 
 REQUEST = struct.Struct(">IHHQQQ")
 READ, WRITE, DISCONNECT, FLUSH, TRIM, ZEROES, BLOCK_STATUS = 0, 1, 2, 3, 4, 6, 7
@@ -176,3 +177,50 @@ def test_what_a_client_left_in_the_middle_of_a_request_is_not_kept() -> None:
     flushes = Flushes()
     assert flushes.outward(request(WRITE, 1)[:9]) == (b"", b"")
     assert flushes.outward(b"") == (request(WRITE, 1)[:9], b"")
+
+
+FLUSH_FIRST = request(FLUSH, 1)
+
+
+def answers_flushes(flushes: Flushes | None) -> bool:
+    return flushes is not None and flushes.outward(FLUSH_FIRST)[0] == b""
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([None, "drive-a", "drive-b", "drive-c"]), st.booleans()), max_size=8)
+)
+def test_of_an_export_with_two_connections_none_is_answered_here(
+    connections: list[tuple[str | None, bool]],
+) -> None:
+    """Also where the first has ended: what it wrote may not be on disk. ``None``: who knows which export."""
+    mirrors = MirrorFlushes()
+    followed = [
+        (export, understood, mirrors.connected(export, understood=understood))
+        for export, understood in connections
+    ]
+    exports = [export for export, _understood in connections]
+    for export, understood, flushes in followed:
+        alone = None not in exports and exports.count(export) == 1
+        assert answers_flushes(flushes) == (understood and alone)
+
+
+def test_what_is_under_way_passes_whole_when_a_second_connection_comes() -> None:
+    mirrors = MirrorFlushes()
+    first = mirrors.connected("drive-a", understood=True)
+    assert first is not None
+    data = request(WRITE, 7, b"x" * 100) + request(FLUSH, 8)
+    onward, told = first.outward(data[:40])
+    assert mirrors.connected("drive-a", understood=True) is None
+    for piece in (data[40:150], data[150:], FLUSH_FIRST, b""):
+        more, answered = first.outward(piece)
+        onward, told = onward + more, told + answered
+    assert (onward, told) == (data + FLUSH_FIRST, b"")
+
+
+@pytest.mark.parametrize("version", [7_002_000, 10_000_000])
+def test_the_export_is_known_once_it_was_named(version: int) -> None:
+    requests = nbd_frames.opening("drive-virtio-disk0", version)
+    assert [nbd_frames.export_of(requests[:step]) for step in range(6)] == [
+        None, None, None, None, "drive-virtio-disk0", "drive-virtio-disk0",
+    ]  # fmt: skip
+    assert nbd_frames.export_of([nbd_frames.option(nbd_frames.GO)]) is None

@@ -97,7 +97,13 @@ async def test_another_question_is_asked_over_the_wan_and_known_the_next_time(as
         assert made.plain == [LIBVIRT]
         assert made.libvirtd.procedures[-1] == procedures(calls)
         await soon(lambda: made.libvirtd.open == 0)
-        assert made.known.of("backup1") == (*OPENING[:asked], new)
+        # All of it, and not only what came before the question that nobody had foreseen.
+        assert made.known.of("backup1") == (*OPENING[:asked], new, *OPENING[asked:])
+        before = len(made.libvirtd.procedures)
+        made.ahead.begin_libvirt()
+        await soon(lambda: len(made.libvirtd.procedures) > before)
+        assert await converse(made, calls) == [answer_to(raw) for raw in calls]
+        assert made.plain == [LIBVIRT], "the next one is not opened over the WAN"
 
 
 async def test_what_comes_on_the_heels_of_the_opening_is_cut_to_the_peers_measure() -> None:

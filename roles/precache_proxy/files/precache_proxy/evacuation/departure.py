@@ -308,7 +308,8 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     rate = departure.measure.channel_bytes_per_second
     round_trip = departure.link.round_trip_seconds
     wanted = job.options.synchronous_writes
-    emulator = await mirroring.emulator_version(around.domains, job.vm)
+    writes = departure.measure.written_bytes_per_second > 0
+    emulator = await mirroring.emulator_version(around.domains, job.vm, decides=wanted is None and writes)
     synchronous = (
         mirroring.needs_synchronous_writes(
             departure.measure.written_bytes_per_second,

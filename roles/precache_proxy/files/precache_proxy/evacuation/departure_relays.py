@@ -60,7 +60,14 @@ def openings_ahead(departure: Departure) -> OpeningsAhead:
         header = held_opening.header(job.id, socket, requests)
         return await _open(departure, held_opening.AHEAD_KIND, header)
 
-    return OpeningsAhead(job.peer, around.openings, open_ahead, stall_seconds=around.stall_seconds)
+    link = departure.link
+    return OpeningsAhead(
+        job.peer,
+        around.openings,
+        open_ahead,
+        stall_seconds=around.stall_seconds,
+        round_trip=lambda: link.round_trip_seconds,
+    )
 
 
 def ask_for_mirrors(

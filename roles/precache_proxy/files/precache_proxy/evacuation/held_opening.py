@@ -16,7 +16,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from precache_proxy.errors import InvalidInput, ProtocolError, Stalled
+from precache_proxy.errors import InvalidInput, NotUsed, ProtocolError, Stalled
+from precache_proxy.evacuation.known_openings import QUESTIONS_LIMIT
 from precache_proxy.evacuation.openings import LANGUAGES, Language
 from precache_proxy.evacuation.packing import PIECE_BYTES, Unpacker
 from precache_proxy.evacuation.relay import Begun, RelayStream
@@ -26,7 +27,6 @@ AHEAD_KIND: Final = "relay-ahead"
 # It is made on this host, without the WAN.
 OPENING_SECONDS: Final = 5.0
 LARGEST_REPLIES_BYTES: Final = 64 * KIB
-_REQUESTS_LIMIT: Final = 64
 
 
 def header(job_id: str, socket: str, requests: Sequence[bytes]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def requests_of(told: Mapping[str, Any]) -> tuple[bytes, ...]:
     """What a stream's header asks for. Raises InvalidInput where it is more than an opening."""
     socket, texts = told.get("socket"), told.get("requests")
     language = LANGUAGES.get(str(socket))
-    if language is None or not isinstance(texts, list) or len(texts) > _REQUESTS_LIMIT:
+    if language is None or not isinstance(texts, list) or len(texts) > QUESTIONS_LIMIT:
         raise InvalidInput(f"relay {socket!r}: nothing of it is opened ahead")
     requests = tuple(_raw(text) for text in texts)
     if not language.may_be_asked(requests):
@@ -115,19 +115,23 @@ async def hold(
 ) -> Begun:
     """Keep the connection alive until the source's side speaks on it; then the relay goes on from there.
 
-    Raises ProtocolError when either side ends it before, Stalled when the link is down for too long, and what
-    the stream was reset with.
+    Raises NotUsed when it ends here before (what the source may have sent for it is dropped and has changed
+    nothing), ProtocolError when the source ends it, Stalled when the link is down for too long, and what the
+    stream was reset with.
     """
     early = b""
     clock = asyncio.get_running_loop().time
 
     async def keep_alive() -> None:
         nonlocal early
-        while piece := await reader.read(PIECE_BYTES):
-            answer, early = language.answer_unasked(early + piece)
-            writer.write(answer)
-            await writer.drain()
-        raise ProtocolError("relay: the connection that was held has ended")
+        try:
+            while piece := await reader.read(PIECE_BYTES):
+                answer, early = language.answer_unasked(early + piece)
+                writer.write(answer)
+                await writer.drain()
+        except (OSError, ProtocolError) as error:
+            raise NotUsed(f"relay: the connection that was held has ended ({error})") from error
+        raise NotUsed("relay: the connection that was held has ended")
 
     local, remote = asyncio.create_task(keep_alive()), asyncio.create_task(stream.receive())
     try:
@@ -140,8 +144,6 @@ async def hold(
         if local.done():
             local.result()
         message = remote.result()
-    except OSError as error:
-        raise ProtocolError(f"relay: the connection that was held has ended ({error})") from error
     finally:
         local.cancel()
         remote.cancel()

@@ -106,6 +106,11 @@ def is_good(raw: bytes) -> bool:
     return int.from_bytes(raw[24:28]) == OK
 
 
+def is_keepalive(raw: bytes) -> bool:
+    """Whether it only says, or asks, that somebody is still there."""
+    return bool(HEADER.unpack_from(raw)[1] == KEEPALIVE_PROGRAM)
+
+
 def is_ping(raw: bytes) -> bool:
     """Whether it asks if we are still there."""
     _length, program, _version, procedure, kind, _serial, _status = HEADER.unpack_from(raw)

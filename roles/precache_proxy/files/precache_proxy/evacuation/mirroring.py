@@ -91,14 +91,17 @@ def changeable(emulator_version: int | None) -> bool:
     return emulator_version is None or emulator_version >= _CHANGEABLE_FROM
 
 
-async def emulator_version(domains: Domains, vm: str) -> int | None:
+async def emulator_version(domains: Domains, vm: str, *, decides: bool = True) -> int | None:
     """The version of the QEMU that the VM runs in, as 8002000; None where it does not say.
 
     libvirt tells that of the host's default binary only: a VM may have an emulator of its own, or run since
-    before an upgrade.
+    before an upgrade. The VM's own is asked only where that ``decides`` something, for libvirt taints a
+    domain whose monitor was asked ("custom-monitor"); else the default's is a guess that costs little.
     """
 
     def work(domain: Any) -> int:
+        if not decides:
+            return int(domain.connect().getVersion())
         told = _monitor(domain, "query-version")["qemu"]
         return int(told["major"]) * 1_000_000 + int(told["minor"]) * 1_000 + int(told["micro"])
 

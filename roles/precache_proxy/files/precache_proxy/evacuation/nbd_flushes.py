@@ -76,6 +76,10 @@ class Flushes:
         self._flush: int | None = None
         self._refused = False
 
+    def answer_none(self) -> None:
+        """From now on all passes as it is: another connection may write what this one's flushes promise."""
+        self._requests.lost = True
+
     @property
     def _lost(self) -> bool:
         return self._requests.lost or self._replies.lost
@@ -137,3 +141,33 @@ class Flushes:
         if cookie == self._flush:
             self._written = self._written and self._refused
             self._flush = None
+
+
+class MirrorFlushes:
+    """Which connections of one job are followed: a flush is one connection's promise for its whole export,
+    so an export that is connected to a second time is followed on none of them any more."""
+
+    def __init__(self) -> None:
+        self._by_export: dict[str, Flushes | None] = {}
+        self._unknown = False
+
+    def connected(self, export: str | None, *, understood: bool) -> Flushes | None:
+        """A connection to an export (None: nobody knows to which) begins; who follows it, None: nobody.
+
+        ``understood``: its handshake agreed on what :class:`Flushes` reads.
+        """
+        if export is None:
+            # It may be any one's second.
+            self._unknown = True
+            for flushes in self._by_export.values():
+                if flushes is not None:
+                    flushes.answer_none()
+            return None
+        if self._unknown or export in self._by_export:
+            before = self._by_export.get(export)
+            if before is not None:
+                before.answer_none()
+            self._by_export[export] = None
+            return None
+        self._by_export[export] = Flushes() if understood else None
+        return self._by_export[export]

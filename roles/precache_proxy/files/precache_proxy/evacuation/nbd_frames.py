@@ -60,6 +60,19 @@ def has_extended_headers(requests: Sequence[bytes]) -> bool:
     return option(EXTENDED_HEADERS) in requests
 
 
+def export_of(requests: Sequence[bytes]) -> str | None:
+    """The export that a handshake asks for; None while it has not named one."""
+    for raw in requests:
+        if len(raw) < OPTION.size + 4 or not raw.startswith(OPTION_MAGIC):
+            continue
+        if OPTION.unpack_from(raw)[1] in {GO, SET_META_CONTEXT}:
+            # Both begin with the name, counted.
+            start = OPTION.size + 4
+            length = int.from_bytes(raw[OPTION.size : start])
+            return raw[start : start + length].decode(errors="surrogateescape")
+    return None
+
+
 def is_option(raw: bytes) -> bool:
     """Whether it is a whole option that may be asked ahead."""
     if not OPTION.size <= len(raw) <= LARGEST_OPTION_BYTES:

@@ -63,12 +63,13 @@ class RelayCounters:
 class Begun:
     """What of a connection has passed before its relay takes over: a piece that was read here and not sent,
     a message that was received and not unpacked, and the unpacker of those before it. ``flushes`` where it is
-    a mirror's that is followed from its first request."""
+    a mirror's that is followed from its first request; ``on_piece`` hears what the local side says."""
 
     unpacker: Unpacker = field(default_factory=Unpacker)
     piece: bytes = b""
     message: bytes | None = None
     flushes: Flushes | None = None
+    on_piece: Callable[[bytes], None] | None = None
 
 
 class Meet(Protocol):
@@ -105,7 +106,7 @@ class RelayedConnection:
     ) -> None:
         self.socket = socket
         self._begun = begun or Begun()
-        self._on_piece = on_piece
+        self._on_piece = on_piece or self._begun.on_piece
         self._level = level
         self._pace = pace
         self._reader = reader

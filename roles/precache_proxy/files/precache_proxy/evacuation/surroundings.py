@@ -14,7 +14,7 @@ from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import Guard, hook_findings
 from precache_proxy.evacuation.job import Journal
-from precache_proxy.evacuation.opening_ahead import KnownOpenings
+from precache_proxy.evacuation.known_openings import KnownOpenings
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
 from precache_proxy.hypervisor.domain_xml import Definition

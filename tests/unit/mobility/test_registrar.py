@@ -207,6 +207,60 @@ def test_one_that_the_anchors_have_here_already_in_a_newer_epoch_is_not_given_up
     assert net.gateways["old"].epoch(VM) == 7
 
 
+@pytest.mark.parametrize("stale_answers_first", [True, False])
+def test_an_anchor_that_missed_a_move_makes_nobody_take_the_vm_back(stale_answers_first: bool) -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 7, HANDOFF, net.now)
+    net.run(1)
+    # Shut off here and started elsewhere, in the same epoch; one anchor is cut off from all that.
+    stale = "anchor2"
+    net.down = {stale}
+    net.gateways["old"].release(VM, HOMES, 7, net.now)
+    net.run(1)
+    net.gateways["new"].attach(VM, HOMES, 0, START, net.now)
+    net.run(1)
+    assert net.where("anchor1") == GATEWAYS["new"][1]
+    assert net.where(stale) == GATEWAYS["old"][1]
+    # An agent with an old journal comes back when only that anchor answers it, or both do.
+    net.gateways["old"] = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    net.gateways["new"].forget(VM)
+    net.down = {"anchor1"} if stale_answers_first else set()
+    net.gateways["old"].attach(VM, HOMES, 3, START, net.now)
+    net.run(1)
+    net.down = set()
+    net.run(60)
+    assert net.where("anchor1") == GATEWAYS["new"][1]
+    assert net.kinds("old").count("lost") == 1
+    assert net.gateways["old"].epoch(VM) is None
+
+
+def test_one_that_did_start_here_is_bound_also_where_it_was_bound_nowhere_last() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 7, HANDOFF, net.now)
+    net.run(1)
+    stale = "anchor2"
+    net.down = {stale}
+    net.gateways["old"].release(VM, HOMES, 7, net.now)
+    net.run(1)
+    net.gateways["new"].attach(VM, HOMES, 7, START, net.now)
+    net.run(1)
+    net.gateways["new"].release(VM, HOMES, 7, net.now)
+    net.run(1)
+    net.gateways["new"].forget(VM)
+    assert net.where("anchor1") is None
+    # The stale one is heard first, and has it here still; the other has it nowhere.
+    net.gateways["old"] = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    net.down = {"anchor1"}
+    net.gateways["old"].attach(VM, HOMES, 3, START, net.now)
+    net.run(1)
+    assert "adopted" in net.kinds("old")
+    net.down = set()
+    net.run(10)
+    assert net.gateways["old"].acknowledged(VM) == list(ANCHORS)
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["old"][1]] * 2
+    assert "lost" not in net.kinds("old")
+
+
 @pytest.mark.parametrize("error", [-240.0, 240.0])
 def test_a_clock_off_by_minutes_is_told_and_the_vm_is_bound_all_the_same(error: float) -> None:
     net = Net()

@@ -235,7 +235,9 @@ class GatewayDuty:
                 )
             case "adopted" if attachment is not None and outcome.epoch is not None:
                 logger.info("%s", outcome.sentence)
-                self._keep(replace(attachment, epoch=outcome.epoch))
+                # One that an anchor has here already is confirmed only, also after a restart.
+                handoff = attachment.handoff if outcome.holder is None else HandoffIndicator.UNCHANGED
+                self._keep(replace(attachment, epoch=outcome.epoch, handoff=handoff))
             case "nowhere" if attachment is not None and attachment.state == AWAY:
                 # Where it only is off for now its place stays known, as long as an anchor knows of it.
                 if attachment.to is None or outcome.epoch is None:

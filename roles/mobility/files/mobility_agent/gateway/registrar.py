@@ -71,6 +71,8 @@ class _Line:
     corrections: int = 0
     under_way: bool = False
     awaited: bool = False
+    # It was claimed as started here, and this anchor has not accepted that yet.
+    started: bool = False
     due_at: float = 0.0
     acknowledged_at: float | None = None
     sentence: str = ""
@@ -134,9 +136,10 @@ class Outcome:
     """What an answer meant.
 
     ``kind``: registered (a claim was accepted), refreshed, withdrawn, corrected (sent again with the anchor's
-    time), raised (sent again with a newer epoch), adopted (started here where nobody had it: sent again with
-    the anchor's epoch), lost (bound elsewhere: withdraw locally), nowhere (released, and no anchor has it
-    anywhere; ``epoch`` None: none knows of it at all), refused, ignored.
+    time), raised (sent again with a newer epoch), adopted (sent again with the anchor's epoch: started here
+    where nobody had it, or, with a ``holder``, had by this gateway already), lost (bound elsewhere: withdraw
+    locally), nowhere (released, and no anchor has it anywhere; ``epoch`` None: none knows of it at all),
+    refused, ignored.
     """
 
     kind: str
@@ -179,6 +182,7 @@ class Registrar:
         self._claims[vm] = _Claim(homes, epoch, link_local, evident)
         for anchor in self._anchors:
             self._start(vm, anchor, Phase.CLAIMING, handoff, now)
+            self._lines[vm, anchor].started = handoff is HandoffIndicator.NEW_INTERFACE
 
     def withdraw(self, vm: str, now: float) -> None:
         """Take ``vm`` back from every anchor."""
@@ -348,6 +352,12 @@ class Registrar:
         held_elsewhere = answer.holder is not None and answer.holder != self._care_of
         if answer.epoch is not None and (answer.epoch > claim.epoch or held_elsewhere):
             return self._held(line, claim, answer, now)
+        unbound = answer.epoch == claim.epoch and answer.holder is None
+        if unbound and line.started and line.handoff is HandoffIndicator.UNCHANGED:
+            # Confirmed, as another anchor had it here: this one has it nowhere, so that it did start here.
+            self._start(line.vm, line.anchor, Phase.CLAIMING, HandoffIndicator.NEW_INTERFACE, now)
+            sentence = f"VM {line.vm}: {line.anchor} has it nowhere, claimed as started here"
+            return Outcome("corrected", line.vm, line.anchor, sentence, answer.epoch)
         return self._refused(line, answer, now)
 
     def _accepted(self, line: _Line, answer: Acknowledgement, now: float) -> Outcome:
@@ -355,7 +365,7 @@ class Registrar:
             return self._withdrawn(line, answer, f"VM {line.vm}: withdrawn from {line.anchor}")
         kind = "refreshed" if line.phase is Phase.REGISTERED else "registered"
         line.phase, line.handoff = Phase.REGISTERED, HandoffIndicator.UNCHANGED
-        line.corrections = 0
+        line.corrections, line.started = 0, False
         line.acknowledged_at = now
         line.sentence = f"VM {line.vm}: {kind} with {line.anchor}"
         granted = answer.lifetime_seconds or self._lifetime_seconds
@@ -389,10 +399,10 @@ class Registrar:
         held = answer.epoch or 0
         if line.phase is Phase.WITHDRAWING:
             return self._withdrawn(line, answer, f"VM {line.vm}: {line.anchor} has it elsewhere")
-        own = answer.holder == self._care_of
-        if own or (answer.holder is None and line.handoff is HandoffIndicator.NEW_INTERFACE):
-            # It was shut off where it had gone, and starts here: it takes up where that ended. Or the anchor
-            # has it here already: this agent was killed between its claim and its record of it.
+        if answer.holder == self._care_of:
+            return self._had_already(line, claim, held, now)
+        if answer.holder is None and line.handoff is HandoffIndicator.NEW_INTERFACE:
+            # It was shut off where it had gone, and starts here: it takes up where that ended.
             claim.epoch = held
             for anchor in self._anchors:
                 self._start(line.vm, anchor, Phase.CLAIMING, HandoffIndicator.NEW_INTERFACE, now)
@@ -413,6 +423,18 @@ class Registrar:
         lost = Outcome("lost", line.vm, line.anchor, sentence, held, answer.holder)
         self.forget(line.vm)
         return lost
+
+    def _had_already(self, line: _Line, claim: _Claim, held: int, now: float) -> Outcome:
+        """The anchor has it here in a newer epoch: this agent was killed before it had recorded that.
+
+        Or the anchor missed that it left since. So this is a confirmation, which takes it from nobody; a
+        start, in the same epoch, would, at every anchor that knows better.
+        """
+        claim.epoch = held
+        for anchor in self._anchors:
+            self._start(line.vm, anchor, Phase.CLAIMING, HandoffIndicator.UNCHANGED, now)
+        sentence = f"VM {line.vm}: {line.anchor} has it here already in epoch {held}, confirmed as that"
+        return Outcome("adopted", line.vm, line.anchor, sentence, held, self._care_of)
 
     def _withdrawn(self, line: _Line, answer: Acknowledgement, sentence: str) -> Outcome:
         claim = self._claims[line.vm]

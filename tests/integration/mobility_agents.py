@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from integration.mobility_net import (
     BRIDGE,
     HOME_PREFIX,
@@ -74,6 +76,8 @@ class Agent:
         self._said_before = 0
         #: Secrets by the number of their key.
         self.keys = {256: secret}
+        #: Where its next start shall be killed, by name (crash_points.py).
+        self.crash_at: str | None = None
 
     @property
     def log(self) -> str:
@@ -107,6 +111,9 @@ class Agent:
         (self.directory / "mobility_keys.toml").write_text("".join(keys))
         words = [sys.executable, "-m", "mobility_agent", "--config", str(path), "run", "--verbose"]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "roles/mobility/files"), "PYTHONUNBUFFERED": "1"}
+        crash_at, self.crash_at = self.crash_at, None
+        if crash_at is not None:
+            environment["LIFEBOAT_CRASH_AT"] = crash_at
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 self.space.command(*words), stdout=log, stderr=log, env=environment
@@ -162,6 +169,15 @@ class Agent:
     def kill(self) -> None:
         """As a crash: no word to anybody."""
         self._end(signal.SIGKILL)
+
+    def killed_itself(self, seconds: float = 20) -> None:
+        """Wait until it has come to where it was to be killed; fails when it does not come there."""
+        assert self.process is not None
+        try:
+            assert self.process.wait(seconds) == -signal.SIGKILL, self.log
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self.name} never came to where it was to be killed:\n{self.log}")
+        self.process = None
 
     def stop(self) -> None:
         """In good order."""

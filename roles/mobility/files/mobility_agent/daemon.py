@@ -20,6 +20,7 @@ from mobility_agent.config import Bridge, Config, Peer
 from mobility_agent.control.api import ControlServer
 from mobility_agent.control.parts import Parts
 from mobility_agent.control.service_manager import ServiceManager
+from mobility_agent.crash_points import crash_point
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.first_hop import FormerBridges
 from mobility_agent.datapath.hold_device import HoldDevice
@@ -315,6 +316,7 @@ class Daemon:
                 self._former.forget(bridge.name)
             except (MobilityError, OSError, ValueError) as error:
                 logger.error("bridge %s: not all of it is as it was: %s", bridge.name, error)
+        crash_point("stop-first-hop-left")
         try:
             path.withdraw()
             logger.info("data path: withdrawn")

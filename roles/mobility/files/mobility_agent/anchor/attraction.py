@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mobility_agent.background import Background
 from mobility_agent.config import Attraction, Prefix
+from mobility_agent.crash_points import crash_point
 from mobility_agent.durable import write_whole
 from mobility_agent.errors import MobilityError
 
@@ -197,6 +198,7 @@ class Attractor:
             return
         logger.warning("%s %s", why, ", ".join(str(network) for network in changed))
         self._attracted = attracted
+        crash_point("attraction-routed")
         try:
             write_whole(self._memory, json.dumps([str(one) for one in self._in_order(attracted)]).encode())
         except OSError as error:

@@ -16,6 +16,7 @@ from mobility_agent.anchor.attraction import Attractor
 from mobility_agent.anchor.bindings import Binding, BindingTable, KnownGateway, Rules, Verdict
 from mobility_agent.background import Background, again_and_again
 from mobility_agent.config import Config, Peer
+from mobility_agent.crash_points import crash_point
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.path import DataPath
 from mobility_agent.durable import Journal
@@ -195,6 +196,7 @@ class AnchorDuty:
                 for key, telling in list(self._tellings.items()):
                     if telling.gateway == peer.address and telling.sequence == message.sequence:
                         del self._tellings[key]
+                        crash_point("loss-confirmed")
                         self._told(telling.loss.vm, peer.address)
             case _:
                 return False
@@ -258,10 +260,12 @@ class AnchorDuty:
             for _unused, _vm, owed, _answer in answers:
                 owed.failed = True
             return
+        crash_point("binding-recorded")
         for peer, vm, owed, answer in answers:
             if self._owed.get(vm) is owed:
                 del self._owed[vm]
             self._send(peer, answer)
+            crash_point("binding-answered")
 
     @staticmethod
     def _answer(asked: Registration, verdict: Verdict, sequence: int) -> BindingAcknowledgement:
@@ -299,6 +303,7 @@ class AnchorDuty:
         if tunnelled:
             self._path.set_remote(tunnelled, after.care_of)
         if verdict.cause != "refreshed":
+            crash_point("binding-routed")
             self._journal.put(after.vm, after.as_record())
             self._show_on_home_link(before, after)
         displaced = verdict.displaced
@@ -374,6 +379,7 @@ class AnchorDuty:
                 del self._tellings[key]
                 continue
             self._send(peer, telling.loss.message(telling.sequence))
+            crash_point("loss-told")
             telling.due_at = now + _FIRST_TELLING_SECONDS * 2**telling.told
             telling.told += 1
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mobility_agent.background import Background, again_and_again
 from mobility_agent.config import Config, Peer
+from mobility_agent.crash_points import crash_point
 from mobility_agent.datapath.discovery import Responder
 from mobility_agent.datapath.path import DataPath
 from mobility_agent.durable import Journal
@@ -170,6 +171,7 @@ class GatewayDuty:
                 # It may move on, and the anchors know.
                 self._path.set_away(attachment.homes, None)
         times = [*self._watch.times(), *self._forwards.values(), self._inquire_at]
+                crash_point("forwarding-ended")
         due = self.registrar.next_due()
         times += [] if due is None else [due]
         return min(times) - time.monotonic()
@@ -227,20 +229,24 @@ class GatewayDuty:
                 attachment is not None and attachment.handoff is not HandoffIndicator.UNCHANGED
             ):
                 logger.info("%s", outcome.sentence)
+                crash_point("arrival-acknowledged")
                 self._keep(replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False))
             case "raised" if attachment is not None and outcome.epoch is not None:
                 logger.info("%s", outcome.sentence)
+                crash_point("arrival-raised")
                 self._keep(
                     replace(attachment, epoch=outcome.epoch, handoff=HandoffIndicator.BETWEEN_GATEWAYS)
                 )
             case "adopted" if attachment is not None and outcome.epoch is not None:
                 logger.info("%s", outcome.sentence)
+                crash_point("arrival-adopted")
                 # One that an anchor has here already is confirmed only, also after a restart.
                 handoff = attachment.handoff if outcome.holder is None else HandoffIndicator.UNCHANGED
                 self._keep(replace(attachment, epoch=outcome.epoch, handoff=handoff))
             case "nowhere" if attachment is not None and attachment.state == AWAY:
                 # Where it only is off for now its place stays known, as long as an anchor knows of it.
                 if attachment.to is None or outcome.epoch is None:
+                    crash_point("withdrawal-confirmed")
                     self._forget(attachment)
                     logger.info("VM %s: forgotten, no anchor has it anywhere", attachment.vm)
             case "lost" if attachment is None or (attachment.state, attachment.to) != (AWAY, outcome.holder):
@@ -258,6 +264,7 @@ class GatewayDuty:
             return
         # Confirmed in any case: what is old news here need not be told again.
         self._send(peer, acknowledge_loss(message))
+        crash_point("departure-revoked")
         attachment = self.attachments.get(loss.vm)
         if attachment is None:
             self._take_word(loss)
@@ -356,6 +363,7 @@ class GatewayDuty:
             vm, homes, mac, bridge, epoch, now, handoff=handoff, evident=evident, cards=others
         )
         self._place(attachment, before)
+        crash_point("arrival-routed")
         if before is not None:
             self._path.clear(set(before.homes) - set(homes))
         self._forget_former_owners(vm, homes)
@@ -366,8 +374,10 @@ class GatewayDuty:
         self._send_due()
         self.neighbourhood.announce(attachment)
         self._wake.set()
+        crash_point("arrival-claimed")
         self._journal.put(vm, attachment.as_record())
         await self._commit()
+        crash_point("arrival-recorded")
         await self._acknowledged(vm, began + wait_seconds)
         logger.info("VM %s: here on %s, epoch %d", vm, bridge, epoch, extra={"VM": vm})
         return self.describe(self.attachments.get(vm) or attachment)
@@ -445,6 +455,7 @@ class GatewayDuty:
             self._leave(vm, to, attachment.epoch)
         self._wake.set()
         await self._commit()
+        crash_point("departure-recorded")
         known = self.attachments.get(vm)
         return {"vm": vm, "state": "withdrawn"} if withdraw or known is None else self.describe(known)
 
@@ -460,6 +471,7 @@ class GatewayDuty:
             self._keep(gone)
             self._inquire(gone, time.monotonic())
             self._send_due()
+            crash_point("withdrawal-asked")
         else:
             self.registrar.forget(attachment.vm)
             self._forget(attachment)
@@ -482,6 +494,7 @@ class GatewayDuty:
             evident=False,
         )
         self._want(gone)
+        crash_point("departure-led-on")
         if to is not None:
             self.holds.end(vm)
         elif self._config.announce:

@@ -261,8 +261,8 @@ class Passing(Source):
     def pace(self, _vm: str, pace: Any) -> None:
         self.pace_of = pace
 
-    async def run_pass(self, _vm: str, *, reason: str) -> Any:
-        assert reason == "evacuation"
+    async def run_pass(self, _vm: str, *, reason: str, leave_bytes: int = 0) -> Any:
+        assert (reason, leave_bytes) == ("evacuation", 0)
         self.sending.set()
         for _message in range(3):
             await self.pace_of.wait(1_000_000)

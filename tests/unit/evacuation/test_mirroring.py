@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import libvirt
@@ -14,33 +15,74 @@ import pytest
 from precache_proxy.errors import HypervisorError
 from precache_proxy.evacuation.mirroring import (
     MirrorWatch,
+    WriteRate,
     changeable,
     emulator_version,
+    guest_writes,
     needs_synchronous_writes,
     write_synchronously,
 )
 
 
 @pytest.mark.parametrize(
-    ("written", "channel", "round_trip", "needed"),
+    ("requests", "written", "channel", "round_trip", "needed"),
     [
-        (0.0, 6e6, 0.18, False),
-        (20_000.0, 6e6, 0.18, False),
-        (4e6, 6e6, 0.01, True),  # more than half of what can be sent
-        (720_000.0, 6e6, 0.18, True),  # twenty synced records a second over a long way
-        (720_000.0, None, 0.18, True),
-        (720_000.0, 50e6, 0.01, False),
-        (720_000.0, None, None, False),
+        (0.0, 0.0, 6e6, 0.18, False),
+        (2.0, 20_000.0, 6e6, 0.18, False),
+        (5.0, 4e6, 6e6, 0.01, True),  # more than half of what can be sent
+        (20.0, 80_000.0, 6e6, 0.18, True),  # twenty synced records a second over a long way
+        (20.0, 80_000.0, None, 0.18, True),
+        (20.0, 80_000.0, 50e6, 0.01, False),
+        (20.0, 80_000.0, None, None, False),
     ],
 )
-def test_foreseen(written: float, channel: float | None, round_trip: float | None, needed: bool) -> None:
-    assert needs_synchronous_writes(written, channel, round_trip) is needed
+def test_foreseen(
+    requests: float, written: float, channel: float | None, round_trip: float | None, needed: bool
+) -> None:
+    assert needs_synchronous_writes(WriteRate(requests, written), channel, round_trip) is needed
 
 
 def test_where_it_cannot_be_mended_later_any_write_is_one_too_many() -> None:
-    assert needs_synchronous_writes(1.0, 6e6, 0.01, changeable=False)
-    assert not needs_synchronous_writes(0.0, 6e6, 0.18, changeable=False)
+    assert needs_synchronous_writes(WriteRate(0.1, 1.0), 6e6, 0.01, changeable=False)
+    assert needs_synchronous_writes(None, 6e6, 0.01, changeable=False), "not known is not none"
+    assert not needs_synchronous_writes(WriteRate(0.0, 0.0), 6e6, 0.18, changeable=False)
     assert (changeable(7_002_022), changeable(8_002_000), changeable(None)) == (False, True, True)
+
+
+def test_what_is_not_known_speaks_for_the_background() -> None:
+    assert not needs_synchronous_writes(None, 6e6, 0.18)
+
+
+async def test_what_a_guest_writes_is_counted_by_its_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("precache_proxy.evacuation.mirroring.time", SimpleNamespace(monotonic=clock))
+    counts = iter([(7, 7000, 10, 40_960, -1), (9, 9000, 16, 90_112, -1), (0, 0, 3, 8192, -1)])
+
+    class Counting:
+        def blockStats(self, disk: str) -> tuple[int, ...]:  # noqa: N802
+            assert disk == "", "all of them"
+            return next(counts)
+
+    domains: Any = Domains(Counting())
+    before = await guest_writes(domains, "web1")
+    clock.now += 0.5
+    after = await guest_writes(domains, "web1")
+    assert before is not None
+    assert after is not None
+    assert after.since(before) == WriteRate(12.0, 98_304.0)
+    clock.now += 0.5
+    anew = await guest_writes(domains, "web1")
+    assert anew is not None
+    assert anew.since(after) == WriteRate(0.0, 0.0), "another QEMU counts from the start"
+
+
+async def test_what_libvirt_does_not_tell_is_not_known() -> None:
+    class Silent:
+        def blockStats(self, _disk: str) -> tuple[int, ...]:  # noqa: N802
+            raise libvirt.libvirtError("no statistics")
+
+    silent: Any = Domains(Silent())
+    assert await guest_writes(silent, "web1") is None
 
 
 class Clock:
@@ -101,9 +143,12 @@ def test_nothing_left_to_send_is_no_mirror_that_runs_behind() -> None:
 class Domains:
     """Runs what it is given, as the real ones do."""
 
+    def __init__(self, domain: Any = None) -> None:
+        self._domain = domain
+
     async def run(self, vm: str, function: Callable[[Any], Any]) -> Any:
         try:
-            return function(vm)
+            return function(self._domain or vm)
         except libvirt.libvirtError as error:
             raise HypervisorError(str(error)) from error
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from precache_proxy.errors import PeerUnreachable
 from precache_proxy.hypervisor.domain_xml import parse_definition
 from precache_proxy.source.layout import Layout
-from precache_proxy.source.passes import GenerationPlan
+from precache_proxy.source.passes import GenerationPlan, PassResult
 from precache_proxy.source.record import ProtectionRecord, Sealed
 from precache_proxy.source.replication import Replication
 from precache_proxy.source.written_rate import WrittenRate
@@ -104,7 +104,7 @@ class OneVm:
             (replication.disks, "look", look), (replication.disks, "sizes", sizes),
             (replication.disks, "transferable_xml", xml), (replication, "_dirty", dirty),
             (replication.disks, "check_images", lambda _layout: None),
-            (replication.disks, "records", lambda *_unused: {}),
+            (replication.disks, "records", lambda *_unused: {"vda": None}),
             (replication.disks, "source", lambda *_unused, active: None),
             (replication.standing, "save", nothing), (replication.standing, "drop_superseded", nothing),
         ):  # fmt: skip
@@ -123,10 +123,10 @@ class OneVm:
         made = [] if self.fails else ["lifeboat-e0-g8"]
         return SimpleNamespace(run=run, result=result, made=made, seal_sent=False)
 
-    async def run_pass(self, written_bytes: int, after_seconds: float) -> None:
+    async def run_pass(self, written_bytes: int, after_seconds: float, *, leave_bytes: int = 0) -> PassResult:
         """What the guest wrote since the last pass that was sealed."""
         self.now, self.changed_bytes = self.now + after_seconds, written_bytes
-        await self.replication.run_pass(reason="timer")
+        return await self.replication.run_pass(reason="timer", leave_bytes=leave_bytes)
 
 
 async def test_a_pass_that_takes_long_makes_no_guest_slower(
@@ -162,3 +162,32 @@ async def test_a_pass_that_fails_has_counted_nothing_twice(
     interval_seconds = vm.replication.clean_at - clean_at
     rate = vm.replication.written_bytes_per_second
     assert rate == pytest.approx((0.5 * 10_000_000 + 400_000_000) / (0.5 * 10 + interval_seconds))
+
+
+async def test_a_pass_that_may_leave_so_much_is_not_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = OneVm(tmp_path, monkeypatch)
+    await vm.run_pass(10_000_000, 10)
+    sealed, clean_at = vm.replication.record.sealed, vm.replication.clean_at
+    assert sealed is not None
+    vm.rates_under_way.clear()
+    result = await vm.run_pass(300_000, 10, leave_bytes=300_000)
+    assert (result.skipped, result.data_bytes, result.generation) == (True, 0, sealed.generation)
+    assert not vm.rates_under_way, "nothing was sent"
+    assert vm.replication.record.sealed is sealed
+    # They wait, and are told as what they are.
+    assert (vm.replication.dirty_bytes, vm.replication.clean_at) == (300_000, clean_at)
+    await vm.run_pass(300_001, 10, leave_bytes=300_000)
+    assert vm.rates_under_way, "one byte more is worth a pass"
+
+
+async def test_a_disk_that_is_gone_waits_for_no_later_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = OneVm(tmp_path, monkeypatch)
+    await vm.run_pass(10_000_000, 10)
+    vm.rates_under_way.clear()
+    vm.replication.record.disks["vdb"] = cast(Any, None)
+    await vm.run_pass(1, 10, leave_bytes=300_000)
+    assert vm.rates_under_way

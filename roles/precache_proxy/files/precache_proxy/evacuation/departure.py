@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +49,8 @@ logger = logging.getLogger(__name__)
 # Another pass pays only while it is worth more than this, and shrinks what is left by at least so much.
 CATCH_UP_ENOUGH_BYTES = 8 * MIB
 CATCH_UP_SHRINK = 0.7
+# What a pass takes besides its data.
+PASS_ROUND_TRIPS = 3
 PREPARE_TIMEOUT_SECONDS = 180.0
 LINK_LOOK_SECONDS = 0.5
 _SENDING = frozenset(
@@ -100,6 +101,8 @@ class Departure:
     deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
     # where the destination has the media of the VM's drives
     media: dict[str, str] = field(default_factory=dict)
+    # what its guest had written when the evacuation began
+    writes_before: mirroring.GuestWrites | None = None
 
     @property
     def link(self) -> Any:
@@ -176,7 +179,8 @@ async def run_forward(departure: Departure) -> None:
     back."""
     if not await pass_preflight(departure):
         return
-    await catch_up(departure)
+    departure.writes_before = await mirroring.guest_writes(departure.around.domains, departure.job.vm)
+    await catch_up(departure, leave_bytes=_left_to_the_residual(departure))
     await _freeze(departure)
     await send_residual(departure)
     departure.ahead = departure_relays.openings_ahead(departure)
@@ -206,8 +210,11 @@ async def pass_preflight(departure: Departure) -> bool:
     return True
 
 
-async def catch_up(departure: Departure) -> None:
-    """Passes while each leaves clearly less to do: what is sent now is not sent while the guest waits."""
+async def catch_up(departure: Departure, *, leave_bytes: int = 0) -> None:
+    """Passes while each leaves clearly less to do: what is sent now is not sent while the guest waits.
+
+    None where no more than ``leave_bytes`` changed: the residual takes that.
+    """
     job, around = departure.job, departure.around
     await departure.enter(Step.CATCH_UP)
     await around.source.hold(job.vm, job.id)
@@ -216,15 +223,20 @@ async def catch_up(departure: Departure) -> None:
     before: int | None = None
     for _unused in range(job.options.catch_up_passes_limit):
         departure.check_cancelled()
-        began = time.monotonic()
-        result = await around.source.run_pass(job.vm, reason="evacuation")
+        result = await around.source.run_pass(job.vm, reason="evacuation", leave_bytes=leave_bytes)
         sent_bytes = int(result.data_bytes)
-        departure.measure.passed(sent_bytes, time.monotonic() - began)
         if sent_bytes <= CATCH_UP_ENOUGH_BYTES or (
             before is not None and sent_bytes > before * CATCH_UP_SHRINK
         ):
             break
         before = sent_bytes
+
+
+def _left_to_the_residual(departure: Departure) -> int:
+    """So many bytes cross in the time that a pass's own exchanges take; the guest runs while they do."""
+    rate = departure.measure.channel_bytes_per_second or 0.0
+    round_trip = departure.link.round_trip_seconds or 0.0
+    return min(CATCH_UP_ENOUGH_BYTES, int(rate * PASS_ROUND_TRIPS * round_trip))
 
 
 async def _freeze(departure: Departure) -> None:
@@ -257,9 +269,7 @@ async def send_residual(departure: Departure) -> None:
         key: ImageReference(Path(disk.image), disk.format, disk.size_bytes) for key, disk in job.disks.items()
     }
     job.definition = xml = await around.domains.xml(job.vm, inactive=True)
-    began = time.monotonic()
     result = await around.source.send_residual(job.vm, frozen, job.checkpoint, xml)
-    departure.measure.passed(int(result.data_bytes), time.monotonic() - began)
     job.generation = int(result.generation)
     job.bytes["residual_data_bytes"] = int(result.data_bytes)
     crash_point("departure-residual-sealed")
@@ -302,20 +312,27 @@ async def prepare(departure: Departure, further: Mapping[str, Any]) -> dict[str,
     return {str(key): str(path) for key, path in answer["disks"].items()}
 
 
+async def _write_rate(departure: Departure) -> mirroring.WriteRate | None:
+    """What the guest wrote a second since the evacuation began; None: not known."""
+    before = departure.writes_before
+    if before is None:
+        return None
+    now = await mirroring.guest_writes(departure.around.domains, departure.job.vm)
+    return None if now is None else now.since(before)
+
+
 async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     job, around = departure.job, departure.around
     departure.check_cancelled()
     rate = departure.measure.channel_bytes_per_second
     round_trip = departure.link.round_trip_seconds
     wanted = job.options.synchronous_writes
-    writes = departure.measure.written_bytes_per_second > 0
+    written = await _write_rate(departure)
+    writes = written is None or written.requests_per_second > 0
     emulator = await mirroring.emulator_version(around.domains, job.vm, decides=wanted is None and writes)
     synchronous = (
         mirroring.needs_synchronous_writes(
-            departure.measure.written_bytes_per_second,
-            rate,
-            round_trip,
-            changeable=mirroring.changeable(emulator),
+            written, rate, round_trip, changeable=mirroring.changeable(emulator)
         )
         if wanted is None
         else wanted
@@ -323,7 +340,8 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     job.forecast = {
         "channel_bytes_per_second": rate,
         "round_trip_seconds": round_trip,
-        "written_bytes_per_second": departure.measure.written_bytes_per_second,
+        "written_bytes_per_second": None if written is None else written.bytes_per_second,
+        "writes_per_second": None if written is None else written.requests_per_second,
         "synchronous_writes": synchronous,
     }
     await departure.enter(Step.MIGRATE)

@@ -26,7 +26,6 @@ class Measure:
         self._first_pass_bytes = 0
         # False after a restart: durations would lack what passed before it
         self.whole = True
-        self.written_bytes_per_second = 0.0
         job.bound = {
             "lag_bytes_at_command": lag_bytes,
             "round_trip_seconds": getattr(link, "least_round_trip_seconds", None),
@@ -51,11 +50,6 @@ class Measure:
         """What the channel can send; None unknown. What an idle link has just carried says nothing."""
         rate = getattr(self._link, "expected_bytes_per_second", None)
         return None if rate is None else float(rate)
-
-    def passed(self, data_bytes: int, seconds: float) -> None:
-        """A pass that sent so much: what the guest wrote since the one before."""
-        if seconds > 0:
-            self.written_bytes_per_second = data_bytes / seconds
 
     def migrating(self, progress: dict[str, Any]) -> None:
         """A look at the migration under way: pages sent in the first turn over RAM were sent once each."""

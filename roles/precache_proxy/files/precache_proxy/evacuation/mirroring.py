@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import libvirt
@@ -24,15 +25,52 @@ from precache_proxy.evacuation.domains import Domains
 
 logger = logging.getLogger(__name__)
 
-# QEMU's mirror sends pieces of at least this size.
-_PIECE_BYTES: Final = 64 * 1024
 _CHANGEABLE_FROM: Final = 8_002_000
 _PATIENCE_SECONDS: Final = 1.0
 _PATIENCE_ROUND_TRIPS: Final = 6
 
 
+@dataclass(frozen=True)
+class GuestWrites:
+    """How much a guest has written since its QEMU began, by QEMU's count; ``at``: asked when, monotonic."""
+
+    requests: int
+    bytes: int
+    at: float
+
+    def since(self, earlier: GuestWrites) -> WriteRate:
+        """What it wrote a second between then and now."""
+        seconds = max(self.at - earlier.at, 1e-3)
+        return WriteRate(
+            max(0, self.requests - earlier.requests) / seconds, max(0, self.bytes - earlier.bytes) / seconds
+        )
+
+
+@dataclass(frozen=True)
+class WriteRate:
+    """How often a guest writes, and how much, a second."""
+
+    requests_per_second: float
+    bytes_per_second: float
+
+
+async def guest_writes(domains: Domains, vm: str) -> GuestWrites | None:
+    """What the guest has written to all its disks so far; None where libvirt does not say."""
+
+    def work(domain: Any) -> GuestWrites:
+        # libvirt takes no disk for all of them together.
+        _reads, _read_bytes, requests, written_bytes, _errors = domain.blockStats("")
+        return GuestWrites(int(requests), int(written_bytes), time.monotonic())
+
+    try:
+        return await domains.run(vm, work)
+    except (HypervisorError, NotFound) as error:
+        logger.warning("VM %s: what its guest has written is not told: %s", vm, error)
+        return None
+
+
 def needs_synchronous_writes(
-    written_bytes_per_second: float,
+    written: WriteRate | None,
     channel_bytes_per_second: float | None,
     round_trip_seconds: float | None,
     *,
@@ -40,15 +78,17 @@ def needs_synchronous_writes(
 ) -> bool:
     """Whether a mirror in the background would run after the guest for ever.
 
-    It does where the guest writes more than half of what can be sent, or a piece within two round trips.
+    It does where the guest writes more than half of what can be sent, or once within two round trips.
     What is not known (None) speaks for the background. ``changeable``: a wrong guess can be mended under way
     (:func:`write_synchronously`); where not, any write at all is one too many.
     """
-    if not changeable and written_bytes_per_second > 0:
+    if not changeable:
+        return written is None or written.requests_per_second > 0
+    if written is None:
+        return False
+    if channel_bytes_per_second and written.bytes_per_second > channel_bytes_per_second / 2:
         return True
-    if channel_bytes_per_second and written_bytes_per_second > channel_bytes_per_second / 2:
-        return True
-    return written_bytes_per_second * 2 * (round_trip_seconds or 0.0) >= _PIECE_BYTES
+    return written.requests_per_second * 2 * (round_trip_seconds or 0.0) >= 1
 
 
 class MirrorWatch:

@@ -70,8 +70,8 @@ class SourceRoom(Protocol):
     def status(self, vm: str) -> dict[str, Any]:
         """State of a protection. Raises NotFound."""
 
-    async def run_pass(self, vm: str, *, reason: str) -> Any:
-        """One pass; its PassResult."""
+    async def run_pass(self, vm: str, *, reason: str, leave_bytes: int = 0) -> Any:
+        """One pass, where more than ``leave_bytes`` changed; its PassResult."""
 
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held."""

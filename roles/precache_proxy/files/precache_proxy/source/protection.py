@@ -157,14 +157,15 @@ class Protection:
         async with self._lock:
             return await work()
 
-    async def run_pass(self, *, reason: str, compare_all: bool = False) -> PassResult:
-        """One pass now. Raises what stands in its way; a lost tracking puts the VM into resync."""
+    async def run_pass(self, *, reason: str, compare_all: bool = False, leave_bytes: int = 0) -> PassResult:
+        """One pass now, where more than ``leave_bytes`` changed. Raises what stands in its way; a lost
+        tracking puts the VM into resync."""
 
         async def work() -> PassResult:
             if self.replication.standing.needs_reconcile:
                 await self.replication.standing.reconcile()
             await self._require_seeded()
-            return await self._pass(reason=reason, compare_all=compare_all)
+            return await self._pass(reason=reason, compare_all=compare_all, leave_bytes=leave_bytes)
 
         if not compare_all:
             return await self.exclusive(work)
@@ -194,13 +195,18 @@ class Protection:
         if record.resync_cause:
             raise Conflict(f"VM {record.name}: a resync is under way ({record.resync_cause}); wait for it")
 
-    async def _pass(self, *, reason: str, compare_all: bool = False, scrub_bytes: int = 0) -> PassResult:
+    async def _pass(
+        self, *, reason: str, compare_all: bool = False, scrub_bytes: int = 0, leave_bytes: int = 0
+    ) -> PassResult:
         record = self.record
         async with self._passes_turn(long=compare_all):
             try:
                 with self.replication.totals.counted():
                     result = await self.replication.run_pass(
-                        reason=reason, compare_all=compare_all, scrub_bytes=scrub_bytes
+                        reason=reason,
+                        compare_all=compare_all,
+                        scrub_bytes=scrub_bytes,
+                        leave_bytes=leave_bytes,
                     )
             except TrackingLost as error:
                 if record.sealed is None:

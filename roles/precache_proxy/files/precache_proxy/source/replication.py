@@ -206,10 +206,14 @@ class Replication:
 
     # -- passes ------------------------------------------------------------------------------------
 
-    async def run_pass(self, *, reason: str, compare_all: bool = False, scrub_bytes: int = 0) -> PassResult:
+    async def run_pass(
+        self, *, reason: str, compare_all: bool = False, scrub_bytes: int = 0, leave_bytes: int = 0
+    ) -> PassResult:
         """One generation, or nothing where nothing changed. Raises TrackingLost: then only a resync helps.
 
-        ``compare_all`` compares every block with the replica (resync, verify), ``scrub_bytes`` some.
+        ``compare_all`` compares every block with the replica (resync, verify), ``scrub_bytes`` some. So much
+        as ``leave_bytes`` of a running VM may wait for the next pass, which its caller makes: then, too, this
+        one is skipped, and they stay counted.
         """
         record = self.record
         sealed = record.sealed
@@ -246,6 +250,9 @@ class Replication:
         if nothing and not scrub_bytes and (active or self._unchanged_off(layout)):
             self._close(interval, looked_at)
             self.totals.empty += 1
+            return PassResult(record.next_generation - 1, skipped=True, reason=reason)
+        little = active and sealed is not None and self.dirty_bytes <= leave_bytes
+        if little and not (attachments or new or gone or compare_all or scrub_bytes):
             return PassResult(record.next_generation - 1, skipped=True, reason=reason)
         sizes = await self.disks.sizes(definition, layout.tracked, active=active)
         held = self.standing.replica_sizes

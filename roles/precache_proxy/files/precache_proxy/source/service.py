@@ -324,9 +324,9 @@ class Source:
 
     # -- work on demand ----------------------------------------------------------------------------
 
-    async def run_pass(self, vm: str, *, reason: str) -> PassResult:
-        """A pass now, also while held."""
-        return await self._find(vm).run_pass(reason=reason)
+    async def run_pass(self, vm: str, *, reason: str, leave_bytes: int = 0) -> PassResult:
+        """A pass now, also while held, where more than ``leave_bytes`` changed."""
+        return await self._find(vm).run_pass(reason=reason, leave_bytes=leave_bytes)
 
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held; returns when none is under way."""

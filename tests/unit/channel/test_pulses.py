@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from functools import partial
 
@@ -11,18 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precache_proxy.channel.governor import Governor
+from precache_proxy.channel.pacer import Pacer
 from precache_proxy.channel.path_watch import Sample
-from precache_proxy.channel.pulses import PulseEcho
+from precache_proxy.channel.pulses import PULSE_SECONDS, Pulse, PulseEcho
 
 from .test_scheduling import Line, busy, idle
 
 # What a call may wait beyond the round trip while a copy runs.
 _ASKED_SECONDS = 0.05
-
-
-def asked_seconds(trip: float) -> float:
-    """A little longer on long paths, where the rate is steered by what was two round trips ago."""
-    return _ASKED_SECONDS if trip < 0.1 else 0.062
 
 
 # Looked at as often as the governor asks for.
@@ -34,9 +31,9 @@ press = partial(busy, beat=None)
 def test_a_beginning_leaves_no_longer_queue_than_a_call_may_wait(megabits: float, trip: float) -> None:
     line, governor = Line(megabits * 1e6 / 8, trip), Governor()
     idle(line, governor, 3)
-    assert press(line, governor, 4) < asked_seconds(trip)
+    assert press(line, governor, 4) < _ASKED_SECONDS
     before = line.acknowledged
-    assert press(line, governor, 6) < asked_seconds(trip)
+    assert press(line, governor, 6) < _ASKED_SECONDS
     assert (line.acknowledged - before) / 6 > 0.95 * line.rate
 
 
@@ -59,7 +56,7 @@ def test_a_path_that_becomes_faster_is_found_out_the_same_way(trip: float) -> No
     idle(line, governor, 3)
     press(line, governor, 10)
     line.rate = 50e6
-    assert press(line, governor, 3) < asked_seconds(trip)
+    assert press(line, governor, 3) < _ASKED_SECONDS
     before = line.acknowledged
     press(line, governor, 2)
     assert (line.acknowledged - before) / 2 > 0.9 * line.rate
@@ -160,3 +157,45 @@ def test_a_pulse_says_when_it_is_on_so_that_the_look_that_ends_it_is_not_late() 
             began = None
     assert len(lasted) >= 2
     assert max(lasted) < 0.031, lasted
+
+
+async def test_a_pulse_is_over_in_time_whoever_looks_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stalled loop would send twice the rate for as long as it lasts, and that would stand in the queue."""
+    now = 100.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    pacer = Pacer(None, lambda: None)
+    pacer.govern(1e6)
+    pacer.take(1_000_000)
+    pacer.govern(1e6, Pulse(2.25e6, now + PULSE_SECONDS))
+    assert pacer.rate_bytes_per_second == 2.25e6
+    now += 0.1
+    assert not pacer.may_send()
+    assert pacer.rate_bytes_per_second == 1e6
+    # 30 ms at 2.25 MB/s and 70 ms at 1 MB/s have been paid.
+    now += (1_000_000 - 67_500 - 70_000) / 1e6 - 0.001
+    assert not pacer.may_send()
+    now += 0.002
+    assert pacer.may_send()
+    pacer.govern(1e6, Pulse(2.25e6, now + PULSE_SECONDS))
+    pacer.set_limit(5e5)
+    assert pacer.rate_bytes_per_second == 5e5, "the operator's word holds in a pulse, too"
+    pacer.stop()
+
+
+def test_the_governor_says_until_when_a_pulse_lasts() -> None:
+    line, governor = Line(6.25e6, 0.04), Governor()
+    idle(line, governor, 3)
+    seen = []
+    until = line.now + 1.0
+    while line.now < until:
+        step = governor.beat_seconds
+        governor.sample(line.step(step, (governor.rate_bytes_per_second or 2e6) * step))
+        pulse = governor.pulse
+        assert (pulse is not None) == governor.pulse_is_on
+        if pulse is not None:
+            assert line.now < pulse.until <= line.now + PULSE_SECONDS
+            steady = governor.steady_bytes_per_second
+            assert steady is not None
+            assert pulse.bytes_per_second == pytest.approx(2.25 * steady)
+            seen.append(pulse.until)
+    assert len(set(seen)) >= 2

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from precache_proxy.channel.path_watch import Sample
-from precache_proxy.channel.pulses import PULSE_BEAT_SECONDS, PULSE_FACTOR, PULSE_SECONDS, PulseEcho
+from precache_proxy.channel.pulses import PULSE_BEAT_SECONDS, PULSE_FACTOR, PULSE_SECONDS, Pulse, PulseEcho
 
 # A queue of about this is kept, so that the link never runs dry.
 _TARGET_SECONDS = 0.01
@@ -51,8 +51,14 @@ _FORGET = 0.25
 _OTHER_PATH = 1.5
 # A rate that is so much of what was carried needs no swift beginning.
 _NEARLY = 0.8
-# Looks in a row without a queue before the rate grows by steps, each twice the last.
+# At least so many looks in a row without a queue before the rate grows by steps, each twice the last.
 _CALM_LOOKS = 3
+# The most by which the rate grows from one look to the next, and by how much it is swiftly more than what the
+# bottleneck is known to let through.
+_STEEP = 0.1
+_KNOWN = 0.02
+# Of each look at the bottleneck's rate so much counts.
+_SMOOTHING = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,8 @@ class Governor:
         # What the path carried when it was last pressed: like the peak, but a cut takes it down.
         self._carried = 0.0
         self._pressed_base: float | None = None
+        # What arrives while a queue stands, smoothed; 0 while none was seen.
+        self._bottleneck = 0.0
         self._cut: _Cut | None = None
         # Since when there is a backlog without a longer pause, and since when there is none.
         self._spell_at: float | None = None
@@ -109,6 +117,18 @@ class Governor:
     def capacity_bytes_per_second(self) -> float | None:
         """What the path carried when it was last pressed; None while it never was."""
         return max(self._delivered) if self._delivered else None
+
+    @property
+    def steady_bytes_per_second(self) -> float | None:
+        """The rate, but for a pulse; None = no limit."""
+        return None if self.rate_bytes_per_second is None else self._rate
+
+    @property
+    def pulse(self) -> Pulse | None:
+        """More than the rate for a moment; None: not now."""
+        if not self.pulse_is_on or self.rate_bytes_per_second is None or self._mark is None:
+            return None
+        return Pulse(self.rate_bytes_per_second, self._mark.at + PULSE_SECONDS)
 
     @property
     def beat_seconds(self) -> float:
@@ -220,6 +240,7 @@ class Governor:
         shorter, longer = sorted((self._pressed_base, self._base[0][1]))
         if longer > _OTHER_PATH * shorter and longer - shorter > _TARGET_SECONDS:
             self._rate, self._carried, self._pressed_base = _FIRST_RATE, 0.0, None
+            self._bottleneck = 0.0
             self._delivered.clear()
 
     def _base_seconds(self, now: Sample) -> float:
@@ -301,25 +322,36 @@ class Governor:
             self._cut = _Cut(now.at, queue, delivered)
             self._delivered.clear()
             self._delivered.append(delivered)
-            capacity = delivered
+            capacity = self._bottleneck = delivered
             # By steps, for it may have been a busy processor; a path that became slower is cut again.
             self._carried = max(delivered, self._carried * _FORGET)
-        # First order: the queue approaches its target within about two round trips.
-        below = (_TARGET_SECONDS - queue) / _TARGET_SECONDS
-        gain = 0.1 * below if below > 0 else max(-0.5, (_TARGET_SECONDS - queue) / settle)
+        if queue >= _TARGET_SECONDS / 2:
+            # It stood there for the whole look: what arrived is what the bottleneck lets through.
+            before = self._bottleneck or delivered
+            self._bottleneck = before + _SMOOTHING * (delivered - before)
+        # First order: the queue approaches its target within about two round trips, from either side. A rate
+        # that is too high is seen to be so two or three looks later: of a tenth too much a call would wait in
+        # the queue of a long path for longer than it may.
+        gain = min(_STEEP, max(-0.5, (_TARGET_SECONDS - queue) / settle))
         if queue >= _TARGET_SECONDS / 3:
             self._calm = 0
         elif now.round_trip_seconds - base < _TARGET_SECONDS / 3:
             # Nor does one begin to grow, which the least of the look would hide.
             self._calm += 1
-        if self._calm >= _CALM_LOOKS:
+        calm_looks = max(_CALM_LOOKS, round(2 * settle / self._look_seconds(base)))
+        if self._calm >= calm_looks:
             # No queue at all although we press: the path is faster than we believed.
             if self._base_seen:
                 self._find_out_anew()
                 return
-            gain = min(1.0, 0.125 * 2 ** (self._calm - _CALM_LOOKS))
-        # Without a queue there is no reason to send less than before.
-        self._rate = max(capacity * (1 + gain), self._rate if gain > 0 else _LEAST_RATE)
+            gain = min(1.0, 0.125 * 2 ** (self._calm - calm_looks))
+        if gain < 0:
+            self._rate = max((self._bottleneck or capacity) * (1 + gain), _LEAST_RATE)
+        else:
+            # Swiftly up to what the bottleneck is known to let through, and a little more; without a queue
+            # there is no reason to send less than before.
+            known = min(capacity * (1 + _STEEP), self._bottleneck * (1 + _KNOWN))
+            self._rate = max(capacity * (1 + gain), known, self._rate)
         self._watch_for_others(now.at, queue)
 
     def _grow_by_pulses(self, late: float) -> None:
@@ -334,7 +366,8 @@ class Governor:
             # The pulse came through slower than it was sent, and stood in a queue: the bottleneck's rate.
             if self._echo.is_whole or self._full:
                 # A path that stood still for a moment shows less than it carries, or nothing at all.
-                self._rate = max(_BELOW * max(seen, self._full), _FORGET * self._rate, _LEAST_RATE)
+                self._bottleneck = max(seen, self._full)
+                self._rate = max(_BELOW * self._bottleneck, _FORGET * self._rate, _LEAST_RATE)
                 self._delivered.clear()
                 self._delivered.append(self._rate)
                 self._starting = False
@@ -351,6 +384,7 @@ class Governor:
 
     def _find_out_anew(self) -> None:
         self._starting = self._pulses = True
+        self._bottleneck = 0.0
         self._rate_before = self._rate
         self._calm = self._short = self._delayed = self._blind = 0
         self._full = 0.0

@@ -95,7 +95,8 @@ class LinkRate:
             # The kernel's smoothed figure is fed by acknowledgements, of which an idle path has few: it would
             # take half a minute to follow a path that became longer.
             sample = replace(sample, round_trip_seconds=ping)
-        self.pacer.govern(self._governor.sample(sample))
+        self._governor.sample(sample)
+        self.pacer.govern(self._governor.steady_bytes_per_second, self._governor.pulse)
 
     def tick(self, now: float) -> None:
         """A few times a second: goodput, and the hours at which the configured rate changes."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from precache_proxy.channel.pulses import Pulse
 from precache_proxy.channel.rate import TokenBucket
 from precache_proxy.errors import InvalidInput
 
@@ -19,6 +20,7 @@ class Pacer:
         self._loop = asyncio.get_running_loop()
         self._limit = rate_bytes_per_second
         self._governed: float | None = None
+        self._pulse: Pulse | None = None
         self._bucket = TokenBucket(rate_bytes_per_second, self._loop.time())
         self._wake = wake
         self._timer: asyncio.TimerHandle | None = None
@@ -40,24 +42,35 @@ class Pacer:
                 f"rate of {rate_bytes_per_second} bytes per second: nothing could be sent; "
                 "give a rate above 0 or none for no limit"
             )
+        self._end_pulse(self._loop.time())
         self._limit = rate_bytes_per_second
-        self._apply()
+        self._apply(self._loop.time())
 
-    def govern(self, rate_bytes_per_second: float | None) -> None:
-        """What the path carries, as the governor sees it; None = unknown."""
-        if rate_bytes_per_second != self._governed:
-            self._governed = rate_bytes_per_second
-            self._apply()
+    def govern(self, rate_bytes_per_second: float | None, pulse: Pulse | None = None) -> None:
+        """What the path carries, as the governor sees it; None = unknown. For a moment more: ``pulse``."""
+        if (rate_bytes_per_second, pulse) != (self._governed, self._pulse):
+            self._end_pulse(self._loop.time())
+            self._governed, self._pulse = rate_bytes_per_second, pulse
+            self._apply(self._loop.time())
 
-    def _apply(self) -> None:
-        rates = [rate for rate in (self._limit, self._governed) if rate is not None]
-        self._bucket.set_rate(min(rates, default=None), self._loop.time())
+    def _end_pulse(self, now: float) -> None:
+        """A look that comes late must not make a pulse longer: what it adds would stand in the queue."""
+        if self._pulse is not None and now >= self._pulse.until:
+            ended, self._pulse = self._pulse, None
+            self._apply(ended.until)
+
+    def _apply(self, at: float) -> None:
+        governed = self._governed if self._pulse is None else self._pulse.bytes_per_second
+        rates = [rate for rate in (self._limit, governed) if rate is not None]
+        self._bucket.set_rate(min(rates, default=None), at)
         self.stop()
         self._wake()
 
     def may_send(self) -> bool:
         """False: not now; ``wake`` will be called."""
-        wait = self._bucket.wait_seconds(self._loop.time())
+        now = self._loop.time()
+        self._end_pulse(now)
+        wait = self._bucket.wait_seconds(now)
         if wait <= 0:
             return True
         if self._timer is None:

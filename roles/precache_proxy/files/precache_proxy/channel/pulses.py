@@ -10,6 +10,7 @@ tried. Pure: samples come in.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 PULSE_SECONDS = 0.03
 PULSE_FACTOR = 2.25
@@ -19,6 +20,14 @@ PULSE_BEAT_SECONDS = 0.01
 _WINDOW_SECONDS = 0.026
 # A look that had such a hole in it was a busy processor's: it does not show what the path did.
 _HOLE_SECONDS = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A rate that holds until an instant, whoever looks when."""
+
+    bytes_per_second: float
+    until: float
 
 
 class PulseEcho:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_SECONDS = 90.0
 STATUS_TIMEOUT_SECONDS = 30.0
+_PAUSED_BY_OTHERS = " It is paused here, which was not for this evacuation: resume it when it is to run."
 
 
 class ActivatedThere(Conflict):
@@ -98,9 +99,8 @@ async def _run_here(departure: Departure, presence: Presence) -> Presence:
     job, around = departure.job, departure.around
     if presence is Presence.PAUSED:
         if not job.stopped_here and await around.domains.paused_by_user(job.vm):
-            job.sentence += (
-                " It is paused here, which was not for this evacuation: resume it when it is to run."
-            )
+            if _PAUSED_BY_OTHERS not in job.sentence:
+                job.sentence += _PAUSED_BY_OTHERS
             return presence
         # libvirt left it between two worlds, or we stopped it; nobody else runs it.
         await around.domains.resume(job.vm)

@@ -170,8 +170,8 @@ class GatewayDuty:
             if attachment is not None and attachment.state == AWAY:
                 # It may move on, and the anchors know.
                 self._path.set_away(attachment.homes, None)
-        times = [*self._watch.times(), *self._forwards.values(), self._inquire_at]
                 crash_point("forwarding-ended")
+        times = [*self._watch.times(), *self._forwards.values(), self._inquire_at]
         due = self.registrar.next_due()
         times += [] if due is None else [due]
         return min(times) - time.monotonic()

@@ -24,7 +24,8 @@ from mobility_agent.messages.headers import (
     RevocationAcknowledgement,
     Status,
 )
-from mobility_agent.messages.registration import Acknowledgement, Loss, read_registration
+from mobility_agent.messages.options import HandoffIndicator
+from mobility_agent.messages.registration import Acknowledgement, Loss, Registration, read_registration
 
 VM = "11111111-2222-3333-4444-555555555555"
 HOME = IPv6Network("2001:db8:100::5/128")
@@ -140,6 +141,22 @@ class Gateway:
             self.duty.take(peer, told.message())
         await asyncio.sleep(0.01)
 
+    def updates(self) -> list[Registration]:
+        """The registrations that it sent."""
+        sent = [message for _who, message in self.sent if isinstance(message, BindingUpdate)]
+        return [read_registration(update, self.config.address) for update in sent]
+
+    async def asked_again(self) -> None:
+        """Wait until both anchors were asked."""
+        for _ in range(500):
+            if {who for who, message in self.sent if isinstance(message, BindingUpdate)} >= {
+                "anchor1",
+                "anchor2",
+            }:
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail("not asked again")
+
     def where(self) -> tuple[str, IPv6Address | None] | None:
         known = self.duty.attachments.get(VM)
         return None if known is None else (known.state, known.to)
@@ -225,6 +242,85 @@ async def test_of_a_vm_that_was_forgotten_the_anchors_word_is_taken_where_it_run
     await asyncio.sleep(0.02)
     await gateway.duty.stop()
     gateway.start()
+    assert gateway.where() == (AWAY, BACKUP)
+    await gateway.duty.stop()
+
+
+async def test_of_a_vm_that_left_the_anchors_are_asked_when_nobody_says_where_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mobility_agent.gateway.doubts._UNTOLD_SECONDS", 0.1)
+    gateway = Gateway(tmp_path)
+    await gateway.arrive(1)
+    await gateway.answer(1, gateway.config.tunnel_address)
+    gateway.sent.clear()
+    await gateway.duty.depart(VM, None)
+    await asyncio.sleep(0.02)
+    assert gateway.updates() == []
+    await asyncio.sleep(0.15)
+    assert {asked.lifetime_seconds for asked in gateway.updates()} == {0}
+    assert gateway.where() == (AWAY, None)
+    await gateway.answer(2, BACKUP, Status.SEQUENCE_OUT_OF_WINDOW)
+    assert gateway.where() == (AWAY, BACKUP)
+    # One whose place is known is left in peace.
+    await gateway.arrive(3)
+    await gateway.answer(3, gateway.config.tunnel_address)
+    await gateway.duty.depart(VM, None)
+    await gateway.duty.depart(VM, BACKUP)
+    gateway.sent.clear()
+    await asyncio.sleep(0.15)
+    assert gateway.updates() == []
+    await gateway.duty.stop()
+
+
+async def test_one_that_was_found_running_is_taken_up_when_nobody_else_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mobility_agent.gateway.doubts._CONTESTED_SECONDS", 0.1)
+    monkeypatch.setattr("mobility_agent.gateway.doubts._LONGER", 1.0)
+    gateway = Gateway(tmp_path)
+    await gateway.duty.arrive(VM, (HOME,), MAC, "vmbr0", 0, handoff=HandoffIndicator.NEW_INTERFACE)
+    await gateway.answer(4, BACKUP, Status.SEQUENCE_OUT_OF_WINDOW, anchors=("anchor1",))
+    assert gateway.where() == (AWAY, BACKUP)
+    gateway.sent.clear()
+    await gateway.asked_again()
+    # Asked for as a confirmation, in the epoch that is known: that takes it from nobody.
+    asked = gateway.updates()
+    assert {(one.epoch, one.refresh) for one in asked} == {(4, True)}
+    await gateway.answer(4, BACKUP, Status.ADMINISTRATIVELY_PROHIBITED, anchors=("anchor1",))
+    assert gateway.where() == (AWAY, BACKUP)
+    assert gateway.kernel.leads == {HOME: BACKUP}
+    gateway.sent.clear()
+    await gateway.asked_again()
+    await gateway.answer(4, gateway.config.tunnel_address, anchors=("anchor1",))
+    assert gateway.where() == (HERE, None)
+    assert gateway.kernel.leads == {HOME: "vmbr0"}
+    # The other anchor has not heard yet that the other one gave it up.
+    await gateway.answer(4, BACKUP, Status.ADMINISTRATIVELY_PROHIBITED, anchors=("anchor2",))
+    assert gateway.where() == (AWAY, BACKUP)
+    gateway.sent.clear()
+    await gateway.asked_again()
+    await gateway.answer(4, gateway.config.tunnel_address)
+    assert gateway.where() == (HERE, None)
+    assert gateway.duty.registrar.acknowledged(VM) == ["anchor1", "anchor2"]
+    gateway.sent.clear()
+    await asyncio.sleep(0.12)
+    assert gateway.updates() == []
+    await gateway.duty.stop()
+
+
+async def test_one_that_ends_here_while_it_is_bound_elsewhere_is_asked_for_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mobility_agent.gateway.doubts._CONTESTED_SECONDS", 0.1)
+    monkeypatch.setattr("mobility_agent.gateway.doubts._LONGER", 1.0)
+    gateway = Gateway(tmp_path)
+    await gateway.duty.arrive(VM, (HOME,), MAC, "vmbr0", 0, handoff=HandoffIndicator.NEW_INTERFACE)
+    await gateway.answer(4, BACKUP, Status.SEQUENCE_OUT_OF_WINDOW, anchors=("anchor1",))
+    gateway.duty.ended(VM)
+    gateway.sent.clear()
+    await asyncio.sleep(0.15)
+    assert gateway.updates() == []
     assert gateway.where() == (AWAY, BACKUP)
     await gateway.duty.stop()
 

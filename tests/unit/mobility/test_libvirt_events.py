@@ -26,6 +26,7 @@ class Duty:
 
     attachments: dict[str, Attachment] = field(default_factory=dict)
     told: list[tuple[Any, ...]] = field(default_factory=list)
+    over: list[str] = field(default_factory=list)
 
     async def arrive(
         self,
@@ -51,6 +52,9 @@ class Duty:
 
     def runs_again(self, vm: str) -> None:
         self.told.append(("runs again", vm))
+
+    def ended(self, vm: str) -> None:
+        self.over.append(vm)
 
     def follows(self, _vm: str, homes: Any) -> Any:
         return only_ipv6(homes)
@@ -111,6 +115,13 @@ async def test_one_that_never_ran_here_and_ends_is_nobodys_departure() -> None:
     await made._act(VM, Event.STOPPED, 0)
     await made._act(VM, Event.RESUMED, 0)
     assert duty.told == [arrived(0, HandoffIndicator.NEW_INTERFACE, False)]
+
+
+@pytest.mark.parametrize("detail", [Event.STOPPED_MIGRATED, 0])
+async def test_of_one_that_is_bound_elsewhere_it_is_told_when_it_ends_here(detail: int) -> None:
+    made, duty = moves(AWAY)
+    await made._act(VM, Event.STOPPED, detail)
+    assert (duty.told, duty.over) == ([], [VM])
 
 
 @pytest.mark.parametrize(("detail", "withdraw"), [(Event.STOPPED_MIGRATED, False), (0, True)])

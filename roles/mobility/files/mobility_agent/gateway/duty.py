@@ -22,6 +22,7 @@ from mobility_agent.errors import MobilityError, NotFound
 from mobility_agent.gateway.anchors import AnchorWatch
 from mobility_agent.gateway.arrivals import INSTEAD_OF_IPV4, IS_IPV4, Arrivals
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
+from mobility_agent.gateway.doubts import Doubts
 from mobility_agent.gateway.holds import UNTOLD_SECONDS, Device, Holds
 from mobility_agent.gateway.neighbourhood import Neighbourhood
 from mobility_agent.gateway.registrar import Outcome, Registrar
@@ -70,6 +71,7 @@ class GatewayDuty:
         self.arrivals = Arrivals(config, path, self.attachments, self._link_locals, kept_off)
         self.holds = Holds(path, hold_device, only_ipv6(config.networks))
         self._forwards: dict[str, float] = {}
+        self._doubts = Doubts()
         self._inquire_at = 0.0
         self._wake = asyncio.Event()
         #: By VM: whoever waits for an anchor's answer for it.
@@ -163,6 +165,7 @@ class GatewayDuty:
             for known in self.attachments.all():
                 if known.state == AWAY:
                     self._inquire(known, now)
+        self._ask_again(now)
         self._send_due()
         for vm in [vm for vm, until in self._forwards.items() if until <= now]:
             del self._forwards[vm]
@@ -171,7 +174,7 @@ class GatewayDuty:
                 # It may move on, and the anchors know.
                 self._path.set_away(attachment.homes, None)
                 crash_point("forwarding-ended")
-        times = [*self._watch.times(), *self._forwards.values(), self._inquire_at]
+        times = [*self._watch.times(), *self._forwards.values(), *self._doubts.times(), self._inquire_at]
         due = self.registrar.next_due()
         times += [] if due is None else [due]
         return min(times) - time.monotonic()
@@ -181,6 +184,17 @@ class GatewayDuty:
         homes = only_ipv6(attachment.homes)
         if homes and self._anchors:
             self.registrar.release(attachment.vm, homes, attachment.epoch, now)
+
+    def _ask_again(self, now: float) -> None:
+        """Of VMs that left nobody knows where to, and of those that run here and are bound elsewhere."""
+        for vm in self._doubts.untold_due(now):
+            attachment = self.attachments.get(vm)
+            if attachment is not None and (attachment.state, attachment.to) == (AWAY, None):
+                self._inquire(attachment, now)
+        for vm in self._doubts.contested_due(now):
+            attachment = self.attachments.get(vm)
+            if attachment is not None and attachment.state == AWAY:
+                self._claim(replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False), now)
 
     def nudge(self) -> None:
         """Something is due: send it now."""
@@ -224,7 +238,11 @@ class GatewayDuty:
 
     def _follow(self, outcome: Outcome) -> None:
         attachment = self.attachments.get(outcome.vm)
+        if outcome.kind == "lost":
+            self._doubts.refused(outcome.vm, attachment, time.monotonic())
         match outcome.kind:
+            case "registered" if attachment is not None and self._doubts.contested(outcome.vm):
+                self._take_up(attachment, outcome.anchor)
             case "registered" if (
                 attachment is not None and attachment.handoff is not HandoffIndicator.UNCHANGED
             ):
@@ -256,6 +274,25 @@ class GatewayDuty:
                 logger.warning("%s", outcome.sentence)
             case _:
                 logger.debug("%s", outcome.sentence)
+
+    def _take_up(self, attachment: Attachment, anchor: str) -> None:
+        """It runs here, was bound elsewhere, and is not any more."""
+        if len(self.registrar.acknowledged(attachment.vm)) == len(self._anchors):
+            self._doubts.settled(attachment.vm)
+        if attachment.state == HERE:
+            return
+        here = replace(attachment, state=HERE, to=None, since_seconds=time.time())
+        try:
+            self._place(here, attachment)
+        except MobilityError as error:
+            self.registrar.forget(attachment.vm)
+            logger.error("VM %s: runs here, and is not led here: %s; tried again", attachment.vm, error)
+            return
+        self._forwards.pop(here.vm, None)
+        self.holds.end(here.vm)
+        self._keep(here)
+        self.neighbourhood.announce(here)
+        logger.info("VM %s: runs here, and %s has it nowhere else any more: taken up", here.vm, anchor)
 
     def _take_loss(self, peer: Peer, message: Revocation) -> None:
         loss = read_loss(message)
@@ -311,6 +348,7 @@ class GatewayDuty:
         """Nothing of it is known here any more."""
         self.holds.discard(attachment.vm)
         self._forwards.pop(attachment.vm, None)
+        self._doubts.settled(attachment.vm)
         self._path.clear(attachment.homes)
         self.attachments.remove(attachment.vm)
         self._journal.remove(attachment.vm)
@@ -369,6 +407,7 @@ class GatewayDuty:
         self._forget_former_owners(vm, homes)
         self._forwards.pop(vm, None)
         self.holds.end(vm)
+        self._doubts.settled(vm)
         self.attachments.put(attachment)
         self._claim(attachment, began)
         self._send_due()
@@ -448,11 +487,14 @@ class GatewayDuty:
         attachment = self.attachments.get(vm)
         if attachment is None:
             raise NotFound(f"VM {vm}: not known to this gateway; see `mobility-agent status`")
+        self._doubts.settled(vm)
         if withdraw:
             self._withdraw(attachment)
         elif attachment.state == HERE or to is not None:
             self.registrar.forget(vm)
             self._leave(vm, to, attachment.epoch)
+            if to is None:
+                self._doubts.left(vm, time.monotonic())
         self._wake.set()
         await self._commit()
         crash_point("departure-recorded")
@@ -503,6 +545,10 @@ class GatewayDuty:
         self.neighbourhood.announce(gone)
         self._wake.set()
         logger.info("VM %s: gone to %s", vm, to or "a place not known yet", extra={"VM": vm})
+
+    def ended(self, vm: str) -> None:
+        """It does not run here, whatever was believed of one that anchors have elsewhere."""
+        self._doubts.settled(vm)
 
     async def reconcile(self, running: set[str]) -> None:
         """What the hypervisor says is running is right: withdraw what is not."""

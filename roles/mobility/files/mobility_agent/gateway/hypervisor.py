@@ -231,6 +231,7 @@ class Moves:
                 await self._duty.depart(vm, None)
             case (Event.STOPPED, _):
                 self._incoming.discard(vm)
+                self._duty.ended(vm)
                 if here:
                     await self._duty.depart(vm, None, withdraw=True)
             case (Event.METADATA, _):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What comes for a VM between its stop here and its going on elsewhere waits, and is sent after it.
 
-The previous access router's buffer of RFC 5949, by way of a TUN device: packets for the VM's home addresses
+The idea of RFC 5949 (buffered, and forwarded by the previous gateway), by way of a TUN device: packets for the VM's home addresses
 are routed into it, read here, and written back once the VM's routes say where it is, or that it goes on here.
 
 Order is kept: while those that waited are written back, what comes still goes behind them, and only when none

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What comes for a VM between its stop here and its going on elsewhere waits, and is sent after it.
 
-The idea of RFC 5949 (buffered, and forwarded by the previous gateway), by way of a TUN device: packets for the
-VM's home addresses are routed into it, read here, and written back once the VM's routes say where it is, or that
-it goes on here.
+The idea of RFC 5949 (buffered, and forwarded by the previous gateway), by way of a TUN device: packets for
+the VM's home addresses are routed into it, read here, and written back once the VM's routes say where it is,
+or that it goes on here.
 
 Order is kept: while those that waited are written back, what comes still goes behind them, and only when none
 is left is the way into the device closed. What a hold may take is bounded. Of more than that the *newest* is

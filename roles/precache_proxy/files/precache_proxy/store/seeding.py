@@ -179,10 +179,10 @@ async def receive_seed(replica: Replica, stream: Stream) -> None:
     replica.check_space()
     names = list(disks)
 
-    async def told(offsets: dict[str, int]) -> None:
+    async def tell_mark(offsets: dict[str, int]) -> None:
         await stream.send(*json_record(RecordType.MARKED, offsets).pack())
 
-    seeding = Seeding(replica, disks, told)
+    seeding = Seeding(replica, disks, tell_mark)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(replica.chain_lock.writing())
         decoder = Decoder(stream, None)

@@ -215,12 +215,28 @@ async def test_a_stop_that_hangs_is_awaited_before_anything_is_decided(place: Pl
     assert (place.domain.now, place.departure.job.step) == (RUNNING, Step.STAYED)
 
 
+async def test_a_move_that_ends_while_the_stop_goes_on_record_leaves_its_guest_running(place: Place) -> None:
+    """A dead relay ends it at once, and a record may take its time: libvirt would let nobody go on any more,
+    and the rollback only after it has waited for a peer that is not heard."""
+    save = place.journal.save
+
+    def slow(job: Any) -> None:
+        save(job)
+        place.domain.migrates = False
+
+    place.journal.save = slow  # type: ignore[method-assign]
+    assert await end(place, waits=True) == [("abort", True), ("abort", True)]
+    assert place.domain.now == RUNNING
+    assert place.departure.job.stood_still_seconds is None
+
+
 async def test_a_guest_that_cannot_be_stopped_is_called_off_all_the_same(place: Place) -> None:
     def refuse() -> None:
         raise libvirt.libvirtError("cannot acquire state change lock")
 
     place.domain.suspend = refuse  # type: ignore[method-assign]
     assert await end(place, waits=True) == [("abort", True), ("abort", True)]
+    assert place.departure.job.stood_still_seconds is None, "it did not"
 
 
 async def test_a_full_disk_keeps_nobody_from_stopping_it(place: Place) -> None:

@@ -40,7 +40,7 @@ class CallingOff:
     def __init__(self, departure: Departure, *, waits: bool) -> None:
         self._departure = departure
         self.waits = waits
-        self._stopping: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[bool] | None = None
         self._stopped_at = 0.0
         self._watching = asyncio.create_task(self._end_when_enough())
 
@@ -58,7 +58,7 @@ class CallingOff:
             # Before libvirt has the job there is no mirror.
             if self.waits and self._stopping is None and await domains.migrating(vm):
                 self._stopped_at = time.monotonic()
-                self._stopping = asyncio.create_task(stop_guest(departure))
+                self._stopping = asyncio.create_task(stop_guest(departure, only_migrating=True))
                 # Its writes have settled when libvirt answers; it does not when their relay is dead, until
                 # that is closed.
                 await asyncio.wait({self._stopping})
@@ -72,6 +72,9 @@ class CallingOff:
         if self._stopping is not None:
             # Come after libvirt let the guest go on, it would be found by nobody.
             await asyncio.wait({self._stopping})
+            (stopped,) = await asyncio.gather(self._stopping, return_exceptions=True)
+            if stopped is not True:
+                return
             job = self._departure.job
             job.stood_still_seconds = time.monotonic() - self._stopped_at
             logger.info(
@@ -82,20 +85,27 @@ class CallingOff:
             )
 
 
-async def stop_guest(departure: Departure) -> None:
+async def stop_guest(departure: Departure, *, only_migrating: bool = False) -> bool:
     """Pause the guest so that its mirrors can be ended; on record before it is done. One that somebody has
-    paused is his to resume."""
+    paused is his to resume.
+
+    ``only_migrating``: a migration may end by itself while that goes on record. libvirt would let nobody go
+    on any more then, and the rollback does only once it has asked a peer that may not be heard. Whether we
+    have paused it.
+    """
+    stopped = False
     domains, vm = departure.around.domains, departure.job.vm
     try:
         if await domains.paused_by_user(vm):
-            return
+            return False
         await departure.note_stop()
         crash_point("departure-before-standstill")
-        await domains.suspend(vm)
+        stopped = await domains.suspend(vm, only_migrating=only_migrating)
     except (HypervisorError, NotFound) as error:
         # The migration has to end all the same.
         logger.warning("VM %s: not stopped before its move is ended: %s", vm, error)
     crash_point("departure-stands-still")
+    return stopped
 
 
 async def end_leftovers(departure: Departure) -> None:
@@ -103,7 +113,7 @@ async def end_leftovers(departure: Departure) -> None:
     job, domains = departure.job, departure.around.domains
 
     async def stop() -> None:
-        await stop_guest(departure)
+        await stop_guest(departure, only_migrating=True)
 
     await domains.wait_not_migrating(job.vm, departure.around.stall_seconds * 2, stop)
     definition = await domains.definition(job.vm)

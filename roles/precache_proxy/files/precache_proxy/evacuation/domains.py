@@ -53,6 +53,11 @@ def presence_of(state: int, reason: int, job_type: int) -> Presence:
     return Presence.UNKNOWN
 
 
+def _is_migrating(domain: Any) -> bool:
+    operation = domain.jobStats().get("operation")
+    return bool(operation == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+
+
 class Domains:
     """libvirt on this host, as an evacuation needs it. ``vm`` is a UUID everywhere."""
 
@@ -133,13 +138,8 @@ class Domains:
 
     async def migrating(self, vm: str) -> bool:
         """Whether libvirt still has a migration of the VM under way here."""
-
-        def ask(domain: Any) -> bool:
-            statistics = domain.jobStats()
-            return bool(statistics.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
-
         with contextlib.suppress(HypervisorError, NotFound):
-            return await self.run(vm, ask, timeout_seconds=20)
+            return await self.run(vm, _is_migrating, timeout_seconds=20)
         return False
 
     async def wait_not_migrating(
@@ -177,9 +177,16 @@ class Domains:
         """Let a paused VM run; one that runs already is no error."""
         await self.run(vm, lambda domain: None if domain.state()[0] in _ALIVE else domain.resume())
 
-    async def suspend(self, vm: str) -> None:
-        """Pause a running VM."""
-        await self.run(vm, lambda domain: domain.suspend() if domain.state()[0] in _ALIVE else None)
+    async def suspend(self, vm: str, *, only_migrating: bool = False) -> bool:
+        """Pause a running VM (``only_migrating``: while libvirt moves it). Whether it was to be paused."""
+
+        def work(domain: Any) -> bool:
+            if domain.state()[0] not in _ALIVE or (only_migrating and not _is_migrating(domain)):
+                return False
+            domain.suspend()
+            return True
+
+        return await self.run(vm, work)
 
     async def paused_by_user(self, vm: str) -> bool:
         """Whether somebody paused the VM outside of any job of libvirt's: not a migration, not an error."""

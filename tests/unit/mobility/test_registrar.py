@@ -261,6 +261,49 @@ def test_one_that_did_start_here_is_bound_also_where_it_was_bound_nowhere_last()
     assert "lost" not in net.kinds("old")
 
 
+def test_one_that_surely_came_is_not_given_up_for_what_an_anchor_missed() -> None:
+    net = Net()
+    net.gateways["old"].attach(VM, HOMES, 5, HANDOFF, net.now)
+    net.run(1)
+    # Shut off here and started elsewhere in the same epoch, which one anchor missed; then moved back by hand.
+    net.down = {"anchor2"}
+    net.gateways["old"].release(VM, HOMES, 5, net.now)
+    net.run(1)
+    net.gateways["new"].attach(VM, HOMES, 0, START, net.now)
+    net.run(1)
+    net.gateways["old"] = Registrar(ANCHORS, GATEWAYS["old"][1], 120)
+    # The one that missed it is heard first.
+    net.down = {"anchor1"}
+    net.gateways["old"].attach(VM, HOMES, 0, HANDOFF, net.now, evident=True)
+    net.run(0.3)
+    net.down = set()
+    net.run(10)
+    assert "lost" not in net.kinds("old")
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["old"][1]] * 2
+
+
+def test_what_an_anchor_refuses_to_withdraw_is_not_claimed_instead() -> None:
+    net = Net()
+    net.gateways["new"].attach(VM, HOMES, 7, HANDOFF, net.now)
+    net.run(1)
+    net.gateways["new"].release(VM, HOMES, 7, net.now)
+    net.run(1)
+    # Started here and shut off; one anchor does not know this gateway, and refuses the one and the other.
+    strangers = {address: known for address, known in RULES.gateways.items() if known.name != "old"}
+    net.tables["anchor2"].rules = replace(RULES, gateways=strangers)
+    net.gateways["old"].attach(VM, HOMES, 7, START, net.now)
+    net.run(2)
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["old"][1], None]
+    net.gateways["old"].release(VM, HOMES, 7, net.now)
+    net.run(2)
+    # It runs elsewhere when that anchor learns to know this gateway.
+    net.gateways["new"].attach(VM, HOMES, 7, START, net.now)
+    net.run(2)
+    net.tables["anchor2"].rules = RULES
+    net.run(100)
+    assert [net.where(anchor) for anchor in ANCHORS] == [GATEWAYS["new"][1]] * 2
+
+
 @pytest.mark.parametrize("error", [-240.0, 240.0])
 def test_a_clock_off_by_minutes_is_told_and_the_vm_is_bound_all_the_same(error: float) -> None:
     net = Net()

@@ -211,6 +211,8 @@ class Registrar:
             line = self._lines[vm, anchor] = _Line(vm, anchor, phase, handoff)
         self._settle(line)
         line.phase, line.handoff = phase, handoff
+        # What is withdrawn is not to be claimed again, whatever an anchor refuses.
+        line.started = line.started and phase is Phase.CLAIMING
         line.sequences.clear()
         line.attempts = line.corrections = 0
         self._schedule(line, now)
@@ -399,7 +401,9 @@ class Registrar:
         held = answer.epoch or 0
         if line.phase is Phase.WITHDRAWING:
             return self._withdrawn(line, answer, f"VM {line.vm}: {line.anchor} has it elsewhere")
-        if answer.holder == self._care_of:
+        came = claim.evident and line.handoff is not HandoffIndicator.UNCHANGED and held >= claim.epoch
+        # One that surely came is claimed in a newer epoch than any that an anchor may have it in elsewhere.
+        if answer.holder == self._care_of and not came:
             return self._had_already(line, claim, held, now)
         if answer.holder is None and line.handoff is HandoffIndicator.NEW_INTERFACE:
             # It was shut off where it had gone, and starts here: it takes up where that ended.
@@ -408,7 +412,7 @@ class Registrar:
                 self._start(line.vm, anchor, Phase.CLAIMING, HandoffIndicator.NEW_INTERFACE, now)
             sentence = f"VM {line.vm}: started here; {line.anchor} knew epoch {held}, claimed as that"
             return Outcome("adopted", line.vm, line.anchor, sentence, held)
-        if claim.evident and line.handoff is not HandoffIndicator.UNCHANGED and held >= claim.epoch:
+        if came:
             claim.epoch = held + 1
             for anchor in self._anchors:
                 self._start(line.vm, anchor, Phase.CLAIMING, HandoffIndicator.BETWEEN_GATEWAYS, now)

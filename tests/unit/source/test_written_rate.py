@@ -191,3 +191,22 @@ async def test_a_disk_that_is_gone_waits_for_no_later_pass(
     vm.replication.record.disks["vdb"] = cast(Any, None)
     await vm.run_pass(1, 10, leave_bytes=300_000)
     assert vm.rates_under_way
+
+
+async def test_what_a_disk_has_grown_by_waits_for_no_later_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass that its caller makes later is a residual, which sends what bitmaps count."""
+    vm = OneVm(tmp_path, monkeypatch)
+    await vm.run_pass(10_000_000, 10)
+
+    async def sizes(*_arguments: object, **_more: object) -> dict[str, int]:
+        return {"vda": 2 << 30}
+
+    monkeypatch.setattr(vm.replication.disks, "sizes", sizes)
+    vm.rates_under_way.clear()
+    await vm.run_pass(1, 10, leave_bytes=300_000)
+    assert vm.rates_under_way
+    vm.rates_under_way.clear()
+    await vm.run_pass(1, 10, leave_bytes=300_000)
+    assert not vm.rates_under_way, "the peer has it now"

@@ -251,11 +251,13 @@ class Replication:
             self._close(interval, looked_at)
             self.totals.empty += 1
             return PassResult(record.next_generation - 1, skipped=True, reason=reason)
-        little = active and sealed is not None and self.dirty_bytes <= leave_bytes
-        if little and not (attachments or new or gone or compare_all or scrub_bytes):
-            return PassResult(record.next_generation - 1, skipped=True, reason=reason)
         sizes = await self.disks.sizes(definition, layout.tracked, active=active)
         held = self.standing.replica_sizes
+        # A residual goes by bitmaps alone, which do not count what a disk has grown by.
+        grown = {} if sealed is None else scrub.beyond_replica(layout, sizes, held)
+        little = active and sealed is not None and self.dirty_bytes <= leave_bytes
+        if little and not (attachments or new or gone or grown or compare_all or scrub_bytes):
+            return PassResult(record.next_generation - 1, skipped=True, reason=reason)
         if self.standing.replica_name not in {"", record.name}:
             await self.standing.prepare_replica(sizes, definition, 0)  # the name that people see there
         plan = GenerationPlan(
@@ -275,7 +277,7 @@ class Replication:
                 if compare_all
                 else scrub.next_slice(record, layout, sizes, held, scrub_bytes)
             ),
-            send={} if sealed is None else scrub.beyond_replica(layout, sizes, held),
+            send=grown,
             traffic_class=TrafficClass.MIGRATION if self.urgent else TrafficClass.PRECACHE,
         )
         before_off = {target: stamp(disk.path) for target, disk in layout.tracked.items()}

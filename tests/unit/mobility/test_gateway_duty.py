@@ -309,15 +309,23 @@ async def test_one_that_was_found_running_is_taken_up_when_nobody_else_has_it(
     await gateway.duty.stop()
 
 
+@pytest.mark.parametrize("seen", [True, False])
 async def test_one_that_ends_here_while_it_is_bound_elsewhere_is_asked_for_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: bool
 ) -> None:
     monkeypatch.setattr("mobility_agent.gateway.doubts._CONTESTED_SECONDS", 0.1)
     monkeypatch.setattr("mobility_agent.gateway.doubts._LONGER", 1.0)
     gateway = Gateway(tmp_path)
     await gateway.duty.arrive(VM, (HOME,), MAC, "vmbr0", 0, handoff=HandoffIndicator.NEW_INTERFACE)
     await gateway.answer(4, BACKUP, Status.SEQUENCE_OUT_OF_WINDOW, anchors=("anchor1",))
-    gateway.duty.ended(VM)
+    if seen:
+        gateway.duty.ended(VM)
+    else:
+        # Libvirt was out of reach meanwhile, and does not have it running when it is back.
+        await gateway.duty.reconcile({VM})
+        gateway.sent.clear()
+        await gateway.asked_again()
+        await gateway.duty.reconcile(set())
     gateway.sent.clear()
     await asyncio.sleep(0.15)
     assert gateway.updates() == []

@@ -49,6 +49,11 @@ class Doubts:
         self._untold.pop(vm, None)
         self._contested.pop(vm, None)
 
+    def running(self, vms: Collection[str]) -> None:
+        """Those that libvirt has running here are all that can be contested; an end may have been missed."""
+        for vm in self._contested.keys() - set(vms):
+            del self._contested[vm]
+
     def untold_due(self, now: float) -> Collection[str]:
         """Those to be given up now, once."""
         due = [vm for vm, at in self._untold.items() if at <= now]

@@ -443,6 +443,7 @@ class GatewayDuty:
             if former.vm != vm:
                 self.holds.discard(former.vm)
                 self._forwards.pop(former.vm, None)
+                self._doubts.settled(former.vm)
                 self._path.clear(set(former.homes) - set(homes))
                 self.attachments.remove(former.vm)
                 self._journal.remove(former.vm)
@@ -552,6 +553,7 @@ class GatewayDuty:
 
     async def reconcile(self, running: set[str]) -> None:
         """What the hypervisor says is running is right: withdraw what is not."""
+        self._doubts.running(running)
         for attachment in list(self.attachments.all()):
             if attachment.state == HERE and attachment.vm not in running:
                 logger.info("VM %s: does not run here any more", attachment.vm)

@@ -211,6 +211,23 @@ def test_who_only_tried_is_not_told_as_one_before() -> None:
     assert told["before"]["who"] == "anna"
 
 
+def test_who_took_over_and_was_late_once_is_told_as_such() -> None:
+    """Its lease ran out and nobody came: whom it took over from is to hear of it all the same."""
+    clock = Clock()
+    lease = CoordinatorLease(clock)
+    lease.ask("a", "anna", 15)
+    lease.ask("a", "anna", 15)
+    lease.ask("b", "bert", 15, take_over=True)
+    second = epoch_of(lease)
+    clock.now += 16
+    lease.ask("b", "bert", 15)
+    lease.ask("b", "bert", 0)
+    lease.ask("a", "anna", 15)
+    told = lease.told()
+    assert told is not None
+    assert told["before"] == {"id": "b", "who": "bert", "epoch": second, "taken_over": True}
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"epoch": 1}', b'{"epoch": 1, "before": null, "holder": 3}']
 )

@@ -113,8 +113,9 @@ class CoordinatorLease:
             logger.info("%s coordinates from now on", who)
         before = last.as_before() if last is not None else self._before
         if last is not None and last.coordinator == coordinator:
-            # It ran out and nobody has come since: what it ordered meanwhile is as good as ever.
-            before = last.before
+            # It ran out and nobody has come since: what it ordered meanwhile is as good as ever, and whom it
+            # took over from is to hear of that as before.
+            before, take_over = last.before, take_over or last.taken_over
         else:
             # Microseconds since 1970: higher than what a record that was lost may have said, too.
             self._epoch = max(self._epoch + 1, int(self._wall() * 1e6))

@@ -107,6 +107,8 @@ class Coordinator(Lookout):
         self._refusals: dict[str, dict[str, t.Any]] = {}
         # Refused for what may pass: since when, and what was said last.
         self._put_off: dict[str, tuple[float, dict[str, t.Any]]] = {}
+        # By VM: jobs that are to be cancelled, of which no answer came.
+        self._to_cancel: dict[str, str] = {}
         self._down_since: dict[tuple[str, str], float] = {}
         self.changed = False
 
@@ -350,12 +352,14 @@ class Coordinator(Lookout):
     ) -> None:
         for uuid, rung in orders.starts:
             self._start(controller, uuid, rung, orders.shutdowns.get(uuid))
+        self._cancel_again(controller, seen)
         for uuid, fall in orders.falls.items():
             if fall.rung is Rung.PAUSED:
                 self._to_pause.add(uuid)
             else:
-                # One that is to be restarted there begins anew once it is back.
-                self._ask(controller, uuid, "cancel", None)
+                # One that is to be restarted there begins anew once it is back. That is decided once; of one
+                # that gives way it is judged anew at each look.
+                self._cancel(controller, uuid, again=fall.rung is Rung.RESTART)
         for uuid in list(self._to_pause):
             move = seen.moves.get(uuid)
             if move is None or move.phase is Phase.LEAD_IN or move.silent:
@@ -368,6 +372,26 @@ class Coordinator(Lookout):
         # What is answered by then counts now; a host that is late is heard of at a later look.
         late = {name for name, host in self.hosts.items() if host.lost}
         self._errands.settle(_ERRANDS_SECONDS, late.union(slow))
+
+    def _cancel(self, controller: Controller, uuid: str, *, again: bool) -> None:
+        job = self._begun.get(uuid, uuid)
+
+        def told(_job: t.Any, error: ProxyError | None) -> None:
+            if again and error is not None and error.cause in {"unreachable", "taken-over"}:
+                self._to_cancel[uuid] = job
+
+        self._ask(controller, uuid, "cancel", None, told)
+
+    def _cancel_again(self, controller: Controller, seen: Observation) -> None:
+        """Those that are to be restarted and whose proxy may not have heard of it."""
+        for uuid, job in list(self._to_cancel.items()):
+            move = seen.moves.get(uuid)
+            if move is not None and (move.silent or move.phase is Phase.CLOSING):
+                continue
+            del self._to_cancel[uuid]
+            # Not what has begun anew since.
+            if move is not None and self._begun.get(uuid, uuid) == job:
+                self._cancel(controller, uuid, again=True)
 
     def _start(self, controller: Controller, uuid: str, rung: Rung, shutdown_seconds: float | None) -> None:
         host = controller.source_of(uuid)

@@ -15,7 +15,9 @@ import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Deadline, Watch
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Fall, Move, Phase
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, Orders
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import Rung
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._bridge import Bridge, Unreachable
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._coordinator import Coordinator, Refused
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._lookout import Lookout
@@ -578,3 +580,41 @@ def test_a_share_whose_answer_is_lost_is_asked_for_again_a_lift_too(
         coordinator.close()
     # Set once; lifted until that is answered, and not once more.
     assert asked == [(1e6, 20.0), (None, 20.0), (None, 20.0), (None, 20.0)]
+
+
+@pytest.mark.parametrize("cause", ["unreachable", "taken-over"])
+def test_a_cancel_that_does_not_get_there_is_asked_for_again_where_it_is_decided_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    coordinator = world.coordinator()
+    asked: list[str] = []
+    lost = ProxyError(cause, "home1: no")
+    outcomes: list[ProxyError | None] = [lost, lost, lost, lost, None]
+
+    def ask(_controller: Any, uuid: str, what: str, _body: None, told: Any) -> None:
+        assert what == "cancel"
+        asked.append(uuid)
+        told(None, outcomes.pop(0))
+
+    monkeypatch.setattr(coordinator, "_ask", ask)
+    monkeypatch.setattr(coordinator, "_begun", {"far": "j1", "gives-way": "j2", "anew": "j3"})
+    nobody: Any = None
+
+    def look(phase: Phase = Phase.BULK, *, falls: tuple[tuple[str, Rung], ...] = ()) -> None:
+        moves = {uuid: Move(uuid, phase) for uuid in ("far", "gives-way", "anew")}
+        orders = Orders(falls={uuid: Fall(rung, "too-late", "no") for uuid, rung in falls})
+        coordinator._obey(orders, Observation(0.0, moves), nobody, nobody, ())
+
+    try:
+        look(falls=(("far", Rung.RESTART), ("gives-way", Rung.STAY), ("anew", Rung.RESTART)))
+        # Its cancel got there after all, and it has begun by restart.
+        coordinator._begun["anew"] = "j4"
+        # One that is nearly over is left in peace.
+        look(Phase.CLOSING)
+        assert asked == ["far", "gives-way", "anew"]
+        look()
+        look()
+        look()
+    finally:
+        coordinator.close()
+    assert asked == ["far", "gives-way", "anew", "far", "far"]

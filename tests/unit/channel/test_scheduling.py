@@ -353,6 +353,17 @@ def test_governor_begins_swiftly_on_a_path_that_is_longer_than_it_seemed(rate: f
     assert line.queue / line.rate < 0.2
 
 
+def test_governor_keeps_the_round_trip_in_mind_where_a_copy_has_nothing_to_send_for_a_moment() -> None:
+    """Its queue has hidden it for a while: what is short of it would be taken for no queue."""
+    line, governor = Line(6.25e6, 0.18), Governor()
+    busy(line, governor, 12, beat=None)
+    line.queue += 0.005 * line.rate
+    for _ in range(2):
+        governor.sample(replace(line.step(0.025, 0.025 * line.rate), backlog=False))
+    assert governor._base[0][1] == pytest.approx(0.18, abs=0.0005)
+    assert busy(line, governor, 10, beat=None) < 0.05
+
+
 def test_governor_leaves_local_paths_alone() -> None:
     governor = Governor()
     for beat in range(100):

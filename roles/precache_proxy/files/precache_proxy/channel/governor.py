@@ -209,8 +209,9 @@ class Governor:
         if not now.backlog:
             if self._quiet_since is None:
                 self._quiet_since = now.at
-            if now.at - self._quiet_since > _QUIET_SECONDS:
-                self._spell_at = None
+            if now.at - self._quiet_since <= _QUIET_SECONDS:
+                return  # in the midst of a copy: what its queue has hidden for a while is the path's still
+            self._spell_at = None
             while len(self._base) > 1 and now.at - self._base[0][0] > _IDLE_BASE_SECONDS:
                 self._base.popleft()
             # Now, not at the next spell: until its first look it would send by the rate of the other path.

@@ -328,6 +328,18 @@ def test_a_bridge_that_comes_later_is_taken_up(agents: Agents) -> None:
     assert pings(net["client"], guest.home)
 
 
+@pytest.mark.parametrize("name", ["gateway1", "anchor1"])
+def test_a_link_that_was_set_down_leads_to_the_tunnels_end_again(agents: Agents, name: str) -> None:
+    guest, net = agents.settle(), agents.net
+    # The kernel forgets with it for whom it answered there.
+    net[name].ip("link set up0 down")
+    net[name].ip("link set up0 up", f"route replace default via {net.ADDRESSES[name] - 1}")
+    assert net[name].show("neigh", "show", "proxy", "dev", "up0") == []
+    eventually(lambda: net[name].show("neigh", "show", "proxy", "dev", "up0"), 15)
+    assert pings(net["client"], guest.home)
+    assert guest.pings(net.ADDRESSES["client"])
+
+
 def test_two_agents_on_one_host_are_refused(agents: Agents) -> None:
     second = agents["gateway1"]
     first, second.process = second.process, None

@@ -266,6 +266,7 @@ class Daemon:
                     repaired = now
                     # Somebody may have flushed our tables.
                     await self.parts.path.repair()
+                self.parts.path.keep_tunnel_end()
             except (MobilityError, OSError) as error:
                 logger.error("data path: %s", error)
             self._manager.notify(WATCHDOG=1, STATUS=self._sentence())

@@ -86,11 +86,12 @@ class DataPath:
             for home, (bridge, mac) in self._wanted.local.items()
             if mac is not None and is_single(home)
         ]
+        return found + self._tunnel_end()
+
+    def _tunnel_end(self) -> list[Neighbour]:
+        """The tunnel's end is no address of ours: somebody must answer for it on the link."""
         uplink = self._ground.on_link_device(self.settings.tunnel_address)
-        if uplink is not None:
-            # The tunnel's end is no address of ours: somebody must answer for it on the link.
-            found.append(Neighbour(self.settings.tunnel_address, uplink))
-        return found
+        return [] if uplink is None else [Neighbour(self.settings.tunnel_address, uplink)]
 
     # --- start and stop ---
 
@@ -214,6 +215,14 @@ class DataPath:
     def unsure(self) -> bool:
         """Whether the kernel refused a change that has not been made good yet."""
         return bool(self._unsure) or self._unsure_standing
+
+    def keep_tunnel_end(self) -> None:
+        """Answer for the tunnel's end still: a link that was set down and up again has forgotten it.
+
+        Raises OSError, MobilityError.
+        """
+        if self._started:
+            self._kernel.apply([neighbours.put(entry) for entry in self._tunnel_end()])
 
     def mend(self) -> bool:
         """Try again what the kernel refused. True when something was mended; raises MobilityError."""

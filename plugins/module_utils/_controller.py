@@ -296,6 +296,7 @@ class Controller:
             self._memory.reserve(vm)
             under_way.begins(vm)
             self._agenda.begins(vm)
+            self._uplinks.begins(vm, seen.now)
             pairs = ahead.get(id(gate), set())
             if under_way.packs_enough(vm.source):
                 pairs -= {pair for pair in pairs if pair[0] == vm.source}

@@ -48,7 +48,8 @@ class Move:
     what the guest dirties, ``written_bytes_per_second`` what it writes to its disks, ``sent_bytes`` what of
     its memory has crossed; all on the wire. ``round_number`` is QEMU's, from 1 on; 0: none has begun, or
     nobody says. ``hopeless``: the proxy says that the longest stop that is allowed would not do. ``silent``:
-    its host says nothing now, and nothing can be told to it.
+    its host says nothing now, and nothing can be told to it. ``sends_since``: when its memory was
+    seen to have begun to cross, by the controller's clock; None: it has not, or nobody looked meanwhile.
     """
 
     vm: str
@@ -64,6 +65,7 @@ class Move:
     round_number: int = 0
     most_remaining_bytes: float | None = None
     written_bytes_per_second: float = 0.0
+    sends_since: float | None = None
 
     @property
     def at_worst(self) -> Move:

@@ -46,6 +46,8 @@ _CHASE_SECONDS = 20.0
 _CHASE_BYTES = 8e6
 # So many hosts are asked between two looks, at most: each time is work for the controller, too.
 _GLANCED_HOSTS = 16
+# Of a move's memory so many times what crosses in the end may be told as left.
+_MOST_TOO_MUCH = 4.0
 _LEAD_IN = frozenset({"preflight", "catch-up", "stop", "freeze", "residual", "prepare"})
 _CLOSING = frozenset({"confirm", "released", "finish", "rollback", "undecided"})
 
@@ -232,32 +234,25 @@ def nearly_over(move: Move, seconds: float) -> bool:
 def over_first(moves: t.Mapping[str, Move], source_of: t.Callable[[str], str], seconds: float) -> list[str]:
     """The hosts whose moves may be through, or handed over, within this time: a few, the surest first.
 
-    Of those in their lead-in nobody knows: a small guest is through within a look.
+    Of those in their lead-in nobody knows: a small guest is through within a look; nor of those of whom much
+    less may be left than is told, for pages that nobody has looked at yet may be empty.
     """
     ranks: dict[str, int] = {}
     for uuid, move in moves.items():
         over = nearly_over(move, seconds)
         unknown = move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0
+        unknown = unknown or nearly_over(move, _MOST_TOO_MUCH * seconds)
         if over or (unknown and not move.silent):
             host, rank = source_of(uuid), 1 if over else 2
             ranks[host] = min(rank, ranks.get(host, rank))
     return sorted(ranks, key=lambda host: (ranks[host], host))[:_GLANCED_HOSTS]
 
 
-def through(host: HostState) -> set[tuple[str, str]]:
-    """Of a host's newest jobs those that have nothing more to send: with how far each of them is."""
-    return {
-        (str(job["id"]), "ended" if job.get("ended") else "closing")
-        for job in host.jobs
-        if job.get("ended") or job.get("step") in _CLOSING
-    }
-
-
-def _later(job: Job, move: Move) -> Move:
-    """A move as it was seen at the last look, with the step that its proxy tells now."""
-    if str(job.get("step")) in _CLOSING:
-        return replace(move, phase=Phase.CLOSING)
-    return move
+def _sends(job: Job) -> bool:
+    """Whether a job that has not ended is beyond its lead-in."""
+    if job.get("step") in _LEAD_IN:
+        return False
+    return job.get("step") in _CLOSING or bool((job.get("progress") or {}).get("memory_total_bytes"))
 
 
 class Eyes:
@@ -271,6 +266,8 @@ class Eyes:
         self._pairs: dict[Pair, tuple[float, float]] = {}
         self.carried_bytes: dict[str, float] = {}
         self._before = Observation(0.0)
+        # By job: when its memory was seen to have begun to cross.
+        self._sends_since: dict[str, float] = {}
         # Since when a job mirrors disks and has not come to its memory.
         self._mirroring: dict[str, float] = {}
 
@@ -318,7 +315,7 @@ class Eyes:
                 if not job.get("ended") and job.get("step") != "undecided":
                     known = self._before.moves.get(uuid) if stale or between else None
                     if known is not None and between and not stale:
-                        known = _later(job, known)
+                        known = self._later(host.name, job, known)
                     elif known is None and between:
                         known = Move(uuid, Phase.LEAD_IN, _rung(job))
                     move = known or self._move(job, labels.get(uuid, {}), now)
@@ -329,6 +326,47 @@ class Eyes:
                     failed[uuid] = job.get("step") != "undecided" and job.get("cause") in PASSING
         self._before = Observation(now, moves, pairs, out, failed, deadline_at)
         return self._before
+
+    def glance(self, hosts: t.Iterable[HostState], now: float) -> None:
+        """Between two looks hosts said how their jobs stand: remember whose memory has begun to cross."""
+        for host in hosts:
+            for job in host.jobs:
+                if not job.get("ended") and _sends(job):
+                    self._sends_since.setdefault(str(job["id"]), now)
+
+    def through(self, host: HostState) -> set[tuple[str, str]]:
+        """Of a host's newest jobs those that have nothing more to send, or next to nothing: with how far
+        each of them is."""
+        told: set[tuple[str, str]] = set()
+        for job in host.jobs:
+            if job.get("ended"):
+                told.add((str(job["id"]), "ended"))
+            elif job.get("step") in _CLOSING:
+                told.add((str(job["id"]), "closing"))
+            elif (move := self._before.moves.get(str(job["vm"]))) is not None:
+                if self._later(host.name, job, move).phase is Phase.LAST:
+                    told.add((str(job["id"]), "last"))
+        return told
+
+    def _later(self, host: str, job: Job, move: Move) -> Move:
+        """A move as it was seen at the last look, with the step that its proxy tells now.
+
+        In its last round its place is another's: what follows are round trips, in which the line would idle.
+        """
+        if str(job.get("step")) in _CLOSING:
+            return replace(move, phase=Phase.CLOSING)
+        packing = self._packing.get(str(job["id"]))
+        if move.phase is not Phase.BULK or move.rung is not Rung.LIVE or packing is None:
+            return move
+        progress = job.get("progress") or {}
+        left = float(progress.get("memory_remaining_bytes") or 0.0) * packing.ratio
+        left += float(progress.get("disk_remaining_bytes") or 0.0)
+        # One that came to be served fully within the last interval got little over all of it.
+        view = self._before.pairs.get((host, str(job.get("peer"))))
+        rate = max(move.bytes_per_second, view.goodput_bytes_per_second if view else 0.0)
+        if self._phase(job, progress, left, rate) is Phase.LAST:
+            return replace(move, phase=Phase.LAST, remaining_bytes=left, most_remaining_bytes=None)
+        return move
 
     def _pair(self, key: Pair, link: Json, now: float) -> PairView:
         sent = float((link.get("counters") or {}).get("sent_wire_bytes") or 0.0)
@@ -354,6 +392,8 @@ class Eyes:
             rate = max(0.0, (wire - before.sent_wire) / (now - before.at))
         packing = self._packing.setdefault(str(job["id"]), Packing())
         packing.look(wire, progress)
+        if _sends(job):
+            self._sends_since.setdefault(str(job["id"]), now)
         left = packing.left_bytes + float(progress.get("disk_remaining_bytes") or 0.0)
         if self._chases_its_disk(job, progress, now):
             return Move(uuid, Phase.BULK, Rung.LIVE, left, rate, OUTRUNS_BYTES_PER_SECOND, hopeless=True)
@@ -367,6 +407,7 @@ class Eyes:
             bool(progress.get("hopeless")),
             sent_bytes=packing.sent_bytes,
             round_number=int(progress.get("memory_iteration") or 0),
+            sends_since=self._sends_since.get(str(job["id"])),
         )
 
     def _chases_its_disk(self, job: Job, progress: Json, now: float) -> bool:
@@ -382,10 +423,9 @@ class Eyes:
 
     @staticmethod
     def _phase(job: Job, progress: Json, left: float, rate: float) -> Phase:
-        step = str(job.get("step"))
-        if step in _CLOSING:
+        if job.get("step") in _CLOSING:
             return Phase.CLOSING
-        if step in _LEAD_IN or not progress.get("memory_total_bytes"):
+        if not _sends(job):
             return Phase.LEAD_IN
         rounds = int(progress.get("memory_iteration") or 0)
         if rounds > 1 and left <= rate * float(

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import LADDER, Rung, VmSummary
 
-# What one evacuation spends beside its bytes, fitted to single moves of VMs whose bytes were counted (32 to
-# 35 MB): 10.7, 11.0 and 11.6 s at 50 Mbit/s and 180 ms; 2.8, 3.2, 3.5 and 4.1 s at 400 Mbit/s and 40 ms.
-# Catch-up, residual and making ready take some ten round trips, libvirt's opening and its questions nearly as
-# many more, before the memory begins to cross.
-LEAD_IN_ROUND_TRIPS = 18.0
-LEAD_IN_SECONDS = 1.2
+# What one evacuation spends beside its bytes, fitted to single moves whose bytes were counted: eight of
+# 22.6 MB took 7.1 s in the mean at 50 Mbit/s and 180 ms. Catch-up, residual and making ready take some seven
+# round trips before the memory begins to cross; the openings of libvirt and NBD, fifteen more, were made
+# ahead.
+LEAD_IN_ROUND_TRIPS = 7.0
+LEAD_IN_SECONDS = 0.8
 # QEMU's switch-over, the word that all is there, the release, the destination's start.
 CLOSING_ROUND_TRIPS = 7.0
 CLOSING_SECONDS = 0.3
-# Between two that take turns on a line: some of a control interval until the second one may take what it can
-# get, its window's growth from a trickle, the last rounds of the first. At 50 Mbit/s and 180 ms eight VMs of
-# 22 MB lost 2.2 s each that way, four of them 3.3 s (on a busy machine).
-TURN_SECONDS = 1.0
-TURN_ROUND_TRIPS = 8.0
+# Between two that take turns on a line: some of a look until the second one may take what it can get, its
+# window's growth from a trickle, the ramp of another pair's way. At 50 Mbit/s and 180 ms eight VMs of 22 MB
+# lost 0.8 to 1 s each that way, in three runs.
+TURN_SECONDS = 0.4
+TURN_ROUND_TRIPS = 2.5
 DOWNTIME_LIMIT_SECONDS = 0.3
 SHUTDOWN_SECONDS = 20.0
 BOOT_SECONDS = 5.0

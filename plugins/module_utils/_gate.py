@@ -35,7 +35,15 @@ _BLIND_INTERVALS = 2
 # was seen.
 _BUSY = 1.6
 # A lead-in that takes longer than so many usual ones had much to catch up with: it says nothing of others.
-_LONGEST_LEAD_IN = 2.5
+_LONGEST_LEAD_IN = 5.0
+# How much the newest lead-in counts where it was shorter than those before; a longer one counts at once, for
+# who begins too late leaves the line idle for all.
+_NEWEST_LEAD_IN = 0.4
+# So many lead-ins of small VMs are begun at once before it was seen what they do to each other; and where
+# they lose more than the time of so many in waiting for each other, one less (TCP Vegas counts packets in
+# queues so: Brakmo and Peterson, 1995).
+_FIRST_LEAD_INS = 2
+_QUEUED_LEAD_INS = 1.0
 # What those that are served fully must gain of what is taken from the others; and the uplink of what the
 # others take more.
 _GAINED = 0.4
@@ -48,6 +56,8 @@ _MOSTLY = 0.5
 # An uplink that carried so many times what one move is known to get, in so many looks on end, is wider.
 _WIDER = 1.2
 _WIDER_LOOKS = 2
+# A guess at an uplink may be too low by so many times.
+_BOTH_PRESSED = 2.2
 # More that are served fully carry so much more at least, unless the uplink is full.
 _MORE = 1.05
 
@@ -73,10 +83,16 @@ class Gate:
         self.expected: float | None = None
         self._usual = usual_stream
         self.goodput = 0.0
-        # The longest round trip of its pairs, as far as is known; what the longer lead-ins took of late.
+        # The most that it was seen to carry of late, also of moves that were through within a look.
+        self.carried = 0.0
+        # The longest round trip of its pairs, as far as is known; what the longer lead-ins took of late,
+        # on an idle line and beside others that sent.
         self.round_trip_seconds = 0.0
-        self.seen_lead_in_seconds = 0.0
-        self._seen_busy = False
+        self._idle_lead_in: float | None = None
+        self._busy_lead_in: float | None = None
+        self._least_lead_in: float | None = None
+        # So many lead-ins at once gain something: more take longer by as much, for they are work for hosts.
+        self.lead_ins_at_once = _FIRST_LEAD_INS
         self.spare = 0.0
         self.stream: float | None = None
         self.reason = "first"
@@ -101,15 +117,32 @@ class Gate:
 
     @property
     def lead_in_seconds(self) -> float:
-        """What passes before the memory of one that begins now begins to cross: on a busy line longer."""
-        usual = lead_in_seconds(self.round_trip_seconds)
-        return max(usual if self._seen_busy else _BUSY * usual, self.seen_lead_in_seconds)
+        """What passes before the memory of one that begins beside others that send begins to cross: as was
+        seen of late, else longer than on an idle line."""
+        if self._busy_lead_in is not None:
+            return self._busy_lead_in
+        return max(_BUSY * lead_in_seconds(self.round_trip_seconds), self._idle_lead_in or 0.0)
 
-    def saw_lead_in(self, seconds: float, *, busy: bool = True) -> None:
-        """A move's memory began to cross so long after it was begun, while others sent (``busy``) or none."""
-        self._seen_busy = self._seen_busy or busy
-        if seconds <= _LONGEST_LEAD_IN * lead_in_seconds(self.round_trip_seconds):
-            self.seen_lead_in_seconds = max(seconds, 0.8 * self.seen_lead_in_seconds + 0.2 * seconds)
+    @property
+    def idle_lead_in_seconds(self) -> float:
+        """The same while nobody sends."""
+        idle = self._idle_lead_in
+        return min(lead_in_seconds(self.round_trip_seconds) if idle is None else idle, self.lead_in_seconds)
+
+    def saw_lead_in(self, seconds: float, *, busy: bool = True, at_once: int = 1) -> None:
+        """A move's memory began to cross so long after it was begun, while others sent (``busy``) or none;
+        ``at_once`` were in their lead-ins, it included."""
+        if seconds > _LONGEST_LEAD_IN * lead_in_seconds(self.round_trip_seconds):
+            return
+        self._least_lead_in = min(seconds, self._least_lead_in or seconds)
+        if at_once * (1.0 - self._least_lead_in / max(seconds, 1e-3)) > _QUEUED_LEAD_INS:
+            self.lead_ins_at_once = max(1, at_once - 1)
+        else:
+            self.lead_ins_at_once = max(at_once + 1, self.lead_ins_at_once)
+        if busy:
+            self._busy_lead_in = _longer_of_late(self._busy_lead_in, seconds)
+        else:
+            self._idle_lead_in = _longer_of_late(self._idle_lead_in, seconds)
 
     @property
     def capacity(self) -> float | None:
@@ -127,6 +160,12 @@ class Gate:
         return self.rate is not None and self._best >= _FILLED * self.rate
 
     @property
+    def _as_guessed(self) -> bool:
+        """Whether it carried about what was guessed at an uplink that nobody knows."""
+        guess = self.expected if self.rate is None else None
+        return guess is not None and _FILLED * guess <= self._best <= _WIDER * guess
+
+    @property
     def open(self) -> int:
         """How many moves are served fully."""
         if not self.stream:
@@ -136,7 +175,7 @@ class Gate:
     @property
     def window(self) -> int:
         """How many moves may be under way; at first the next ones are got ready before there is room."""
-        if self._starting and not self._filled:
+        if self._starting and not self._filled and not self._as_guessed:
             # Where one is thought to fill it, another would only be kept waiting with its memory begun.
             thought = self.rate or self.expected or 2 * self._usual
             return 1 if self.stream is None and thought <= self._usual else 2 * self.open
@@ -145,15 +184,20 @@ class Gate:
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether one move is thought to fill it."""
-        return self.open == 1 and (self.window == 1 or not self._starting)
+        """Whether one move is thought to fill it.
+
+        What a way carried when it was last pressed may have been half of the line, for another was pressed
+        beside it: while no more is carried, one at a time goes there as well.
+        """
+        guessed = self.expected is not None and self._best <= _BOTH_PRESSED * self.expected
+        return self.open == 1 and (self.window == 1 or not self._starting or guessed)
 
     def observe(
         self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0, *, more_wait: bool
     ) -> None:
         """An interval: goodput in bytes per second, what each move got that sent all through it, and the most
         that any move got at all."""
-        self.goodput = goodput
+        self._carries(goodput)
         if self._brought_nothing(served):
             return
         full = {name: move.bytes_per_second for name, move in served.items() if move.fully}
@@ -217,7 +261,7 @@ class Gate:
     def observe_crowded(self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0) -> None:
         """An interval in which one took the place of another: only what all of them got tells something, and
         that one can get at least the most that any got."""
-        self.goodput = goodput
+        self._carries(goodput)
         # Who began at its end got next to nothing, and says nothing.
         if most >= _MOSTLY * goodput > 0:
             self.stream = max(self.stream or 0.0, most)
@@ -233,6 +277,10 @@ class Gate:
                 return
         if not self._brought_nothing(served):
             self._judge_narrower(None)
+
+    def _carries(self, goodput: float) -> None:
+        self.goodput = goodput
+        self.carried = max(goodput, 0.95 * self.carried)
 
     def _brought_nothing(self, served: t.Mapping[str, Served]) -> bool:
         """Whether spare was raised, the others took it, and all of them together got no more than before.
@@ -316,8 +364,10 @@ class Gate:
         guess = self.expected if self.rate is None else None
         # A guess that is far exceeded was another line's, and nothing is to be held back for it.
         fits = guess is not None and _FILLED * guess <= self.goodput <= _WIDER * guess
-        if fits and not offered and self.spare >= _FIRST_PROBE * most:
-            return  # nobody took what was given last: more would only have more of them wait
+        if fits and self.spare >= _FIRST_PROBE * most:
+            # Were there more, all of them would carry more than was guessed by now; and where nobody took
+            # what was given last, more would only have more of them wait.
+            return
         if self.spare < _FIRST_PROBE * most and not known:
             grown = _FIRST_PROBE * most
         elif known and self.rate is not None:
@@ -332,6 +382,13 @@ class Gate:
             self._before, self.spare = self.spare, grown
             self._raised = (self.goodput, _others_got(served), self.spare)
             self._raised_with = (sum(move.fully for move in served.values()), self.goodput)
+
+
+def _longer_of_late(before: float | None, seconds: float) -> float:
+    """A figure that follows longer ones at once, and shorter ones by and by."""
+    if before is None:
+        return seconds
+    return max(seconds, (1.0 - _NEWEST_LEAD_IN) * before + _NEWEST_LEAD_IN * seconds)
 
 
 def _others_got(served: t.Mapping[str, Served]) -> float:

@@ -136,16 +136,31 @@ class UnderWay:
         """
         if gate.capacity is None and self._leads_in(gate) >= _MOST_AT_ONCE:
             return False
+        if self._hosts_are_busy(gate):
+            return False
         # What a way carried once may be another line's by now: as much as nobody knows of is thought at most.
         guess = min(gate.expected, _UNKNOWN_BYTES_PER_SECOND) if gate.expected else None
         rate = gate.capacity or guess
-        if not rate and any(
+        sending = sum(
             move.phase is Phase.BULK and not move.silent and self._uplinks.gate_of(vm) is gate
             for vm, move in self._moves
-        ):
+        )
+        ready = sending + self._leads_in(gate)
+        if sending and (not rate or (gate.capacity is None and ready > 1)):
             return False  # what it carries is known at the next look
-        rate = rate or _UNKNOWN_BYTES_PER_SECOND
+        # Small ones may be through before any of them was seen to send.
+        rate = gate.capacity or max(rate or _UNKNOWN_BYTES_PER_SECOND, gate.carried)
         return self._through_seconds(gate, rate) < gate.lead_in_seconds + INTERVAL_SECONDS
+
+    def _hosts_are_busy(self, gate: Gate) -> bool:
+        """Whether as many as gain something are in their lead-ins. Only where each fits into a look: of
+        larger ones the next must stand ready, whatever it takes."""
+        if gate.capacity is None or self._leads_in(gate) < gate.lead_ins_at_once:
+            return False
+        larger = INTERVAL_SECONDS * gate.capacity
+        return all(least_bytes(vm, move.rung) < larger for vm, move in self._leading(gate)) and all(
+            least_bytes(vm) < larger for vm in self._beginning_at(gate)
+        )
 
     def _leads_in(self, gate: Gate) -> int:
         """How many are in their lead-in, those that begin now included: not who takes longer, as a guest does
@@ -172,7 +187,7 @@ class UnderWay:
         line would look as if it carried no more.
         """
         at = self._sending_bytes(gate, rate) / rate
-        lead = gate.lead_in_seconds
+        lead = gate.lead_in_seconds if at > 0 else gate.idle_lead_in_seconds
         ready = [
             (max(0.0, lead - self._uplinks.leads_in_for(vm.uuid, self._now)), least_bytes(vm, move.rung))
             for vm, move in self._leading(gate)

@@ -37,9 +37,13 @@ class Uplinks:
         self.stream: dict[Pair, float] = {}
         self._vms = vms
         self._sent_before: set[str] = set()
-        # Of those that were seen to be in their lead-in: since when.
+        # Of those that were asked to begin and were not seen yet, and of those that were seen to be in their
+        # lead-in: since when.
+        self._asked_at: dict[str, float] = {}
         self._leads_in_since: dict[str, float] = {}
         self._begun_beside: set[str] = set()
+        # Per gate: how many were in their lead-in within the last interval.
+        self._lead_ins: dict[int, int] = {}
         self._make_gates(site, strategy)
         for key, pair in self.pairs.items():
             gate = self.gate_of_pair(key)
@@ -78,13 +82,15 @@ class Uplinks:
         served: dict[int, dict[str, Served]] = {}
         most: dict[int, float] = {}
         sent_before, self._sent_before = self._sent_before, set()
+        sending = {id(self.gate_of(self._vms[uuid])) for uuid in sent_before}
+        self._count_lead_ins(seen)
         for uuid in self._leads_in_since.keys() - seen.moves.keys():
             del self._leads_in_since[uuid]
         for uuid, move in seen.moves.items():
             vm = self._vms.get(uuid)
             if vm is None:
                 continue
-            self._time_lead_in(vm, move, seen.now)
+            self._time_lead_in(vm, move, seen.now, busy=id(self.gate_of(vm)) in sending)
             if move.phase not in {Phase.BULK, Phase.LAST}:
                 continue
             key = id(self.gate_of(vm))
@@ -136,20 +142,42 @@ class Uplinks:
         """For how many seconds a move that was not seen to send has been in its lead-in."""
         return now - self._leads_in_since.get(uuid, now)
 
-    def _time_lead_in(self, vm: VmSummary, move: Move, now: float) -> None:
+    def _count_lead_ins(self, seen: Observation) -> None:
+        self._lead_ins = {}
+        for uuid, move in seen.moves.items():
+            timed = uuid in self._leads_in_since or uuid in self._asked_at
+            if uuid in self._vms and (move.phase is Phase.LEAD_IN or timed):
+                key = id(self.gate_of(self._vms[uuid]))
+                self._lead_ins[key] = self._lead_ins.get(key, 0) + 1
+
+    def begins(self, vm: VmSummary, now: float) -> None:
+        """It is asked to begin now."""
+        self._asked_at[vm.uuid] = now
+        gate = self.gate_of(vm)
+        if gate.goodput > _BUSY_SHARE * (gate.capacity or float("inf")):
+            self._begun_beside.add(vm.uuid)
+        else:
+            self._begun_beside.discard(vm.uuid)
+
+    def _time_lead_in(self, vm: VmSummary, move: Move, now: float, *, busy: bool) -> None:
+        """``busy``: others sent at the last look."""
         if move.phase is Phase.LEAD_IN:
-            # It was begun a look before it was seen.
             if vm.uuid not in self._leads_in_since:
-                self._leads_in_since[vm.uuid] = now - INTERVAL_SECONDS
-                # By what was carried when it was begun.
-                if self.gate_of(vm).goodput > _BUSY_SHARE * (self.gate_of(vm).capacity or float("inf")):
-                    self._begun_beside.add(vm.uuid)
+                # Another's order, or that of a controller before this one: a look before it was seen.
+                self._leads_in_since[vm.uuid] = self._asked_at.pop(vm.uuid, now - INTERVAL_SECONDS)
+            if busy:
+                self._begun_beside.add(vm.uuid)
             return
         since = self._leads_in_since.pop(vm.uuid, None)
+        asked_at = self._asked_at.pop(vm.uuid, None)
+        since = asked_at if since is None else since
         if since is not None and move.phase is Phase.BULK and not move.silent:
-            # It ended some time within the interval.
-            busy = vm.uuid in self._begun_beside
-            self.gate_of(vm).saw_lead_in(now - since - INTERVAL_SECONDS / 2, busy=busy)
+            # Unless it was looked at meanwhile: it ended some time within the interval.
+            ended = now - INTERVAL_SECONDS / 2 if move.sends_since is None else move.sends_since
+            busy = busy or vm.uuid in self._begun_beside
+            gate = self.gate_of(vm)
+            at_once = self._lead_ins.get(id(gate), 1)
+            gate.saw_lead_in(max(0.0, ended - since), busy=busy, at_once=at_once)
         self._begun_beside.discard(vm.uuid)
 
     def _drains(self, vm: VmSummary, move: Move) -> bool:

@@ -259,7 +259,7 @@ class Coordinator(Lookout):
             if not nearly or self._abandoned():
                 break
             self._sleep(_GLANCE_SECONDS)
-            news, late = self._glance(nearly)
+            news, late = self._glance(nearly, eyes)
             slow |= late
             if self._abandoned() or self._clock() - looked_at > self._leases.seconds:
                 # Or it stood still meanwhile, and another may have become the coordinator: the look says.

@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._client import ProxyError
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._deadline import Watch
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import through
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._leases import Leases
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._requester import Requester
 from ansible_collections.lifeboat.evacuation.plugins.plugin_utils._surveyor import (
@@ -112,7 +112,7 @@ class Lookout(Requester):
         }
         return told, epoch
 
-    def _glance(self, hosts: t.Collection[str]) -> tuple[bool, set[str]]:
+    def _glance(self, hosts: t.Collection[str], eyes: Eyes) -> tuple[bool, set[str]]:
         """Ask hosts after their jobs alone: whether any of those is through since that was told last, and who
         has not answered at once. Those are heard of at the next look, as ever."""
         asked = {
@@ -124,7 +124,8 @@ class Lookout(Requester):
         for name, answer in asked.items():
             if answer.done():
                 with contextlib.suppress(ProxyError):
-                    host, before = self.hosts[name], through(self.hosts[name])
+                    host, before = self.hosts[name], eyes.through(self.hosts[name])
                     host.status = {**host.status, **answer.result()}
-                    news = news or through(host) != before
+                    eyes.glance([host], self._clock())
+                    news = news or eyes.through(host) != before
         return news, {name for name, answer in asked.items() if not answer.done()}

@@ -30,7 +30,10 @@ _STOP_MARGIN = 1.25
 
 @dataclass
 class TruePair:
-    """A pair as it is. ``stream`` is what one move can carry, ``rate`` what the pair's own link can."""
+    """A pair as it is. ``stream`` is what one move can carry, ``rate`` what the pair's own link can.
+
+    ``busy_lead_in``: by how many times a lead-in that begins while others send takes longer.
+    """
 
     key: Key
     uplink: str
@@ -39,6 +42,7 @@ class TruePair:
     round_trip_seconds: float
     cores: int = 4
     up: bool = True
+    busy_lead_in: float = 1.0
 
 
 @dataclass
@@ -68,6 +72,7 @@ class TrueVm:
     share: float | None = None
     share_until: float = 0.0
     empty_share: float = 0.0
+    sends_since: float | None = None
 
     @property
     def memory(self) -> float:
@@ -93,10 +98,11 @@ class TrueVm:
         """It has bytes for the link."""
         return self.phase in {Phase.BULK, Phase.LAST} and self.remaining > 0
 
-    def begin(self, rung: Rung, pair: TruePair) -> None:
+    def begin(self, rung: Rung, pair: TruePair, *, beside_others: bool = False) -> None:
         """Its move starts."""
         self.phase, self.rung = Phase.LEAD_IN, rung
-        self.timer = lead_in_seconds(pair.round_trip_seconds)
+        self.timer = lead_in_seconds(pair.round_trip_seconds) * (pair.busy_lead_in if beside_others else 1.0)
+        self.sends_since = None
         if rung is Rung.RESTART:
             self.timer += SHUTDOWN_SECONDS
         self.remaining = self.dirtied = self.round_began_with = 0.0
@@ -114,14 +120,22 @@ class TrueVm:
         if self.phase is Phase.BULK:
             self.rung = Rung.PAUSED
 
-    def advance(self, seconds: float, rate: float, pair: TruePair, now: float) -> None:
-        """Let time pass; ``rate`` is what the links give it."""
+    def advance(
+        self, seconds: float, rate: float, pair: TruePair, now: float, *, lead_in_pace: float = 1.0
+    ) -> None:
+        """Let time pass; ``rate`` is what the links give it. At a ``lead_in_pace`` of 0.5 a lead-in takes
+        twice as long."""
         while seconds > 1e-9 and self.phase is not None:
-            took = self._phase(seconds, rate, pair)
+            if self.phase is Phase.LEAD_IN:
+                took = self._phase(seconds * lead_in_pace, rate, pair) / lead_in_pace
+            else:
+                took = self._phase(seconds, rate, pair)
             if self.guest_stands:
                 self.stopped_seconds += took
             seconds -= took
             now += took
+            if self.sends_since is None and self.phase is Phase.BULK:
+                self.sends_since = now
             if self._over():
                 self.out_at = now
 
@@ -195,6 +209,7 @@ class TrueVm:
             self.hopeless,
             sent_bytes=self.sent,
             round_number=self.rounds + 1,
+            sends_since=self.sends_since,
         )
 
 
@@ -211,10 +226,11 @@ def fair_rates(caps: Mapping[str, float], capacity: float) -> dict[str, float]:
 
 @dataclass
 class Links:
-    """Uplinks and the pairs behind them."""
+    """Uplinks and the pairs behind them. ``lead_ins``: the hosts have time for so many at once."""
 
     uplinks: dict[str, float]
     pairs: dict[Key, TruePair]
+    lead_ins: float = float("inf")
     carried: dict[Key, float] = field(default_factory=dict)
 
     def rates(self, vms: Iterable[TrueVm], background: Mapping[str, float]) -> dict[str, float]:

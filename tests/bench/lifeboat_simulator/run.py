@@ -199,10 +199,16 @@ class Simulation:
             known = before.moves.get(uuid)
             if known is None or move.phase is Phase.LEAD_IN:
                 moves[uuid] = Move(uuid, Phase.LEAD_IN, move.rung) if known is None else known
+            elif move.phase is Phase.CLOSING:
+                moves[uuid] = replace(known, phase=Phase.CLOSING)
+            elif move.phase is Phase.LAST and known.phase is Phase.BULK:
+                moves[uuid] = replace(known, phase=Phase.LAST, remaining_bytes=move.remaining_bytes)
             else:
-                moves[uuid] = replace(known, phase=move.phase) if move.phase is Phase.CLOSING else known
-        through = {uuid for uuid, move in moves.items() if move.phase is Phase.CLOSING}
-        through_before = {uuid for uuid, move in before.moves.items() if move.phase is Phase.CLOSING}
+                moves[uuid] = known
+        through, through_before = (
+            {(uuid, move.phase) for uuid, move in each.items() if move.phase in {Phase.LAST, Phase.CLOSING}}
+            for each in (moves, before.moves)
+        )
         out = [uuid for uuid in told.out if uuid not in moves]
         failed = {uuid: again for uuid, again in told.failed.items() if uuid not in moves}
         if set(out) == set(before.out) and through <= through_before:
@@ -224,7 +230,11 @@ class Simulation:
                     self.broken.append(
                         f"{now:.0f} s: {vm.summary.destination} has no memory for {vm.summary.name}"
                     )
-            vm.begin(rung, pair)
+            sending = any(
+                other.sends and self.links.pairs[other.summary.pair].uplink == pair.uplink
+                for other in self._active.values()
+            )
+            vm.begin(rung, pair, beside_others=sending)
             started.setdefault(vm.summary.name, now)
             self._active[uuid] = vm
             if vm.summary.destination in self._dead:
@@ -269,10 +279,12 @@ class Simulation:
                 vm.share = None
         rates = self.links.rates(self._active.values(), self._background)
         self._check(rates, now)
+        leading = sum(vm.phase is Phase.LEAD_IN for vm in self._active.values())
+        pace = min(1.0, self.links.lead_ins / max(1, leading))
         for uuid, vm in list(self._active.items()):
             pair = self.links.pairs[vm.summary.pair]
             before = vm.sent
-            vm.advance(seconds, rates.get(uuid, 0.0), pair, now)
+            vm.advance(seconds, rates.get(uuid, 0.0), pair, now, lead_in_pace=pace)
             self._carried[pair.key] = self._carried.get(pair.key, 0.0) + vm.sent - before
             if vm.phase is None:
                 del self._active[uuid]

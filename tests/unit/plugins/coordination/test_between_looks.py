@@ -16,7 +16,6 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import 
     Eyes,
     HostState,
     over_first,
-    through,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
 
@@ -83,11 +82,60 @@ def test_those_are_asked_after_who_may_be_over_the_surest_first() -> None:
 
 def test_what_of_a_host_is_through_is_told_by_its_newest_jobs() -> None:
     host = HostState("home1", sending("migrate", 0.0))
-    assert through(host) == set()
+    eyes = Eyes()
+    assert eyes.through(host) == set()
     host.status = sending("released", 0.0)
-    assert through(host) == {("j1", "closing")}
+    assert eyes.through(host) == {("j1", "closing")}
     host.status = sending("done", 0.0, verdict="evacuated")
-    assert through(host) == {("j1", "ended")}
+    assert eyes.through(host) == {("j1", "ended")}
+
+
+def test_one_in_its_last_round_makes_room_before_its_proxy_hands_it_over() -> None:
+    """What follows its last bytes are round trips: for more than a second the line idled between two."""
+    hosts = {"home1": HostState("home1", sending("migrate", 0.0))}
+    eyes = Eyes()
+    eyes.look(hosts, 100.0, {"j1"}, None)
+    hosts["home1"].status = sending("migrate", 10 * MB)
+    eyes.look(hosts, 102.0, {"j1"}, None)
+    assert eyes.through(hosts["home1"]) == set()
+    progress = hosts["home1"].status["evacuations"][0]["progress"]
+    # Of 5 MB a second 0.3 s are let stop; a first round that has so little left is followed by others.
+    progress |= {"memory_remaining_bytes": 3 * MB, "memory_iteration": 1}
+    assert eyes.through(hosts["home1"]) == set()
+    progress["memory_iteration"] = 2
+    assert eyes.through(hosts["home1"]) == {("j1", "last")}
+    assert eyes.look(hosts, 102.4, {"j1"}, None, between=True).moves["uuid-a"].phase is Phase.LAST
+
+
+def test_when_a_memory_begins_to_cross_is_seen_between_two_looks() -> None:
+    hosts = {"home1": HostState("home1", sending("prepare", 0.0))}
+    eyes = Eyes()
+    assert eyes.look(hosts, 100.0, {"j1"}, None).moves["uuid-a"].sends_since is None
+    hosts["home1"].status = sending("migrate", 0.0)
+    eyes.glance(hosts.values(), 100.6)
+    eyes.glance(hosts.values(), 100.9)
+    assert eyes.look(hosts, 102.0, {"j1"}, None).moves["uuid-a"].sends_since == 100.6
+
+
+def lead_in_seen(begun_beside: bool, now: float, sends_since: float | None) -> float:
+    """What a gate has learnt when one that was asked to begin at 4 s is seen to send."""
+    controller = Controller(site(vm("a"), vm("b"), rate=6 * MB, round_trip=0.18))
+    gate = controller.gates["uplink"]
+    guest = controller.site.vms[1]
+    first = Move("uuid-a", Phase.BULK, remaining_bytes=50 * MB, bytes_per_second=6 * MB)
+    moves = {"uuid-a": first} if begun_beside else {}
+    controller.step(sees(2.0, moves))
+    controller._uplinks.begins(guest, 4.0)
+    controller.step(sees(4.0, moves))
+    sending = Move("uuid-b", Phase.BULK, remaining_bytes=50 * MB, sends_since=sends_since)
+    controller.step(sees(now, {**moves, "uuid-b": sending}))
+    return gate.lead_in_seconds if begun_beside else gate.idle_lead_in_seconds
+
+
+def test_a_lead_in_is_timed_from_the_order_to_the_first_byte() -> None:
+    assert lead_in_seen(True, 8.0, 6.7) == pytest.approx(2.7)
+    assert lead_in_seen(False, 6.0, 5.5) == pytest.approx(1.5)
+    assert lead_in_seen(True, 8.0, None) == pytest.approx(3.0), "some time within the interval"
 
 
 def sees(now: float, moves: Mapping[str, Move], out: tuple[str, ...] = ()) -> Observation:
@@ -177,7 +225,7 @@ def test_who_stood_still_for_longer_than_its_lease_orders_nothing_by_a_glance(
     monkeypatch.setattr(coordinator, "_clock", clock.now)
     monkeypatch.setattr(coordinator, "_sleep", clock.sleep)
     monkeypatch.setattr(coordinator, "_begun", {"u": "j1"})
-    monkeypatch.setattr(coordinator, "_glance", lambda _hosts: (True, set()))
+    monkeypatch.setattr(coordinator, "_glance", lambda _hosts, _eyes: (True, set()))
     decided: list[str] = []
 
     def decide(*_given: Any) -> tuple[Observation, None]:

@@ -41,8 +41,11 @@ def eight(expected: float | None) -> SiteSummary:
     )
 
 
-def emptied(whole: SiteSummary, strategy: str) -> Result:
-    pairs = {pair.key: TruePair(pair.key, "uplink", _CARRIED, _CARRIED, _TRIP) for pair in whole.pairs}
+def emptied(whole: SiteSummary, strategy: str, *, busy_lead_in: float = 1.0) -> Result:
+    pairs = {
+        pair.key: TruePair(pair.key, "uplink", _CARRIED, _CARRIED, _TRIP, busy_lead_in=busy_lead_in)
+        for pair in whole.pairs
+    }
     result = Simulation(whole, Links({"uplink": _CARRIED}, deepcopy(pairs)), strategy).run()
     assert result.faults == []
     return result
@@ -224,11 +227,43 @@ def test_lead_ins_beside_others_that_send_are_thought_to_take_longer_until_one_i
     gate = Gate(None)
     gate.round_trip_seconds = _TRIP
     usual = gate.lead_in_seconds
-    gate.saw_lead_in(4.0, busy=False)
+    assert gate.idle_lead_in_seconds < usual
+    gate.saw_lead_in(1.5, busy=False)
+    assert gate.idle_lead_in_seconds == pytest.approx(1.5)
     assert gate.lead_in_seconds == usual
-    gate.saw_lead_in(5.0)
-    assert gate.lead_in_seconds == pytest.approx(5.0)
-    assert usual > 5.0
+    gate.saw_lead_in(2.5)
+    assert gate.lead_in_seconds == pytest.approx(2.5)
+    assert usual > 2.5
+
+
+def test_a_longer_lead_in_counts_at_once_and_a_shorter_one_by_and_by() -> None:
+    """Who begins too late leaves the line idle for all; who begins too early waits."""
+    gate = Gate(None)
+    gate.round_trip_seconds = _TRIP
+    seen = []
+    for seconds in (3.0, 5.0, 3.0, 3.0):
+        gate.saw_lead_in(seconds)
+        seen.append(gate.lead_in_seconds)
+    assert seen == pytest.approx([3.0, 5.0, 4.2, 3.72])
+    gate.saw_lead_in(9.0, busy=False)
+    assert gate.idle_lead_in_seconds <= gate.lead_in_seconds
+
+
+@pytest.mark.parametrize("busy_lead_in", [1.0, 1.6, 2.2])
+@pytest.mark.parametrize("expected", [None, _CARRIED])
+def test_eight_vms_are_out_soon_and_each_of_them_is_quick(
+    expected: float | None, busy_lead_in: float
+) -> None:
+    """Table `coordination`: makespan against the best fixed number, and J against one at a time."""
+    whole = eight(expected)
+    names = ("feedback", "sequential", "static:1", "static:2", "parallel")
+    took = {name: emptied(whole, name, busy_lead_in=busy_lead_in) for name in names}
+    ours, alone = took["feedback"], took["sequential"]
+    assert ours.makespan <= 1.08 * min(result.makespan for result in took.values())
+    assert ours.makespan * ours.mean_individual <= 1.02 * alone.makespan * alone.mean_individual
+    horizon = max(result.makespan for result in took.values())
+    best = max(result.expected_share(horizon) for result in took.values())
+    assert ours.expected_share(horizon) >= 0.95 * best
 
 
 def progress(pages: int, left: int) -> dict[str, int]:

@@ -104,7 +104,7 @@ def test_the_line_does_not_idle_between_moves(empty: float) -> None:
     """However many of the pages that are told of turn out to be empty."""
     took = {name: simulated(eight(), name, empty=empty).run() for name in ("parallel", "feedback")}
     assert took["feedback"].faults == []
-    assert took["feedback"].makespan <= 1.05 * took["parallel"].makespan
+    assert took["feedback"].makespan <= 1.06 * took["parallel"].makespan
     assert took["feedback"].mean_individual <= 0.5 * took["parallel"].mean_individual
 
 
@@ -140,7 +140,7 @@ def test_the_last_rounds_of_a_move_are_no_evidence_against_the_others() -> None:
 
 
 def test_how_long_lead_ins_take_on_a_busy_line_is_learnt() -> None:
-    """Seen on the lab: 4.4 s are usual at 180 ms, 8 to 9 s passed while others filled the line."""
+    """Seen on the lab, with no opening made ahead: 8 to 9 s passed while others filled the line."""
     controller = Controller(eight())
     gate = controller.gates["uplink"]
     usual = gate.lead_in_seconds

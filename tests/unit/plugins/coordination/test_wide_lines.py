@@ -74,7 +74,7 @@ def test_a_line_that_one_fills_is_not_taken_for_a_wide_one(memory: float, trip: 
         emptied(whole, _STREAM, name) for name in ("feedback", "sequential", "parallel")
     )
     assert ours.makespan <= 1.06 * all_at_once.makespan
-    assert ours.mean_individual <= 2.5 * alone.mean_individual
+    assert ours.mean_individual <= 3.3 * alone.mean_individual
 
 
 def crowded(gate: Gate, goodput: float, most: float) -> None:
@@ -147,7 +147,7 @@ def test_what_was_not_taken_is_not_doubled_where_the_guess_is_carried() -> None:
     for _look in range(3):
         gate.observe(_STREAM, {"a": Served(_STREAM, True)}, _STREAM, more_wait=True)
     assert gate.spare <= 0.25 * _STREAM
-    assert gate.window == 2
+    assert gate.window == 1, "it carries what was guessed"
 
 
 def test_a_guess_that_is_far_exceeded_holds_nothing_back() -> None:

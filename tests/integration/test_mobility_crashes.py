@@ -33,6 +33,7 @@ pytestmark = pytest.mark.timeout(180)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 KNOWN = r"gateway: [1-9]\d* VMs known"
 RESTORED = "bindings restored, start"
+REMOVED = r"[1-9]\d* removed that nobody wants any more"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Case:
 
 
 OF_A_MOVE = (
-    Case("arrival-routed", "gateway2", r"[1-9]\d* removed that nobody wants any more", again=True),
-    Case("arrival-claimed", "gateway2", r"[1-9]\d* removed that nobody wants any more", again=True),
+    Case("arrival-routed", "gateway2", REMOVED, again=True),
+    Case("arrival-claimed", "gateway2", REMOVED, again=True),
     Case("arrival-recorded", "gateway2", KNOWN),
     Case("arrival-acknowledged", "gateway2", KNOWN),
     Case("departure-led-on", "gateway1", r"in epoch 2, this gateway claimed epoch 1: withdrawn here"),
@@ -160,11 +161,14 @@ def test_killed_while_a_vm_moves(agents: Agents, case: Case) -> None:
         with contextlib.suppress(*BROKEN):
             agents["gateway1"].depart(guest, to="gateway2")
     victim.killed_itself()
+    # An anchor may be quicker than the disk: then whoever told of it has no answer yet, either.
+    quicker = case.point == "arrival-acknowledged" and guest.vm not in kept(victim, "attachments.journal")
+    log = REMOVED if quicker else case.log
     victim.turn_page()
     victim.start()
-    eventually(lambda: re.search(case.log, victim.log))
+    eventually(lambda: re.search(log, victim.log))
     assert ours(victim) == rules
-    if case.again:
+    if case.again or quicker:
         # Recorded nowhere, it leaves nothing behind until it is told of again.
         with pytest.raises(Refused):
             victim.vm(guest)
@@ -184,8 +188,12 @@ def test_killed_before_the_epoch_that_it_made_up_is_recorded(agents: Agents) -> 
     with contextlib.suppress(*BROKEN):
         agents["gateway2"].arrive(guest, 3, evident=True)
     agents["gateway2"].killed_itself()
+    # As above: the anchors' answer may come before the first claim is recorded.
+    quicker = guest.vm not in kept(agents["gateway2"], "attachments.journal")
     agents["gateway2"].turn_page()
     agents["gateway2"].start()
+    if quicker:
+        agents["gateway2"].arrive(guest, 3, evident=True)
     eventually(lambda: "knew epoch 5, claimed as 6" in agents["gateway2"].log)
     check(agents, guest, "gateway2", 6)
     talk.goes_on(20)

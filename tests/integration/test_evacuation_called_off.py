@@ -120,16 +120,20 @@ def test_a_guest_that_somebody_paused_on_the_way_stays_paused(pair: EvacuationPa
     """Paused before libvirt has the move, and cancelled: it is not the proxy's to let it run."""
     guest = pair.make_guest("held by hand")
     canary = guest.canary(HOME)
-    job_id = pair.begin_until(guest, HOME, "departure-prepared")
-    pair.virsh(HOME, "suspend", guest.plan.uuid)
-    pair.go_on(HOME)
-    pair.ask(HOME, "POST", f"/v1/evacuations/{job_id}/cancel", {})
-    job = pair.wait_job(HOME, job_id)
-    if job["verdict"] == "stayed":
-        assert "It is paused here" in job["sentence"]
-        assert pair.virsh(HOME, "domstate", "--reason", guest.plan.uuid).strip() == "paused (user)"
-        pair.virsh(HOME, "resume", guest.plan.uuid)
-    wait_for(lambda: guest.verify(guest.running_on()[0], canary=canary).intact, timeout_seconds=60)
+    pair.lab.wan.set(LINE)
+    try:
+        job_id = pair.begin_until(guest, HOME, "departure-prepared")
+        pair.virsh(HOME, "suspend", guest.plan.uuid)
+        pair.go_on(HOME)
+        pair.ask(HOME, "POST", f"/v1/evacuations/{job_id}/cancel", {})
+        job = pair.wait_job(HOME, job_id)
+    finally:
+        pair.lab.wan.set("none")
+    assert (job["verdict"], job["cause"], job["stopped_here"]) == ("stayed", "cancelled", False), job
+    assert "It is paused here" in job["sentence"]
+    assert pair.virsh(HOME, "domstate", "--reason", guest.plan.uuid).strip() == "paused (user)"
+    pair.virsh(HOME, "resume", guest.plan.uuid)
+    assert guest.verify(HOME, canary=canary).intact
 
 
 @pytest.mark.soak

@@ -21,6 +21,7 @@ from lifeboat_lab.mobility import (
     ask,
     binding,
     holder,
+    keep_address,
     lead_prefix_to,
     open_settings,
 )
@@ -118,7 +119,9 @@ def answers(lab: Lab, address: str) -> bool:
     return lab.exec("client", "ping", "-c", "1", "-W", "1", address, check=False).returncode == 0
 
 
-def migrate(lab: Lab, guest: Guest, source: str, destination: str) -> None:
+def migrate(
+    lab: Lab, guest: Guest, source: str, destination: str, *, abort_after: float | None = None
+) -> None:
     """Move it as an operator does who knows of no agent."""
     for path, image_format in guest.images(source).values():
         told = lab.exec(source, "qemu-img", "info", "-U", "--output=json", path).stdout
@@ -128,6 +131,8 @@ def migrate(lab: Lab, guest: Guest, source: str, destination: str) -> None:
         f"virsh migrate --live --p2p --copy-storage-all --persistent --undefinesource {guest.plan.uuid} "
         f"qemu+ssh://{destination}/system"
     )
+    if abort_after is not None:
+        command = f"{command} & sleep {abort_after}; virsh domjobabort {guest.plan.uuid}; ! wait $!"
     lab.exec(source, "bash", "-c", command, timeout_seconds=300)
 
 
@@ -188,10 +193,34 @@ def test_a_vm_moved_by_hand_there_and_back_keeps_its_addresses_and_connections(
     assert seen.goes_on
 
 
+def test_a_move_by_hand_that_is_called_off_leaves_the_binding_as_it_was(lab: Lab, guest: Guest) -> None:
+    before = binding(lab, ANCHORS[0], guest.plan.uuid)
+    lab.wan.set("rate=8mbit,rtt=20ms")
+    probe = Probe(lab, guest.address)
+    try:
+        migrate(lab, guest, SOURCE, DESTINATION, abort_after=6)
+        assert guest.running_on() == [SOURCE]
+        assert answers(lab, guest.address)
+    finally:
+        seen = probe.end()
+        lab.wan.set("none")
+    assert seen.failure == ""
+    after = binding(lab, ANCHORS[0], guest.plan.uuid)
+    assert before is not None
+    assert after is not None
+    keys = ("gateway", "epoch", "since_seconds", "addresses")
+    assert [after[key] for key in keys] == [before[key] for key in keys]
+    assert is_led_to_its_cards(lab, guest, SOURCE)
+
+
 @pytest.mark.parametrize("dead", [(SOURCE,), (DESTINATION,), GATEWAYS], ids="-".join)
 def test_a_move_by_hand_while_agents_are_dead_is_found_when_they_are_back(
     lab: Lab, guest: Guest, dead: tuple[str, ...]
 ) -> None:
+    # Evacuated before: in its epoch nobody may take it who has only found it running.
+    ask(lab, SOURCE, "arrive", guest.plan.uuid, "--epoch", "3")
+    for anchor in ANCHORS:
+        wait(lambda anchor=anchor: (binding(lab, anchor, guest.plan.uuid) or {}).get("epoch") == 3)
     probe = Probe(lab, guest.address)
     try:
         for name in dead:
@@ -209,3 +238,32 @@ def test_a_move_by_hand_while_agents_are_dead_is_found_when_they_are_back(
     print(json.dumps({"dead": dead, "gap": seen.longest_gap_seconds()}))
     assert seen.failure == ""
     assert seen.goes_on
+
+
+def test_neighbours_that_believe_each_other_on_link_reach_each_other_wherever_they_are(
+    lab: Lab, guest: Guest
+) -> None:
+    other = lab.guests.define(SOURCE, GuestPlan("neighbour", workload="idle", disk_mib=64, content_mib=1))
+    try:
+        keep_address(lab, other, SOURCE)
+        other.start()
+        other.wait_ready()
+        wait(lambda: answers(lab, other.address))
+        for one in (guest, other):
+            one.ask(f"run ip -6 route add {PREFIX} dev eth0")
+        for source, destination in ((DESTINATION, SOURCE), GATEWAYS, GATEWAYS[::-1]):
+            if guest.running_on() == [source]:
+                migrate(lab, guest, source, destination)
+            apart = destination == DESTINATION
+            for one, target in ((other, guest), (guest, other)):
+                wait(lambda one=one, target=target: reaches(one, target))
+                known = one.ask(f"run ip -6 neigh show {target.address} dev eth0")
+                assert (GUEST_GATEWAY_MAC if apart else target.plan.mac_address()) in known
+    finally:
+        other.remove()
+
+
+def reaches(guest: Guest, target: Guest) -> bool:
+    """Whether the target answers this guest."""
+    words = f"ping -6 -c 1 -W 2 {target.address} >/dev/null 2>&1 && echo reached"
+    return "reached" in guest.ask(f"run {words}")

@@ -269,3 +269,18 @@ def test_a_disk_with_more_images_than_libvirt_reads_is_told_with_the_way_out() -
     assert depth.destination_findings("web1", {"vda": 23, "vdb": 1}, further=2) == []
     [found] = depth.destination_findings("web1", {"vda": 24, "vdb": 1}, further=2)
     assert found.subject == "VM web1, disk vda of its replica at the destination"
+
+
+@pytest.mark.parametrize(
+    ("stall", "presumed", "stands_in_the_way"),
+    [(10.0, 300.0, False), (75.0, 300.0, False), (76.0, 300.0, True), (600.0, None, False)],
+)
+def test_a_stalled_migration_is_over_before_the_vm_is_fenced(
+    stall: float, presumed: float | None, stands_in_the_way: bool
+) -> None:
+    """For libvirt lets the guest go on when it ends: fenced or not, and maybe beside the one at the peer."""
+    found = preflight.stall_findings(stall, "backup1", presumed)
+    assert bool(found) is stands_in_the_way
+    for one in found:
+        assert "presumes this host dead after 300 s" in one.fact
+        assert "set precache_proxy_stall_seconds to 75 or less here" in one.way_out

@@ -20,12 +20,11 @@ from typing import Final
 from precache_proxy.errors import LifeboatError, NotFound
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.guard import FENCED, TOMBSTONE, Forbidden
+from precache_proxy.evacuation.job import FENCE_SHARE
 from precache_proxy.source.scratch import boottime_seconds
 
 logger = logging.getLogger(__name__)
 
-# Of the time after which the destination presumes us dead: noticing and stopping must fit in the rest.
-FENCE_SHARE: Final = 0.5
 # Timers of the event loop stand still while the host is suspended: the boot clock is looked at this often.
 LOOK_SECONDS: Final = 1.0
 # How often the destination is asked, as a share of the time until the VM would be stopped.

@@ -77,6 +77,9 @@ FOLLOWING: Final[Mapping[Step, frozenset[Step]]] = {
     Step.STAYED: frozenset(),
 }
 ENDS: Final = frozenset({Step.DONE, Step.STAYED})
+# After so much of the time after which the destination presumes the source dead it stops its VM: noticing and
+# stopping must fit in the rest.
+FENCE_SHARE: Final = 0.5
 # The guest's writes go to overlays of ours from FREEZE on.
 BEFORE_FREEZE: Final = frozenset({Step.PREFLIGHT, Step.CATCH_UP})
 

@@ -17,6 +17,7 @@ from precache_proxy.errors import Finding, HypervisorError, NotFound
 from precache_proxy.evacuation.boot_needs import boot_findings
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.guard import TOMBSTONE, Guard, hook_findings
+from precache_proxy.evacuation.job import FENCE_SHARE
 from precache_proxy.evacuation.media_places import Shelf, find_places
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
@@ -401,6 +402,29 @@ def _reach(directory: Path) -> list[Finding]:
         )
         for parent in (directory, *directory.parents)
         if parent.exists() and not parent.stat().st_mode & 0o001
+    ]
+
+
+def stall_findings(
+    stall_seconds: float, peer: str, presumed_dead_after_seconds: float | None
+) -> list[Finding]:
+    """A migration that stalls must be over before the VM is fenced here.
+
+    For libvirt lets the guest go on when that ends, and the peer may run it by then. Half of the time is for
+    libvirt's own end of it.
+    """
+    most = (presumed_dead_after_seconds or 0.0) * FENCE_SHARE / 2
+    if presumed_dead_after_seconds is None or stall_seconds <= most:
+        return []
+    return [
+        Finding(
+            f"peer {peer}",
+            f"it presumes this host dead after {presumed_dead_after_seconds:.0f} s without a word, and a "
+            f"migration is given up here only after {stall_seconds:.0f} s without progress",
+            f"set precache_proxy_stall_seconds to {most:.0f} or less here, or "
+            "precache_proxy_presume_source_dead_after to more there",
+            "conflict",
+        )
     ]
 
 

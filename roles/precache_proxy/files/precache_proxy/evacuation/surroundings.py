@@ -110,5 +110,8 @@ async def look(around: Surroundings, vm: str, peer: str, epoch: int, *, restarts
     found += [Finding(**finding) for finding in answer["findings"]]
     if not answer.get("already_there"):
         found += addresses.read_answer(answer, around.network, name, peer, xml)
-    limit = answer.get("presumed_dead_after_seconds")
-    return Look(definition, found, bool(answer.get("already_there")), None if limit is None else float(limit))
+    told = answer.get("presumed_dead_after_seconds")
+    limit = None if told is None else float(told)
+    if not restarts:
+        found += preflight.stall_findings(around.stall_seconds, peer, limit)
+    return Look(definition, found, bool(answer.get("already_there")), limit)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import replace
 from functools import partial
 
@@ -60,6 +61,34 @@ def test_a_path_that_becomes_faster_is_found_out_the_same_way(trip: float) -> No
     before = line.acknowledged
     press(line, governor, 2)
     assert (line.acknowledged - before) / 2 > 0.9 * line.rate
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_a_busy_host_finds_out_in_seconds_that_a_path_became_faster(seed: int) -> None:
+    """As where another host's copy has ended: most round trips are late, and beats are missed."""
+    line, governor, source, tokens = Line(1.27e6, 0.18), Governor(), random.Random(seed), 0.0
+    idle(line, governor, 2)
+
+    def press_for(seconds: float) -> float:
+        nonlocal tokens
+        until, longest = line.now + seconds, 0.0
+        while line.now < until:
+            step, allowed = governor.beat_seconds, governor.rate_bytes_per_second or 2e6
+            tokens = min(allowed * 0.05, tokens + allowed * step)
+            stalled = source.random() < 0.2
+            sample = line.step(step, 0 if stalled else tokens)
+            tokens = tokens if stalled else 0.0
+            late = 0.01 * source.random() + (0.05 * source.random() if source.random() < 0.2 else 0.0)
+            governor.sample(replace(sample, round_trip_seconds=sample.round_trip_seconds + late))
+            longest = max(longest, line.queue / line.rate)
+        return longest
+
+    press_for(10)
+    line.rate = 6.25e6
+    assert press_for(8) < 0.06
+    before = line.acknowledged
+    press_for(2)
+    assert (line.acknowledged - before) / 2 > 0.8 * line.rate
 
 
 @pytest.mark.parametrize("megabits", [30, 50, 80, 130, 300])

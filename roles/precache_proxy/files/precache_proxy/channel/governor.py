@@ -53,6 +53,7 @@ _OTHER_PATH = 1.5
 _NEARLY = 0.8
 # At least so many looks in a row without a queue before the rate grows by steps, each twice the last.
 _CALM_LOOKS = 3
+_LAST_TRIPS = 4
 # The most by which the rate grows from one look to the next, and by how much it is swiftly more than what the
 # bottleneck is known to let through.
 _STEEP = 0.1
@@ -88,6 +89,7 @@ class Governor:
         self._delivered: deque[float] = deque(maxlen=6)
         self._base: deque[tuple[float, float]] = deque()
         self._calm = 0
+        self._trips: deque[float] = deque(maxlen=_LAST_TRIPS)
         self._long = 0
         # At the beginning of a spell: the rate at the last look; looks in a row in which less arrived than
         # was sent, and in which all did but late.
@@ -137,6 +139,7 @@ class Governor:
 
     def sample(self, now: Sample) -> float | None:
         """The new rate."""
+        self._trips.append(now.round_trip_seconds)
         self._follow_spell(now)
         base = self._base_seconds(now)
         if base < _LOCAL_SECONDS:
@@ -336,10 +339,11 @@ class Governor:
         gain = min(_STEEP, max(-0.5, (_TARGET_SECONDS - queue) / settle))
         if queue >= _TARGET_SECONDS / 3:
             self._calm = 0
-        elif now.round_trip_seconds - base < _TARGET_SECONDS / 3:
-            # Nor does one begin to grow, which the least of the look would hide.
+        elif min(self._trips) - base < _TARGET_SECONDS / 3:
+            # Nor does one begin to grow, which the least of the look would hide; of the last few round trips
+            # the least, for on a busy host most are late.
             self._calm += 1
-        calm_looks = max(_CALM_LOOKS, round(2 * settle / self._look_seconds(base)))
+        calm_looks = max(_CALM_LOOKS, round(1.5 * settle / self._look_seconds(base)))
         if self._calm >= calm_looks:
             # No queue at all although we press: the path is faster than we believed.
             if self._base_seen:

@@ -127,8 +127,9 @@ def test_where_the_line_gets_slow_each_falls_as_far_as_it_may(crowd: Crowd) -> N
     guest = crowd.guests["heavy"]
     assert guest.running_on() == ["backup2"]
     guest.wait_ready(host="backup2")
-    # QEMU 10.0 under emulation crashes now and then where a migration is cancelled: booted here once more.
-    assert guest.told().boots == boots + 1 + ("memory was lost" in live["sentence"])
+    # The cancelled live move cost it nothing: the only boot is the one that its restart is.
+    assert "memory was lost" not in live["sentence"], live
+    assert guest.told().boots == boots + 1
     found = guest.verify("backup2")
     assert found.intact, found.findings
     assert "home2" not in guest.states(), "nothing is left that could be started"

@@ -14,6 +14,7 @@ moment and renews nothing: that ends nobody who is at work.
 from __future__ import annotations
 
 import random
+import re
 import time
 import typing as t
 import uuid
@@ -36,6 +37,9 @@ _ASKED_ALONE = 3
 _HOSTS_NAMED = 4
 # Longer is refused by proxies.
 _LONGEST_WHO = 200
+# Of an identifier; the first half says when it was made, in microseconds since 1970.
+_HALF_DIGITS = 16
+_IDENTIFIER = re.compile(r"[0-9a-f]{32}")
 
 Holder = t.Mapping[str, t.Any]
 
@@ -72,6 +76,18 @@ def _named(hosts: t.Sequence[str]) -> str:
     return ", ".join(hosts[:_HOSTS_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+def _later_than(identifiers: t.Iterable[str], now: float) -> str:
+    """An identifier that is greater than all of these; ``now``: seconds since 1970.
+
+    One that has no time in front (of an older version: a random one) is passed by all the same.
+    """
+    number = int(now * 1e6)
+    for other in identifiers:
+        if _IDENTIFIER.fullmatch(other):
+            number = max(number, int(other[:_HALF_DIGITS], 16) + 1)
+    return f"{number:0{_HALF_DIGITS}x}{uuid.uuid4().hex[:_HALF_DIGITS]}"
+
+
 class Leases:
     """The leases of one coordinator on its sources; ``who`` is told to whoever comes second."""
 
@@ -92,7 +108,7 @@ class Leases:
         self._say = say
         self._clock = clock
         self._sleep = sleep
-        self._identifier = uuid.uuid4().hex
+        self._identifier = _later_than((), clock())
         # Until when each is ours, by our clock.
         self._granted: dict[str, float] = {}
         # Under which epoch each is, or was last; hosts of older proxies have none.
@@ -118,6 +134,8 @@ class Leases:
         self.seconds = max(_LEAST_SECONDS, _INTERVALS * interval)
         self._by_word = take_over
         names = sorted(hosts)
+        if take_over:
+            self._come_after(names)
         began, first_seen, said = self._clock(), dict[tuple[str, str], int](), False
         while True:
             self._claimed = True
@@ -176,9 +194,12 @@ class Leases:
     def _by_word_of(self, other: Holder) -> bool:
         """Whether another has taken over by an operator's word that counts for more than ours.
 
-        Of two that take over at the same time each may hold some of the other's: by word one of them ends.
+        Of two that take over at the same time each may hold some of the other's: by word one of them ends,
+        and of two that do so one after the other the first.
         """
-        return bool(other.get("taken_over")) and not (self._by_word and self._identifier > str(other["id"]))
+        if not other.get("taken_over"):
+            return False
+        return not (self._by_word and self._identifier > str(other.get("id")))
 
     def _ends_us(self, holder: Holder) -> bool:
         """Whether who has a host of ours ends us; of two, never each the other."""
@@ -202,6 +223,14 @@ class Leases:
             self._ask(host, 0.0, take_over=False)
         except ProxyError:
             return  # it runs out by itself
+
+    def _come_after(self, names: t.Sequence[str]) -> None:
+        """Be the later one of all who have these hosts now, whatever their controllers' clocks say."""
+        # To give back what one has not changes nothing, and tells who has it.
+        asked = [self._pool.submit(self._ask, name, 0.0, take_over=False) for name in names]
+        wait(asked, _PATIENCE_SECONDS)
+        told = [answer.result() for answer in asked if answer.done() and answer.exception() is None]
+        self._identifier = _later_than((str(holder["id"]) for holder in told if holder), self._clock())
 
     def _try(self, names: t.Sequence[str], *, take_over: bool) -> dict[str, Holder]:
         """Who refused, by host; hosts that do not answer are asked again at the first look.
@@ -266,7 +295,10 @@ class Leases:
             return
         last = self._epochs.get(host)
         self._epochs[host] = int(epoch)
-        if last is None or not before or before["id"] == self._identifier or int(before["epoch"]) <= last:
+        if last is None or not before or before.get("id") == self._identifier:
+            return
+        if int(before.get("epoch") or 0) <= last:
+            # Also where its record is of a version that did not say.
             return
         if self._by_word_of(before):
-            self._meanwhile[host] = str(before["who"])
+            self._meanwhile[host] = str(before.get("who") or "somebody")

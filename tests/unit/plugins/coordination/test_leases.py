@@ -298,6 +298,46 @@ def test_of_two_that_take_over_from_each_other_one_goes_on(site: Site) -> None:
     assert len(ended) == 1
 
 
+@pytest.mark.parametrize("first_is_of", ["a random identifier", "a clock that is ahead"])
+def test_of_two_that_take_over_one_after_the_other_the_first_ends(site: Site, first_is_of: str) -> None:
+    """Also where the second reaches only one of its hosts."""
+    anna, bert = site.controller("anna"), site.controller("bert")
+    later = "fffffffffffffff0" if first_is_of == "a random identifier" else f"{int(2e12):016x}"
+    assert later > f"{int(site.clock.now * 1e6):016x}"
+    anna._come_after = lambda _names: None  # type: ignore[method-assign]
+    anna._identifier = later + 16 * "f"
+    assert anna.claim(HOSTS, 2.0, take_over=True) == []
+    for host in HOSTS:
+        anna.renew(host)
+    site.clock.now += 60
+    for host in HOSTS:
+        anna.renew(host)
+    for host in HOSTS[1:]:
+        site.ways["bert"][host].trouble = "unreachable"
+    assert bert.claim(HOSTS, 2.0, take_over=True) == []
+    assert site.holders() == ["bert", "anna", "anna"]
+    for host in HOSTS[1:]:
+        site.ways["bert"][host].trouble = ""
+        with pytest.raises(ProxyError, match="left to that one"):
+            bert.renew(host)
+    with pytest.raises(TakenOver, match="home1: bert since"):
+        anna.renew("home1")
+    anna.give_back()
+    for host in HOSTS:
+        bert.renew(host)
+    assert site.holders() == ["bert"] * 3
+
+
+def test_whom_a_proxy_cannot_name_in_full_ends_nobody(site: Site) -> None:
+    """Its record is of a version that did not say under which epoch that one was."""
+    anna = site.controller("anna")
+    assert anna.claim(HOSTS, 2.0, take_over=False) == []
+    site.leases["home1"]._held = None
+    site.leases["home1"]._before = {"id": "bert's", "taken_over": True}
+    anna.renew("home1")
+    assert site.holders() == ["anna"] * 3
+
+
 def test_proxies_of_an_older_version_are_asked_together_and_once(site: Site) -> None:
     first, second = site.controller("anna"), site.controller("bert")
     assert first.claim(("home3",), 2.0, take_over=False) == []

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from integration.evacuation_pair import EvacuationPair
-from integration.proxy_pair import HOME, Answer, wait_for
+from integration.proxy_pair import BACKUP, HOME, Answer, wait_for
 from lifeboat_lab.guests.guests import Guest
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1500)]
@@ -112,6 +112,32 @@ def test_a_cancel_over_a_line_that_is_cut(pair: EvacuationPair) -> None:
     finally:
         pair.lab.wan.heal()
         pair.lab.wan.set("none")
+    found = guest.verify(HOME, canary=canary)
+    assert found.intact, found.findings
+
+
+@pytest.mark.parametrize("stops", [HOME, BACKUP])
+def test_a_proxy_that_is_stopped_ends_the_move_first(pair: EvacuationPair, stops: str) -> None:
+    """Its relays would take the mirrors along, with the guest's writes in them."""
+    guest = pair.make_guest(f"upgraded at {stops}", records_per_second=20)
+    canary, boots = guest.canary(HOME), guest.told().boots
+    pair.lab.wan.set(LINE)
+    try:
+        with pair.never_twice(guest):
+            job_id = under_way(pair, guest)
+            began = time.monotonic()
+            pair.restart(stops)
+            print(f"stopped and started again in {time.monotonic() - began:.1f} s")
+            pair.wait_links()
+            job = pair.wait_job(HOME, job_id)
+    finally:
+        pair.lab.wan.set("none")
+    assert (job["verdict"], job["cause"], job["memory_lost"]) == ("stayed", "proxy-restarted", False), (
+        job, pair.log(HOME), pair.log(stops),
+    )  # fmt: skip
+    assert job["stood_still_seconds"] is not None, "its guest was stopped before the relays were closed"
+    assert guest.running_on() == [HOME]
+    assert guest.told().boots == boots
     found = guest.verify(HOME, canary=canary)
     assert found.intact, found.findings
 

@@ -45,7 +45,7 @@ class Machines:
     async def presence_at_source(self, _vm: str) -> Presence:
         return self.is_there
 
-    async def suspend(self, _vm: str) -> None:
+    async def suspend(self, _vm: str, **_unused: bool) -> None:
         if self.is_there is Presence.RUNNING:
             self.is_there = Presence.PAUSED
 

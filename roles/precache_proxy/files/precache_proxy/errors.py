@@ -175,6 +175,13 @@ class HypervisorError(LifeboatError):
     http_status = 502
 
 
+class ProxyRestarted(LifeboatError):
+    """A proxy is being stopped, at the source or the destination: what can be done again later is ended."""
+
+    cause = "proxy-restarted"
+    http_status = 503
+
+
 class Cancelled(LifeboatError):
     """Ended on the operator's word."""
 

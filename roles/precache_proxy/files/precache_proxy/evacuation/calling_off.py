@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import HypervisorError, NotFound
-from precache_proxy.evacuation import layers, migrate
+from precache_proxy.evacuation import late_pause, layers, migrate
 
 if TYPE_CHECKING:
     from precache_proxy.evacuation.departure import Departure
@@ -44,9 +44,15 @@ class CallingOff:
         self._stopped_at = 0.0
         self._watching = asyncio.create_task(self._end_when_enough())
 
-    def writes_wait(self) -> None:
-        """From now on the guest's writes may wait for a mirror."""
+    def writes_wait(self) -> bool:
+        """Whether the guest's writes may be made to wait for a mirror; from now on they may then.
+
+        Not in a move that is being ended: its guest is not stopped between two orders to end it.
+        """
+        if self._departure.enough.is_set():
+            return False
         self.waits = True
+        return True
 
     async def _end_when_enough(self) -> None:
         """End the migration once that is asked for: again and again, for libvirt may not have begun it
@@ -100,7 +106,7 @@ async def stop_guest(departure: Departure, *, only_migrating: bool = False) -> b
             return False
         await departure.note_stop()
         crash_point("departure-before-standstill")
-        stopped = await domains.suspend(vm, only_migrating=only_migrating)
+        stopped = await late_pause.pause(departure, only_migrating=only_migrating)
     except (HypervisorError, NotFound) as error:
         # The migration has to end all the same.
         logger.warning("VM %s: not stopped before its move is ended: %s", vm, error)

@@ -29,6 +29,7 @@ from precache_proxy.evacuation import (
     calling_off,
     departure_relays,
     freeze,
+    late_pause,
     migrate,
     mirroring,
     preflight,
@@ -97,12 +98,21 @@ class Departure:
     bandwidth: Pace = field(default_factory=Pace)
     # set when the migration has to end: on the operator's word, or because a relay is dead
     enough: asyncio.Event = field(default_factory=asyncio.Event)
+    # why, where neither the operator wants it nor a relay is dead
+    called_off_for: LifeboatError | None = None
     # whether the VM runs here is changed by one at a time
     deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
     # where the destination has the media of the VM's drives
     media: dict[str, str] = field(default_factory=dict)
     # what its guest had written when the evacuation began
     writes_before: mirroring.GuestWrites | None = None
+    # the pauses of its guest that libvirt was asked for
+    pauses: late_pause.Pauses = field(default_factory=late_pause.Pauses)
+
+    def __post_init__(self) -> None:
+        # What an earlier process asked for may have been answered to it or not.
+        if self.job.pause_unanswered or (self.job.stopped_here and not self.job.ended):
+            self.pauses.unanswered = 1
 
     @property
     def link(self) -> Any:
@@ -134,11 +144,12 @@ class Departure:
                 logger.error("evacuation %s: its record cannot be written: %s", self.job.id, error)
 
     def check_cancelled(self) -> None:
-        """Raise Cancelled when the operator asked for it, or the relay's failure."""
+        """Raise Cancelled when the operator asked for it, or the relay's failure, or why else it is to
+        end."""
         if self.job.cancelled:
             raise Cancelled(cancelled_sentence(self.job))
-        if self.failure is not None:
-            raise self.failure
+        if (reason := self.failure or self.called_off_for) is not None:
+            raise reason
 
     async def call(self, method: str, parameters: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
         """Ask the destination about this job. Raises PeerUnreachable when the link stays down for too long.
@@ -447,8 +458,7 @@ async def pause_guest(departure: Departure) -> None:
         )
     logger.warning("evacuation %s of VM %s: its guest is paused until it has arrived", job.id, job.vm)
     if not await departure.around.domains.paused_by_user(job.vm):
-        await departure.note_stop()
-        await departure.around.domains.suspend(job.vm)
+        await late_pause.pause(departure)
     job.guest_paused = True
 
 

@@ -13,7 +13,16 @@ from typing import Any
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, Finding, LifeboatError, NotFound
-from precache_proxy.evacuation import confirm, departure, giving_up, late_stop, restart, rollback
+from precache_proxy.evacuation import (
+    confirm,
+    departure,
+    giving_up,
+    late_pause,
+    late_stop,
+    restart,
+    rollback,
+    stopping,
+)
 from precache_proxy.evacuation.arrival import ArrivalState
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence, this_boot
@@ -40,7 +49,7 @@ STATUS_TIMEOUT_SECONDS = 30.0
 
 def _owes(job: Job) -> bool:
     """Whether there is something left to do about a job that is over."""
-    return job.owes_abort or late_stop.is_open(job)
+    return job.owes_abort or late_stop.is_open(job) or late_pause.is_open(job)
 
 
 class Departures:
@@ -104,7 +113,12 @@ class Departures:
                 await self._source.hold(item.job.vm, item.job.id)
 
     async def stop(self) -> None:
-        """Leave every job as it is; it is taken up again by the next start."""
+        """End the moves under way in order, as far as they come to it in time; every other job is left as it
+        is, and taken up again by the next start."""
+        working = ((item, self._tasks.get(item.job.id)) for item in self._departures.values())
+        await stopping.end_moves(
+            (item, task) for item, task in working if task is not None and not task.done()
+        )
         await self._fence.stop()
         for task in self._tasks.values():
             task.cancel()
@@ -391,6 +405,10 @@ class Departures:
             return {"known": False, "step": None}
         return {"known": True, "step": item.job.effective_step.value}
 
+    async def end_asked(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """See :func:`stopping.end_asked`."""
+        return await stopping.end_asked(self._departures.get(str(parameters["job"])), peer)
+
     async def supersede(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The peer runs a VM of ours from a generation, on its operator's word that we are dead."""
         vm = str(parameters["vm"])
@@ -427,9 +445,11 @@ class Departures:
 
     async def _settle_debts(self, item: Departure) -> None:
         """What a job that is over owes its VM here, and then its peer, whom nobody may hear for long."""
-        if late_stop.is_open(item.job) and not self.is_leaving(item.job.vm):
+        for late in (late_stop, late_pause):
+            if not late.is_open(item.job) or self.is_leaving(item.job.vm):
+                continue
             try:
-                await late_stop.look(item, self._fence)
+                await late.look(item, self._fence)
             except (LifeboatError, OSError) as error:
                 logger.warning("evacuation %s of VM %s: %s; tried again", item.job.id, item.job.vm, error)
         if item.job.owes_abort:

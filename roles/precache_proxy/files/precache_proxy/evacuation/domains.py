@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import libvirt
 
 from precache_proxy.errors import HypervisorError, NotFound
+from precache_proxy.evacuation.late_pause import Standing
 from precache_proxy.evacuation.reconcile import Life, Presence
 from precache_proxy.hypervisor.connection import Hypervisor
 from precache_proxy.hypervisor.domain_xml import Definition, parse_definition
@@ -25,6 +26,12 @@ _ALIVE = {
     libvirt.VIR_DOMAIN_BLOCKED,
     libvirt.VIR_DOMAIN_PMSUSPENDED,
     libvirt.VIR_DOMAIN_SHUTDOWN,
+}
+# What a pause of ours is called: in a migration, and where a libvirtd that came anew found its QEMU stopped.
+_MAY_BE_OURS = {
+    libvirt.VIR_DOMAIN_PAUSED_USER,
+    libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+    libvirt.VIR_DOMAIN_PAUSED_UNKNOWN,
 }
 UNDEFINE_FLAGS = (
     libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
@@ -192,6 +199,21 @@ class Domains:
         """Whether somebody paused the VM outside of any job of libvirt's: not a migration, not an error."""
         wanted = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
         return await self.run(vm, lambda domain: list(domain.state()) == wanted)
+
+    async def standing(self, vm: str) -> Standing:
+        """Which run of the VM this is and whether it stands still, told once libvirt is through with the call
+        that changes it at the moment. Raises HypervisorError where that takes longer than libvirt waits."""
+
+        def work(domain: Any) -> Standing:
+            if not domain.isActive():
+                return Standing(None)
+            # Its question waits for a turn (VIR_JOB_QUERY), as that for the state alone does not.
+            migrates = _is_migrating(domain)
+            state, reason = domain.state()
+            paused = state == libvirt.VIR_DOMAIN_PAUSED and reason in _MAY_BE_OURS
+            return Standing(int(domain.ID()), paused and not migrates)
+
+        return await self.run(vm, work)
 
     async def start(self, vm: str, *, paused: bool = False) -> bool:
         """Start a VM that is shut off (the guard and the hook have their say); an active one is no error.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from precache_proxy.errors import LifeboatError, NotFound
+from precache_proxy.evacuation import late_pause
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.guard import FENCED, TOMBSTONE, Forbidden
 from precache_proxy.evacuation.job import FENCE_SHARE
@@ -105,12 +106,12 @@ class Fence:
                 forbidden = Forbidden(job.vm, FENCED, sentence, job.id, job.epoch)
                 await asyncio.to_thread(around.guard.forbid, forbidden)
                 job.explain(FENCED, sentence)
-                job.stopped_here = True
+                # A lift that comes after a kill looks for a pause that libvirt had not answered by then.
+                job.stopped_here = job.pause_unanswered = True
                 await departure.save()
                 logger.critical("%s", sentence)
-            await departure.note_stop()
             with contextlib.suppress(NotFound):
-                await around.domains.suspend(job.vm)
+                await late_pause.pause(departure)
 
     async def lift(self, departure: Departure) -> None:
         """The peer has cleared its arrival away, or the operator vouches for it: the VM goes on here."""
@@ -119,6 +120,8 @@ class Fence:
             found = await asyncio.to_thread(around.guard.forbidden, job.vm)
             if found is not None and found.job == job.id and found.cause == FENCED:
                 await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
+                job.pause_unanswered = departure.pauses.unanswered > 0
+                await departure.save()
                 await around.domains.resume(job.vm)
                 logger.warning("VM %s: contact with %s is settled; it goes on here", job.vm, job.peer)
 

@@ -189,6 +189,8 @@ class Job:
     guest_paused: bool = False
     # we have paused the guest here, or were about to: only such a one goes on with a rollback
     stopped_here: bool = False
+    # it stayed, and libvirt has not answered a pause of ours: that may still come (late_pause.py)
+    pause_unanswered: bool = False
     # for how long it stood still while its move was ended before its end
     stood_still_seconds: float | None = None
     # the VM had to be started anew against all plans: its memory is lost, its disks are whole

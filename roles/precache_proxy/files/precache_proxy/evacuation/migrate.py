@@ -96,12 +96,13 @@ async def migrate(
     vm: str,
     plan: Plan,
     on_progress: Callable[[dict[str, Any]], None],
-    on_synchronous: Callable[[], None],
+    on_synchronous: Callable[[], bool],
 ) -> None:
     """Run the migration to its end. Raises HypervisorError: then *who runs the VM is not said*, ask both
     sides.
 
-    ``on_synchronous`` is called before a mirror in the background is told to wait with the guest's writes.
+    ``on_synchronous`` is asked before a mirror in the background is told to wait with the guest's writes; on
+    False it is left as it is.
     """
 
     def work(domain: Any) -> None:
@@ -128,7 +129,7 @@ async def _watch(
     on_progress: Callable[[dict[str, Any]], None],
     convergence: Convergence,
     mirror: MirrorWatch | None,
-    on_synchronous: Callable[[], None],
+    on_synchronous: Callable[[], bool],
 ) -> None:
     while True:
         await asyncio.sleep(PROGRESS_SECONDS)
@@ -138,8 +139,7 @@ async def _watch(
             if raised is not None:
                 logger.warning("VM %s dirties memory as fast as it is sent; may stop for %.1f s", vm, raised)
                 await allow_downtime(domains, vm, raised)
-            if mirror is not None and mirror.observe(progress):
-                on_synchronous()
+            if mirror is not None and mirror.observe(progress) and on_synchronous():
                 await _mend_mirror(domains, vm, mirror)
             on_progress(
                 {**progress, "downtime_limit_seconds": convergence.limit, "hopeless": convergence.hopeless}

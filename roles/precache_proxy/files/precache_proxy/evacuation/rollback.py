@@ -75,6 +75,8 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
         await around.source.after_rollback(job.vm)
         await around.source.release(job.vm, job.id)
     job.verdict = Verdict.STAYED
+    # Looked at from now on, where libvirt may pause it on our account after this.
+    job.pause_unanswered = departure.pauses.unanswered > 0
     await departure.enter(Step.STAYED)
 
 

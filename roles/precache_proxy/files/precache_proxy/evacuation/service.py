@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from precache_proxy.errors import Finding, InvalidInput, LifeboatError, NotFound, PeerUnreachable
+from precache_proxy.evacuation import stopping
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork, NothingToDo
 from precache_proxy.evacuation.arrival_relays import ArrivalRelays
@@ -113,6 +114,7 @@ class Evacuation:
             ("status", self._arrivals.status),
             ("abort", self._arrivals.abort),
             ("job", self._departures.job_asked),
+            (stopping.METHOD, self._departures.end_asked),
             ("supersede", self._departures.supersede),
             ("home", self._home),
         ):
@@ -147,12 +149,18 @@ class Evacuation:
         self._tending = asyncio.create_task(self._tend(), name="evacuation-tender")
 
     async def stop(self) -> None:
-        """Leave everything as it is; it is taken up again by the next start."""
+        """End in order what would be cut by our end (stopping.py); all else is left as it is, and taken up
+        again by the next start."""
         if self._tending is not None:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
+        await asyncio.gather(
+            self._departures.stop(),
+            stopping.see_arrivals_off(
+                self._arrivals.records.all(), self._relays.carried, self._channel.links
+            ),
+        )
         await self._relays.stop()
-        await self._departures.stop()
         await self._arrivals.stop()
         await self._landing.stop()
 

@@ -97,10 +97,25 @@ class Seeding:
         if images.rounded_size(size_bytes) > base.size_bytes:
             await images.resize(self.replica.path(base.file), base.format, size_bytes)
 
+    async def next(self, decoder: Decoder) -> Record | None:
+        """What comes next, None: nothing.
+
+        Raises what a mark under way fails with, at once: the next record may be long in coming.
+        """
+        if self._marking is None:
+            return await decoder.next()
+        coming = asyncio.ensure_future(decoder.next())
+        try:
+            await asyncio.wait({coming, self._marking}, return_when=asyncio.FIRST_COMPLETED)
+            if self._marking.done():
+                await self._marked()
+            return await coming
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+
     async def write(self, disk: str, record: Record) -> None:
-        """Take a DATA or ZERO record. Raises what a mark under way has failed with, too."""
-        if self._marking is not None and self._marking.done():
-            await self._marked()
+        """Take a DATA or ZERO record."""
         writer = self._writers.get(disk)
         if writer is None:
             base = self.replica.record.layers[disk][0]
@@ -189,7 +204,7 @@ async def receive_seed(replica: Replica, stream: Stream) -> None:
         stack.push_async_callback(decoder.close)
         try:
             await seeding.begin()
-            while (record := await decoder.next()) is not None:
+            while (record := await seeding.next(decoder)) is not None:
                 match record.type:
                     case RecordType.DATA | RecordType.ZERO if record.disk < len(names):
                         await seeding.write(names[record.disk], record)

@@ -333,6 +333,48 @@ async def test_one_that_ends_here_while_it_is_bound_elsewhere_is_asked_for_no_mo
     await gateway.duty.stop()
 
 
+async def test_one_that_started_here_is_claimed_as_that_also_after_a_restart_of_the_agent(
+    tmp_path: Path,
+) -> None:
+    """One anchor missed that it left, and has it here already; the other has it nowhere, and is silent."""
+    gateway = Gateway(tmp_path)
+    own = gateway.config.tunnel_address
+    await gateway.duty.arrive(VM, (HOME,), MAC, "vmbr0", 3, handoff=HandoffIndicator.NEW_INTERFACE)
+    await gateway.answer(7, own, Status.SEQUENCE_OUT_OF_WINDOW, ("anchor1",))
+    await gateway.answer(7, own, anchors=("anchor1",))
+    assert gateway.updates()[-1].epoch == 7
+    await gateway.duty.stop()
+    gateway.sent.clear()
+    gateway.start()
+    await gateway.asked_again()
+    assert gateway.updates()[-1].handoff is HandoffIndicator.UNCHANGED, "which takes it from nobody"
+    await gateway.answer(7, None, Status.ADMINISTRATIVELY_PROHIBITED, ("anchor2",))
+    last = [message for who, message in gateway.sent if who == "anchor2"][-1]
+    assert isinstance(last, BindingUpdate)
+    assert read_registration(last, gateway.config.address).handoff is HandoffIndicator.NEW_INTERFACE
+    await gateway.answer(7, own)
+    assert gateway.duty.registrar.acknowledged(VM) == ["anchor1", "anchor2"]
+    known = gateway.duty.attachments.get(VM)
+    assert known is not None
+    assert not known.started, "every anchor knows"
+    await gateway.duty.stop()
+
+
+async def test_what_left_again_is_not_remembered_as_started_here(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path)
+    await gateway.duty.arrive(VM, (HOME,), MAC, "vmbr0", 3, handoff=HandoffIndicator.NEW_INTERFACE)
+    known = gateway.duty.attachments.get(VM)
+    assert known is not None
+    assert known.started
+    await gateway.duty.depart(VM, BACKUP)
+    await gateway.duty.stop()
+    gateway.start()
+    known = gateway.duty.attachments.get(VM)
+    assert known is not None
+    assert (known.state, known.started) == (AWAY, False)
+    await gateway.duty.stop()
+
+
 async def test_a_refused_arrival_leaves_nothing_and_is_refused_again(tmp_path: Path) -> None:
     gateway = Gateway(tmp_path)
     gateway.kernel.refuses = True

@@ -20,8 +20,9 @@ class Attachment:
 
     ``state``: ``here``, or ``away``: it left, and what still comes goes on to ``to`` (None: nobody knows
     where yet). ``handoff``: why it was claimed, until the first anchor acknowledged it. ``evident``: it
-    surely came, so the gateway may make up a newer epoch. ``cards``: (address, bridge, MAC) of addresses that
-    are not the first card's.
+    surely came, so the gateway may make up a newer epoch. ``started``: it was started here, and not every
+    anchor has acknowledged that. ``cards``: (address, bridge, MAC) of addresses that are not the first
+    card's.
     """
 
     vm: str
@@ -34,6 +35,7 @@ class Attachment:
     to: IPv6Address | None = None
     handoff: HandoffIndicator = HandoffIndicator.UNCHANGED
     evident: bool = False
+    started: bool = False
     cards: tuple[tuple[Home, str, str], ...] = ()
 
     def places(self) -> dict[tuple[str, str], tuple[Home, ...]]:
@@ -57,6 +59,7 @@ class Attachment:
             "to": None if self.to is None else str(self.to),
             "handoff": int(self.handoff),
             "evident": self.evident,
+            **({"started": True} if self.started else {}),
             **(
                 {"cards": [[str(home), bridge, mac] for home, bridge, mac in self.cards]}
                 if self.cards
@@ -78,6 +81,7 @@ class Attachment:
             to=None if record["to"] is None else IPv6Address(record["to"]),
             handoff=HandoffIndicator(record["handoff"]),
             evident=bool(record["evident"]),
+            started=bool(record.get("started")),
             cards=tuple(
                 (ip_network(home), str(bridge), str(mac)) for home, bridge, mac in record.get("cards", ())
             ),

@@ -154,6 +154,7 @@ class GatewayDuty:
             now,
             link_local=self._link_locals.get(attachment.bridge),
             evident=attachment.evident,
+            started=attachment.started,
         )
 
     def _round(self) -> float:
@@ -248,7 +249,15 @@ class GatewayDuty:
             ):
                 logger.info("%s", outcome.sentence)
                 crash_point("arrival-acknowledged")
-                self._keep(replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False))
+                # An anchor that has not answered may have it nowhere: that it began here outlives a restart.
+                starting = self.registrar.starting(outcome.vm)
+                self._keep(
+                    replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False, started=starting)
+                )
+            case "registered" if (
+                attachment is not None and attachment.started and not self.registrar.starting(outcome.vm)
+            ):
+                self._keep(replace(attachment, started=False))
             case "raised" if attachment is not None and outcome.epoch is not None:
                 logger.info("%s", outcome.sentence)
                 crash_point("arrival-raised")
@@ -397,8 +406,18 @@ class GatewayDuty:
             # Asked for at once what the anchors would make us ask for a round trip later.
             epoch = max(epoch, before.epoch + (before.state == AWAY))
         now = time.time()
+        started = handoff is HandoffIndicator.NEW_INTERFACE
         attachment = Attachment(
-            vm, homes, mac, bridge, epoch, now, handoff=handoff, evident=evident, cards=others
+            vm,
+            homes,
+            mac,
+            bridge,
+            epoch,
+            now,
+            handoff=handoff,
+            evident=evident,
+            started=started,
+            cards=others,
         )
         self._place(attachment, before)
         crash_point("arrival-routed")
@@ -509,7 +528,14 @@ class GatewayDuty:
         home router, and neighbours at home must not find nobody.
         """
         if attachment.state == HERE and self._anchors and only_ipv6(attachment.homes):
-            gone = replace(attachment, state=AWAY, to=None, handoff=HandoffIndicator.UNCHANGED, evident=False)
+            gone = replace(
+                attachment,
+                state=AWAY,
+                to=None,
+                handoff=HandoffIndicator.UNCHANGED,
+                evident=False,
+                started=False,
+            )
             self._want(gone)
             self._keep(gone)
             self._inquire(gone, time.monotonic())
@@ -535,6 +561,7 @@ class GatewayDuty:
             since_seconds=time.time(),
             handoff=HandoffIndicator.UNCHANGED,
             evident=False,
+            started=False,
         )
         self._want(gone)
         crash_point("departure-led-on")

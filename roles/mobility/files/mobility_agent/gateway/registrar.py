@@ -177,12 +177,14 @@ class Registrar:
         *,
         link_local: IPv6Address | None = None,
         evident: bool = False,
+        started: bool = False,
     ) -> None:
-        """Claim ``vm`` at every anchor. ``evident``: it surely runs here, so a newer epoch may be made up."""
+        """Claim ``vm`` at every anchor. ``evident``: it surely runs here, so a newer epoch may be made up.
+        ``started``: it was claimed as started here before, and anchors may still have to hear that."""
         self._claims[vm] = _Claim(homes, epoch, link_local, evident)
         for anchor in self._anchors:
             self._start(vm, anchor, Phase.CLAIMING, handoff, now)
-            self._lines[vm, anchor].started = handoff is HandoffIndicator.NEW_INTERFACE
+            self._lines[vm, anchor].started = started or handoff is HandoffIndicator.NEW_INTERFACE
 
     def withdraw(self, vm: str, now: float) -> None:
         """Take ``vm`` back from every anchor."""
@@ -518,6 +520,12 @@ class Registrar:
             ):
                 line.attempts = 0
                 self._schedule(line, now)
+
+    def starting(self, vm: str) -> bool:
+        """Whether ``vm`` was claimed as started here, and an anchor has not accepted that."""
+        return any(
+            line.started for anchor in self._anchors if (line := self._lines.get((vm, anchor))) is not None
+        )
 
     def status(self, vm: str) -> Mapping[str, dict[str, str | int | float | None]]:
         """For each anchor: phase, sentence, age of the last acknowledgement's clock reading."""

@@ -25,7 +25,9 @@ OVERTAKEN_AT_MOST = 2
 class Numbers:
     """Datagrams with a number each, from a client to a guest, all the time."""
 
-    def __init__(self, client: Namespace, guest: Guest, octets: int = 100) -> None:
+    def __init__(
+        self, client: Namespace, guest: Guest, octets: int = 100, per_second: float = PER_SECOND
+    ) -> None:
         self._far = guest.space.inside(socket.socket, socket.AF_INET6, socket.SOCK_DGRAM)
         # What has waited comes all at once.
         self._far.setsockopt(socket.SOL_SOCKET, _RECEIVE_BUFFER_FORCE, 16 << 20)
@@ -33,6 +35,7 @@ class Numbers:
         self._near = client.inside(socket.socket, socket.AF_INET6, socket.SOCK_DGRAM)
         self._near.connect(self._far.getsockname()[:2])
         self._octets = octets
+        self._per_second = per_second
         self._ending = threading.Event()
         self.sent = 0
         self.received: list[int] = []
@@ -44,7 +47,7 @@ class Numbers:
     def _send(self) -> None:
         began = time.monotonic()
         while not self._ending.is_set():
-            while self.sent < (time.monotonic() - began) * PER_SECOND:
+            while self.sent < (time.monotonic() - began) * self._per_second:
                 self._near.send(self.sent.to_bytes(4, "big").ljust(self._octets, b"\0"))
                 self.sent += 1
             time.sleep(0.0005)
@@ -111,6 +114,22 @@ def stopped(agent: Agent, guest: Guest, numbers: Numbers) -> Iterator[int]:
     assert after["held"] - before["held"] == after["sent_on"] - before["sent_on"] > 400
     assert after["dropped"] == before["dropped"]
     assert ways_in(agent) == 0
+
+
+def test_what_comes_in_a_long_stop_waits_to_its_end(agents: Agents) -> None:
+    """Ten seconds without anybody's word would be over by then."""
+    guest, gateway = agents.settle(), agents["gateway1"]
+    numbers = Numbers(agents.net["client"], guest, per_second=400)
+    with stopped(gateway, guest, numbers) as first:
+        for _again in range(4):
+            time.sleep(3)
+            assert hold(gateway, guest, longer=True)
+        guest.plug("gateway2")
+        agents["gateway2"].arrive(guest, 2)
+    numbers.end()
+    assert numbers.lost_since(first) == set()
+    assert not hold(gateway, guest, longer=True), "begins none"
+    assert "nobody has said where it goes on" not in gateway.log
 
 
 def test_what_came_while_it_was_moved_is_sent_after_it(agents: Agents) -> None:

@@ -18,13 +18,14 @@ import pytest
 from aiohttp import web
 
 from precache_proxy.errors import Conflict, Finding
-from precache_proxy.evacuation import addresses, confirm
+from precache_proxy.evacuation import addresses, confirm, standstill
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrival_network import MobilityAgent, NetworkNotInstalled, NothingToDo
 from precache_proxy.evacuation.arrivals import Arrivals
 from precache_proxy.evacuation.guard import Guard
 from precache_proxy.evacuation.job import EvacuationOptions, Step, new_job
 from precache_proxy.evacuation.reconcile import Presence
+from precache_proxy.evacuation.standstill import Standstill
 from precache_proxy.hypervisor.qemu_user import QemuUser
 
 VM = "11111111-2222-4333-8444-555555555501"
@@ -73,6 +74,49 @@ async def test_an_agent_that_is_just_starting_is_waited_for(tmp_path: Path) -> N
     async with agent.serve(socket):
         await MobilityAgent(socket, 5).install("<domain/>", arrival())
     assert len(agent.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "again"),
+    [((200, {"held": True}), True), ((200, {"held": False}), True), ((503, {}), True),
+     ((400, {"message": "longer: not known"}), False), ((404, {}), False)],
+)  # fmt: skip
+async def test_a_vm_that_stands_still_is_told_of_as_long_as_the_agent_can_make_use_of_it(
+    tmp_path: Path, answer: tuple[int, Any], again: bool
+) -> None:
+    agent, socket = Agent(answer), tmp_path / "agent.sock"
+    async with agent.serve(socket):
+        assert await MobilityAgent(socket, 2).stands_still(JOB) is again
+    assert agent.asked == [(f"/v1/vms/{VM}/hold", {"longer": True})]
+    assert await MobilityAgent(socket, 2).stands_still(JOB), "it may be on its way back"
+    assert not await NothingToDo().stands_still(JOB)
+
+
+async def test_the_agent_is_told_while_it_stands_still_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standstill, "AGAIN_SECONDS", 0.05)
+    agent, socket = Agent((200, {"held": True})), tmp_path / "agent.sock"
+    async with agent.serve(socket):
+        still = Standstill(MobilityAgent(socket, 2), JOB)
+        await asyncio.sleep(0.2)
+        assert agent.asked == []
+        still.changed_here("suspended")
+        still.changed_here("suspended")
+        await asyncio.sleep(0.5)
+        assert 3 <= len(agent.asked) <= 10
+        still.changed_here("resumed")
+        await asyncio.sleep(0.1)
+        told = len(agent.asked)
+        await asyncio.sleep(0.2)
+        assert len(agent.asked) == told
+        # Stopped once more, for its end.
+        still.changed_here("suspended")
+        await asyncio.sleep(0.3)
+        await still.over()
+        assert (now := len(agent.asked)) > told
+        await asyncio.sleep(0.2)
+        assert len(agent.asked) == now
 
 
 async def test_a_silent_agent_holds_nothing_up_for_longer_than_it_may(tmp_path: Path) -> None:

@@ -228,6 +228,41 @@ async def test_nobody_waits_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     held.holds.stop()
 
 
+async def test_who_says_so_again_and_again_waits_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(longest_seconds=0.3)
+    held.holds.start()
+    assert not held.holds.extend(VM), "its word begins none: the VM may run again by then"
+    held.holds.begin(VM, (HOME,))
+    held.comes(1)
+    for _again in range(5):
+        await asyncio.sleep(0.15)
+        assert held.holds.extend(VM)
+    assert held.went() == []
+    held.comes(2)
+    held.holds.end(VM)
+    assert not held.holds.extend(VM), "it goes on"
+    await held.until_read()
+    assert held.went() == [1, 2]
+    assert held.ways.held == set()
+    held.holds.stop()
+
+
+async def test_what_is_older_than_a_segment_may_get_is_dropped(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds_module, "OLDEST_SECONDS", 0.3)
+    held.holds.begin(VM, (HOME,))
+    held.comes(1, 2)
+    await held.until_read()
+    await asyncio.sleep(0.4)
+    held.comes(3)
+    await held.until_read()
+    held.holds.end(VM)
+    await held.until_read()
+    assert held.went() == [3]
+    assert held.holds.status() == {"vms": 0, "held": 3, "sent_on": 1, "dropped": 2}
+
+
 async def test_where_nobody_may_say_where_it_went_it_is_sooner_over(held: Held) -> None:
     held.holds.begin(VM, (HOME,))
     held.comes(1)

@@ -225,17 +225,22 @@ class Api:
         return web.json_response(await gateway.depart(request.match_info["vm"], tunnel, withdraw=withdraw))
 
     async def _hold(self, request: web.Request) -> web.Response:
-        """A VM stands still here for the end of its move; or (``end``) it goes on here."""
+        """A VM stands still here for the end of its move, still does (``longer``), or goes on (``end``)."""
         gateway, vm = self._parts.the_gateway(), request.match_info["vm"]
         findings: list[Finding] = []
         told = reader_of(await _body(request), findings)
-        end = told.boolean("end", default=False)
+        end, longer = told.boolean("end", default=False), told.boolean("longer", default=False)
         conclude(told, findings)
+        if end and longer:
+            raise InvalidInput(
+                "request: both end and longer are given; a VM that goes on stands still no longer"
+            )
         if gateway.attachments.get(vm) is None:
             raise NotFound(f"VM {vm}: not known to this gateway; see `mobility-agent status`")
         if end:
             gateway.runs_again(vm)
-        return web.json_response({"vm": vm, "held": not end and gateway.hold(vm)})
+        held = gateway.hold_longer(vm) if longer else not end and gateway.hold(vm)
+        return web.json_response({"vm": vm, "held": held})
 
     async def _outlook(self, request: web.Request) -> web.Response:
         """Would this VM keep its addresses, coming here (``arriving``) or leaving from here?"""

@@ -495,6 +495,11 @@ class GatewayDuty:
             and self.holds.begin(vm, only_ipv6(attachment.homes))
         )
 
+    def hold_longer(self, vm: str) -> bool:
+        """It still stands still here, in the middle of its move. Whether what comes for it waits on."""
+        attachment = self.attachments.get(vm)
+        return attachment is not None and attachment.state == HERE and self.holds.extend(vm)
+
     def runs_again(self, vm: str) -> None:
         """The VM goes on here: what has waited is its own."""
         self.holds.end(vm)

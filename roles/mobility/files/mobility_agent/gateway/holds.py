@@ -8,7 +8,8 @@ or that it goes on here.
 Order is kept: while those that waited are written back, what comes still goes behind them, and only when none
 is left is the way into the device closed. What a hold may take is bounded. Of more than that the *newest* is
 dropped: of a stream the first that is missing holds up all that follow, the last is made good by what the
-receiver says of the others.
+receiver says of the others. Whoever moves the VM may say, again and again, that it still stands still: then
+the hold goes on, and what has waited for longer than a segment may live is dropped.
 
 A process that is killed takes the device, and the routes to it, along: packets go where they went before.
 Those that waited are lost then, as all of them were without a hold.
@@ -30,8 +31,11 @@ from mobility_agent.errors import Finding, MobilityError
 
 logger = logging.getLogger(__name__)
 
-#: How long a VM's packets wait at most, however its move ends.
+#: How long a VM's packets are held without anybody's word.
 LONGEST_SECONDS = 10.0
+#: How old one may get: a segment's longest life (RFC 9293, section 3.4.1), after which it may be taken for
+#: another connection's.
+OLDEST_SECONDS = 120.0
 #: Where only routing knows where a VM went, nobody may come to say so: it is not waited for longer.
 UNTOLD_SECONDS = 2.0
 #: What waits for one VM, and for all of them together.
@@ -88,7 +92,8 @@ class _Hold:
     began: float
     timer: asyncio.TimerHandle | None = None
     ending: asyncio.Task[None] | None = None
-    packets: deque[bytes] = field(default_factory=deque)
+    # when each came (monotonic)
+    packets: deque[tuple[float, bytes]] = field(default_factory=deque)
     octets: int = 0
     taken: int = 0
     dropped: int = 0
@@ -159,6 +164,18 @@ class Holds:
                 self._close_way(hold)
                 return False
             logger.info("VM %s: stands still to be moved; what comes for it waits", vm, extra={"VM": vm})
+        self._cancel(hold)
+        self._end_in(hold, self._longest_seconds)
+        return True
+
+    def extend(self, vm: str) -> bool:
+        """The VM still stands still: what waits goes on waiting. Whether anything does.
+
+        Begins none: its word may come when the VM runs again.
+        """
+        hold = self._holds.get(vm)
+        if hold is None or hold.ending is not None:
+            return False
         self._cancel(hold)
         self._end_in(hold, self._longest_seconds)
         return True
@@ -275,7 +292,8 @@ class Holds:
         )
 
     def _keep(self, hold: _Hold, packet: bytes) -> None:
-        size = len(packet)
+        size, now = len(packet), time.monotonic()
+        self._drop_old(hold, now)
         hold.taken += 1
         self.counters["held"] += 1
         full = len(hold.packets) >= VM_PACKETS or hold.octets + size > VM_OCTETS
@@ -285,14 +303,22 @@ class Holds:
             hold.dropped += 1
             self.counters["dropped"] += 1
         else:
-            hold.packets.append(packet)
+            hold.packets.append((now, packet))
             hold.octets += size
 
     def _write(self, hold: _Hold, most: int) -> None:
+        self._drop_old(hold, time.monotonic())
         for _count in range(min(most, len(hold.packets))):
-            packet = hold.packets.popleft()
+            _came, packet = hold.packets.popleft()
             hold.octets -= len(packet)
             hold.dropped += not self._give(packet)
+
+    def _drop_old(self, hold: _Hold, now: float) -> None:
+        while hold.packets and hold.packets[0][0] < now - OLDEST_SECONDS:
+            _came, packet = hold.packets.popleft()
+            hold.octets -= len(packet)
+            hold.dropped += 1
+            self.counters["dropped"] += 1
 
     def _give(self, packet: bytes) -> bool:
         taken = self._device is not None and self._device.is_open and self._device.write(packet)

@@ -59,6 +59,10 @@ class ArrivalNetwork(Protocol):
     async def remove(self, arrival: Arrival) -> None:
         """It will not run here after all. Never raises: the old place's claim has to hold without it."""
 
+    async def stands_still(self, job: Job) -> bool:
+        """It still stands still here, to go on at the job's peer: what comes for it goes on waiting, for some
+        seconds. Whether that is to be said again. Never raises."""
+
     async def left(self, job: Job) -> None:
         """It runs at the job's peer: what still comes here is sent on. Never raises."""
 
@@ -80,6 +84,10 @@ class NothingToDo:
 
     async def remove(self, arrival: Arrival) -> None:
         """Do nothing."""
+
+    async def stands_still(self, job: Job) -> bool:  # noqa: ARG002
+        """Nobody has anything that waits."""
+        return False
 
     async def left(self, job: Job) -> None:
         """Do nothing."""
@@ -149,6 +157,16 @@ class MobilityAgent:
     async def remove(self, arrival: Arrival) -> None:
         """Withdraw it here."""
         await self._tell(arrival.vm, arrival.name, "depart", {"withdraw": True})
+
+    async def stands_still(self, job: Job) -> bool:
+        """Ask it, once. One that is away for a moment may be back; one of an older version cannot."""
+        try:
+            async with asyncio.timeout(min(self._wait_seconds, _OUTLOOK_SECONDS)):
+                status, _answer = await self._once(job.vm, "hold", {"longer": True})
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+            logger.debug("VM %s: what waits for it here is not held for longer: %s", job.vm, error)
+            return True
+        return status < 400 or status in _PASSING
 
     async def left(self, job: Job) -> None:
         """Have the agent send on to the peer's gateway; anchors tell it the same a little later."""

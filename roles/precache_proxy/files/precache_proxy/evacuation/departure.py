@@ -41,6 +41,7 @@ from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.opening_ahead import OpeningsAhead
 from precache_proxy.evacuation.pace import Pace
+from precache_proxy.evacuation.standstill import Standstill
 from precache_proxy.evacuation.surroundings import Surroundings, look
 from precache_proxy.source.scratch import boottime_seconds
 from precache_proxy.units import MIB
@@ -383,11 +384,12 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
 
     def on_lifecycle(what: str, detail: int) -> None:
         departure.measure.changed_here(what)
+        still.changed_here(what)
         if what == "stopped" and detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED and departure.sockets:
             # libvirt has nothing more to ask there: its good-byes would cost the guest two round trips.
             departure.sockets.close_connections(relay.LIBVIRT)
 
-    end = calling_off.CallingOff(departure, waits=synchronous)
+    end, still = calling_off.CallingOff(departure, waits=synchronous), Standstill(around.network, job)
     unsubscribe = around.domains.on_lifecycle(job.vm, on_lifecycle)
     try:
         departure.check_cancelled()
@@ -399,6 +401,7 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
     finally:
         await end.over()
         unsubscribe()
+        await still.over()
         departure.measure.migrated(
             departure.sockets.counters, await migrate.completed_statistics(around.domains, job.vm)
         )

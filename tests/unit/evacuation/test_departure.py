@@ -257,6 +257,10 @@ class Passing(Source):
         super().__init__()
         self.pace_of: Any = None
         self.sending = asyncio.Event()
+        self.stands_still = False
+
+    def libvirt_stands_still(self) -> bool:
+        return self.stands_still
 
     def pace(self, _vm: str, pace: Any) -> None:
         self.pace_of = pace
@@ -267,6 +271,15 @@ class Passing(Source):
         for _message in range(3):
             await self.pace_of.wait(1_000_000)
         return SimpleNamespace(data_bytes=3_000_000)
+
+
+async def test_no_pass_is_begun_whose_end_libvirt_would_not_see(tmp_path: Path) -> None:
+    source = Passing()
+    source.stands_still = True
+    item = a_departure(around(tmp_path, Domains(None), source), Step.PREFLIGHT)
+    await asyncio.wait_for(departure_module.catch_up(item), 5)
+    assert not source.sending.is_set()
+    assert source.holders == {item.job.id}, "nobody else's pass is begun either"
 
 
 async def test_a_bandwidth_holds_for_passes_and_is_changed_under_way(tmp_path: Path) -> None:

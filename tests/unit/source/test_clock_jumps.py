@@ -29,11 +29,15 @@ class Link:
     state, cause, sentence = "up", "up", ""
 
 
+async def may_begin(_vm: object) -> float:
+    return 0.0
+
+
 def protection(tmp_path: Path) -> Protection:
     environment = SimpleNamespace(
         directory=tmp_path, run_directory=tmp_path, passes=PriorityGate(1), long_work=PriorityGate(1),
         link=lambda _peer: Link(), settings=SourceSettings("home1", ("backup1",)),
-        backups=SimpleNamespace(ease=lambda _uuid: None),
+        backups=SimpleNamespace(ease=lambda _uuid: None, wait_seconds=may_begin),
     )  # fmt: skip
     sealed = Sealed(7, "lifeboat-e0-g7", time.time(), time.time(), disks=["vda"])
     record = ProtectionRecord("vm", "web1", "backup1", rpo_seconds=0.4, sealed=sealed)

@@ -232,6 +232,12 @@ async def catch_up(departure: Departure, *, leave_bytes: int = 0) -> None:
     await around.source.hold(job.vm, job.id)
     departure.bandwidth.keep_to(job.options.bandwidth_bytes_per_second)
     around.source.pace(job.vm, departure.bandwidth)
+    if around.source.libvirt_stands_still():
+        logger.warning(
+            "evacuation %s of VM %s: libvirt is late with the end of a backup job: no pass; what has "
+            "changed is sent once its images are frozen", job.id, job.vm,
+        )  # fmt: skip
+        return
     before: int | None = None
     for _unused in range(job.options.catch_up_passes_limit):
         departure.check_cancelled()

@@ -73,6 +73,9 @@ class SourceRoom(Protocol):
     async def run_pass(self, vm: str, *, reason: str, leave_bytes: int = 0) -> Any:
         """One pass, where more than ``leave_bytes`` changed; its PassResult."""
 
+    def libvirt_stands_still(self) -> bool:
+        """Whether the end of a pass's backup job is overdue: another one begun now would wait for it."""
+
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held."""
 

@@ -40,8 +40,9 @@ class DomainEvent:
 
     ``kind`` is one of: lifecycle (``what``: started, stopped, ...; ``detail``: libvirt's number for the why),
     job-completed (``data``: libvirt's statistics), block-job (``what``: ready, completed, ...; ``data``: disk
-    and type), io-error (``what``: libvirt's reason; ``data``: disk), agent, device-added and device-removed
-    (``what``: alias), and of the connection itself: connected, disconnected (no VM).
+    and type), io-error (``what``: libvirt's reason; ``data``: disk), agent, reboot (by its guest),
+    device-added and device-removed (``what``: alias), and of the connection itself: connected,
+    disconnected (no VM).
     """
 
     kind: str
@@ -107,6 +108,9 @@ class EventRelay:
         ) -> None:
             self._tell("agent", domain, _AGENT_WORDS.get(state, str(state)), reason)
 
+        def reboot(_connection: ConnectionHandle, domain: DomainHandle, _opaque: Opaque) -> None:
+            self._tell("reboot", domain)
+
         def device_added(
             _connection: ConnectionHandle, domain: DomainHandle, alias: str, _opaque: Opaque
         ) -> None:
@@ -124,6 +128,7 @@ class EventRelay:
             (libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, block_job),
             (libvirt.VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, io_error),
             (libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, agent),
+            (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reboot),
             (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, device_added),
             (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, device_removed),
         ):

@@ -18,6 +18,7 @@ from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound
 from precache_proxy.hypervisor.connection import libvirt_code
 from precache_proxy.hypervisor.qemu_user import QemuUser, make_qemu_directory
+from precache_proxy.source.event_worker import EventWorker
 from precache_proxy.source.scratch import GRACE_SECONDS, Lease, PassRecord, ScratchPool
 from precache_proxy.source.totals import PassTotals
 from precache_proxy.source.tracker import Tracker, VmReference, as_tracking_lost, checkpoint_xml
@@ -84,6 +85,11 @@ class Backups:
         self._sockets = run_directory / "nbd" / "qemu"
         self._scratch = scratch
         self._user = user
+        self.event_worker = EventWorker()
+
+    async def wait_seconds(self, vm: VmReference) -> float:
+        """See :meth:`EventWorker.wait_seconds`."""
+        return await self.event_worker.wait_seconds(self._tracker, vm)
 
     def hasten(self, uuid: str) -> None:
         """See :meth:`ScratchPool.hasten`."""
@@ -111,7 +117,7 @@ class Backups:
         with contextlib.suppress(HypervisorError):  # it ended by itself meanwhile
             await self._tracker.on_domain(vm, lambda domain: domain.abortJob())
         delay = 0.01
-        async with asyncio.timeout(_END_SECONDS):
+        async with self.event_worker.ending(), asyncio.timeout(_END_SECONDS):
             while await self.open_socket(vm) == socket:
                 await asyncio.sleep(delay)
                 delay = min(delay * 1.5, 0.5)

@@ -258,6 +258,9 @@ class Protection:
                     await self._sleep(self.postponed_seconds)
                     continue
                 await self._wait_for_link()
+                if (seconds := await self._environment.backups.wait_seconds(self.replication.vm)) > 0:
+                    await self._sleep(seconds)
+                    continue
                 delay = await self._turn()
                 self._failures = 0
             except LifeboatError as error:
@@ -275,7 +278,8 @@ class Protection:
             if left <= 0:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), None if left == float("inf") else left)
+                async with asyncio.timeout(None if left == float("inf") else left):
+                    await self._wake.wait()
 
     async def _wait_for_link(self) -> None:
         link = self._environment.link(self.record.peer)

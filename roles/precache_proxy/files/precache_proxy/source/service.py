@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import libvirt
+
 from precache_proxy import durable
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.channel.channel import Channel
@@ -157,6 +159,9 @@ class Source:
                 protection.replication.standing.needs_reconcile = True
                 protection.wake()
             return
+        booted = event.what == "started" and event.detail == libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED
+        if event.kind == "reboot" or (event.kind == "lifecycle" and booted):
+            self._here.backups.event_worker.booted(event.uuid)
         told = self._protections.get(event.uuid)
         if told is not None and (
             event.kind in _TELLING_EVENTS or (event.kind == "lifecycle" and event.what in _TELLING_CHANGES)
@@ -327,6 +332,10 @@ class Source:
     async def run_pass(self, vm: str, *, reason: str, leave_bytes: int = 0) -> PassResult:
         """A pass now, also while held, where more than ``leave_bytes`` changed."""
         return await self._find(vm).run_pass(reason=reason, leave_bytes=leave_bytes)
+
+    def libvirt_stands_still(self) -> bool:
+        """Whether the end of a pass's backup job is overdue: another one begun now would wait for it."""
+        return self._here.backups.event_worker.stands_still
 
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held; returns when none is under way."""

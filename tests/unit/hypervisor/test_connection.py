@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -54,6 +55,29 @@ async def test_errors_name_the_subject_and_keep_libvirts_code(hypervisor: Hyperv
 async def test_a_call_that_does_not_answer_is_given_up(hypervisor: Hypervisor) -> None:
     with pytest.raises(HypervisorError, match="VM web1: libvirt did not answer sleep within"):
         await hypervisor.call(time.sleep, 0.5, subject="VM web1", timeout_seconds=0.05)
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("in_turn", [False, True])
+async def test_a_cancellation_is_not_forgotten_for_an_answer(
+    hypervisor: Hypervisor, *, in_turn: bool, turns: int
+) -> None:
+    """A task that is to end would go on for ever: at the stop of a proxy, or where it was given a time."""
+    answered = threading.Event()
+    if in_turn:
+        call = asyncio.create_task(hypervisor.call_in_turn("uuid", answered.set, subject="VM test"))
+    else:
+        call = asyncio.create_task(hypervisor.call(answered.set))
+    await asyncio.sleep(0)
+    assert answered.wait(5), "the loop has not heard of it yet"
+    time.sleep(0.05)  # noqa: ASYNC251 (it is not to hear of it)
+    for _turn in range(turns):
+        await asyncio.sleep(0)
+    if call.done():
+        return
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
 
 
 async def test_lifecycle_events_arrive_in_the_loop(hypervisor: Hypervisor) -> None:

@@ -253,7 +253,8 @@ class Daemon:
         half_watchdog = self._manager.watchdog_seconds / 2 or _LINKS_SECONDS
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), min(_LINKS_SECONDS, half_watchdog))
+                async with asyncio.timeout(min(_LINKS_SECONDS, half_watchdog)):
+                    await self._stopping.wait()
             self._judge_work()
             now = time.monotonic()
             try:

@@ -84,7 +84,8 @@ class Watch:
                 until = loop.time() + self._silent_seconds / 4
                 while (left := until - loop.time()) > 0:
                     with contextlib.suppress(TimeoutError, OSError):
-                        data, origin = await asyncio.wait_for(loop.sock_recvfrom(own, 256), left)
+                        async with asyncio.timeout(left):
+                            data, origin = await loop.sock_recvfrom(own, 256)
                         ours = len(data) >= 8 and data[4:6] == identifier.to_bytes(2, "big")
                         if ours and IPv6Address(origin[0].partition("%")[0]) == self._router:
                             heard_at = time.monotonic()

@@ -479,7 +479,8 @@ class GatewayDuty:
                     return
                 answered.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(answered.wait(), left)
+                    async with asyncio.timeout(left):
+                        await answered.wait()
         finally:
             self._answered[vm].remove(answered)
             if not self._answered[vm]:

@@ -103,7 +103,8 @@ async def _send(link: Any, piece: bytes, until: float) -> list[Note]:
         while time.monotonic() < until:
             await stream.send(piece)
         await stream.close()
-        answer = json.loads(await asyncio.wait_for(stream.receive(), 30.0) or b"0")
+        async with asyncio.timeout(30.0):
+            answer = json.loads(await stream.receive() or b"0")
     except BaseException as error:
         reason = error if isinstance(error, LifeboatError) else LifeboatError("the measurement was given up")
         stream.reset(reason)

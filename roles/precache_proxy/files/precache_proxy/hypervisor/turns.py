@@ -89,7 +89,8 @@ class Turns:
         if lock is None:
             lock = self._locks[uuid] = asyncio.Lock()
         try:
-            await asyncio.wait_for(lock.acquire(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await lock.acquire()
         except TimeoutError as error:
             raise HypervisorError(
                 f"{subject}: libvirt has not answered an earlier call on its checkpoints or layers within "
@@ -113,4 +114,5 @@ class Turns:
                 loop.call_soon_threadsafe(lock.release)
 
         future.add_done_callback(over)
-        return await asyncio.wait_for(asyncio.wrap_future(future), timeout_seconds)
+        async with asyncio.timeout(timeout_seconds):
+            return await asyncio.wrap_future(future)

@@ -162,23 +162,25 @@ def test_a_guest_that_somebody_paused_on_the_way_stays_paused(pair: EvacuationPa
     assert guest.verify(HOME, canary=canary).intact
 
 
-@pytest.mark.soak
-def test_lines_cut_under_moves_that_the_guests_writes_wait_for(pair: EvacuationPair) -> None:
-    """Here libvirt itself ends the move, once the relays are closed: nobody stops the guest for that."""
+@pytest.mark.parametrize("times", [1, pytest.param(15, marks=pytest.mark.soak)])
+def test_lines_cut_under_moves_that_the_guests_writes_wait_for(pair: EvacuationPair, times: int) -> None:
+    """Its stop is asked for before the relays are closed, and ends with them."""
     guest = pair.make_guest("cut off", records_per_second=20)
     canary, boots = guest.canary(HOME), guest.told().boots
     pair.lab.wan.set(LINE)
-    lost = 0
+    lost, still = 0, []
     try:
-        for _ in range(15):
+        for _ in range(times):
             job_id = under_way(pair, guest)
             pair.cut()
             told = pair.wait_step(HOME, job_id, "stayed")
             lost += bool(told["memory_lost"])
+            assert told["stood_still_seconds"] is not None, (told, pair.log(HOME))
+            still.append(told["stood_still_seconds"])
             pair.lab.wan.heal()
             pair.wait_links()
             pair.wait_job(HOME, job_id)
-        print(f"memory lost in {lost} of 15 cuts")
+        print(f"memory lost in {lost} of {times} cuts, stood still {sorted(still)} s")
     finally:
         pair.lab.wan.heal()
         pair.lab.wan.set("none")

@@ -14,6 +14,7 @@ The guest is never resumed from here: one that the fence has stopped meanwhile m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ABORT_AGAIN_SECONDS: Final = 0.2
+# From the order to stop the guest until its vCPUs stand still and its own disks have what they had written:
+# nobody tells that. And the longest that a dead relay stays open for it.
+SETTLE_SECONDS: Final = 0.5
+STANDSTILL_SECONDS: Final = 2.0
 
 
 class CallingOff:
@@ -42,6 +47,8 @@ class CallingOff:
         self.waits = waits
         self._stopping: asyncio.Task[bool] | None = None
         self._stopped_at = 0.0
+        # the order to stop the guest is on its way, or none is to be
+        self._ordered = asyncio.Event()
         self._watching = asyncio.create_task(self._end_when_enough())
 
     def writes_wait(self) -> bool:
@@ -64,17 +71,34 @@ class CallingOff:
             # Before libvirt has the job there is no mirror.
             if self.waits and self._stopping is None and await domains.migrating(vm):
                 self._stopped_at = time.monotonic()
-                self._stopping = asyncio.create_task(stop_guest(departure, only_migrating=True))
+                self._stopping = asyncio.create_task(
+                    stop_guest(departure, only_migrating=True, ordered=self._ordered)
+                )
                 # Its writes have settled when libvirt answers; it does not when their relay is dead, until
                 # that is closed.
                 await asyncio.wait({self._stopping})
+            self._ordered.set()
             await migrate.abort(domains, vm)
             await asyncio.sleep(ABORT_AGAIN_SECONDS)
+
+    async def stand_still(self) -> None:
+        """Have the migration end for a dead relay, without whose end the stop of the guest does not end;
+        return when the guest has had the time to stand still.
+
+        No write of its is on its way to a mirror then, and those that wait in one end together.
+        """
+        self._departure.enough.set()
+        if self.waits:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STANDSTILL_SECONDS):
+                    await self._ordered.wait()
+                    await asyncio.sleep(SETTLE_SECONDS)
 
     async def over(self) -> None:
         """The migration has ended, one way or the other. When this returns no stop of ours is under way."""
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
+        self._ordered.set()
         if self._stopping is not None:
             # Come after libvirt let the guest go on, it would be found by nobody.
             await asyncio.wait({self._stopping})
@@ -91,13 +115,15 @@ class CallingOff:
             )
 
 
-async def stop_guest(departure: Departure, *, only_migrating: bool = False) -> bool:
+async def stop_guest(
+    departure: Departure, *, only_migrating: bool = False, ordered: asyncio.Event | None = None
+) -> bool:
     """Pause the guest so that its mirrors can be ended; on record before it is done. One that somebody has
     paused is his to resume.
 
     ``only_migrating``: a migration may end by itself while that goes on record. libvirt would let nobody go
     on any more then, and the rollback does only once it has asked a peer that may not be heard. Whether we
-    have paused it.
+    have paused it. ``ordered`` is set when libvirt is asked.
     """
     stopped = False
     domains, vm = departure.around.domains, departure.job.vm
@@ -106,6 +132,8 @@ async def stop_guest(departure: Departure, *, only_migrating: bool = False) -> b
             return False
         await departure.note_stop()
         crash_point("departure-before-standstill")
+        if ordered is not None:
+            ordered.set()
         stopped = await late_pause.pause(departure, only_migrating=only_migrating)
     except (HypervisorError, NotFound) as error:
         # The migration has to end all the same.

@@ -99,6 +99,8 @@ class Departure:
     bandwidth: Pace = field(default_factory=Pace)
     # set when the migration has to end: on the operator's word, or because a relay is dead
     enough: asyncio.Event = field(default_factory=asyncio.Event)
+    # how its migration is brought to that end, while there is one
+    ending: calling_off.CallingOff | None = None
     # why, where neither the operator wants it nor a relay is dead
     called_off_for: LifeboatError | None = None
     # whether the VM runs here is changed by one at a time
@@ -396,6 +398,7 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
             departure.sockets.close_connections(relay.LIBVIRT)
 
     end, still = calling_off.CallingOff(departure, waits=synchronous), Standstill(around.network, job)
+    departure.ending = end
     unsubscribe = around.domains.on_lifecycle(job.vm, on_lifecycle)
     try:
         departure.check_cancelled()
@@ -406,6 +409,7 @@ async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
         raise departure.failure or error from error
     finally:
         await end.over()
+        departure.ending = None
         unsubscribe()
         await still.over()
         departure.measure.migrated(

@@ -34,10 +34,21 @@ def job_sockets(departure: Departure) -> relay.JobSockets:
     def on_failure(error: LifeboatError) -> None:
         """A dead relay: cut both streams, tell libvirt to stop; QEMU alone would wait with the guest's
         writes."""
-        if departure.failure is None and departure.sockets is not None:
-            departure.failure = error if isinstance(error, Stalled) else departure.failure
+        if departure.sockets is not None:
+            note(error)
             departure.sockets.close_connections()
             departure.enough.set()
+
+    def note(error: LifeboatError) -> None:
+        if departure.failure is None and isinstance(error, Stalled):
+            departure.failure = error
+
+    async def before_end(error: LifeboatError) -> None:
+        """With the relay its mirrors end: the guest is to stand still by then, where its writes wait for
+        them."""
+        note(error)
+        if departure.ending is not None:
+            await departure.ending.stand_still()
 
     return relay.JobSockets(
         around.run_directory / "jobs" / job.id,
@@ -46,6 +57,7 @@ def job_sockets(departure: Departure) -> relay.JobSockets:
         stall_seconds=around.stall_seconds,
         link_up=lambda: bool(link.state == "up"),
         on_failure=on_failure,
+        before_end=before_end,
         level=level_for(departure.measure.channel_bytes_per_second),
         pace=departure.pace,
         ahead=departure.ahead,

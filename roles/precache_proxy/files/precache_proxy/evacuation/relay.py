@@ -86,6 +86,11 @@ class Meet(Protocol):
         """The stream that carries it, and what has passed already."""
 
 
+def takes_all(socket: str, error: LifeboatError) -> bool:
+    """Whether a connection that ends by this error ends those of the other sockets."""
+    return socket != LIBVIRT or isinstance(error, Stalled)
+
+
 class RelayedConnection:
     """One connection of libvirt or QEMU, and the stream that carries it."""
 
@@ -103,8 +108,10 @@ class RelayedConnection:
         pace: Pace | None = None,
         begun: Begun | None = None,
         on_piece: Callable[[bytes], None] | None = None,
+        before_end: Callable[[LifeboatError], Awaitable[None]] | None = None,
     ) -> None:
         self.socket = socket
+        self._before_end = before_end
         self._begun = begun or Begun()
         self._on_piece = on_piece or self._begun.on_piece
         self._level = level
@@ -140,7 +147,12 @@ class RelayedConnection:
             raise
         except (OSError, LifeboatError) as error:
             reason = error if isinstance(error, LifeboatError) else self._broken(error)
-            self._stream.reset(reason)
+            try:
+                # Not where the local side has gone: nobody waits there any more.
+                if self._before_end is not None and reason is error and takes_all(self.socket, reason):
+                    await self._before_end(reason)
+            finally:
+                self._stream.reset(reason)
             raise reason from error
         finally:
             for task in (*tasks, watch):
@@ -250,7 +262,11 @@ class RelayedConnection:
 
 
 class JobSockets:
-    """The source's side: listens on the job's sockets and carries each connection to the peer."""
+    """The source's side: listens on the job's sockets and carries each connection to the peer.
+
+    ``before_end`` is awaited before a connection is closed whose peer has failed and that takes the others
+    along; ``on_failure`` is called after that.
+    """
 
     def __init__(
         self,
@@ -264,8 +280,10 @@ class JobSockets:
         level: int = 1,
         pace: Pace | None = None,
         ahead: Meet | None = None,
+        before_end: Callable[[LifeboatError], Awaitable[None]] | None = None,
     ) -> None:
         self.directory = directory
+        self._before_end = before_end
         self._ahead = ahead
         self._level = level
         self._pace = pace
@@ -323,6 +341,7 @@ class JobSockets:
                 level=self._level,
                 pace=self._pace,
                 begun=begun,
+                before_end=self._before_end,
             )
             await connection.run()
         except (OSError, LifeboatError) as local_or_ours:
@@ -335,7 +354,7 @@ class JobSockets:
             )
             logger.warning("relay of the %s socket ended: %s", socket, error)
             writer.transport.abort()
-            if socket != LIBVIRT or isinstance(error, Stalled):
+            if takes_all(socket, error):
                 # One dead stream leaves QEMU waiting in the other: all go.
                 self._on_failure(error)
         except asyncio.CancelledError:

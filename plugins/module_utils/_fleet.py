@@ -17,6 +17,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._packing import Packing
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan_findings import wished
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._processor_wait import ProcessorWait
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     DEFAULT_PACKED_RATIO,
     DEFAULT_PRIORITY,
@@ -264,6 +265,7 @@ class Eyes:
         self._packing: dict[str, Packing] = {}
         self._vms: dict[str, _Counted] = {}
         self._pairs: dict[Pair, tuple[float, float]] = {}
+        self._processors = ProcessorWait()
         self.carried_bytes: dict[str, float] = {}
         self._before = Observation(0.0)
         # By job: when its memory was seen to have begun to cross.
@@ -296,6 +298,9 @@ class Eyes:
             stale = host.lost
             silent = bool(host.error) or now - (host.late_since or now) >= _SILENT_SECONDS
             labels: dict[str, Json] = {}
+            waited = None
+            if not (between or stale):
+                waited = self._processors.share(host.name, host.status.get("processor_wait"), now)
             for link in host.status.get("links", []):
                 key = (host.name, str(link["peer"]))
                 if between:
@@ -308,7 +313,7 @@ class Eyes:
                     pairs[key] = replace(seen, up=seen.up and not host.error, heard=False,
                                          goodput_bytes_per_second=got)  # fmt: skip
                     continue
-                pairs[key] = self._pair(key, link, now)
+                pairs[key] = replace(self._pair(key, link, now), processors_waited=waited)
                 labels.update((link.get("counters") or {}).get("labels") or {})
             for job in host.jobs:
                 uuid = str(job["vm"])

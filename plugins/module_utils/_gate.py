@@ -44,6 +44,11 @@ _NEWEST_LEAD_IN = 0.4
 # queues so: Brakmo and Peterson, 1995).
 _FIRST_LEAD_INS = 2
 _QUEUED_LEAD_INS = 1.0
+# Where it is known to be processors that they wait for: so few.
+_QUEUED_PRESSED = 0.5
+# Processors that are waited for in more than this share of the time are busy for most of it (if what comes
+# comes at random, two are for 82 %, sixteen for 92 %: Erlang's C formula).
+_PRESSED = 0.6
 # What those that are served fully must gain of what is taken from the others; and the uplink of what the
 # others take more.
 _GAINED = 0.4
@@ -91,6 +96,8 @@ class Gate:
         self._idle_lead_in: float | None = None
         self._busy_lead_in: float | None = None
         self._least_lead_in: float | None = None
+        # Whether its hosts' processors were waited for in most of the last interval: they are what is short.
+        self.pressed = False
         # So many lead-ins at once gain something: more take longer by as much, for they are work for hosts.
         self.lead_ins_at_once = _FIRST_LEAD_INS
         self.spare = 0.0
@@ -129,13 +136,29 @@ class Gate:
         idle = self._idle_lead_in
         return min(lead_in_seconds(self.round_trip_seconds) if idle is None else idle, self.lead_in_seconds)
 
+    def press(self, waited: float | None) -> None:
+        """In what share of the interval the processors of its hosts were waited for; None: nobody tells."""
+        self.pressed = waited is not None and waited >= _PRESSED
+        if self.pressed and self._least_lead_in is None:
+            # What one takes alone is to be seen first.
+            self.lead_ins_at_once = 1
+
+    @property
+    def ahead_seconds(self) -> float:
+        """How long before the line is free the next one is begun: as long as its lead-in takes. What of that
+        is waiting for processors is left out where they are short, for beginning sooner makes it longer."""
+        if self.pressed:
+            return min(self.idle_lead_in_seconds, self._least_lead_in or self.idle_lead_in_seconds)
+        return self.lead_in_seconds
+
     def saw_lead_in(self, seconds: float, *, busy: bool = True, at_once: int = 1) -> None:
         """A move's memory began to cross so long after it was begun, while others sent (``busy``) or none;
         ``at_once`` were in their lead-ins, it included."""
         if seconds > _LONGEST_LEAD_IN * lead_in_seconds(self.round_trip_seconds):
             return
         self._least_lead_in = min(seconds, self._least_lead_in or seconds)
-        if at_once * (1.0 - self._least_lead_in / max(seconds, 1e-3)) > _QUEUED_LEAD_INS:
+        queued = _QUEUED_PRESSED if self.pressed else _QUEUED_LEAD_INS
+        if at_once * (1.0 - self._least_lead_in / max(seconds, 1e-3)) > queued:
             self.lead_ins_at_once = max(1, at_once - 1)
         else:
             self.lead_ins_at_once = max(at_once + 1, self.lead_ins_at_once)
@@ -175,7 +198,7 @@ class Gate:
     @property
     def window(self) -> int:
         """How many moves may be under way; at first the next ones are got ready before there is room."""
-        if self._starting and not self._filled and not self._as_guessed:
+        if self._starting and not self._filled and not self._as_guessed and not self.pressed:
             # Where one is thought to fill it, another would only be kept waiting with its memory begun.
             thought = self.rate or self.expected or 2 * self._usual
             return 1 if self.stream is None and thought <= self._usual else 2 * self.open
@@ -207,7 +230,7 @@ class Gate:
             self._judge_narrower(None)
             self._blind += goodput > 0 and most > 0
             self._most_blind = max(self._most_blind, most)
-            if self._starting and self._blind >= _BLIND_INTERVALS and most > 0:
+            if self._starting and self._blind >= _BLIND_INTERVALS and most > 0 and not self.pressed:
                 # Moves so short that none fills an interval: whether they hurt each other shows later.
                 self._blind = 0
                 self._best = max(self._best, goodput)
@@ -267,7 +290,8 @@ class Gate:
             self.stream = max(self.stream or 0.0, most)
         self._best = max(goodput, 0.95 * self._best)
         self._wider = self._wider + 1 if self.stream and goodput > _WIDER * self.stream else 0
-        if self.stream and self.rate is None and self._starting and self._wider >= _WIDER_LOOKS:
+        wider = self._wider >= _WIDER_LOOKS and not self.pressed
+        if self.stream and self.rate is None and self._starting and wider:
             # Small ones are through within a few looks, and nearly all of these are crowded: that all of them
             # together got more than one can is what shows that there is room.
             if (grown := 2 * (goodput - self.stream)) > self.spare:

@@ -27,6 +27,8 @@ class PairView:
     """A pair over the last interval; not ``heard``: as it was seen before, for its host owes an answer.
 
     ``round_trip_seconds`` is with queues, ``least_round_trip_seconds`` the least of late; 0: not known.
+    ``processors_waited``: in what share of the interval the source's processors were waited for; None where
+    its kernel does not tell.
     """
 
     up: bool = True
@@ -34,6 +36,7 @@ class PairView:
     round_trip_seconds: float = 0.0
     heard: bool = True
     least_round_trip_seconds: float = 0.0
+    processors_waited: float | None = None
 
 
 @dataclass(frozen=True)

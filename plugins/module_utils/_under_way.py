@@ -71,7 +71,11 @@ class UnderWay:
             self._packs(vm)
             self._takes_a_place(vm)
         for gate in uplinks.gates.values():
-            if uplinks.adaptive and self.room[id(gate)] <= 0 and self._runs_dry(gate):
+            if not uplinks.adaptive:
+                continue
+            if gate.pressed and self._hosts_are_busy(gate):
+                self.room[id(gate)] = 0
+            elif self.room[id(gate)] <= 0 and self._runs_dry(gate):
                 self.room[id(gate)] = 1
 
     def begins(self, vm: VmSummary) -> None:
@@ -125,8 +129,7 @@ class UnderWay:
             return True
         if move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0:
             return False
-        lead = self._uplinks.gate_of(vm).lead_in_seconds
-        return live_seconds(move, move.bytes_per_second) <= lead
+        return live_seconds(move, move.bytes_per_second) <= self._uplinks.gate_of(vm).ahead_seconds
 
     def _runs_dry(self, gate: Gate) -> bool:
         """Whether all that is under way is through before one that started only at the next look could send.
@@ -150,13 +153,17 @@ class UnderWay:
             return False  # what it carries is known at the next look
         # Small ones may be through before any of them was seen to send.
         rate = gate.capacity or max(rate or _UNKNOWN_BYTES_PER_SECOND, gate.carried)
-        return self._through_seconds(gate, rate) < gate.lead_in_seconds + INTERVAL_SECONDS
+        # Processors that are short do not idle if it does: half a look passes in the mean until the next one.
+        slack = INTERVAL_SECONDS / 2 if gate.pressed else INTERVAL_SECONDS
+        return self._through_seconds(gate, rate) < gate.ahead_seconds + slack
 
     def _hosts_are_busy(self, gate: Gate) -> bool:
         """Whether as many as gain something are in their lead-ins. Only where each fits into a look: of
         larger ones the next must stand ready, whatever it takes."""
-        if gate.capacity is None or self._leads_in(gate) < gate.lead_ins_at_once:
+        if self._leads_in(gate) < gate.lead_ins_at_once:
             return False
+        if gate.capacity is None:
+            return gate.pressed
         larger = INTERVAL_SECONDS * gate.capacity
         return all(least_bytes(vm, move.rung) < larger for vm, move in self._leading(gate)) and all(
             least_bytes(vm) < larger for vm in self._beginning_at(gate)

@@ -83,6 +83,8 @@ class Uplinks:
         most: dict[int, float] = {}
         sent_before, self._sent_before = self._sent_before, set()
         sending = {id(self.gate_of(self._vms[uuid])) for uuid in sent_before}
+        waiting_uuids = tuple(waiting_uuids)
+        self._press(seen, waiting_uuids)
         self._count_lead_ins(seen)
         for uuid in self._leads_in_since.keys() - seen.moves.keys():
             del self._leads_in_since[uuid]
@@ -141,6 +143,19 @@ class Uplinks:
     def leads_in_for(self, uuid: str, now: float) -> float:
         """For how many seconds a move that was not seen to send has been in its lead-in."""
         return now - self._leads_in_since.get(uuid, now)
+
+    def _press(self, seen: Observation, waiting_uuids: t.Iterable[str]) -> None:
+        """Whether processors are what is short: those of each source that has something to do, for one that
+        has time could begin the next one."""
+        least: dict[int, float | None] = {}
+        at_work = {self._vms[uuid].pair for uuid in (*seen.moves, *waiting_uuids) if uuid in self._vms}
+        for pair in at_work:
+            view, key = seen.pairs.get(pair), id(self.gate_of_pair(pair))
+            told = None if view is None else view.processors_waited
+            known = least.get(key, 1.0)
+            least[key] = None if told is None or known is None else min(told, known)
+        for gate in self.gates.values():
+            gate.press(least.get(id(gate)))
 
     def _count_lead_ins(self, seen: Observation) -> None:
         self._lead_ins = {}

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import interval_seconds
 
+from lifeboat_simulator.model import Processors
 from lifeboat_simulator.run import Simulation
 from lifeboat_simulator.sites import random_scene
 
@@ -58,12 +59,13 @@ class Comparison:
         )
 
 
-def compare(seed: int) -> Comparison:
-    """Every strategy on the same site."""
+def compare(seed: int, processors: Processors | None = None) -> Comparison:
+    """Every strategy on the same site, whose hosts share so many processors."""
     results = {}
     for strategy in STRATEGIES:
         scene = random_scene(seed)
-        results[strategy] = Simulation(scene.site, scene.fresh(), strategy, limit_seconds=LIMIT_SECONDS).run()
+        links = replace(scene.fresh(), processors=processors)
+        results[strategy] = Simulation(scene.site, links, strategy, limit_seconds=LIMIT_SECONDS).run()
     horizon = max(result.makespan for result in results.values())
     return Comparison(
         seed,

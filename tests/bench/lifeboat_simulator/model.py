@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import factorial
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
@@ -224,13 +225,49 @@ def fair_rates(caps: Mapping[str, float], capacity: float) -> dict[str, float]:
     return shares
 
 
+@dataclass(frozen=True)
+class Processors:
+    """What all hosts of a site share, as those of a lab do: ``count`` processors, of which ``others`` are
+    busy with guests. ``lead_in``: how many a lead-in keeps busy, ``each``: how many one that is under way
+    takes besides, ``per_byte``: their seconds for each byte that crosses, at both ends. As they are, eight
+    VMs of 22 MB take about what they took in a lab of two processors at 400 Mbit/s and 40 ms.
+    """
+
+    count: int = 2
+    others: float = 0.9
+    lead_in: float = 0.8
+    each: float = 0.05
+    per_byte: float = 23e-9
+
+    def wanted(self, lead_ins: int, under_way: int, bytes_per_second: float) -> float:
+        """How many would be busy with moves if there were as many as are wanted."""
+        return lead_ins * self.lead_in + under_way * self.each + bytes_per_second * self.per_byte
+
+    def pace(self, wanted: float) -> float:
+        """How fast all goes, of 1, where moves would keep so many busy."""
+        return min(1.0, (self.count - self.others) / max(wanted, 1e-9))
+
+    def waited(self, wanted: float) -> float:
+        """In what share of the time somebody waits for one: that more are to be served than there are, where
+        they come at random (Erlang's C formula)."""
+        wanted += self.others
+        if wanted >= self.count:
+            return 1.0
+        free = [wanted**number / factorial(number) for number in range(self.count)]
+        share = wanted / self.count
+        queue = wanted**self.count / factorial(self.count) / (1.0 - share)
+        return share * queue / (sum(free) + queue)
+
+
 @dataclass
 class Links:
-    """Uplinks and the pairs behind them. ``lead_ins``: the hosts have time for so many at once."""
+    """Uplinks and the pairs behind them. ``lead_ins``: the hosts have time for so many at once;
+    ``processors``: those that all hosts share, None: they have as many as they want."""
 
     uplinks: dict[str, float]
     pairs: dict[Key, TruePair]
     lead_ins: float = float("inf")
+    processors: Processors | None = None
     carried: dict[Key, float] = field(default_factory=dict)
 
     def rates(self, vms: Iterable[TrueVm], background: Mapping[str, float]) -> dict[str, float]:

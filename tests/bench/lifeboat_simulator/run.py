@@ -110,6 +110,8 @@ class Simulation:
         self._still: dict[str, float] = {}
         self._carried: dict[tuple[str, str], float] = {}
         self._background: dict[str, float] = {}
+        # For how long processors were waited for since the last look, seconds.
+        self._waited = 0.0
 
     def run(self) -> Result:
         """To the deadline, or until nothing more happens."""
@@ -132,7 +134,7 @@ class Simulation:
             decisions += [(now, names[told.vm], told.what, told.reason) for told in orders.decisions]
             for vm in self._active.values():
                 vm.sent_before = vm.sent
-            self._carried = {}
+            self._carried, self._waited = {}, 0.0
             for part in range(4):
                 self._advance(min(tick, end - now), now)
                 now += tick
@@ -176,12 +178,18 @@ class Simulation:
                 self._carried.get(key, 0.0) / interval,
                 pair.round_trip_seconds,
                 least_round_trip_seconds=pair.round_trip_seconds,
+                processors_waited=self._processors_waited(now, interval),
             )
             for key, pair in self.links.pairs.items()
         }
         out = [uuid for uuid, vm in self.vms.items() if vm.out_at is not None]
         failed = {uuid: vm.may_retry for uuid, vm in self.vms.items() if vm.failed and vm.phase is None}
         return Observation(now, moves, pairs, out, failed, self.deadline)
+
+    def _processors_waited(self, now: float, interval: float) -> float | None:
+        if self.links.processors is None:
+            return None
+        return self._waited / interval if now > 0 else self.links.processors.waited(0.0)
 
     def _between(self, before: Observation, now: float, interval: float) -> Observation | None:
         """What is seen between two looks, with the rates of the last one; None where nobody is through of
@@ -281,6 +289,12 @@ class Simulation:
         self._check(rates, now)
         leading = sum(vm.phase is Phase.LEAD_IN for vm in self._active.values())
         pace = min(1.0, self.links.lead_ins / max(1, leading))
+        if (processors := self.links.processors) is not None:
+            wanted = processors.wanted(leading, len(self._active), sum(rates.values()))
+            self._waited += seconds * processors.waited(wanted)
+            slower = processors.pace(wanted)
+            rates = {uuid: rate * slower for uuid, rate in rates.items()}
+            pace *= slower
         for uuid, vm in list(self._active.items()):
             pair = self.links.pairs[vm.summary.pair]
             before = vm.sent

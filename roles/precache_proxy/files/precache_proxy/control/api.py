@@ -22,6 +22,7 @@ from precache_proxy.control.workload import measure_workload
 from precache_proxy.errors import Conflict, Finding, InvalidInput, LifeboatError, NotFound
 from precache_proxy.evacuation.addresses import stops
 from precache_proxy.evacuation.job import Mode
+from precache_proxy.processor_wait import processor_wait
 from precache_proxy.typed_reader import REQUIRED
 
 logger = logging.getLogger(__name__)
@@ -290,7 +291,8 @@ class Api:
         return web.json_response(answers.find_job(self._parts, str(settled["id"])))
 
     async def _links(self, _request: web.Request) -> web.Response:
-        return web.json_response({"links": answers.links_answer(self._parts)})
+        links = answers.links_answer(self._parts)
+        return web.json_response({"links": links, "processor_wait": processor_wait()})
 
     async def _set_link(self, request: web.Request) -> web.Response:
         peer = request.match_info["peer"]

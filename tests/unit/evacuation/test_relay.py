@@ -140,6 +140,14 @@ def test_slow_channels_get_the_strongest_compression() -> None:
     assert level_for(None) == level_for(50e6)
 
 
+def test_where_processors_are_short_a_channel_that_seems_slow_is_not_packed_for() -> None:
+    """Four guests of eight were packed at three times the processor's time for a line of 50 MB/s."""
+    assert level_for(6.25e6, 0.5) == level_for(6.25e6)
+    assert level_for(6.25e6, 0.7) == level_for(50e6)
+    for rate in (None, 50e6, 1e9):
+        assert level_for(rate, 1.0) == level_for(rate)
+
+
 @pytest.mark.parametrize("message", [b"\x07abc", b"\x01no zstd frame"])
 def test_a_message_that_makes_no_sense_is_refused(message: bytes) -> None:
     with pytest.raises(ProtocolError):

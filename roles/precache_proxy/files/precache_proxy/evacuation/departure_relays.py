@@ -12,6 +12,7 @@ from precache_proxy.evacuation import held_opening, nbd_frames, relay
 from precache_proxy.evacuation.opening_ahead import OpeningsAhead
 from precache_proxy.evacuation.packing import level_for
 from precache_proxy.hypervisor.domain_xml import Definition
+from precache_proxy.processor_wait import recent_share
 
 if TYPE_CHECKING:
     from precache_proxy.evacuation.departure import Departure
@@ -58,7 +59,7 @@ def job_sockets(departure: Departure) -> relay.JobSockets:
         link_up=lambda: bool(link.state == "up"),
         on_failure=on_failure,
         before_end=before_end,
-        level=level_for(departure.measure.channel_bytes_per_second),
+        level=level_for(departure.measure.channel_bytes_per_second, recent_share()),
         pace=departure.pace,
         ahead=departure.ahead,
     )

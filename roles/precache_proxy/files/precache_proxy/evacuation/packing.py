@@ -33,15 +33,22 @@ _WINDOWS_BYTES: Final = 1 * GIB
 # What a level costs and brings on that stream: 1: 352 MB/s of one core; 3: 243 MB/s, -4 %; 9: 93 MB/s, -8 %.
 _LEVELS: Final = ((12.5e6, 9), (125e6, 3))
 _FASTEST_LEVEL: Final = 1
+_PRESSED: Final = 0.6
 # A run of pieces that shrank by less than this is followed by some that are not tried.
 _WORTHWHILE_RATIO: Final = 0.95
 _GIVE_UP_AFTER_PIECES: Final = 8
 _NOT_TRIED_PIECES: Final = 64
 
 
-def level_for(channel_bytes_per_second: float | None) -> int:
-    """The strongest compression that keeps ahead of the channel with a part of one core."""
+def level_for(channel_bytes_per_second: float | None, processors_waited: float = 0.0) -> int:
+    """The strongest compression that keeps ahead of the channel with a part of one core.
+
+    ``processors_waited``: in what share of the time this host's processors are waited for. Where that is most
+    of it, a channel that seems slow may be one that nobody had time to fill.
+    """
     rate = _LEVELS[0][0] if channel_bytes_per_second is None else channel_bytes_per_second
+    if processors_waited >= _PRESSED:
+        rate = max(rate, _LEVELS[0][0])
     return next((level for most, level in _LEVELS if rate < most), _FASTEST_LEVEL)
 
 

@@ -34,8 +34,8 @@ def emptied(strategy: str, lead_ins: float, number: int = 16) -> Result:
 def test_hosts_that_have_time_for_few_lead_ins_begin_few(lead_ins: float) -> None:
     """Begun all at once each takes as long as all of them, and nobody is out any sooner."""
     ours, all_at_once = (emptied(name, lead_ins) for name in ("feedback", "parallel"))
-    assert ours.makespan <= 1.25 * all_at_once.makespan
-    assert ours.mean_individual <= 0.5 * all_at_once.mean_individual
+    assert ours.makespan <= 1.22 * all_at_once.makespan
+    assert ours.mean_individual <= 0.25 * all_at_once.mean_individual
 
 
 def test_hosts_that_have_time_begin_as_many_as_fill_the_line() -> None:

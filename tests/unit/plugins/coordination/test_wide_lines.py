@@ -66,15 +66,24 @@ def test_a_wide_line_is_found_to_be_wide_by_small_vms(streams: int, memory: floa
     assert ours.mean_individual <= 0.65 * all_at_once.mean_individual
 
 
-@pytest.mark.parametrize("trip", [0.02, 0.18])
-@pytest.mark.parametrize("memory", [40 * MB, 60 * MB])
-def test_a_line_that_one_fills_is_not_taken_for_a_wide_one(memory: float, trip: float) -> None:
+@pytest.mark.parametrize(
+    ("memory", "trip", "longer"),
+    [
+        # Two that took turns within their first look seem to be what one can carry, half of it: that is
+        # believed for long, and as many are begun as if the line were twice as wide.
+        (40 * MB, 0.02, 3.3),
+        (40 * MB, 0.18, 1.5),
+        (60 * MB, 0.02, 1.5),
+        (60 * MB, 0.18, 1.5),
+    ],
+)
+def test_a_line_that_one_fills_is_not_taken_for_a_wide_one(memory: float, trip: float, longer: float) -> None:
     whole = small(memory, trip)
     ours, alone, all_at_once = (
         emptied(whole, _STREAM, name) for name in ("feedback", "sequential", "parallel")
     )
     assert ours.makespan <= 1.06 * all_at_once.makespan
-    assert ours.mean_individual <= 3.3 * alone.mean_individual
+    assert ours.mean_individual <= longer * alone.mean_individual
 
 
 def crowded(gate: Gate, goodput: float, most: float) -> None:

@@ -67,12 +67,8 @@ def agents(lab: Lab, lab_playbook: RunPlaybook, tmp_path_factory: pytest.TempPat
     lead_prefix_to(lab, PREFIX, SOURCE)
 
 
-@pytest.fixture
-def guest(lab: Lab) -> Iterator[Guest]:
-    """A VM with an address on each of two cards, bound where it runs."""
-    guest = lab.guests.define(SOURCE, GuestPlan("byhand", workload="idle", disk_mib=64, content_mib=1))
-    words = ("--type", "network", "--source", NETWORK, "--model", "virtio", "--mac", SECOND_MAC, "--config")
-    lab.exec(SOURCE, "virsh", "attach-interface", guest.plan.uuid, *words)
+def named(lab: Lab, guest: Guest) -> None:
+    """Have its definition say its address and that of a second card."""
     homes = f"<address>{guest.address}</address><address card='{SECOND_MAC}'>{second(guest)}</address>"
     words = (
         "--uri",
@@ -84,12 +80,28 @@ def guest(lab: Lab) -> Iterator[Guest]:
         "--config",
     )
     lab.exec(SOURCE, "virsh", "metadata", guest.plan.uuid, *words)
+
+
+def plug(lab: Lab, guest: Guest, how: str) -> None:
+    """Give it a second card: with its next start (``--config``), or under way (``--live``)."""
+    words = ("--type", "network", "--source", NETWORK, "--model", "virtio", "--mac", SECOND_MAC, how)
+    lab.exec(SOURCE, "virsh", "attach-interface", guest.plan.uuid, *words)
+
+
+SET_UP = (
+    "run ip link set eth1 up; echo 0 >/proc/sys/net/ipv6/conf/eth1/accept_dad; ip -6 addr add {}/128 dev eth1"
+)
+
+
+@pytest.fixture
+def guest(lab: Lab) -> Iterator[Guest]:
+    """A VM with an address on each of two cards, bound where it runs."""
+    guest = lab.guests.define(SOURCE, GuestPlan("byhand", workload="idle", disk_mib=64, content_mib=1))
+    plug(lab, guest, "--config")
+    named(lab, guest)
     guest.start()
     guest.wait_ready()
-    guest.ask(
-        "run ip link set eth1 up; echo 0 >/proc/sys/net/ipv6/conf/eth1/accept_dad; "
-        f"ip -6 addr add {second(guest)}/128 dev eth1"
-    )
+    guest.ask(SET_UP.format(second(guest)))
     guest.ask(ECHO_COMMAND)
     settled(lab, guest, SOURCE)
     yield guest
@@ -267,3 +279,33 @@ def reaches(guest: Guest, target: Guest) -> bool:
     """Whether the target answers this guest."""
     words = f"ping -6 -c 1 -W 2 {target.address} >/dev/null 2>&1 && echo reached"
     return "reached" in guest.ask(f"run {words}")
+
+
+def test_an_address_is_led_to_a_card_that_is_plugged_in_under_way(lab: Lab) -> None:
+    guest = lab.guests.define(SOURCE, GuestPlan("plugged", workload="idle", disk_mib=64, content_mib=1))
+    try:
+        # libvirt gives a q35 machine as many ports as it has devices: without a spare one none can be added.
+        told = lab.exec(SOURCE, "virsh", "dumpxml", "--inactive", guest.plan.uuid).stdout
+        port = "<controller type='pci' model='pcie-root-port'/>"
+        spared = told.replace("</devices>", f"{port}</devices>")
+        lab.exec(SOURCE, "virsh", "define", "/dev/stdin", stdin=spared)
+        named(lab, guest)
+        guest.start()
+        guest.wait_ready()
+        for anchor in ANCHORS:
+            wait(lambda anchor=anchor: holder(lab, anchor, guest.plan.uuid) == SOURCE)
+        before = binding(lab, ANCHORS[0], guest.plan.uuid)
+        assert not is_led_to_its_cards(lab, guest, SOURCE), "there is one card only"
+        plug(lab, guest, "--live")
+        try:
+            wait(lambda: is_led_to_its_cards(lab, guest, SOURCE))
+        except AssertionError:
+            print(lab.exec(SOURCE, "journalctl", "-u", "mobility-agent", "-n", "20", "-o", "cat").stdout)
+            raise
+        guest.ask("run for i in 1 2 3 4 5 6 7 8 9; do [ -e /sys/class/net/eth1 ] || sleep 1; done")
+        guest.ask(SET_UP.format(second(guest)))
+        epoch = settled(lab, guest, SOURCE)
+        assert before is not None
+        assert epoch == before["epoch"], "it is only led otherwise"
+    finally:
+        guest.remove()

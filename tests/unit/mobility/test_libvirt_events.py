@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Network
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ class Duty:
     attachments: dict[str, Attachment] = field(default_factory=dict)
     told: list[tuple[Any, ...]] = field(default_factory=list)
     over: list[str] = field(default_factory=list)
+    cards: dict[Home, tuple[str, str]] = field(default_factory=dict)
 
     async def arrive(
         self,
@@ -40,7 +41,7 @@ class Duty:
         evident: bool,
         cards: Any,
     ) -> None:
-        assert cards == {}
+        self.cards = dict(cards)
         self.told.append(("arrive", vm, homes, (bridge, mac), epoch, handoff, evident))
 
     async def depart(self, vm: str, to: Any, *, withdraw: bool = False) -> None:
@@ -69,9 +70,11 @@ class Hypervisor:
     def __init__(self, homes: tuple[Home, ...] = (HOME,)) -> None:
         self.homes = homes
         self.active = True
+        self.cards: tuple[tuple[str, str], ...] = (("br9", "52:54:00:00:00:09"), PLACE)
+        self.placed: tuple[tuple[Home, tuple[str, str] | None], ...] = ()
 
     async def read(self, vm: str) -> VmNetwork:
-        return VmNetwork(vm, "web1", (("br9", "52:54:00:00:00:09"), PLACE), self.homes, active=self.active)
+        return VmNetwork(vm, "web1", self.cards, self.homes, active=self.active, placed=self.placed)
 
 
 def moves(state: str | None = None, homes: tuple[Home, ...] = (HOME,)) -> tuple[Moves, Duty]:
@@ -94,6 +97,42 @@ async def test_one_that_comes_is_claimed_when_it_runs_and_not_before() -> None:
     assert duty.told == []
     await made._act(VM, Event.RESUMED, 0)
     assert duty.told == [arrived(0, HandoffIndicator.BETWEEN_GATEWAYS, True)]
+
+
+@pytest.mark.parametrize("handoff", [HandoffIndicator.UNCHANGED, HandoffIndicator.NEW_INTERFACE])
+async def test_an_address_is_led_to_its_card_once_that_is_plugged_in(handoff: HandoffIndicator) -> None:
+    made, duty = moves(HERE)
+    duty.attachments[VM] = replace(duty.attachments[VM], handoff=handoff)
+    hypervisor = cast(Hypervisor, made.hypervisor)
+    hypervisor.placed = ((HOME, None),)
+    await made._act(VM, Event.CARDS, 0)
+    assert duty.told == [], "no card of ours has changed"
+    second = ("vmbr0", "52:54:00:00:00:02")
+    hypervisor.cards, hypervisor.placed = (*hypervisor.cards, second), ((HOME, second),)
+    await made._act(VM, Event.CARDS, 0)
+    assert duty.told == [arrived(4, handoff, False)], "claimed as it was"
+    assert duty.cards == {HOME: second}
+
+
+async def test_where_its_first_card_is_taken_out_it_is_led_to_the_next() -> None:
+    made, duty = moves(HERE)
+    hypervisor = cast(Hypervisor, made.hypervisor)
+    hypervisor.cards = (("vmbr0", "52:54:00:00:00:02"),)
+    await made._act(VM, Event.CARDS, 0)
+    ((what, _vm, _homes, place, *_rest),) = duty.told
+    assert (what, place) == ("arrive", ("vmbr0", "52:54:00:00:00:02"))
+    # And with its last one nobody is asked to lead it nowhere.
+    duty.told.clear()
+    hypervisor.cards = ()
+    await made._act(VM, Event.CARDS, 0)
+    assert duty.told == []
+
+
+async def test_the_cards_of_one_that_is_not_here_are_nobodys_business() -> None:
+    for made, duty in (moves(), moves(AWAY)):
+        cast(Hypervisor, made.hypervisor).cards = (("vmbr0", "52:54:00:00:00:02"),)
+        await made._act(VM, Event.CARDS, 0)
+        assert duty.told == []
 
 
 async def test_one_that_the_proxy_told_of_is_left_as_it_was_told() -> None:

@@ -31,13 +31,16 @@ class Kernel:
         for request in requests:
             if self.refuses:
                 raise KernelRefused(f"{request.subject}: no")
-            # Of a route: destination and table; what it leads to is not part of its place.
-            words = request.subject.split()
-            place = " ".join(words[: 4 if words[0] == "route" else 2]) + " "
-            if request.removal:
-                self.holds = {one for one in self.holds if not one.startswith(place)}
-            else:
-                self.holds = {one for one in self.holds if not one.startswith(place)} | {request.subject}
+            place = self._place(request.subject)
+            self.holds = {one for one in self.holds if self._place(one) != place}
+            if not request.removal:
+                self.holds.add(request.subject)
+
+    @staticmethod
+    def _place(subject: str) -> tuple[str, ...]:
+        """Of a route: destination and table, not what it leads to; of a neighbour: address and device."""
+        words = subject.split()
+        return tuple(words[:4]) if words[0] == "route" else (*words[:2], words[-1])
 
     def of_home(self) -> set[str]:
         return {one.removeprefix(f"route {HOME[0]} ") for one in self.holds if str(HOME[0]) in one}
@@ -77,6 +80,16 @@ def test_a_binding_that_the_kernel_refused_is_put_when_it_is_asked_for_again(ker
     path.set_remote(HOME, OTHER)
     assert kernel.of_home() == {f"table 7601 to {OTHER} dev lbtun1"}
     assert not path.unsure
+
+
+def test_one_that_is_on_another_bridge_by_now_has_no_neighbour_on_the_first(kernel: Kernel) -> None:
+    """Its card was plugged out, or another one in."""
+    path = made(anchor=False)
+    path.set_local(HOME, "vmbr0", MAC)
+    path.set_local(HOME, "vmbr1", MAC)
+    found = {one for one in kernel.holds if one.startswith("neighbour")}
+    assert found == {f"neighbour {HOME[0].network_address} lladdr {MAC} dev vmbr1"}
+    assert kernel.of_home() == {"table 7600 dev vmbr1"}
 
 
 def test_a_vm_that_the_kernel_refused_is_refused_again_and_put_in_the_end(kernel: Kernel) -> None:

@@ -267,6 +267,9 @@ class DataPath:
         """The VM with these home addresses is on ``bridge`` here. Raises KernelRefused."""
         homes = tuple(homes)
         before = self._now(homes)
+        former = [home for home in homes if self._wanted.local.get(home, (bridge, None))[0] != bridge]
+        # Where it was on another bridge, its neighbour there goes.
+        left = self._forget_local(former)
         for home in homes:
             self._wanted.local[home] = (bridge, mac)
             self._wanted.remote.pop(home, None)
@@ -281,7 +284,7 @@ class DataPath:
                 if isinstance(error, MobilityError):
                     raise
                 raise KernelRefused(f"bridge {bridge}: {error}; is it there? see `ip link`") from error
-        self._change(homes, before, [])
+        self._change(homes, before, left)
 
     def set_remote(self, homes: Iterable[Home], care_of: IPv6Address) -> None:
         """An anchor's binding, or on a gateway a VM that went there: tunnelled to ``care_of``."""

@@ -406,7 +406,8 @@ class GatewayDuty:
             # Asked for at once what the anchors would make us ask for a round trip later.
             epoch = max(epoch, before.epoch + (before.state == AWAY))
         now = time.time()
-        started = handoff is HandoffIndicator.NEW_INTERFACE
+        goes_on = before is not None and before.state == HERE and before.started
+        started = handoff is HandoffIndicator.NEW_INTERFACE or goes_on
         attachment = Attachment(
             vm,
             homes,

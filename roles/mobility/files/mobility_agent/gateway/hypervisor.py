@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from mobility_agent.background import Background
 from mobility_agent.errors import Unsupported
-from mobility_agent.gateway.attachments import HERE
+from mobility_agent.gateway.attachments import HERE, Attachment
 from mobility_agent.gateway.definition import METADATA_URI, VmNetwork, read_definition
 from mobility_agent.gateway.duty import GatewayDuty
 from mobility_agent.messages.options import HandoffIndicator
@@ -116,6 +116,11 @@ class Hypervisor:
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(self._tell, domain.UUIDString(), Event.METADATA, 0)
 
+        def on_device(_unused: Any, domain: Any, _alias: str, _opaque: Any) -> None:
+            # What it is called says nothing: an operator may name a card as he likes.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._tell, domain.UUIDString(), Event.CARDS, 0)
+
         def on_close(*_unused: Any) -> None:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(lost.set)
@@ -130,6 +135,9 @@ class Hypervisor:
             connection.domainEventRegisterAny(
                 None, libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, on_metadata, None
             )
+        for kind in (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED):
+            with contextlib.suppress(libvirt.libvirtError):
+                connection.domainEventRegisterAny(None, kind, on_device, None)
         active = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         self._connection = connection
         return {domain.UUIDString(): self._runs(domain) for domain in active}
@@ -159,10 +167,10 @@ class Hypervisor:
 
 
 class Event:
-    """virDomainEventType, and of the details those that matter here; METADATA is our own."""
+    """virDomainEventType, and of the details those that matter here; METADATA and CARDS are our own."""
 
     STARTED, SUSPENDED, RESUMED, STOPPED = 2, 3, 4, 5
-    METADATA = 1000
+    METADATA, CARDS = 1000, 1001
     STARTED_MIGRATED, RESUMED_MIGRATED, STOPPED_MIGRATED = 1, 1, 3
     #: At the end of a migration from here, and not somebody's pause: libvirt tells the one from the other.
     SUSPENDED_MIGRATED, SUSPENDED_POSTCOPY = 1, 7
@@ -236,6 +244,8 @@ class Moves:
                     await self._duty.depart(vm, None, withdraw=True)
             case (Event.METADATA, _):
                 await self._follow_metadata(vm)
+            case (Event.CARDS, _) if known is not None and here:
+                await self._follow_cards(known)
             case _:
                 pass
 
@@ -250,6 +260,17 @@ class Moves:
             await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)
         elif known is not None and known.state == HERE and not told.homes:
             await self._duty.depart(vm, None, withdraw=True)
+
+    async def _follow_cards(self, known: Attachment) -> None:
+        """A card was plugged in, or out, while the VM runs: its addresses may be of another one now."""
+        told = await self._read(known.vm)
+        place = told.place(self._bridges) if told is not None and told.active else None
+        if place is None:
+            return
+        others = {home: (bridge, mac) for home, bridge, mac in known.cards}
+        if (place.bridge, place.mac, dict(place.cards)) != (known.bridge, known.mac, others):
+            # Only led otherwise: what is being claimed is claimed as it was, and what is bound confirmed.
+            await self._arrive(known.vm, known.handoff, evident=known.evident)
 
     async def _read(self, vm: str) -> VmNetwork | None:
         """What its definition says, of its addresses those that can follow it."""

@@ -14,7 +14,11 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass
 
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import lead_in_seconds
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
+    LEAD_IN_ROUND_TRIPS,
+    LEAD_IN_SECONDS,
+    lead_in_seconds,
+)
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     DEFAULT_STREAM_BYTES_PER_SECOND,
 )
@@ -138,7 +142,9 @@ class Gate:
 
     def press(self, waited: float | None) -> None:
         """In what share of the interval the processors of its hosts were waited for; None: nobody tells."""
-        self.pressed = waited is not None and waited >= _PRESSED
+        # A lead-in that is mostly round trips costs hosts little, and who is begun late leaves the line idle.
+        works = LEAD_IN_ROUND_TRIPS * self.round_trip_seconds < LEAD_IN_SECONDS
+        self.pressed = waited is not None and waited >= _PRESSED and works
         if self.pressed and self._least_lead_in is None:
             # What one takes alone is to be seen first.
             self.lead_ins_at_once = 1

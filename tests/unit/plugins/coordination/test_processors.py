@@ -102,6 +102,15 @@ def test_one_source_that_has_time_is_enough() -> None:
     assert not controller.gates["uplink"].pressed
 
 
+@pytest.mark.parametrize(("trip", "pressed"), [(0.04, True), (0.11, True), (0.12, False), (0.18, False)])
+def test_a_lead_in_that_is_mostly_round_trips_is_begun_as_ever(trip: float, pressed: bool) -> None:
+    """On the lab, 180 ms and 50 Mbit/s, processors busy with others: the line idled, 65 s instead of 46."""
+    gate = Gate(None)
+    gate.round_trip_seconds = trip
+    gate.press(0.9)
+    assert gate.pressed == pressed
+
+
 def test_lead_ins_that_wait_for_processors_are_fewer_sooner() -> None:
     told = {}
     for waited in (0.2, 0.8):

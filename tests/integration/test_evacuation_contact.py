@@ -21,8 +21,11 @@ STAYS = (
     "departure-before-freeze", "departure-frozen", "departure-residual-sealed", "departure-before-prepare",
     "departure-prepared", "departure-migrating",
 )  # fmt: skip
-# Cut here, it is off at home and paused there: nobody may run it until contact is back.
-IN_DOUBT = ("departure-migrated", "departure-before-tombstone", "departure-tombstoned", "departure-released")
+# Cut here, it is halted at home and whole there, or not: nobody may run it until contact is back.
+IN_DOUBT = (
+    "departure-migrated", "departure-before-tombstone", "departure-halted", "departure-tombstoned",
+    "departure-released",
+)  # fmt: skip
 # Cut here, everything has been said.
 DONE = ("departure-activated", "departure-before-undefine", "departure-undefined", "departure-adopted")
 ARRIVAL_STAYS = ("arrival-recorded", "arrival-guarded", "arrival-prepared")
@@ -73,18 +76,19 @@ def test_link_cut_while_the_destination_prepares(pair: EvacuationPair, point: st
 def test_link_cut_between_the_vms_end_here_and_its_run_there(pair: EvacuationPair, point: str) -> None:
     """The one window in which nobody may run it: undecided, until contact is back."""
     guest = pair.make_guest("in doubt")
-    canary = guest.canary(HOME)
+    canary, boots = guest.canary(HOME), guest.told().boots
     with pair.never_twice(guest):
         job_id = cut_at(pair, guest, HOME, point)
         told = pair.wait_step(HOME, job_id, "undecided")
         assert (told["verdict"], told["cause"]) == ("undecided", "no-contact"), told
         assert "keep-at-source" in told["sentence"]
         assert guest.running_on() == []
-        assert guest.states().get(BACKUP) == "paused"
-        if point in {"departure-tombstoned", "departure-released"}:
-            assert "runs there" in pair.start_is_refused(HOME, guest)
+        # libvirt's last call may have been cut off: then libvirt there clears away what has arrived.
+        arrived = guest.states().get(BACKUP) == "paused"
+        assert arrived or point != "departure-released"
         pair.lab.wan.heal()
-        pair.check_healed(guest, job_id, canary, BACKUP)
+        pair.check_healed(guest, job_id, canary, BACKUP if arrived else HOME)
+    assert guest.told().boots == boots
 
 
 @pytest.mark.parametrize("point", sampled(SAMPLE, *DONE))
@@ -124,7 +128,7 @@ def test_an_operator_keeps_an_undecided_vm_here(pair: EvacuationPair) -> None:
         assert refused.value.cause == "invalid"
         pair.ask(HOME, "POST", f"/v1/evacuations/{job_id}/settle", {"decision": "keep-at-source"})
         told = pair.wait_step(HOME, job_id, "stayed")
-        assert (told["verdict"], told["memory_lost"], told["owes_abort"]) == ("stayed", True, True)
+        assert (told["verdict"], told["owes_abort"]) == ("stayed", True)
         assert guest.running_on() == [HOME]
         assert guest.states().get(BACKUP) == "paused", "the destination has not heard of it"
         pair.lab.wan.heal()
@@ -150,6 +154,7 @@ def test_a_source_without_contact_stops_before_it_is_presumed_dead(pair: Evacuat
         pair.kill(BACKUP, "TERM")
         pair.configure(BACKUP, PRESUMED)
         pair.start(BACKUP, drop_at="relay-finish-reply")
+        pair.hide_processes(HOME)
         job_id = pair.begin_until(guest, HOME, "rollback-begun")
         pair.cut()
         cut_at_seconds = time.monotonic()

@@ -21,9 +21,11 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 GOES_BACK = (
     "departure-admitted", "departure-before-freeze", "departure-frozen", "departure-residual-sealed",
     "departure-before-prepare", "departure-prepared", "departure-migrating",
+    # libvirt waits for its last word, by a relay that is dead then, and lets the guest go on: once it can
+    "departure-migrated", "departure-before-tombstone", "departure-halted", "departure-tombstoned",
 )  # fmt: skip
 GOES_ON = (
-    "departure-migrated", "departure-before-tombstone", "departure-tombstoned", "departure-released",
+    "departure-released",
     "departure-activated", "departure-before-undefine", "departure-undefined", "departure-adopted",
 )  # fmt: skip
 ARRIVAL_GOES_BACK = ("arrival-recorded", "arrival-guarded", "arrival-prepared")
@@ -35,7 +37,7 @@ ROLLBACK = ("rollback-begun", "rollback-peer-cleaned", "rollback-merged", "arriv
 CALLED_OFF = ("departure-before-standstill", "departure-stands-still")
 # Each test run takes these; the whole table is for `make soak`.
 SAMPLE = {
-    "departure-frozen", "departure-migrating", "departure-tombstoned", "departure-released",
+    "departure-frozen", "departure-migrating", "departure-halted", "departure-released",
     "departure-undefined", "arrival-prepared", "arrival-released", "arrival-resumed", "rollback-peer-cleaned",
     "departure-stands-still",
 }  # fmt: skip
@@ -125,8 +127,8 @@ def test_source_proxy_killed_while_the_guest_stands_still_to_be_called_off(
 
 
 CONFIRM = (
-    "departure-migrated", "departure-before-tombstone", "departure-tombstoned", "departure-released",
-    "departure-activated", "departure-before-undefine", "departure-undefined", "departure-adopted",
+    "departure-released", "departure-activated", "departure-before-undefine", "departure-undefined",
+    "departure-adopted",
 )  # fmt: skip
 
 
@@ -144,8 +146,7 @@ def test_home_loses_power_in_confirm_and_starts_nothing_when_it_is_back(
         pair.virsh(HOME, "list")
         time.sleep(2)
         assert HOME not in guest.running_on()
-        # Before the tombstone nothing was released: the copy there stands still, and a start is no double.
-        if HOME in guest.states() and point not in {"departure-migrated", "departure-before-tombstone"}:
+        if HOME in guest.states():
             assert "runs there" in pair.start_is_refused(HOME, guest)
         pair.start(HOME)
         job = pair.wait_job(HOME, job_id)
@@ -156,10 +157,15 @@ def test_home_loses_power_in_confirm_and_starts_nothing_when_it_is_back(
     assert guest.verify(BACKUP).intact
 
 
-def test_a_destination_that_loses_power_before_the_release_gives_the_guest_back(pair: EvacuationPair) -> None:
+@pytest.mark.parametrize("point", ["departure-tombstoned", "departure-released"])
+def test_a_destination_that_loses_power_before_the_release_gives_the_guest_back(
+    pair: EvacuationPair, point: str
+) -> None:
+    """Its QEMU at home is halted until the destination has said what became of it: it keeps its memory."""
     guest = pair.make_guest("returned")
+    canary, boots = guest.canary(HOME), guest.told().boots
     with pair.never_twice(guest):
-        job_id = pair.begin_until_killed(guest, HOME, "departure-tombstoned")
+        job_id = pair.begin_until_killed(guest, HOME, point)
         pair.lab.kill_host(BACKUP)
         pair.lab.start_host(BACKUP)
         # defined there, its memory gone, and not released: it must not start
@@ -167,10 +173,10 @@ def test_a_destination_that_loses_power_before_the_release_gives_the_guest_back(
         pair.start(BACKUP)
         pair.start(HOME)
         job = pair.wait_job(HOME, job_id)
-        assert (job["verdict"], job["memory_lost"]) == ("stayed", True), job
+        assert (job["verdict"], job["memory_lost"]) == ("stayed", False), job
         wait_for(guest.running_on, lambda hosts: hosts == [HOME])
-    guest.wait_ready()
-    assert guest.verify(HOME).intact
+    assert guest.verify(HOME, canary=canary).intact
+    assert guest.told().boots == boots
     assert BACKUP not in guest.states()
 
 

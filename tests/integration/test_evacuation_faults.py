@@ -23,12 +23,29 @@ def test_the_last_reply_of_a_migration_is_lost(pair: EvacuationPair) -> None:
     guest = pair.make_guest("unheard")
     canary, images = guest.canary(HOME), guest.images(HOME)
     with pair.never_twice(guest):
+        pair.hide_processes(HOME)
         pair.restart(BACKUP, drop_at="relay-finish-reply")
         pair.wait_links()
         job_id = str(pair.begin(HOME, guest)["id"])
         job = pair.check_healed(guest, job_id, canary, HOME)
     assert "lost its last reply" in pair.log(BACKUP) + pair.log(HOME), job
     assert guest.images(HOME) == images
+
+
+def test_the_last_reply_of_a_migration_is_lost_after_the_release(pair: EvacuationPair) -> None:
+    """Libvirt would let the source's VM run again while it runs at the destination: its QEMU is halted."""
+    guest = pair.make_guest("not waited for")
+    canary = guest.canary(HOME)
+    pair.lab.wan.set("rate=400mbit,rtt=80ms")
+    try:
+        with pair.never_twice(guest):
+            pair.restart(BACKUP, drop_at="relay-finish-reply")
+            pair.wait_links()
+            job_id = str(pair.begin(HOME, guest)["id"])
+            job = pair.check_healed(guest, job_id, canary, BACKUP)
+    finally:
+        pair.lab.wan.set("none")
+    assert "lost its last reply" in pair.log(BACKUP) + pair.log(HOME), job
 
 
 @pytest.mark.parametrize("host", [HOME, pytest.param(BACKUP, marks=pytest.mark.soak)])

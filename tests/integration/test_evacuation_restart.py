@@ -223,7 +223,7 @@ def test_every_point_of_a_restart_is_in_a_table_here() -> None:
     assert {point for point in CRASH_POINTS if point.startswith("restart-")} <= named
     of_a_migration = {
         "departure-before-freeze", "departure-frozen", "departure-migrating", "departure-migrated",
-        "departure-before-standstill", "departure-stands-still",
+        "departure-before-standstill", "departure-stands-still", "departure-halted",
     }  # fmt: skip
     prefixes = ("departure-", "arrival-", "landing-", "return-", "rollback-")
     assert {point for point in CRASH_POINTS if point.startswith(prefixes)} == of_a_migration | {

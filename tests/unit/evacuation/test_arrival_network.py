@@ -284,7 +284,9 @@ async def test_what_was_said_before_is_told_in_the_end_where_it_came_true(
     entered: list[Step] = []
     job = replace(JOB, step=Step.RELEASED, address_findings=["VM web1: no agent; set one up"])
     measure = SimpleNamespace(activated=lambda _answer: None)
-    departure = cast(Any, SimpleNamespace(job=job, call=call, measure=measure, around=None, enter=enter))
+    departure = cast(
+        Any, SimpleNamespace(job=job, call=call, measure=measure, around=None, enter=enter, unended=None)
+    )
     for _time in range(2):
         with pytest.raises(Conflict, match="no further here"):
             await confirm.release(departure)
@@ -382,6 +384,30 @@ async def test_a_vm_runs_without_its_network_says_so_and_gets_it_later(tmp_path:
     assert (kept.network_owed, kept.cause, network.installed) == (False, "", 1)
     there.load()
     assert [item.network_owed for item in there.records.all()] == [False]
+
+
+@pytest.mark.parametrize("ends_as", [Presence.ARRIVED, Presence.ABSENT])
+async def test_a_release_may_come_before_libvirt_has_ended_the_move(
+    tmp_path: Path, ends_as: Presence
+) -> None:
+    """It is waited for; where it comes to nothing the VM is refused, and its source has it still."""
+    there, machines = arrivals(tmp_path, Network(failures=0))
+    record = arrival()
+    record.state, record.checkpoint = ArrivalState.PREPARED, "tracked"
+    await there.records.save(record)
+    there.load()
+    machines.presence_there = Presence.INCOMING
+    releasing = asyncio.create_task(there.release("home1", {"job": "j1", "vm": VM}))
+    await asyncio.sleep(0.1)
+    assert not releasing.done()
+    machines.presence_there = ends_as
+    if ends_as is Presence.ABSENT:
+        with pytest.raises(Conflict, match="did not arrive whole"):
+            await asyncio.wait_for(releasing, 5)
+        assert there.records.all()[0].state is ArrivalState.PREPARED
+    else:
+        assert (await asyncio.wait_for(releasing, 5))["state"] == "activated"
+        assert machines.presence_there is Presence.RUNNING
 
 
 async def test_a_release_that_is_taken_back_takes_its_network_back(tmp_path: Path) -> None:

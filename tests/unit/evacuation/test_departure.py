@@ -26,7 +26,7 @@ from precache_proxy.errors import (
     NoSpace,
     PeerUnreachable,
 )
-from precache_proxy.evacuation import confirm
+from precache_proxy.evacuation import confirm, crossing
 from precache_proxy.evacuation import departure as departure_module
 from precache_proxy.evacuation import rollback as rollback_module
 from precache_proxy.evacuation.arrival import ArrivalState
@@ -176,11 +176,11 @@ async def test_what_is_said_against_its_addresses_stops_no_evacuation(
 async def test_a_cancel_before_libvirt_has_a_job_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, *_places: xml)
+    monkeypatch.setattr(crossing, "destination_xml", lambda xml, *_places: xml)
     monkeypatch.setattr("os.chown", lambda *_unused: None)
     domain = SlowDomain()
     item = a_departure(around(tmp_path, Domains(domain)), Step.PREPARE)
-    migrating = asyncio.create_task(departure_module._migrate(item, {"vda": "/overlay"}))
+    migrating = asyncio.create_task(crossing.cross(item, {"vda": "/overlay"}))
     assert await asyncio.to_thread(domain.asked.wait, 5)
     assert item.job.step is Step.MIGRATE
     await cancel(item)
@@ -311,7 +311,7 @@ async def test_a_bandwidth_at_which_nothing_gets_on_is_refused_before_anything(t
 async def test_a_cancel_before_the_migration_is_asked_for_asks_for_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(departure_module, "destination_xml", lambda xml, *_places: xml)
+    monkeypatch.setattr(crossing, "destination_xml", lambda xml, *_places: xml)
     monkeypatch.setattr("os.chown", lambda *_unused: None)
     domain = SlowDomain()
     item = a_departure(around(tmp_path, Domains(domain)), Step.PREPARE)
@@ -323,7 +323,7 @@ async def test_a_cancel_before_the_migration_is_asked_for_asks_for_none(
 
     monkeypatch.setattr(item.around.domains, "xml", cancelled_meanwhile)
     with pytest.raises(Cancelled):
-        await departure_module._migrate(item, {"vda": "/overlay"})
+        await crossing.cross(item, {"vda": "/overlay"})
     assert not domain.asked.is_set()
 
 

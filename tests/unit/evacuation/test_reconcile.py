@@ -40,6 +40,8 @@ class TwoHosts(RuleBasedStateMachine):
         self.arrival: ArrivalState | None = None
         self.destination = Presence.ABSENT
         self.called_off = False
+        # Its QEMU at the source is halted, and libvirt's order to go on waits there.
+        self.halted = self.told_to_go_on = False
 
     # -- the world
 
@@ -51,6 +53,7 @@ class TwoHosts(RuleBasedStateMachine):
     def source_host_reboots(self) -> None:
         if self.source in HERE:
             self.source = Presence.SHUT_OFF
+        self.halted = self.told_to_go_on = False
         if self.destination is Presence.INCOMING:
             self.destination = Presence.ABSENT
 
@@ -97,6 +100,52 @@ class TwoHosts(RuleBasedStateMachine):
         elif how == "cut while copying":
             self.destination = Presence.INCOMING
 
+    @precondition(
+        lambda self: (
+            self.step is Step.PREPARE
+            and self.contact
+            and self.arrival is ArrivalState.PREPARED
+            and self.source is Presence.RUNNING
+        )
+    )
+    @rule(
+        finish=st.sampled_from([Presence.ARRIVED, Presence.ABSENT, Presence.INCOMING]),
+        killed=st.sampled_from(["", "before the halt", "halted", "released"]),
+        cut=st.booleans(),
+    )
+    def release_ahead(self, finish: Presence, killed: str, cut: bool) -> None:
+        """All memory is there; ``finish``: what libvirt there has made of its last call by now."""
+        self.step, self.destination = Step.MIGRATE, finish
+        if killed == "before the halt":
+            # its relay dies with it: libvirt lets the VM go on
+            return
+        self.source, self.halted, self.step = Presence.PAUSED, True, Step.CONFIRM
+        self.tombstone = True
+        if killed == "halted":
+            self.told_to_go_on = True
+            return
+        self.step, self.contact = Step.RELEASED, self.contact and not cut
+        if killed == "released":
+            self.told_to_go_on = True
+        else:
+            self._release()
+
+    @precondition(lambda self: self.halted)
+    @rule()
+    def libvirt_tells_it_to_go_on(self) -> None:
+        self.told_to_go_on = True
+
+    @precondition(
+        lambda self: (
+            self.halted
+            and not self.told_to_go_on
+            and self.destination in {Presence.ARRIVED, Presence.RUNNING}
+        )
+    )
+    @rule()
+    def libvirt_hears_the_last_reply(self) -> None:
+        self.source, self.halted = Presence.SHUT_OFF, False
+
     @precondition(lambda self: self.destination is Presence.INCOMING)
     @rule()
     def libvirt_gives_an_incoming_migration_up(self) -> None:
@@ -109,6 +158,8 @@ class TwoHosts(RuleBasedStateMachine):
     )
     @rule(kill_after_tombstone=st.booleans(), kill_before_telling=st.booleans())
     def source_decides(self, kill_after_tombstone: bool, kill_before_telling: bool) -> None:
+        if self.halted and self.step in {Step.MIGRATE, Step.CONFIRM}:
+            self._take_back()
         view = DestinationView(self.contact, self.arrival if self.contact else None, self.destination)
         decision = decide_at_source(self.step, self.source, view)
         if decision is SourceDecision.CONFIRM:
@@ -125,13 +176,19 @@ class TwoHosts(RuleBasedStateMachine):
         elif decision is SourceDecision.RELEASE:
             self._release()
         elif decision is SourceDecision.ROLL_BACK:
-            self._roll_back(must_be_clean=self.source is Presence.SHUT_OFF)
+            self._roll_back(must_be_clean=self.halted or self.source is Presence.SHUT_OFF)
         elif decision is SourceDecision.ROLL_BACK_COLD:
             self._roll_back(must_be_clean=True)
         elif decision is SourceDecision.FINISH:
             self.tombstone = True
-            self.source = Presence.ABSENT
+            self.source, self.halted = Presence.ABSENT, False
             self.step = Step.DONE
+
+    def _take_back(self) -> None:
+        """What it was told while it was halted is done at once."""
+        self.halted = False
+        if self.told_to_go_on:
+            self.source = Presence.RUNNING
 
     def _release(self) -> None:
         if not self.contact or self.arrival is None:
@@ -157,6 +214,9 @@ class TwoHosts(RuleBasedStateMachine):
                 self._clear()
             elif must_be_clean:
                 return
+        if self.halted:
+            self._take_back()
+            self.never_runs_twice()
         self.tombstone = False
         self.source = Presence.RUNNING
         self.step = Step.STAYED
@@ -208,7 +268,7 @@ class TwoHosts(RuleBasedStateMachine):
     def released_means_the_source_cannot_run(self) -> None:
         if self.step in {Step.RELEASED, Step.FINISH, Step.DONE}:
             assert self.tombstone
-            assert self.source not in HERE
+            assert self.source not in HERE or (self.halted and self.source is Presence.PAUSED)
 
     def teardown(self) -> None:
         """With contact and without further faults both sides come to an end, and the VM runs once."""
@@ -290,6 +350,17 @@ def test_a_release_that_came_too_late_does_not_leave_the_vm_nowhere() -> None:
     run.teardown()
     assert run.step is Step.STAYED
     assert run.source is Presence.RUNNING
+
+
+@pytest.mark.parametrize("finish", [Presence.ABSENT, Presence.INCOMING])
+def test_a_vm_that_was_released_ahead_and_cannot_run_there_goes_on_with_its_memory(finish: Presence) -> None:
+    run = TwoHosts()
+    run.step, run.owes_abort, run.arrival = Step.PREPARE, True, ArrivalState.PREPARED
+    run.release_ahead(finish=finish, killed="", cut=False)
+    run.libvirt_tells_it_to_go_on()
+    assert (run.step, run.source) == (Step.RELEASED, Presence.PAUSED), "until the destination has said so"
+    run.teardown()
+    assert (run.step, run.source, run.halted) == (Step.STAYED, Presence.RUNNING, False)
 
 
 @given(

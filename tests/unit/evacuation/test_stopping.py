@@ -195,7 +195,7 @@ async def test_no_mirror_is_made_to_wait_between_two_orders_to_end_it(
         migrate._watch(
             place.around.domains, place.departure.job.vm, lambda _progress: None,
             Convergence(options.downtime_limit_seconds, options.downtime_limit_most_seconds),
-            MirrorWatch(0.04), off.writes_wait,
+            MirrorWatch(0.04), off.writes_wait, asyncio.Lock(),
         )
     )  # fmt: skip
     await soon(lambda: [what for what, _ in place.domain.told].count("abort") == 2)

@@ -35,6 +35,7 @@ CRASH_POINTS: Final[dict[str, str]] = {
     "departure-stands-still": "the guest stands still, libvirt was not told to end the move",
     "departure-migrated": "libvirt says that it is over; nothing of ours is recorded",
     "departure-before-tombstone": "step confirm is durable, no tombstone yet",
+    "departure-halted": "QEMU is halted, libvirt waits for the destination's last word; no tombstone yet",
     "departure-tombstoned": "the tombstone is durable, not released",
     "departure-released": "released is durable here, the peer was not told",
     "departure-activated": "the peer runs the VM, step finish is not recorded",

@@ -41,6 +41,9 @@ from precache_proxy.hypervisor.qemu_user import QemuUser
 logger = logging.getLogger(__name__)
 
 ARRIVAL_POLL_SECONDS = 0.25
+# A released one: each look that comes late is downtime. libvirt's last call is over long before, or never.
+ARRIVAL_LOOK_SECONDS = 0.005
+ARRIVAL_SECONDS = 20.0
 # It names files and a directory here.
 _JOB_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
@@ -179,6 +182,8 @@ class Arrivals:
                 "disks": {key: disk.overlay for key, disk in arrival.disks.items()},
                 "media": arrival.media,
                 "presumed_dead_after_seconds": self.contact.limit_seconds,
+                # A release may come before libvirt here has ended the move.
+                "awaits_libvirt": True,
             }
 
     async def _refuse_or_clear(self, job_id: str, vm: str, peer: str, epoch: int) -> None:
@@ -314,13 +319,13 @@ class Arrivals:
         async with self.records.lock(vm):
             arrival = self._known(job_id, peer)
             if arrival.state is ArrivalState.PREPARED:
-                presence = await self._domains.presence(vm)
+                presence = await self._until_arrived(vm)
                 if presence not in {Presence.ARRIVED, Presence.RUNNING}:
                     raise Conflict(
                         f"VM {arrival.name}: it did not arrive whole here ({presence.value}); it stays at "
                         f"{peer}"
                     )
-                await self.tracking.begin(arrival)
+                await self.tracking.begin(arrival, presence)
                 await self.records.enter(arrival, ArrivalState.RELEASED)
                 crash_point("arrival-released")
             if arrival.state is ArrivalState.RELEASED:
@@ -339,6 +344,15 @@ class Arrivals:
                 "activation_seconds": max(0.0, resumed - began),
                 "running_seconds": max(0.0, now - resumed),
             }
+
+    async def _until_arrived(self, vm: str) -> Presence:
+        """A source may release it while libvirt's last call is under way here: what libvirt makes of that."""
+        until = time.monotonic() + ARRIVAL_SECONDS
+        while (presence := await self._domains.presence(vm)) is Presence.INCOMING:
+            if time.monotonic() > until:
+                break
+            await asyncio.sleep(ARRIVAL_LOOK_SECONDS)
+        return presence
 
     async def status(self, peer: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """What the source asks when it is in doubt."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound
-from precache_proxy.evacuation import freeze, restart
+from precache_proxy.evacuation import freeze, release_ahead, restart
 from precache_proxy.evacuation.departure import Departure
 from precache_proxy.evacuation.guard import TOMBSTONE, Forbidden
 from precache_proxy.evacuation.images import drop_own_bitmaps
@@ -22,6 +22,8 @@ from precache_proxy.evacuation.reconcile import Presence
 logger = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_SECONDS = 60.0
+# What comes for the VM is led on so much later than the release: it finds the VM's routes there.
+LEAD_ON_SECONDS = 0.1
 
 
 def tombstone(job: Job) -> Forbidden:
@@ -34,9 +36,15 @@ def tombstone(job: Job) -> Forbidden:
 
 
 async def confirm(departure: Departure) -> None:
-    """From the source's shut-off domain to the release. Raises Conflict when the domain turns out to run,
-    HypervisorError when libvirt does not say, Cancelled for a guest that can be booted here again."""
+    """From the source's shut-off domain, or its halted QEMU (release_ahead.py), to the release.
+
+    Raises Conflict when the domain turns out to run, HypervisorError when libvirt does not say, Cancelled for
+    a guest that can be booted here again; where the move is not over by then, what ends it.
+    """
     job, around = departure.job, departure.around
+    unended = departure.unended
+    if unended is not None:
+        await unended.quieten()
     if job.step is not Step.CONFIRM:
         await departure.enter(Step.CONFIRM)
     if job.cancelled:
@@ -45,8 +53,15 @@ async def confirm(departure: Departure) -> None:
             departure.check_cancelled()
         job.warn("It was cancelled when its memory was there already, and was not taken back.")
     crash_point("departure-before-tombstone")
+    halted = unended is not None and await unended.halt()
+    if unended is not None and halted:
+        crash_point("departure-halted")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))
     crash_point("departure-tombstoned")
+    if unended is not None and not halted:
+        # By its own end libvirt says whether it runs here or there.
+        departure.unended = None
+        await unended.give_up()
     # Asked after the tombstone is durable: a start that the hook let through before it is visible by now.
     presence = await around.domains.presence_at_source(job.vm)
     if presence is Presence.UNKNOWN:
@@ -54,7 +69,7 @@ async def confirm(departure: Departure) -> None:
         raise HypervisorError(
             f"VM {job.name}: libvirt here does not say whether it has ended; it is not released, asked again"
         )
-    if presence in {Presence.RUNNING, Presence.PAUSED}:
+    if presence is Presence.RUNNING or (presence is Presence.PAUSED and not halted):
         await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
         raise Conflict(
             f"VM {job.name}: it is {presence.value} here although libvirt had ended it; it is not released"
@@ -68,7 +83,14 @@ async def release(departure: Departure) -> None:
     job = departure.job
     if job.step is not Step.RELEASED:
         await departure.enter(Step.RELEASED)
-    answer = await departure.call("release", {}, RELEASE_TIMEOUT_SECONDS)
+    if departure.unended is not None:
+        departure.unended.let_through()
+    leading = asyncio.create_task(_lead_on(departure), name=f"lead-on-{job.id}")
+    try:
+        answer = await departure.call("release", {}, RELEASE_TIMEOUT_SECONDS)
+    finally:
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
     job.memory_lost = bool(answer.get("memory_lost"))
     if answer.get("network"):
         job.warn(f"Its addresses do not lead there yet; it is tried again: {answer['network']}")
@@ -80,6 +102,13 @@ async def release(departure: Departure) -> None:
     departure.measure.activated(answer)
     crash_point("departure-activated")
     await finish(departure, answered=True)
+
+
+async def _lead_on(departure: Departure) -> None:
+    """What has come for the VM while it stands still leaves for where it will run, with the release and not a
+    round trip after it. A rollback claims it back."""
+    await asyncio.sleep(LEAD_ON_SECONDS)
+    await departure.around.network.left(departure.job)
 
 
 def _warn_of_addresses(job: Job, why: str) -> None:
@@ -102,6 +131,7 @@ async def finish(departure: Departure, *, answered: bool = False) -> None:
     crash_point("departure-before-undefine")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))
     await around.network.left(job)
+    await release_ahead.end(departure)
     presence = await around.domains.presence_at_source(job.vm)
     if presence is Presence.UNKNOWN:
         raise HypervisorError(

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import libvirt
-
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import (
@@ -27,6 +25,7 @@ from precache_proxy.errors import (
 from precache_proxy.evacuation import (
     addresses,
     calling_off,
+    crossing,
     departure_relays,
     freeze,
     late_pause,
@@ -36,12 +35,11 @@ from precache_proxy.evacuation import (
     relay,
 )
 from precache_proxy.evacuation.arrival import RUNS_HERE, ArrivalState
-from precache_proxy.evacuation.domain_edit import destination_xml
 from precache_proxy.evacuation.job import Job, Step
 from precache_proxy.evacuation.measure import Measure
 from precache_proxy.evacuation.opening_ahead import OpeningsAhead
 from precache_proxy.evacuation.pace import Pace
-from precache_proxy.evacuation.standstill import Standstill
+from precache_proxy.evacuation.release_ahead import UnendedMove
 from precache_proxy.evacuation.surroundings import Surroundings, look
 from precache_proxy.source.scratch import boottime_seconds
 from precache_proxy.units import MIB
@@ -111,6 +109,10 @@ class Departure:
     writes_before: mirroring.GuestWrites | None = None
     # the pauses of its guest that libvirt was asked for
     pauses: late_pause.Pauses = field(default_factory=late_pause.Pauses)
+    # the destination takes a release that comes before libvirt there has ended the move
+    may_release_ahead: bool = False
+    # libvirt's call for the move, where its memory is over and libvirt has not ended it
+    unended: UnendedMove | None = None
 
     def __post_init__(self) -> None:
         # What an earlier process asked for may have been answered to it or not.
@@ -200,7 +202,7 @@ async def run_forward(departure: Departure) -> None:
     departure.ahead = departure_relays.openings_ahead(departure)
     try:
         paths = await prepare(departure, {"bitmaps": [departure.job.checkpoint]})
-        await _migrate(departure, paths)
+        await crossing.cross(departure, paths)
     finally:
         await departure.ahead.close()
         departure.ahead = None
@@ -328,96 +330,9 @@ async def prepare(departure: Departure, further: Mapping[str, Any]) -> dict[str,
     job.presumed_dead_after_seconds = answer.get("presumed_dead_after_seconds")
     departure.contact.watch(departure)
     crash_point("departure-prepared")
+    departure.may_release_ahead = bool(answer.get("awaits_libvirt"))
     departure.media = {str(key): str(path) for key, path in answer.get("media", {}).items()}
     return {str(key): str(path) for key, path in answer["disks"].items()}
-
-
-async def _write_rate(departure: Departure) -> mirroring.WriteRate | None:
-    """What the guest wrote a second since the evacuation began; None: not known."""
-    before = departure.writes_before
-    if before is None:
-        return None
-    now = await mirroring.guest_writes(departure.around.domains, departure.job.vm)
-    return None if now is None else now.since(before)
-
-
-async def _migrate(departure: Departure, paths: dict[str, str]) -> None:
-    job, around = departure.job, departure.around
-    departure.check_cancelled()
-    rate = departure.measure.channel_bytes_per_second
-    round_trip = departure.link.round_trip_seconds
-    wanted = job.options.synchronous_writes
-    written = await _write_rate(departure)
-    writes = written is None or written.requests_per_second > 0
-    emulator = await mirroring.emulator_version(around.domains, job.vm, decides=wanted is None and writes)
-    synchronous = (
-        mirroring.needs_synchronous_writes(
-            written, rate, round_trip, changeable=mirroring.changeable(emulator)
-        )
-        if wanted is None
-        else wanted
-    )
-    job.forecast = {
-        "channel_bytes_per_second": rate,
-        "round_trip_seconds": round_trip,
-        "written_bytes_per_second": None if written is None else written.bytes_per_second,
-        "writes_per_second": None if written is None else written.requests_per_second,
-        "synchronous_writes": synchronous,
-    }
-    await departure.enter(Step.MIGRATE)
-    departure.sockets = departure_relays.job_sockets(departure)
-    await departure.sockets.listen()
-    if departure.ahead is not None:
-        definition = await around.domains.definition(job.vm)
-        departure_relays.ask_for_mirrors(departure.ahead, definition, paths, emulator)
-    plan = migrate.Plan(
-        sockets=departure.sockets.directory,
-        disks=tuple(paths),
-        destination_xml=destination_xml(
-            await around.domains.xml(job.vm, inactive=False), paths, departure.media
-        ),
-        persistent_xml=destination_xml(
-            await around.domains.xml(job.vm, inactive=True), paths, departure.media
-        ),
-        options=job.options,
-        channel_bytes_per_second=rate,
-        round_trip_seconds=round_trip,
-        synchronous_writes=synchronous,
-    )
-
-    def on_progress(progress: dict[str, Any]) -> None:
-        job.progress = progress
-        departure.measure.migrating(progress)
-        crash_point("departure-migrating")
-
-    def on_lifecycle(what: str, detail: int) -> None:
-        departure.measure.changed_here(what)
-        still.changed_here(what)
-        if what == "stopped" and detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED and departure.sockets:
-            # libvirt has nothing more to ask there: its good-byes would cost the guest two round trips.
-            departure.sockets.close_connections(relay.LIBVIRT)
-
-    end, still = calling_off.CallingOff(departure, waits=synchronous), Standstill(around.network, job)
-    departure.ending = end
-    unsubscribe = around.domains.on_lifecycle(job.vm, on_lifecycle)
-    try:
-        departure.check_cancelled()
-        await migrate.migrate(around.domains, job.vm, plan, on_progress, end.writes_wait)
-    except LifeboatError as error:
-        # The operator's word and the relay's reason say more than libvirt's "canceled" and "broken pipe".
-        departure.check_cancelled()
-        raise departure.failure or error from error
-    finally:
-        await end.over()
-        departure.ending = None
-        unsubscribe()
-        await still.over()
-        departure.measure.migrated(
-            departure.sockets.counters, await migrate.completed_statistics(around.domains, job.vm)
-        )
-        await departure.sockets.close()
-        departure.sockets = None
-    crash_point("departure-migrated")
 
 
 async def cancel(departure: Departure) -> None:

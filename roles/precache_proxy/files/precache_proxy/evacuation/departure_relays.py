@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from precache_proxy.channel.settings import TrafficClass
 from precache_proxy.errors import LifeboatError, Stalled
 from precache_proxy.evacuation import held_opening, nbd_frames, relay
+from precache_proxy.evacuation.finish_call import FinishCall
 from precache_proxy.evacuation.opening_ahead import OpeningsAhead
 from precache_proxy.evacuation.packing import level_for
 from precache_proxy.hypervisor.domain_xml import Definition
@@ -25,8 +26,8 @@ async def _open(departure: Departure, kind: str, header: dict[str, Any]) -> rela
     return stream
 
 
-def job_sockets(departure: Departure) -> relay.JobSockets:
-    """The sockets that libvirt and QEMU here connect to."""
+def job_sockets(departure: Departure, finish: FinishCall | None = None) -> relay.JobSockets:
+    """The sockets that libvirt and QEMU here connect to; ``finish`` hears libvirt's last call."""
     job, around, link = departure.job, departure.around, departure.link
 
     async def open_stream(socket: str) -> relay.RelayStream:
@@ -62,6 +63,7 @@ def job_sockets(departure: Departure) -> relay.JobSockets:
         level=level_for(departure.measure.channel_bytes_per_second, recent_share()),
         pace=departure.pace,
         ahead=departure.ahead,
+        finish=finish,
     )
 
 

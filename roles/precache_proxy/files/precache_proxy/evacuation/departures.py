@@ -19,6 +19,7 @@ from precache_proxy.evacuation import (
     giving_up,
     late_pause,
     late_stop,
+    release_ahead,
     restart,
     rollback,
     stopping,
@@ -300,6 +301,11 @@ class Departures:
             else:
                 await rollback.roll_back(item, self._fence, cold=False)
             return
+        if job.effective_step in {Step.MIGRATE, Step.CONFIRM} and not self._fence.is_due(item):
+            # A release that could not be recorded may be on the disk all the same: whoever finds it there
+            # would have the VM run at the destination, too.
+            await item.save()
+            await release_ahead.take_back(item)
         if job.effective_step is Step.MIGRATE:
             await departure.clear_local_leftovers(item)
         if job.settled == KEEP_AT_SOURCE and job.step is Step.ROLLBACK:
@@ -471,6 +477,7 @@ class Departures:
         job = item.job
         logger.critical("VM %s: %s", job.vm, error)
         await asyncio.to_thread(self._guard.forbid, confirm.tombstone(job))
+        await release_ahead.end(item)
         await self._domains.destroy(job.vm)
         await forget_definition(self._domains, job.vm)
         with contextlib.suppress(LifeboatError):

@@ -93,13 +93,16 @@ class Domains:
             vm, work, subject=f"VM {vm}", timeout_seconds=timeout_seconds
         )
 
-    async def presence(self, vm: str) -> Presence:
-        """What libvirt says of the VM here; UNKNOWN when libvirt does not answer."""
+    async def presence(self, vm: str, *, arrives: bool = True) -> Presence:
+        """What libvirt says of the VM here; UNKNOWN when libvirt does not answer.
+
+        ``arrives``: whether a paused one may be an arrival that is not over. Only its QEMU can tell that.
+        """
 
         def ask(domain: Any) -> Presence:
             state, reason = domain.state()
             job_type = libvirt.VIR_DOMAIN_JOB_NONE
-            if state == libvirt.VIR_DOMAIN_PAUSED:
+            if state == libvirt.VIR_DOMAIN_PAUSED and arrives:
                 with contextlib.suppress(libvirt.libvirtError):
                     job_type = domain.jobInfo()[0]
             return presence_of(state, reason, job_type)
@@ -129,8 +132,9 @@ class Domains:
             return Life(Presence.UNKNOWN)
 
     async def presence_at_source(self, vm: str) -> Presence:
-        """:meth:`presence` for the side that the VM leaves: a paused VM there is just a paused one."""
-        found = await self.presence(vm)
+        """:meth:`presence` for the side that the VM leaves: a paused VM there is just a paused one, and its
+        QEMU, which may be halted (emulator.py), is not asked."""
+        found = await self.presence(vm, arrives=False)
         return Presence.PAUSED if found in {Presence.ARRIVED, Presence.INCOMING} else found
 
     def on_lifecycle(self, vm: str, tell: Callable[[str, int], None]) -> Callable[[], None]:

@@ -162,6 +162,8 @@ async def _end(
     vm, name, epoch = str(told["vm"]), str(told["name"]), int(told["epoch"])
     if await around.domains.presence_at_source(vm) in {*_ACTIVE, Presence.UNKNOWN}:
         logger.critical("VM %s: it ran here while it runs at %s; the old copy is ended now", vm, peer)
+        # A halted one could not answer libvirt, which would wait for that.
+        await around.emulators.end(vm)
         await around.domains.destroy(vm)
     for item in open_jobs:
         await _end_job(item, sentence)

@@ -17,6 +17,7 @@ import libvirt
 from precache_proxy import durable
 from precache_proxy.errors import HypervisorError, NotFound
 from precache_proxy.evacuation.domains import Domains
+from precache_proxy.hypervisor.domain_xml import Definition
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +44,16 @@ def _snapshot_xml(overlays: Mapping[str, str], all_targets: Iterable[str]) -> st
     return "".join([*lines, "</disks></domainsnapshot>"])
 
 
-async def put_overlays(domains: Domains, vm: str, overlays: Mapping[str, str]) -> None:
+async def put_overlays(
+    domains: Domains, vm: str, overlays: Mapping[str, str], definition: Definition | None = None
+) -> None:
     """One atomic external snapshot: from now on each disk of ``overlays`` writes to its overlay.
 
     The bitmaps of known checkpoints go on in the overlays; what stood before stands still, flushed.
-    Their names are durable when this returns, and the definition that names them. Raises HypervisorError;
-    then libvirt has changed nothing.
+    Their names are durable when this returns, and the definition that names them. ``definition``: where it is
+    known already, for the names of its disks. Raises HypervisorError; then libvirt has changed nothing.
     """
-    definition = await domains.definition(vm)
+    definition = definition or await domains.definition(vm)
     targets = [disk.target for disk in definition.disks]
     xml = _snapshot_xml(overlays, targets)
     await domains.run_in_turn(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
@@ -96,10 +99,13 @@ async def forget_definition(domains: Domains, vm: str) -> None:
     await asyncio.to_thread(sync)
 
 
-async def create_checkpoint(domains: Domains, vm: str, name: str, targets: Iterable[str]) -> None:
-    """Track the VM's writes from this instant under ``name``; one that exists is no error."""
+async def create_checkpoint(
+    domains: Domains, vm: str, name: str, targets: Iterable[str], definition: Definition | None = None
+) -> None:
+    """Track the VM's writes from this instant under ``name``; one that exists is no error. ``definition``: as
+    of :func:`put_overlays`."""
     wanted = set(targets)
-    definition = await domains.definition(vm)
+    definition = definition or await domains.definition(vm)
     disks = "".join(
         f"<disk name={quoteattr(disk.target)} checkpoint='{'bitmap' if disk.target in wanted else 'no'}'/>"
         for disk in definition.disks

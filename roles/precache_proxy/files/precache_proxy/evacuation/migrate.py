@@ -97,12 +97,14 @@ async def migrate(
     plan: Plan,
     on_progress: Callable[[dict[str, Any]], None],
     on_synchronous: Callable[[], bool],
+    looking: asyncio.Lock,
 ) -> None:
     """Run the migration to its end. Raises HypervisorError: then *who runs the VM is not said*, ask both
     sides.
 
     ``on_synchronous`` is asked before a mirror in the background is told to wait with the guest's writes; on
     False it is left as it is.
+    ``looking`` is held while QEMU is asked how far it is: whoever has it keeps it from being asked.
     """
 
     def work(domain: Any) -> None:
@@ -115,7 +117,9 @@ async def migrate(
     convergence = Convergence(plan.options.downtime_limit_seconds, plan.options.downtime_limit_most_seconds)
     left_to_us = plan.options.synchronous_writes is None and not plan.synchronous_writes
     mirror = MirrorWatch(plan.round_trip_seconds) if left_to_us else None
-    watch = asyncio.create_task(_watch(domains, vm, on_progress, convergence, mirror, on_synchronous))
+    watch = asyncio.create_task(
+        _watch(domains, vm, on_progress, convergence, mirror, on_synchronous, looking)
+    )
     try:
         await domains.run(vm, work, timeout_seconds=None)
     finally:
@@ -130,20 +134,32 @@ async def _watch(
     convergence: Convergence,
     mirror: MirrorWatch | None,
     on_synchronous: Callable[[], bool],
+    looking: asyncio.Lock,
 ) -> None:
     while True:
         await asyncio.sleep(PROGRESS_SECONDS)
-        with contextlib.suppress(HypervisorError, NotFound):
-            progress = shown(await domains.run(vm, lambda domain: dict(domain.jobStats())))
-            raised = convergence.observe(progress)
-            if raised is not None:
-                logger.warning("VM %s dirties memory as fast as it is sent; may stop for %.1f s", vm, raised)
-                await allow_downtime(domains, vm, raised)
-            if mirror is not None and mirror.observe(progress) and on_synchronous():
-                await _mend_mirror(domains, vm, mirror)
-            on_progress(
-                {**progress, "downtime_limit_seconds": convergence.limit, "hopeless": convergence.hopeless}
-            )
+        async with looking:
+            with contextlib.suppress(HypervisorError, NotFound):
+                progress = await statistics(domains, vm)
+                raised = convergence.observe(progress)
+                if raised is not None:
+                    logger.warning(
+                        "VM %s dirties memory as fast as it is sent; may stop for %.1f s", vm, raised
+                    )
+                    await allow_downtime(domains, vm, raised)
+                if mirror is not None and mirror.observe(progress) and on_synchronous():
+                    await _mend_mirror(domains, vm, mirror)
+                limit, hopeless = convergence.limit, convergence.hopeless
+                on_progress({**progress, "downtime_limit_seconds": limit, "hopeless": hopeless})
+
+
+async def statistics(domains: Domains, vm: str, *, timeout_seconds: float | None = 60.0) -> dict[str, Any]:
+    """What libvirt says of the migration under way. Raises HypervisorError, NotFound."""
+
+    def work(domain: Any) -> dict[str, Any]:
+        return shown(dict(domain.jobStats()))
+
+    return await domains.run(vm, work, timeout_seconds=timeout_seconds)
 
 
 async def _mend_mirror(domains: Domains, vm: str, mirror: MirrorWatch) -> None:

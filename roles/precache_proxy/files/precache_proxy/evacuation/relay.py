@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from precache_proxy.crash_points import drops
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
+from precache_proxy.evacuation.finish_call import FinishCall
 from precache_proxy.evacuation.libvirt_frames import DOMAIN_MIGRATE_FINISH3_PARAMS
 from precache_proxy.evacuation.libvirt_replies import Replies
 from precache_proxy.evacuation.nbd_flushes import Flushes
@@ -109,9 +110,11 @@ class RelayedConnection:
         begun: Begun | None = None,
         on_piece: Callable[[bytes], None] | None = None,
         before_end: Callable[[LifeboatError], Awaitable[None]] | None = None,
+        finish: FinishCall | None = None,
     ) -> None:
         self.socket = socket
         self._before_end = before_end
+        self._finish = finish
         self._begun = begun or Begun()
         self._on_piece = on_piece or self._begun.on_piece
         self._level = level
@@ -184,6 +187,8 @@ class RelayedConnection:
         async for piece in self._pieces():
             if self._on_piece is not None:
                 self._on_piece(piece)
+            if self._finish is not None:
+                self._finish.outward(piece)
             if lost is not None and self.socket == LIBVIRT and lost.contain(piece):
                 raise ProtocolError("relay of the libvirt socket: lost its last reply, as the test asked")
             began = clock()
@@ -218,6 +223,8 @@ class RelayedConnection:
             piece = unpacker.unpack(message)
             message = None
             self._counters.received_bytes[self.socket] += len(piece)
+            if self._finish is not None:
+                await self._finish.inward(piece)
             self._writing_since = loop.time()
             if self._begun.flushes is not None:
                 self._begun.flushes.inward(piece)
@@ -281,9 +288,11 @@ class JobSockets:
         pace: Pace | None = None,
         ahead: Meet | None = None,
         before_end: Callable[[LifeboatError], Awaitable[None]] | None = None,
+        finish: FinishCall | None = None,
     ) -> None:
         self.directory = directory
         self._before_end = before_end
+        self._finish = finish
         self._ahead = ahead
         self._level = level
         self._pace = pace
@@ -325,6 +334,9 @@ class JobSockets:
                 os.chown(path, *self._owner)
 
     async def _carry(self, socket: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        finish = self._finish if socket == LIBVIRT else None
+        if finish is not None:
+            finish.carried_by(writer.get_extra_info("socket"))
         try:
             if self._ahead is None:
                 stream, begun = await self._open_stream(socket), Begun()
@@ -342,6 +354,7 @@ class JobSockets:
                 pace=self._pace,
                 begun=begun,
                 before_end=self._before_end,
+                finish=finish,
             )
             await connection.run()
         except (OSError, LifeboatError) as local_or_ours:

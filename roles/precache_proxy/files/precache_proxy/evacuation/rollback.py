@@ -10,7 +10,7 @@ import logging
 
 from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound, PeerUnreachable
-from precache_proxy.evacuation import freeze, giving_up, restart
+from precache_proxy.evacuation import freeze, giving_up, release_ahead, restart
 from precache_proxy.evacuation.arrival import RUNS_HERE
 from precache_proxy.evacuation.departure import Departure, clear_local_leftovers
 from precache_proxy.evacuation.fence import KEEP_AT_SOURCE, Fence
@@ -41,9 +41,19 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
     if job.step is not Step.ROLLBACK:
         await departure.enter(Step.ROLLBACK)
     crash_point("rollback-begun")
-    await clear_local_leftovers(departure)
+    released = job.began(Step.RELEASED) is not None
+    # Where the peer may run it, a halted VM stays so until the peer has said, durably, that it never will:
+    # whoever was told to let it go on while it was halted does so at once.
+    in_doubt = released or fence.is_due(departure)
+    if not in_doubt:
+        await release_ahead.take_back(departure)
+    halted = in_doubt and await around.emulators.is_halted(job.vm)
+    if not halted:
+        await clear_local_leftovers(departure)
     presence = await around.domains.presence_at_source(job.vm)
-    if job.restarts:
+    if halted:
+        cold = True
+    elif job.restarts:
         presence = await restart.presence_for_rollback(departure, presence)
         # Before the release the destination does not run it, heard or not; after it only its word counts.
         cold = job.began(Step.RELEASED) is not None and presence not in {Presence.RUNNING, Presence.PAUSED}
@@ -54,6 +64,10 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
         raise HypervisorError(f"VM {job.name}: libvirt here does not say whether it runs; it is asked again")
     await _clean_peer(departure, must=cold and job.settled != KEEP_AT_SOURCE)
     crash_point("rollback-peer-cleaned")
+    if halted:
+        await release_ahead.take_back(departure)
+        await clear_local_leftovers(departure)
+        presence = await around.domains.presence_at_source(job.vm)
     if presence in {Presence.SHUT_OFF, Presence.PAUSED}:
         await giving_up.refuse_when_moved(departure)
     async with departure.deciding:
@@ -61,6 +75,9 @@ async def roll_back(departure: Departure, fence: Fence, *, cold: bool) -> None:
             await _remember_fence(departure)
             await asyncio.to_thread(around.guard.allow, job.vm, job=job.id)
             presence = await _run_here(departure, presence)
+            if halted and presence is Presence.RUNNING:
+                # With the release the peer's gateway may have been told of it, and was what comes for it.
+                await around.network.stayed(job.definition, job)
     if fence.is_due(departure):
         await fence.stand_still(departure)
         raise PeerUnreachable(

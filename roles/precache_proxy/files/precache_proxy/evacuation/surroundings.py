@@ -12,6 +12,7 @@ from precache_proxy.errors import Finding, LifeboatError, NotFound
 from precache_proxy.evacuation import addresses, depth, preflight
 from precache_proxy.evacuation.arrival_network import ArrivalNetwork
 from precache_proxy.evacuation.domains import Domains
+from precache_proxy.evacuation.emulator import Emulators
 from precache_proxy.evacuation.guard import Guard, hook_findings
 from precache_proxy.evacuation.job import Journal
 from precache_proxy.evacuation.known_openings import KnownOpenings
@@ -39,6 +40,7 @@ class Surroundings:
     qemu_user: QemuUser
     stall_seconds: float
     openings: KnownOpenings = field(default_factory=KnownOpenings)
+    emulators: Emulators = field(default_factory=Emulators)
 
     @property
     def fallback_overlay_directory(self) -> Path:

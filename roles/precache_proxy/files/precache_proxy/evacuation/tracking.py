@@ -26,12 +26,12 @@ class Tracking:
         self._domains = domains
         self._records = records
 
-    async def begin(self, arrival: Arrival) -> None:
+    async def begin(self, arrival: Arrival, seen: Presence | None = None) -> None:
         """Put the top overlays on and the checkpoint in, while paused: the way back is tracked from the first
         instant.
 
         What arrived stands still below, flushed and synced. A failure costs the way back its bitmap, not the
-        VM its run. Repeating it is no error.
+        VM its run. Repeating it is no error. ``seen``: what libvirt has just said of the VM.
         """
         if arrival.checkpoint:
             return
@@ -39,12 +39,12 @@ class Tracking:
         tops = {key: disk.top for key, disk in arrival.disks.items()}
         failure = ""
         try:
-            await self._refuse_when_late(arrival, checkpoint)
+            await self._refuse_when_late(arrival, checkpoint, seen)
             definition = await self._domains.definition(arrival.vm)
             on_top = [key for key, top in tops.items() if (disk := definition.disk(key)) and disk.path == top]
             if len(on_top) < len(tops):
-                await layers.put_overlays(self._domains, arrival.vm, tops)
-            await layers.create_checkpoint(self._domains, arrival.vm, checkpoint, tops)
+                await layers.put_overlays(self._domains, arrival.vm, tops, definition)
+            await layers.create_checkpoint(self._domains, arrival.vm, checkpoint, tops, definition)
         except LifeboatError as error:
             failure = str(error)
         except OSError as error:
@@ -71,9 +71,9 @@ class Tracking:
         await self._records.save(arrival)
         crash_point("arrival-tracked")
 
-    async def _refuse_when_late(self, arrival: Arrival, checkpoint: str) -> None:
+    async def _refuse_when_late(self, arrival: Arrival, checkpoint: str, seen: Presence | None) -> None:
         """Raise where the VM has run untracked: between overlay and checkpoint its writes would be lost."""
-        if await self._domains.presence(arrival.vm) is not Presence.RUNNING:
+        if (seen or await self._domains.presence(arrival.vm)) is not Presence.RUNNING:
             return
         if not await layers.has_checkpoint(self._domains, arrival.vm, checkpoint):
             raise Conflict(f"VM {arrival.name}: it ran before its writes were counted from {checkpoint}")

@@ -15,6 +15,7 @@ from precache_proxy.evacuation.nbd_flushes import Flushes, MirrorFlushes
 
 REQUEST = struct.Struct(">IHHQQQ")
 READ, WRITE, DISCONNECT, FLUSH, TRIM, ZEROES, BLOCK_STATUS = 0, 1, 2, 3, 4, 6, 7
+OWN = 1 << 63
 CHANGES = {WRITE, TRIM, ZEROES}
 PAYLOAD = 1 << 5
 
@@ -62,9 +63,16 @@ class Side:
             _, flags, kind, cookie, _, length = REQUEST.unpack_from(self.to_server)
             end = REQUEST.size + (length if flags & PAYLOAD else 0)
             assert len(self.to_server) >= end, "whole packets reach the server"
+            if cookie == OWN:
+                self.kinds[OWN] = kind
+                self.promised[OWN] = {done for done in self.answered if self.kinds[done] in CHANGES}
             assert kind == self.kinds[cookie]
             self.to_server = self.to_server[end:]
             self.waiting.append(cookie)
+
+    def flush_ahead(self) -> None:
+        self.to_server += self.flushes.flush()
+        self.serve()
 
     def answer(self, which: int, cuts: random.Random, *, error: bool) -> None:
         if not self.waiting:
@@ -78,8 +86,10 @@ class Side:
         if kind == READ:
             said = reply(cookie, content=b"data" * 20, done=False)
         said += reply(cookie, error=error)
-        for piece in cut(said, cuts):
-            self.flushes.inward(piece)
+        heard = b"".join(self.flushes.inward(piece) for piece in cut(said, cuts))
+        assert heard == (b"" if cookie == OWN else said), "the client hears what it has asked, and only that"
+        if cookie == OWN:
+            return
         if not error:
             self.hear([cookie])
         else:
@@ -108,6 +118,7 @@ STEP = st.one_of(
     st.tuples(st.just("answer"), st.integers(0, 5)),
     st.tuples(st.just("answer"), st.integers(0, 5)),
     st.tuples(st.just("refuse"), st.integers(0, 5)),
+    st.tuples(st.just("flush ahead"), st.just(0)),
 )
 
 
@@ -117,6 +128,8 @@ def test_every_flush_that_is_answered_keeps_what_it_promises(steps: list[tuple[s
     for cookie, (what, which) in enumerate(steps):
         if what == "ask":
             side.ask(which, cookie, bytes(which * 40), cuts)
+        elif what == "flush ahead":
+            side.flush_ahead()
         else:
             side.answer(which, cuts, error=what == "refuse")
 
@@ -136,6 +149,62 @@ def test_a_mirrors_end_costs_one_round_trip_instead_of_three() -> None:
     disconnect = request(DISCONNECT, 3)
     assert flushes.outward(disconnect) == (disconnect, b"")
     assert flushes.answered == 3
+
+
+def test_what_was_flushed_ahead_costs_the_mirrors_end_no_round_trip() -> None:
+    flushes = Flushes()
+    assert flushes.flush() == b"", "nothing was written"
+    flushes.outward(request(WRITE, 1, bytes(64)))
+    assert flushes.flush() == b"", "what is under way cannot be flushed"
+    flushes.inward(reply(1))
+    assert flushes.flush() == REQUEST.pack(0x21E41C71, 0, FLUSH, OWN, 0, 0)
+    assert flushes.flush() == b"", "one at a time"
+    assert flushes.inward(reply(OWN)) == b"", "the client has not asked"
+    for cookie in (2, 3, 4):
+        assert flushes.outward(request(FLUSH, cookie)) == (b"", reply(cookie))
+
+
+@pytest.mark.parametrize("trouble", ["refused", "written since", "on its way", "second connection"])
+def test_a_flush_ahead_that_promises_nothing_spares_none(trouble: str) -> None:
+    flushes = Flushes()
+    flushes.outward(request(WRITE, 1, bytes(64)))
+    flushes.inward(reply(1))
+    assert flushes.flush()
+    if trouble == "written since":
+        flushes.outward(request(WRITE, 2, bytes(64)))
+        flushes.inward(reply(2))
+    if trouble == "second connection":
+        flushes.answer_none()
+    if trouble != "on its way":
+        refused = trouble == "refused"
+        answer = reply(OWN, error=refused, content=b"why it was" if refused else b"")
+        assert flushes.inward(answer + reply(9)) == reply(9), "an explanation is not for the client either"
+    assert flushes.outward(request(FLUSH, 3)) == (request(FLUSH, 3), b"")
+    if trouble == "refused":
+        flushes.inward(reply(3))
+        flushes.outward(request(WRITE, 4, bytes(64)))
+        flushes.inward(reply(4))
+        assert flushes.flush() == b"", "one that refuses is not asked again"
+
+
+def test_no_flush_goes_into_the_middle_of_what_is_said() -> None:
+    flushes = Flushes()
+    flushes.outward(request(WRITE, 1, bytes(64)))
+    flushes.inward(reply(1))
+    begun = request(READ, 2)[:9]
+    flushes.outward(begun)
+    assert flushes.flush() == b"", "within a header"
+    flushes.outward(request(READ, 2)[9:])
+    flushes.inward(reply(2, content=b"data")[:-2])
+    assert flushes.flush() == b""
+    flushes.inward(reply(2, content=b"data")[-2:])
+    assert flushes.flush()
+
+
+def test_what_a_server_left_in_the_middle_of_a_reply_is_not_kept() -> None:
+    flushes = Flushes()
+    assert flushes.inward(reply(1)[:9]) == b""
+    assert flushes.inward(b"") == reply(1)[:9]
 
 
 @pytest.mark.parametrize("trouble", ["refused", "write under way", "write after", "reply cut", "answer owed"])

@@ -6,6 +6,9 @@ stands still; over a WAN each costs a round trip. A flush promises that writes t
 are on disk. So one that follows another, with no write between them and nothing under way, promises nothing
 new: the answer to that other one is its answer, too.
 
+What the guest has written since the last flush would cost the first of the three its round trip. So a flush
+of ours goes out while the guest still runs, once all that was written is answered; its answer is kept here.
+
 Source: NetworkBlockDevice/nbd, doc/proto.md (extended headers, NBD_CMD_FLUSH); QEMU, block/nbd.c
 (nbd_client_co_flush) and block/mirror.c.
 """
@@ -26,6 +29,8 @@ _BLOCK_STATUS: Final = 7
 _CHANGES_NOTHING: Final = frozenset({_READ, _FLUSH, _BLOCK_STATUS})
 _HAS_PAYLOAD: Final = 1 << 5
 _DONE: Final = 1
+# Of our own flushes. QEMU counts its cookies from 1 up to the 16 requests that it has under way.
+_OWN_COOKIE: Final = 1 << 63
 _NOTHING: Final = 0
 
 
@@ -75,10 +80,36 @@ class Flushes:
         # the flush under way that will have flushed all that was written, and whether it was refused
         self._flush: int | None = None
         self._refused = False
+        # a flush of ours is under way; one was refused, so that no other is tried
+        self._own = False
+        self._own_refused = False
+        # the payload that comes is of the answer to ours
+        self._dropping = False
 
     def answer_none(self) -> None:
         """From now on all passes as it is: another connection may write what this one's flushes promise."""
         self._requests.lost = True
+
+    @property
+    def wants_flush(self) -> bool:
+        """Whether a flush of our own, sent now, would spare the client one: something was written, all of it
+        is answered, and nothing is under way in either direction."""
+        return (
+            self._written
+            and not self._lost
+            and not self._open
+            and not self._own_refused
+            and self._requests.between
+            and self._replies.between
+        )
+
+    def flush(self) -> bytes:
+        """A flush of our own, to be sent before what the client says next; nothing where none is wanted."""
+        if not self.wants_flush:
+            return b""
+        self._own = True
+        self._goes_out(_FLUSH, _OWN_COOKIE)
+        return _HEADER.pack(_REQUEST_MAGIC, 0, _FLUSH, _OWN_COOKIE, 0, 0)
 
     @property
     def _lost(self) -> bool:
@@ -109,18 +140,28 @@ class Flushes:
             data = after
         return bytes(onward) + data, bytes(told)
 
-    def inward(self, piece: bytes) -> None:
-        """Take note of what the server says; it goes to the client as it is."""
+    def inward(self, piece: bytes) -> bytes:
+        """What of the server's piece (empty: its end) goes to the client: all but the answer to ours."""
         data, self._replies.rest = self._replies.rest + piece, b""
-        while not self._lost:
-            _payload, fields, after = self._replies.next(data)
+        onward = bytearray()
+        # Also where the client's side is understood no more: it has not asked what is answered to us.
+        while not self._replies.lost and piece:
+            payload, fields, after = self._replies.next(data)
+            if not self._dropping:
+                onward += payload
             if fields is None:
-                self._replies.rest = after
-                return
+                data = after
+                if not self._replies.lost:
+                    data, self._replies.rest = b"", after
+                break
             _magic, flags, kind, cookie, _offset, length = fields
             self._replies.payload_bytes = length
+            self._dropping = self._own and cookie == _OWN_COOKIE
+            if not self._dropping:
+                onward += _HEADER.pack(*fields)
             self._comes_in(cookie, good=kind == _NOTHING, done=bool(flags & _DONE))
             data = after
+        return bytes(onward) + data
 
     def _says_nothing_new(self, kind: int, flags: int) -> bool:
         return kind == _FLUSH and not flags and not self._written and not self._open and self._replies.between
@@ -135,6 +176,9 @@ class Flushes:
     def _comes_in(self, cookie: int, *, good: bool, done: bool) -> None:
         if cookie == self._flush:
             self._refused |= not good
+        if cookie == _OWN_COOKIE:
+            self._own_refused |= not good
+            self._own = self._own and not done
         if not done:
             return
         self._open.discard(cookie)

@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 from precache_proxy.crash_points import drops
 from precache_proxy.errors import LifeboatError, ProtocolError, Stalled
 from precache_proxy.evacuation.finish_call import FinishCall
+from precache_proxy.evacuation.flush_ahead import FlushAhead
 from precache_proxy.evacuation.libvirt_frames import DOMAIN_MIGRATE_FINISH3_PARAMS
 from precache_proxy.evacuation.libvirt_replies import Replies
 from precache_proxy.evacuation.nbd_flushes import Flushes
@@ -128,6 +129,7 @@ class RelayedConnection:
         self._writing_since: float | None = None
         # The local side was told that the other one has ended.
         self._told_end = False
+        self._flush_ahead = FlushAhead(self._begun.flushes) if self._begun.flushes is not None else None
 
     async def run(self) -> None:
         """Carry both directions until both have ended. Raises Stalled, or the stream's reset."""
@@ -161,6 +163,8 @@ class RelayedConnection:
             for task in (*tasks, watch):
                 task.cancel()
             await asyncio.gather(*tasks, watch, return_exceptions=True)
+            if self._flush_ahead is not None:
+                self._flush_ahead.close()
             self.abort()
 
     def abort(self) -> None:
@@ -203,12 +207,21 @@ class RelayedConnection:
         await self._stream.close()
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        piece, ended = self._begun.piece, False
+        piece, ended, flushes = self._begun.piece, False, self._begun.flushes
         while not ended:
-            piece = piece or await self._reader.read(PIECE_BYTES)
+            if not piece and self._flush_ahead is not None:
+                reading = asyncio.create_task(self._reader.read(PIECE_BYTES))
+                try:
+                    while ours := await self._flush_ahead.before(reading):
+                        yield ours
+                    piece = reading.result()
+                finally:
+                    reading.cancel()
+            elif not piece:
+                piece = await self._reader.read(PIECE_BYTES)
             ended = not piece
-            if self._begun.flushes is not None:
-                piece, told = self._begun.flushes.outward(piece)
+            if flushes is not None:
+                piece, told = flushes.outward(piece)
                 # Who has heard the server's end has nothing to be told any more.
                 if told and not self._told_end:
                     self._writer.write(told)
@@ -227,10 +240,14 @@ class RelayedConnection:
                 await self._finish.inward(piece)
             self._writing_since = loop.time()
             if self._begun.flushes is not None:
-                self._begun.flushes.inward(piece)
+                piece = self._begun.flushes.inward(piece)
+            if self._flush_ahead is not None:
+                self._flush_ahead.heard()
             self._writer.write(piece)
             await self._writer.drain()
             self._writing_since = None
+        if self._begun.flushes is not None:
+            self._writer.write(self._begun.flushes.inward(b""))
         self._told_end = True
         if self._writer.can_write_eof():
             self._writer.write_eof()

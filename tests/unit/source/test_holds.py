@@ -97,6 +97,28 @@ async def test_a_first_copy_that_a_hold_cut_asks_the_peer_where_it_stands(
     await protection.stop()
 
 
+async def test_one_that_is_held_from_the_start_begins_nothing_until_it_is_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its QEMU may be halted: a pass would wait for it, and the hold for the pass."""
+    protection, link = a_protection(tmp_path)
+    protection.replication.standing.needs_reconcile = False
+    copying = asyncio.Event()
+
+    async def copy_for_ever() -> None:
+        copying.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(protection.replication, "seed", copy_for_ever)
+    protection.start({"evacuation-1"})
+    await asyncio.sleep(0.2)
+    assert (protection.state, copying.is_set(), link.asked.is_set()) == ("held", False, False)
+    await asyncio.wait_for(protection.hold("evacuation-1"), 1)
+    protection.release("evacuation-1")
+    await asyncio.wait_for(copying.wait(), 5)
+    await protection.stop()
+
+
 def test_where_the_peer_has_no_room_it_is_asked_again_how_it_stands(tmp_path: Path) -> None:
     protection, _link = a_protection(tmp_path)
     protection.replication.standing.needs_reconcile = False

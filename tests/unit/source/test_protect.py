@@ -86,7 +86,7 @@ async def sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     settings = SourceSettings("home1", ("backup1",), scratch_directory=tmp_path / "scratch", qemu_user="root")
     channel = cast(Channel, SimpleNamespace(links={"backup1": link}))
     source = Source(tmp_path / "source", tmp_path / "run", hypervisor, channel, settings)
-    monkeypatch.setattr("precache_proxy.source.protection.Protection.start", lambda _self: None)
+    monkeypatch.setattr("precache_proxy.source.protection.Protection.start", lambda *_unused: None)
     await source.start()
     yield Sides(source, store, link)
     await source.stop()

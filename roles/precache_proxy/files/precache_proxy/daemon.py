@@ -207,6 +207,7 @@ class Daemon:
             # Recovery is over before a peer may offer the next generation.
             ("store", parts.store.start, parts.store.stop),
             ("channel", parts.channel.start, parts.channel.stop),
+            ("moves under way", parts.evacuation.hold_from_start, _nothing),
             ("source", parts.source.start, parts.source.stop),
             ("evacuation", parts.evacuation.start, parts.evacuation.stop),
             ("control", control.start, control.stop),
@@ -260,6 +261,10 @@ def apply_reload(parts: Parts, fresh: Config) -> None:
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def _nothing() -> None:
+    """There is nothing to stop."""
 
 
 async def _stop_part(name: str, stop: Callable[[], Awaitable[None]]) -> None:

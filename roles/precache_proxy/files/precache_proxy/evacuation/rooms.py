@@ -76,6 +76,9 @@ class SourceRoom(Protocol):
     def libvirt_stands_still(self) -> bool:
         """Whether the end of a pass's backup job is overdue: another one begun now would wait for it."""
 
+    def hold_from_start(self, vm: str, holder: str) -> None:
+        """The same for passes that would begin as soon as the room is started; called before that."""
+
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held."""
 

@@ -131,6 +131,13 @@ class Evacuation:
 
         return answer
 
+    async def hold_from_start(self) -> None:
+        """Before the source's room is started: a pass of a VM whose QEMU is halted would wait for it, and who
+        holds the VM for that pass."""
+        for job in await asyncio.to_thread(self._around.journal.load):
+            if not job.ended:
+                self._around.source.hold_from_start(job.vm, job.id)
+
     async def start(self) -> None:
         """Read the records and take every open job and arrival up again; the rest goes on in the
         background."""

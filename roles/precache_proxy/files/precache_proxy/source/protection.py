@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from precache_proxy.errors import (
@@ -73,8 +73,9 @@ class Protection:
 
     # -- life --------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begin to work."""
+    def start(self, holders: Iterable[str] = ()) -> None:
+        """Begin to work, once none of the holders holds it."""
+        self._holders.update(holders)
         if self._task is None:
             self._set_at_rest()
             self._task = asyncio.create_task(self._run(), name=f"protection-{self.record.name}")

@@ -66,6 +66,8 @@ class Source:
         self._hypervisor = hypervisor
         self._channel = channel
         self._protections: dict[str, Protection] = {}
+        # who holds which VM before its record is read
+        self._held_from_start: dict[str, set[str]] = {}
         # VMs whose records cannot be read: shown, never worked on
         self._damaged: dict[str, Protection] = {}
         self._environment: Environment | None = None
@@ -133,7 +135,7 @@ class Source:
     def _add(self, record: ProtectionRecord) -> Protection:
         protection = Protection(record, self._here)
         self._protections[record.uuid] = protection
-        protection.start()
+        protection.start(self._held_from_start.pop(record.uuid, ()))
         return protection
 
     @property
@@ -336,6 +338,10 @@ class Source:
     def libvirt_stands_still(self) -> bool:
         """Whether the end of a pass's backup job is overdue: another one begun now would wait for it."""
         return self._here.backups.event_worker.stands_still
+
+    def hold_from_start(self, vm: str, holder: str) -> None:
+        """Called before :meth:`start`: not even a first periodic pass of the VM while held."""
+        self._held_from_start.setdefault(vm, set()).add(holder)
 
     async def hold(self, vm: str, holder: str) -> None:
         """No periodic passes while held; returns when none is under way."""

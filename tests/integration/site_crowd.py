@@ -227,6 +227,11 @@ class Crowd:
         except LabError:
             return False
 
+    def knows_its_line(self, host: str, round_trip_seconds: float) -> bool:
+        """The proxy of a host has forgotten the shorter path of before: what a queue is it judges by that."""
+        links = self.proxy(host).get("/links")["links"]
+        return all((link["least_round_trip_seconds"] or 0.0) >= round_trip_seconds for link in links)
+
     def intact_at(self, site: str) -> None:
         """Every VM runs once, at that site, with its memory as it was, and no two copies ever ran."""
         for name, guest in self.guests.items():

@@ -107,6 +107,22 @@ async def test_a_peer_that_takes_it_is_asked_and_changes_nothing(sides: Sides) -
     assert (await sides.source.protect(Protect("web1", "backup1")))["peer"] == "backup1"
 
 
+async def test_a_hold_from_the_start_is_none_on_what_is_protected_later(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The move that held it may have ended by then: nobody would release it."""
+    started_with: list[set[str]] = []
+    monkeypatch.setattr(
+        "precache_proxy.source.protection.Protection.start",
+        lambda _self, holders=(): started_with.append(set(holders)),
+    )
+    await sides.source.stop()
+    sides.source.hold_from_start(VM, "evacuation-1")
+    await sides.source.start()
+    await sides.source.protect(Protect("web1", "backup1"))
+    assert started_with == [set()]
+
+
 async def test_what_the_peer_has_against_it_is_told_before_anything_is_changed(sides: Sides) -> None:
     await prepare(sides, "stranger", epoch=0)
     with pytest.raises(Conflict, match="it belongs to stranger, not to home1") as refused:

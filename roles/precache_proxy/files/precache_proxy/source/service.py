@@ -116,6 +116,8 @@ class Source:
                 continue
             if record is not None:
                 self._add(record)
+        # A VM without a record here may be protected later, when the move is long over.
+        self._held_from_start.clear()
         self._unsubscribe = self._hypervisor.subscribe(self._on_event)
         self._spawn(autostart.start_after_boot(self._environment, self.records()))
 

@@ -19,7 +19,7 @@ class FlushAhead:
 
     def __init__(self, flushes: Flushes) -> None:
         self._flushes = flushes
-        self._due = asyncio.Event()
+        self._due: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._timer: asyncio.TimerHandle | None = None
         self._last = float("-inf")
 
@@ -33,18 +33,15 @@ class FlushAhead:
     def _time_is_up(self) -> None:
         self._timer = None
         self._last = asyncio.get_running_loop().time()
-        self._due.set()
+        if not self._due.done():
+            self._due.set_result(None)
 
     async def before(self, reading: asyncio.Task[Any]) -> bytes:
         """A flush that goes out before the client's next piece is read; nothing once that is there."""
         while not reading.done():
-            due = asyncio.create_task(self._due.wait())
-            try:
-                await asyncio.wait({reading, due}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                due.cancel()
-            if self._due.is_set():
-                self._due.clear()
+            await asyncio.wait({reading, self._due}, return_when=asyncio.FIRST_COMPLETED)
+            if self._due.done():
+                self._due = asyncio.get_running_loop().create_future()
                 if not reading.done() and (flush := self._flushes.flush()):
                     return flush
         return b""

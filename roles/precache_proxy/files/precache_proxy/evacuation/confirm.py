@@ -54,7 +54,7 @@ async def confirm(departure: Departure) -> None:
         job.warn("It was cancelled when its memory was there already, and was not taken back.")
     crash_point("departure-before-tombstone")
     halted = unended is not None and await unended.halt()
-    if unended is not None and halted:
+    if halted:
         crash_point("departure-halted")
     await asyncio.to_thread(around.guard.forbid, tombstone(job))
     crash_point("departure-tombstoned")

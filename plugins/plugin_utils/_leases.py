@@ -227,9 +227,7 @@ class Leases:
     def _come_after(self, names: t.Sequence[str]) -> None:
         """Be the later one of all who have these hosts now, whatever their controllers' clocks say."""
         # To give back what one has not changes nothing, and tells who has it.
-        asked = [self._pool.submit(self._ask, name, 0.0, take_over=False) for name in names]
-        wait(asked, _PATIENCE_SECONDS)
-        told = [answer.result() for answer in asked if answer.done() and answer.exception() is None]
+        told = self._answers(names, 0.0, take_over=False).values()
         self._identifier = _later_than((str(holder["id"]) for holder in told if holder), self._clock())
 
     def _try(self, names: t.Sequence[str], *, take_over: bool) -> dict[str, Holder]:
@@ -253,19 +251,21 @@ class Leases:
         return refused
 
     def _ask_all(self, names: t.Sequence[str], *, take_over: bool) -> dict[str, Holder]:
-        asked = {
-            name: self._pool.submit(self._ask, name, self.seconds, take_over=take_over) for name in names
-        }
+        told = self._answers(names, self.seconds, take_over=take_over)
+        self._mute.update(name for name in names if name not in told)
+        return {name: holder for name, holder in told.items() if holder is not None}
+
+    def _answers(
+        self, names: t.Sequence[str], seconds: float, *, take_over: bool
+    ) -> dict[str, Holder | None]:
+        """What :meth:`_ask` has of each host that answers in time."""
+        asked = {name: self._pool.submit(self._ask, name, seconds, take_over=take_over) for name in names}
         wait(asked.values(), _PATIENCE_SECONDS)
-        told = {}
-        for name, answer in asked.items():
-            if not answer.done() or answer.exception() is not None:
-                self._mute.add(name)
-                continue
-            holder = answer.result()
-            if holder is not None:
-                told[name] = holder
-        return told
+        return {
+            name: answer.result()
+            for name, answer in asked.items()
+            if answer.done() and answer.exception() is None
+        }
 
     def _ask(self, host: str, seconds: float, *, take_over: bool) -> Holder | None:
         """None: it is ours, or the host keeps none; else who has it. Raises ProxyError."""

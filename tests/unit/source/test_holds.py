@@ -57,18 +57,24 @@ def a_protection(tmp_path: Path, **record: Any) -> tuple[Protection, Link]:
     return Protection(made, cast(Any, environment)), link
 
 
+def never_ends(monkeypatch: pytest.MonkeyPatch, protection: Protection, work: str) -> asyncio.Event:
+    """Have a piece of the replication's work go on until it is cancelled; set once it has begun."""
+    begun = asyncio.Event()
+
+    async def for_ever(**_unused: object) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(protection.replication, work, for_ever)
+    return begun
+
+
 async def test_a_hold_ends_a_comparison_that_somebody_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
     protection.replication.standing.needs_reconcile = False
-    comparing = asyncio.Event()
-
-    async def compare_for_ever(**_unused: object) -> None:
-        comparing.set()
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr(protection.replication, "run_pass", compare_for_ever)
+    comparing = never_ends(monkeypatch, protection, "run_pass")
     verify = asyncio.create_task(protection.run_pass(reason="verify", compare_all=True))
     await asyncio.wait_for(comparing.wait(), 5)
     await asyncio.wait_for(protection.hold("evacuation-1"), 5)
@@ -83,13 +89,7 @@ async def test_a_first_copy_that_a_hold_cut_asks_the_peer_where_it_stands(
     """What the peer did for it may not have been heard."""
     protection, _link = a_protection(tmp_path)
     protection.replication.standing.needs_reconcile = False
-    copying = asyncio.Event()
-
-    async def copy_for_ever() -> None:
-        copying.set()
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr(protection.replication, "seed", copy_for_ever)
+    copying = never_ends(monkeypatch, protection, "seed")
     protection.start()
     await asyncio.wait_for(copying.wait(), 5)
     await asyncio.wait_for(protection.hold("evacuation-1"), 5)
@@ -103,13 +103,7 @@ async def test_one_that_is_held_from_the_start_begins_nothing_until_it_is_releas
     """Its QEMU may be halted: a pass would wait for it, and the hold for the pass."""
     protection, link = a_protection(tmp_path)
     protection.replication.standing.needs_reconcile = False
-    copying = asyncio.Event()
-
-    async def copy_for_ever() -> None:
-        copying.set()
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr(protection.replication, "seed", copy_for_ever)
+    copying = never_ends(monkeypatch, protection, "seed")
     protection.start({"evacuation-1"})
     await asyncio.sleep(0.2)
     assert (protection.state, copying.is_set(), link.asked.is_set()) == ("held", False, False)

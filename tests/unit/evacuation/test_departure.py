@@ -21,6 +21,7 @@ from precache_proxy.errors import (
     Cancelled,
     Conflict,
     Finding,
+    GuestBoots,
     HypervisorError,
     InvalidInput,
     NoSpace,
@@ -280,6 +281,20 @@ async def test_no_pass_is_begun_whose_end_libvirt_would_not_see(tmp_path: Path) 
     await asyncio.wait_for(departure_module.catch_up(item), 5)
     assert not source.sending.is_set()
     assert source.holders == {item.job.id}, "nobody else's pass is begun either"
+
+
+async def test_a_guest_that_boots_is_evacuated_without_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Passing()
+
+    async def refuse(_vm: str, **_unused: Any) -> Any:
+        raise GuestBoots("VM web1: its guest boots and opens its ports")
+
+    monkeypatch.setattr(source, "run_pass", refuse)
+    item = a_departure(around(tmp_path, Domains(None), source), Step.PREFLIGHT)
+    await departure_module.catch_up(item)
+    assert source.holders == {item.job.id}
 
 
 async def test_a_bandwidth_holds_for_passes_and_is_changed_under_way(tmp_path: Path) -> None:

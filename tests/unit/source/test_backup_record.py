@@ -11,7 +11,7 @@ from typing import Any, cast
 import libvirt
 import pytest
 
-from precache_proxy.errors import HypervisorError
+from precache_proxy.errors import GuestBoots, HypervisorError
 from precache_proxy.hypervisor.qemu_user import QemuUser
 from precache_proxy.source import backups as backups_module
 from precache_proxy.source.backups import Backups
@@ -28,6 +28,8 @@ class Tracker:
     def __init__(self) -> None:
         self.answers = True
         self.job = ""
+        self.number = 1
+        self.port = "connected"
 
     async def on_domain(self, _vm: VmReference, function: Callable[[Any], Any]) -> Any:
         if not self.answers:
@@ -47,6 +49,16 @@ class Tracker:
     def backupBegin(self, xml: str, _checkpoint: object, _flags: int) -> None:  # noqa: N802
         self.job = xml
 
+    def ID(self) -> int:  # noqa: N802
+        return self.number
+
+    def state(self) -> list[int]:
+        return [libvirt.VIR_DOMAIN_RUNNING, 0]
+
+    def XMLDesc(self, _flags: int) -> str:  # noqa: N802
+        channel = f"<channel><target type='virtio' state='{self.port}'/></channel>"
+        return f"<domain><devices>{channel}</devices></domain>"
+
     def abortJob(self) -> None:  # noqa: N802
         self.job = ""
 
@@ -59,7 +71,9 @@ def tracker() -> Tracker:
 @pytest.fixture
 def backups(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backups:
     monkeypatch.setattr(
-        backups_module, "make_qemu_directory", lambda directory, _user: directory.mkdir(parents=True)
+        backups_module,
+        "make_qemu_directory",
+        lambda directory, _user: directory.mkdir(parents=True, exist_ok=True),
     )
     (tmp_path / "passes").mkdir()
     pool = ScratchPool(tmp_path / "scratch", pass_limit_bytes=1 << 20, open_pass_limit=1)
@@ -78,6 +92,35 @@ async def test_the_record_goes_only_when_the_job_was_seen_to_end(
         tracker.answers = answers
     assert path.exists() is record_stays
     assert bool(tracker.job) is record_stays
+
+
+async def test_none_is_begun_on_a_guest_that_was_started_since_the_last_and_opens_its_ports(
+    tracker: Tracker, backups: Backups, tmp_path: Path
+) -> None:
+    """The pass had asked while the VM was off, and no event has told of the start."""
+
+    async def begin() -> str:
+        async with backups.open(
+            VM,
+            disks=["vda"],
+            absent=[],
+            incremental={},
+            checkpoint="c",
+            limit_seconds=10,
+            totals=PassTotals(),
+        ):
+            return tracker.job
+
+    assert await begin()
+    tracker.number, tracker.port = 2, "disconnected"
+    with pytest.raises(
+        GuestBoots, match="web1: its guest boots and opens its ports; ask again in at most 30 s"
+    ):
+        await begin()
+    assert (tracker.job, list((tmp_path / "passes").iterdir())) == ("", [])
+    assert await backups.wait_seconds(VM) > 0, "the next pass does not come so far"
+    tracker.port = "connected"
+    assert await begin()
 
 
 async def test_the_record_of_a_job_that_may_still_begin_stays(

@@ -152,6 +152,10 @@ class VmStateChanged(Conflict):
     cause = "state-changed"
 
 
+class GuestBoots(VmStateChanged):
+    """The guest has just booted and opens its ports: no backup of it may begin (see ``event_worker``)."""
+
+
 class TrackingLost(LifeboatError):
     """The dirty bitmap that the next pass needs is gone or inconsistent."""
 

@@ -16,6 +16,7 @@ from precache_proxy.crash_points import crash_point
 from precache_proxy.errors import (
     Cancelled,
     Conflict,
+    GuestBoots,
     InvalidInput,
     LifeboatError,
     NoSpace,
@@ -245,7 +246,11 @@ async def catch_up(departure: Departure, *, leave_bytes: int = 0) -> None:
     before: int | None = None
     for _unused in range(job.options.catch_up_passes_limit):
         departure.check_cancelled()
-        result = await around.source.run_pass(job.vm, reason="evacuation", leave_bytes=leave_bytes)
+        try:
+            result = await around.source.run_pass(job.vm, reason="evacuation", leave_bytes=leave_bytes)
+        except GuestBoots as error:
+            logger.warning("evacuation %s: no pass: %s", job.id, error)
+            return
         sent_bytes = int(result.data_bytes)
         if sent_bytes <= CATCH_UP_ENOUGH_BYTES or (
             before is not None and sent_bytes > before * CATCH_UP_SHRINK

@@ -15,8 +15,9 @@ import libvirt
 from lxml import etree
 
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound
+from precache_proxy.errors import Conflict, GuestBoots, HypervisorError, LifeboatError, NotFound
 from precache_proxy.hypervisor.connection import libvirt_code
+from precache_proxy.hypervisor.handles import DomainHandle
 from precache_proxy.hypervisor.qemu_user import QemuUser, make_qemu_directory
 from precache_proxy.source.event_worker import EventWorker
 from precache_proxy.source.scratch import GRACE_SECONDS, Lease, PassRecord, ScratchPool
@@ -149,7 +150,7 @@ class Backups:
 
         ``incremental`` names the checkpoint per disk since which changes are exposed; disks that it does not
         name can only be read whole. ``checkpoint`` is created at the same instant; when this raises, none is
-        left. Raises TrackingLost, NoSpace, Conflict (somebody else's job), HypervisorError.
+        left. Raises TrackingLost, NoSpace, Conflict (somebody else's job), GuestBoots, HypervisorError.
         """
         async with self._scratch.lease(vm.uuid, limit_seconds=limit_seconds) as lease:
             await asyncio.to_thread(make_qemu_directory, self._sockets, self._user)
@@ -204,9 +205,12 @@ class Backups:
             logger.warning("%s: ended a backup job of ours that was left open", vm)
         socket.unlink(missing_ok=True)
         new = None if checkpoint is None else checkpoint_xml(checkpoint, disks, absent)
-        begun = asyncio.ensure_future(
-            self._tracker.on_domain(vm, lambda domain: domain.backupBegin(xml, new, 0))
-        )
+
+        def begin(domain: DomainHandle) -> None:
+            self.event_worker.check(vm, domain)
+            domain.backupBegin(xml, new, 0)
+
+        begun = asyncio.ensure_future(self._tracker.on_domain(vm, begin))
         try:
             await asyncio.shield(begun)
         except asyncio.CancelledError:
@@ -216,6 +220,8 @@ class Backups:
             if checkpoint is not None:
                 await self._tracker.delete_checkpoint(vm, checkpoint)
             raise
+        except GuestBoots:
+            raise  # nothing was begun
         except LifeboatError as error:
             await self._end_quietly(vm)
             if checkpoint is not None:

@@ -10,7 +10,8 @@ qemu-event ..., current job is (none, none, backup)"), in a move 22 s after othe
 more.
 
 So nothing is begun on a VM that has just booted until its ports are open, and nothing on any VM while the
-worker is seen to stand still.
+worker is seen to stand still. A pass asks before it queues and again where its backup begins: the VM may have
+been started in between, and libvirt's word of that may still be on its way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Final
 
 import libvirt
 from lxml import etree
+
+from precache_proxy.errors import GuestBoots
 
 if TYPE_CHECKING:
     from precache_proxy.hypervisor.handles import DomainHandle
@@ -40,6 +43,8 @@ class EventWorker:
 
     def __init__(self) -> None:
         self._booted_at: dict[str, float] = {}
+        # libvirt's number of each VM when its last backup began; a start makes a new one
+        self._numbers: dict[str, int] = {}
         self._overdue = 0
 
     def booted(self, uuid: str) -> None:
@@ -74,13 +79,24 @@ class EventWorker:
         """In how many seconds to ask again whether a backup may begin; 0: it may. Raises HypervisorError."""
         if self.stands_still:
             return _LOOK_AGAIN_SECONDS
-        booted_at = self._booted_at.get(vm.uuid)
-        if booted_at is None:
-            return 0.0
-        left = booted_at + BOOT_SECONDS - time.monotonic()
+        left = self._boot_seconds_left(vm)
         if left > 0 and await tracker.on_domain(vm, _opens_ports):
             return min(left, _LOOK_AGAIN_SECONDS)
         return 0.0
+
+    def check(self, vm: VmReference, domain: DomainHandle) -> None:
+        """Where a backup is about to begin (blocking). Raises GuestBoots: then it must not."""
+        number = domain.ID()
+        if self._numbers.setdefault(vm.uuid, number) != number:
+            self._numbers[vm.uuid] = number
+            self.booted(vm.uuid)
+        left = self._boot_seconds_left(vm)
+        if left > 0 and _opens_ports(domain):
+            raise GuestBoots(f"{vm}: its guest boots and opens its ports; ask again in at most {left:.0f} s")
+
+    def _boot_seconds_left(self, vm: VmReference) -> float:
+        booted_at = self._booted_at.get(vm.uuid)
+        return 0.0 if booted_at is None else booted_at + BOOT_SECONDS - time.monotonic()
 
 
 def _opens_ports(domain: DomainHandle) -> bool:

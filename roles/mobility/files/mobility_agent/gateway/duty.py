@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -20,21 +19,17 @@ from mobility_agent.datapath.path import DataPath
 from mobility_agent.durable import Journal
 from mobility_agent.errors import MobilityError, NotFound
 from mobility_agent.gateway.anchors import AnchorWatch
+from mobility_agent.gateway.answers import Answers
 from mobility_agent.gateway.arrivals import INSTEAD_OF_IPV4, IS_IPV4, Arrivals
 from mobility_agent.gateway.attachments import AWAY, HERE, Attachment, Attachments
 from mobility_agent.gateway.doubts import Doubts
-from mobility_agent.gateway.holds import UNTOLD_SECONDS, Device, Holds
+from mobility_agent.gateway.holds import Device, Holds
 from mobility_agent.gateway.neighbourhood import Neighbourhood
-from mobility_agent.gateway.registrar import Outcome, Registrar
-from mobility_agent.homes import Home, only_ipv6, within
+from mobility_agent.gateway.registrar import Registrar
+from mobility_agent.gateway.whereabouts import Whereabouts
+from mobility_agent.homes import Home, only_ipv6
 from mobility_agent.messages.headers import BindingAcknowledgement, Heartbeat, Message, Revocation
 from mobility_agent.messages.options import HandoffIndicator
-from mobility_agent.messages.registration import (
-    Loss,
-    acknowledge_loss,
-    read_acknowledgement,
-    read_loss,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +55,6 @@ class GatewayDuty:
         hold_device: Device | None = None,
     ) -> None:
         self._config = config
-        self._path = path
-        self._journal = journal
         self._send = send
         self._anchors = {peer.name: peer for peer in config.anchors}
         self.registrar = Registrar(self._anchors, config.tunnel_address, config.lifetime_seconds)
@@ -70,16 +63,25 @@ class GatewayDuty:
         self.neighbourhood = Neighbourhood(config.prefixes, self.attachments, responders)
         self.arrivals = Arrivals(config, path, self.attachments, self._link_locals, kept_off)
         self.holds = Holds(path, hold_device, only_ipv6(config.networks))
-        self._forwards: dict[str, float] = {}
         self._doubts = Doubts()
+        self._whereabouts = Whereabouts(
+            config, path, journal, self.attachments, self.neighbourhood, self.holds, self._doubts
+        )
         self._inquire_at = 0.0
         self._wake = asyncio.Event()
-        #: By VM: whoever waits for an anchor's answer for it.
-        self._answered: dict[str, list[asyncio.Event]] = {}
-        self._commits: set[asyncio.Task[None]] = set()
         self._background = Background()
         self._watch = AnchorWatch(
             self._anchors, config.heartbeat_seconds, path, self.registrar, send, self._wake
+        )
+        self._answers = Answers(
+            config,
+            self._anchors,
+            self.attachments,
+            self._whereabouts,
+            self.registrar,
+            self._doubts,
+            send,
+            self._wake,
         )
 
     # --- start and stop ---
@@ -91,36 +93,9 @@ class GatewayDuty:
         anchors order claims they say what became of it; where routing is told, it must not be told of a VM
         that runs elsewhere by now.
         """
-        for vm, record in self._journal.open().items():
-            try:
-                attachment = Attachment.from_record(vm, record)
-            except (KeyError, ValueError) as error:
-                logger.warning("VM %s: its record is damaged (%s) and was left out", vm, error)
-                continue
-            if booted and self._config.announce and attachment.state == HERE:
-                logger.info("VM %s: was here before this host started; routing is told when it runs here", vm)
-                attachment = replace(attachment, state=AWAY, to=None)
-                self._journal.put(vm, attachment.as_record())
-            self.attachments.put(attachment)
-            self._want(attachment)
+        self._whereabouts.restore(booted=booted)
         self._watch.begin()
         logger.info("gateway: %d VMs known", len(self.attachments))
-
-    def _want(self, attachment: Attachment) -> None:
-        if attachment.state == HERE:
-            self._set_local(attachment)
-        elif attachment.to is None and not self._config.announce:
-            self._path.set_lost(attachment.homes)
-        elif attachment.to is None:
-            # No anchor will say where it is; what routing says is the best there is.
-            self._path.set_away(attachment.homes, None)
-        else:
-            self._path.set_away(attachment.homes, attachment.to)
-            self._forwards[attachment.vm] = time.monotonic() + self._config.forward_seconds
-
-    def _set_local(self, attachment: Attachment) -> None:
-        for (bridge, mac), homes in attachment.places().items():
-            self._path.set_local(homes, bridge, mac)
 
     def start(self) -> None:
         """Register everything that is here, and serve."""
@@ -130,7 +105,7 @@ class GatewayDuty:
             if attachment.state == HERE:
                 self._claim(attachment, now)
         self._inquire_at = now
-        self._sync()
+        self._whereabouts.commit_soon()
         self._background.start(again_and_again("gateway", self._round, self._wake, 0.001))
 
     def failure(self) -> BaseException | None:
@@ -143,7 +118,7 @@ class GatewayDuty:
         try:
             await self._background.stop()
         finally:
-            self._journal.close()
+            self._whereabouts.close()
 
     def _claim(self, attachment: Attachment, now: float) -> None:
         self.registrar.attach(
@@ -168,14 +143,13 @@ class GatewayDuty:
                     self._inquire(known, now)
         self._ask_again(now)
         self._send_due()
-        for vm in [vm for vm, until in self._forwards.items() if until <= now]:
-            del self._forwards[vm]
-            attachment = self.attachments.get(vm)
-            if attachment is not None and attachment.state == AWAY:
-                # It may move on, and the anchors know.
-                self._path.set_away(attachment.homes, None)
-                crash_point("forwarding-ended")
-        times = [*self._watch.times(), *self._forwards.values(), *self._doubts.times(), self._inquire_at]
+        self._whereabouts.end_forwards(now)
+        times = [
+            *self._watch.times(),
+            *self._whereabouts.times(),
+            *self._doubts.times(),
+            self._inquire_at,
+        ]
         due = self.registrar.next_due()
         times += [] if due is None else [due]
         return min(times) - time.monotonic()
@@ -222,150 +196,16 @@ class GatewayDuty:
             return False
         match message:
             case BindingAcknowledgement():
-                answer = read_acknowledgement(message)
-                if answer is not None:
-                    outcome = self.registrar.acknowledge(peer.name, answer, time.monotonic())
-                    self._follow(outcome)
-                    for waiting in self._answered.get(answer.vm, ()):
-                        waiting.set()
-                    self._wake.set()
+                self._answers.take_acknowledgement(peer, message)
             case Heartbeat() if message.response:
                 self._watch.take(peer, message)
             case Revocation():
-                self._take_loss(peer, message)
+                self._answers.take_loss(peer, message)
             case _:
                 return False
         return True
 
-    def _follow(self, outcome: Outcome) -> None:
-        attachment = self.attachments.get(outcome.vm)
-        if outcome.kind == "lost":
-            self._doubts.refused(outcome.vm, attachment, time.monotonic())
-        match outcome.kind:
-            case "registered" if attachment is not None and self._doubts.contested(outcome.vm):
-                self._take_up(attachment, outcome.anchor)
-            case "registered" if (
-                attachment is not None and attachment.handoff is not HandoffIndicator.UNCHANGED
-            ):
-                logger.info("%s", outcome.sentence)
-                crash_point("arrival-acknowledged")
-                # An anchor that has not answered may have it nowhere: that it began here outlives a restart.
-                starting = self.registrar.starting(outcome.vm)
-                self._keep(
-                    replace(attachment, handoff=HandoffIndicator.UNCHANGED, evident=False, started=starting)
-                )
-            case "registered" if (
-                attachment is not None and attachment.started and not self.registrar.starting(outcome.vm)
-            ):
-                self._keep(replace(attachment, started=False))
-            case "raised" if attachment is not None and outcome.epoch is not None:
-                logger.info("%s", outcome.sentence)
-                crash_point("arrival-raised")
-                self._keep(
-                    replace(attachment, epoch=outcome.epoch, handoff=HandoffIndicator.BETWEEN_GATEWAYS)
-                )
-            case "adopted" if attachment is not None and outcome.epoch is not None:
-                logger.info("%s", outcome.sentence)
-                crash_point("arrival-adopted")
-                # One that an anchor has here already is confirmed only, also after a restart.
-                handoff = attachment.handoff if outcome.holder is None else HandoffIndicator.UNCHANGED
-                self._keep(replace(attachment, epoch=outcome.epoch, handoff=handoff))
-            case "nowhere" if attachment is not None and attachment.state == AWAY:
-                # Where it only is off for now its place stays known, as long as an anchor knows of it.
-                if attachment.to is None or outcome.epoch is None:
-                    crash_point("withdrawal-confirmed")
-                    self._forget(attachment)
-                    logger.info("VM %s: forgotten, no anchor has it anywhere", attachment.vm)
-            case "lost" if attachment is None or (attachment.state, attachment.to) != (AWAY, outcome.holder):
-                logger.warning("%s", outcome.sentence)
-                self._leave(outcome.vm, outcome.holder, outcome.epoch or 0)
-            case "corrected" | "refused":
-                logger.warning("%s", outcome.sentence)
-            case _:
-                logger.debug("%s", outcome.sentence)
-
-    def _take_up(self, attachment: Attachment, anchor: str) -> None:
-        """It runs here, was bound elsewhere, and is not any more."""
-        if len(self.registrar.acknowledged(attachment.vm)) == len(self._anchors):
-            self._doubts.settled(attachment.vm)
-        if attachment.state == HERE:
-            return
-        here = replace(attachment, state=HERE, to=None, since_seconds=time.time())
-        try:
-            self._place(here, attachment)
-        except MobilityError as error:
-            self.registrar.forget(attachment.vm)
-            logger.error("VM %s: runs here, and is not led here: %s; tried again", attachment.vm, error)
-            return
-        self._forwards.pop(here.vm, None)
-        self.holds.end(here.vm)
-        self._keep(here)
-        self.neighbourhood.announce(here)
-        logger.info("VM %s: runs here, and %s has it nowhere else any more: taken up", here.vm, anchor)
-
-    def _take_loss(self, peer: Peer, message: Revocation) -> None:
-        loss = read_loss(message)
-        if loss is None:
-            logger.warning("anchor %s: a revocation that does not say of what; ignored", peer.name)
-            return
-        # Confirmed in any case: what is old news here need not be told again.
-        self._send(peer, acknowledge_loss(message))
-        crash_point("departure-revoked")
-        attachment = self.attachments.get(loss.vm)
-        if attachment is None:
-            self._take_word(loss)
-        elif attachment.state == AWAY:
-            newer = loss.epoch >= attachment.epoch and loss.holder not in {None, attachment.to}
-            if newer:
-                self._leave(loss.vm, loss.holder, loss.epoch)
-        elif self.registrar.lost(peer.name, loss.vm, loss.epoch, loss.ticks):
-            logger.warning(
-                "VM %s: %s has it at %s in epoch %d: withdrawn here",
-                loss.vm,
-                peer.name,
-                loss.holder or "no gateway",
-                loss.epoch,
-            )
-            self._leave(loss.vm, loss.holder, loss.epoch)
-
-    def _take_word(self, loss: Loss) -> None:
-        """It was forgotten here as it ran nowhere, and runs elsewhere now: its packets still come here."""
-        networks, own = self._config.networks, self._config.tunnel_address
-        homes = tuple(home for home in loss.homes if any(within(home, network) for network in networks))
-        taken = any(self.attachments.owner(home) is not None for home in homes)
-        if homes and not taken and loss.holder is not None and loss.holder != own:
-            gone = Attachment(loss.vm, homes, "", "", loss.epoch, time.time(), state=AWAY, to=loss.holder)
-            self._want(gone)
-            self._keep(gone)
-            self._wake.set()
-            logger.info("VM %s: was here, and is at %s now", loss.vm, loss.holder, extra={"VM": loss.vm})
-
     # --- VMs come and go ---
-
-    def _keep(self, attachment: Attachment) -> None:
-        self.attachments.put(attachment)
-        self._journal.put(attachment.vm, attachment.as_record())
-        self._sync()
-
-    def _sync(self) -> None:
-        # Who must know that it is kept awaits a commit of its own; this one only sees that it happens.
-        commit = asyncio.get_running_loop().create_task(self._commit())
-        self._commits.add(commit)
-        commit.add_done_callback(self._commits.discard)
-
-    def _forget(self, attachment: Attachment) -> None:
-        """Nothing of it is known here any more."""
-        self.holds.discard(attachment.vm)
-        self._forwards.pop(attachment.vm, None)
-        self._doubts.settled(attachment.vm)
-        self._path.clear(attachment.homes)
-        self.attachments.remove(attachment.vm)
-        self._journal.remove(attachment.vm)
-        self._sync()
-
-    async def _commit(self) -> None:
-        with contextlib.suppress(OSError):
-            await self._journal.commit()
 
     def follows(self, vm: str, homes: tuple[Home, ...]) -> tuple[Home, ...]:
         """Of what a VM's definition says, the addresses that can follow it here."""
@@ -420,72 +260,17 @@ class GatewayDuty:
             started=started,
             cards=others,
         )
-        self._place(attachment, before)
-        crash_point("arrival-routed")
-        if before is not None:
-            self._path.clear(set(before.homes) - set(homes))
-        self._forget_former_owners(vm, homes)
-        self._forwards.pop(vm, None)
-        self.holds.end(vm)
-        self._doubts.settled(vm)
-        self.attachments.put(attachment)
+        self._whereabouts.arrived(attachment, before)
         self._claim(attachment, began)
         self._send_due()
         self.neighbourhood.announce(attachment)
         self._wake.set()
         crash_point("arrival-claimed")
-        self._journal.put(vm, attachment.as_record())
-        await self._commit()
+        await self._whereabouts.record(attachment)
         crash_point("arrival-recorded")
-        await self._acknowledged(vm, began + wait_seconds)
+        await self._answers.acknowledged(vm, began + wait_seconds)
         logger.info("VM %s: here on %s, epoch %d", vm, bridge, epoch, extra={"VM": vm})
         return self.describe(self.attachments.get(vm) or attachment)
-
-    def _place(self, attachment: Attachment, before: Attachment | None) -> None:
-        """Lead its packets to its bridge; what the kernel refuses is not wanted any more, either."""
-        try:
-            self._set_local(attachment)
-        except MobilityError:
-            owners = {owner.vm: owner for home in attachment.homes if (owner := self.attachments.owner(home))}
-            if before is not None:
-                owners[before.vm] = before
-            with contextlib.suppress(MobilityError):
-                self._path.clear(attachment.homes)
-            for owner in owners.values():
-                with contextlib.suppress(MobilityError):
-                    self._want(owner)
-            raise
-
-    def _forget_former_owners(self, vm: str, homes: tuple[Home, ...]) -> None:
-        """An address that somebody had who has left: what is still due for that one must not touch it."""
-        owners = {owner.vm: owner for home in homes if (owner := self.attachments.owner(home)) is not None}
-        for former in owners.values():
-            if former.vm != vm:
-                self.holds.discard(former.vm)
-                self._forwards.pop(former.vm, None)
-                self._doubts.settled(former.vm)
-                self._path.clear(set(former.homes) - set(homes))
-                self.attachments.remove(former.vm)
-                self._journal.remove(former.vm)
-                logger.info("VM %s: forgotten, VM %s has an address of its", former.vm, vm)
-
-    async def _acknowledged(self, vm: str, until: float) -> None:
-        """Return when every anchor has acknowledged ``vm``, or it is ``until`` (monotonic)."""
-        answered = asyncio.Event()
-        self._answered.setdefault(vm, []).append(answered)
-        try:
-            while (left := until - time.monotonic()) > 0:
-                everywhere = len(self.registrar.acknowledged(vm)) == len(self._anchors)
-                if everywhere or self.attachments.get(vm) is None:
-                    return
-                answered.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(left):
-                        await answered.wait()
-        finally:
-            self._answered[vm].remove(answered)
-            if not self._answered[vm]:
-                del self._answered[vm]
 
     def hold(self, vm: str) -> bool:
         """The VM stands still here, to run elsewhere in a moment: what comes for it waits, if it can."""
@@ -519,11 +304,11 @@ class GatewayDuty:
             self._withdraw(attachment)
         elif attachment.state == HERE or to is not None:
             self.registrar.forget(vm)
-            self._leave(vm, to, attachment.epoch)
+            self._whereabouts.left(vm, to, attachment.epoch)
             if to is None:
                 self._doubts.left(vm, time.monotonic())
         self._wake.set()
-        await self._commit()
+        await self._whereabouts.commit()
         crash_point("departure-recorded")
         known = self.attachments.get(vm)
         return {"vm": vm, "state": "withdrawn"} if withdraw or known is None else self.describe(known)
@@ -535,51 +320,14 @@ class GatewayDuty:
         home router, and neighbours at home must not find nobody.
         """
         if attachment.state == HERE and self._anchors and only_ipv6(attachment.homes):
-            gone = replace(
-                attachment,
-                state=AWAY,
-                to=None,
-                handoff=HandoffIndicator.UNCHANGED,
-                evident=False,
-                started=False,
-            )
-            self._want(gone)
-            self._keep(gone)
+            gone = self._whereabouts.off(attachment)
             self._inquire(gone, time.monotonic())
             self._send_due()
             crash_point("withdrawal-asked")
         else:
             self.registrar.forget(attachment.vm)
-            self._forget(attachment)
+            self._whereabouts.forget(attachment)
         logger.info("VM %s: withdrawn", attachment.vm, extra={"VM": attachment.vm})
-
-    def _leave(self, vm: str, to: IPv6Address | None, epoch: int) -> None:
-        """Its packets follow it; who is on the link sends them to us from now on."""
-        attachment = self.attachments.get(vm)
-        if attachment is None:
-            return
-        if to == self._config.tunnel_address:
-            to = None
-        gone = replace(
-            attachment,
-            state=AWAY,
-            to=to,
-            epoch=max(epoch, attachment.epoch),
-            since_seconds=time.time(),
-            handoff=HandoffIndicator.UNCHANGED,
-            evident=False,
-            started=False,
-        )
-        self._want(gone)
-        crash_point("departure-led-on")
-        if to is not None:
-            self.holds.end(vm)
-        elif self._config.announce:
-            self.holds.end_within(vm, UNTOLD_SECONDS)
-        self._keep(gone)
-        self.neighbourhood.announce(gone)
-        self._wake.set()
-        logger.info("VM %s: gone to %s", vm, to or "a place not known yet", extra={"VM": vm})
 
     def ended(self, vm: str) -> None:
         """It does not run here, whatever was believed of one that anchors have elsewhere."""

@@ -30,16 +30,16 @@ GOES_ON = (
 )  # fmt: skip
 ARRIVAL_GOES_BACK = ("arrival-recorded", "arrival-guarded", "arrival-prepared")
 ARRIVAL_GOES_ON = (
-    "arrival-tracked", "arrival-released", "arrival-resumed", "arrival-activated", "return-sealed",
-    "landing-begun", "landing-merged", "landing-collapsed",
+    "arrival-released", "arrival-resumed", "arrival-activated", "arrival-tops-named", "arrival-changed-over",
+    "arrival-tracked", "return-sealed", "landing-begun", "landing-merged", "landing-collapsed",
 )  # fmt: skip
 ROLLBACK = ("rollback-begun", "rollback-peer-cleaned", "rollback-merged", "arrival-aborting")
 CALLED_OFF = ("departure-before-standstill", "departure-stands-still")
 # Each test run takes these; the whole table is for `make soak`.
 SAMPLE = {
     "departure-frozen", "departure-migrating", "departure-halted", "departure-released",
-    "departure-undefined", "arrival-prepared", "arrival-released", "arrival-resumed", "rollback-peer-cleaned",
-    "departure-stands-still",
+    "departure-undefined", "arrival-prepared", "arrival-released", "arrival-resumed", "arrival-tops-named",
+    "rollback-peer-cleaned", "departure-stands-still",
 }  # fmt: skip
 
 

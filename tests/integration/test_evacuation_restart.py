@@ -224,6 +224,7 @@ def test_every_point_of_a_restart_is_in_a_table_here() -> None:
     of_a_migration = {
         "departure-before-freeze", "departure-frozen", "departure-migrating", "departure-migrated",
         "departure-before-standstill", "departure-stands-still", "departure-halted",
+        "arrival-tops-named", "arrival-changed-over",
     }  # fmt: skip
     prefixes = ("departure-", "arrival-", "landing-", "return-", "rollback-")
     assert {point for point in CRASH_POINTS if point.startswith(prefixes)} == of_a_migration | {

@@ -20,6 +20,8 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import libvirt
+
 from precache_proxy import durable
 from precache_proxy.blocks import images
 from precache_proxy.errors import Finding
@@ -56,17 +58,20 @@ class LibvirtDomain:
     def __init__(self, machines: Machines) -> None:
         self._machines = machines
 
-    def snapshotCreateXML(self, xml: str, _flags: int) -> None:  # noqa: N802
+    def snapshotCreateXML(self, xml: str, flags: int) -> None:  # noqa: N802
         for path in self._machines.tops:
             assert str(path) in xml
-            path.write_bytes(b"QFI\xfb")
-            durable.sync_file(path)
+            if not flags & libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT:
+                path.write_bytes(b"QFI\xfb")
+                durable.sync_file(path)
+            assert path.exists()
+        tell(f"layers changed at {self._machines.side}")
 
     def listAllCheckpoints(self, _flags: int) -> list[Any]:  # noqa: N802
         return []
 
     def checkpointCreateXML(self, _xml: str, _flags: int) -> None:  # noqa: N802
-        return None
+        tell(f"counted at {self._machines.side}")
 
 
 class Machines:
@@ -86,6 +91,9 @@ class Machines:
 
     async def definition(self, _vm: str, *, inactive: bool = False) -> Definition:
         return parse_definition(await self.xml(VM, inactive=inactive))
+
+    async def is_persistent(self, _vm: str) -> bool:
+        return True
 
     async def run_in_turn(self, _vm: str, function: Callable[[Any], Any], **_unused: Any) -> Any:
         return await asyncio.to_thread(function, LibvirtDomain(self))
@@ -274,6 +282,10 @@ async def story(directory: Path) -> None:
     there.is_there, here.is_there = Presence.ARRIVED, Presence.SHUT_OFF
     await confirm.confirm(leaving)
     await confirm.release(leaving)
+    arrived = arrivals.records.get("second")
+    assert arrived is not None
+    await arrivals.tracking.begin_while_running(arrived)
+    tell(f"tracked from {arrived.checkpoint}")
     tell(f"ended {leaving.job.step} {leaving.job.warning}")
     for item in (taken_back, leaving):
         await cast(Fence, item.contact).stop()

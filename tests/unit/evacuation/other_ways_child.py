@@ -146,7 +146,7 @@ async def restarted(directory: Path) -> None:
     layers_of_it = [Path(disk.top), Path(disk.overlay), replica, replica.with_name("base.qcow2")]
     landing = Landing(
         both.arrivals.records, cast(Any, Landed(layers_of_it)), cast(Any, Rooms(epoch=2)),
-        cast(Any, both.replicas), {"home": Home(both)},
+        cast(Any, both.replicas), {"home": Home(both)}, both.arrivals.tracking,
     )  # fmt: skip
     await landing.land(arrival)
     tell(f"landed {arrival.state}")

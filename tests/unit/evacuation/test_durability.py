@@ -134,12 +134,26 @@ def test_a_released_vm_runs_on_durable_images_and_is_durably_activated(story: tu
     )
     crossed = trace.told("answered prepare", trace.told("stayed"))
     released = trace.record("backup/arrivals", "second.json", state("released"), asked, resumed)
-    # what the migration wrote, and the layer that takes the guest's writes from now on
+    # what the migration wrote, which takes the guest's writes for now, and the definition that names it
     assert trace.file(f"backup/disks/{VM}/vda-e2-second-arrival.qcow2", crossed, released) < released
-    assert trace.file(f"backup/disks/{VM}/vda-e2-second.qcow2", crossed, released) < released
+    assert first(trace.calls[asked:released], DEFINITIONS)
     activated = trace.record("backup/arrivals", "second.json", state("activated"), resumed, answered)
     gone = activated + first(trace.calls[activated:answered], rf'unlink\(".*backup/guard/{VM}\.json"\) += 0')
     assert first(trace.calls[gone:answered], r"fsync\(\d+<[^>]*backup/guard>\)")
+
+
+def test_a_running_vm_changes_over_to_a_layer_that_its_next_start_finds(story: tuple[Trace, Path]) -> None:
+    trace, _sides = story
+    resumed, changed, tracked = (
+        trace.told(what) for what in ("resumed at backup", "layers changed at backup", "tracked from")
+    )
+    counted = trace.told("counted at backup", resumed)
+    named = trace.told("defined at backup", resumed)
+    top = trace.file(f"backup/disks/{VM}/vda-e2-second.qcow2", resumed, named)
+    durably = named + first(trace.calls[named:changed], DEFINITIONS)
+    assert resumed < counted < top < named < durably < changed, "a start finds what it syncs"
+    checkpoint = r'\\"checkpoint\\": \\"lifeboat-e2-g2'
+    assert trace.record("backup/arrivals", "second.json", checkpoint, changed, tracked) < tracked
 
 
 def test_the_source_forgets_nothing_before_it_has_noted_that_it_runs_there(story: tuple[Trace, Path]) -> None:

@@ -88,7 +88,9 @@ async def landed(
     records.load()
     (kept,) = records.all()
     source, link = Source(), Link()
-    landing = Landing(records, cast(Any, machine), cast(Any, source), cast(Any, None), {"home1": link})
+    landing = Landing(
+        records, cast(Any, machine), cast(Any, source), cast(Any, None), {"home1": link}, cast(Any, None)
+    )
     landing.begin(kept)
     async with asyncio.timeout(5):
         while kept.state is not ArrivalState.LANDED or landing._tasks:  # noqa: ASYNC110
@@ -129,8 +131,9 @@ async def test_a_landing_that_is_ended_while_it_waits_for_a_pass_holds_nothing(
     (kept,) = records.all()
     source = Busy()
     landing = Landing(
-        records, cast(Any, Machine(layers)), cast(Any, source), cast(Any, None), {"home1": Link()}
-    )
+        records, cast(Any, Machine(layers)), cast(Any, source), cast(Any, None), {"home1": Link()},
+        cast(Any, None),
+    )  # fmt: skip
     landing.begin(kept)
     await asyncio.wait_for(held.wait(), 5)
     await landing.leave(VM)

@@ -41,9 +41,10 @@ class Activation:
         self._tracking = tracking
         self._sockets_directory = sockets_directory
 
-    async def run(self, arrival: Arrival) -> None:
-        """Run a released VM. Raises Conflict where libvirt does not say what there is to run."""
-        presence = await self._domains.presence(arrival.vm)
+    async def run(self, arrival: Arrival, seen: Presence | None = None) -> None:
+        """Run a released VM. ``seen``: what libvirt has just said of it. Raises Conflict where libvirt does
+        not say what there is to run."""
+        presence = seen or await self._domains.presence(arrival.vm)
         arrival.contact_matters_no_more()
         if presence in {Presence.ARRIVED, Presence.PAUSED, Presence.RUNNING}:
             await self._resume(arrival)
@@ -53,7 +54,9 @@ class Activation:
             raise Conflict(f"VM {arrival.name}: libvirt here says {presence.value}; asked again shortly")
 
     async def _resume(self, arrival: Arrival) -> None:
-        await self._tracking.begin(arrival)
+        if arrival.restarts:
+            await self._tracking.begin(arrival)
+        # Else it runs in what arrived until the landing has it tracked (tracking.py).
         await self._install_network(arrival)
         if arrival.boots:
             await self._domains.resume(arrival.vm)

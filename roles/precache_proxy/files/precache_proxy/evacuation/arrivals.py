@@ -44,6 +44,8 @@ ARRIVAL_POLL_SECONDS = 0.25
 # A released one: each look that comes late is downtime. libvirt's last call is over long before, or never.
 ARRIVAL_LOOK_SECONDS = 0.005
 ARRIVAL_SECONDS = 20.0
+# Of one that came with its memory the release is under way, or has to wait for something.
+RELEASE_SECONDS = 1.0
 # It names files and a directory here.
 _JOB_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
@@ -317,7 +319,7 @@ class Arrivals:
         began = time.monotonic()
         job_id, vm = str(parameters["job"]), str(parameters["vm"])
         async with self.records.lock(vm):
-            arrival = self._known(job_id, peer)
+            arrival, presence = self._known(job_id, peer), None
             if arrival.state is ArrivalState.PREPARED:
                 presence = await self._until_arrived(vm)
                 if presence not in {Presence.ARRIVED, Presence.RUNNING}:
@@ -325,11 +327,11 @@ class Arrivals:
                         f"VM {arrival.name}: it did not arrive whole here ({presence.value}); it stays at "
                         f"{peer}"
                     )
-                await self.tracking.begin(arrival, presence)
+                await self._before_it_runs(arrival, presence)
                 await self.records.enter(arrival, ArrivalState.RELEASED)
                 crash_point("arrival-released")
             if arrival.state is ArrivalState.RELEASED:
-                await self._run(arrival)
+                await self._run(arrival, presence)
             if arrival.state not in RUNS_HERE:
                 raise Conflict(
                     f"VM {arrival.name}: its arrival {job_id} is {arrival.state.value}; it will not run here"
@@ -344,6 +346,13 @@ class Arrivals:
                 "activation_seconds": max(0.0, resumed - began),
                 "running_seconds": max(0.0, now - resumed),
             }
+
+    async def _before_it_runs(self, arrival: Arrival, presence: Presence) -> None:
+        if arrival.restarts:
+            # It has no memory that would go on from where it stood: nobody counts its milliseconds.
+            await self.tracking.begin(arrival, presence)
+        elif not arrival.checkpoint:
+            await self.tracking.make_durable(arrival)
 
     async def _until_arrived(self, vm: str) -> Presence:
         """A source may release it while libvirt's last call is under way here: what libvirt makes of that."""
@@ -410,8 +419,8 @@ class Arrivals:
     async def _watch_arrival(self, arrival: Arrival) -> None:
         """When the VM stands here complete and paused: end the hook's exception, and track it already.
 
-        Tracking needs no release, for it changes nothing that the guest can see; done now, it is not
-        downtime.
+        Tracking needs no release, for it changes nothing that the guest can see. It is begun only where none
+        is about to come: one that found it under way would wait for it, and the guest stands still.
         """
         with contextlib.suppress(LifeboatError):
             while arrival.state is ArrivalState.PREPARED:
@@ -420,6 +429,8 @@ class Arrivals:
                 if presence is not Presence.ABSENT:
                     await asyncio.to_thread(self._guard.arrived, arrival.vm)
                 if presence is Presence.ARRIVED:
+                    if not arrival.restarts:
+                        await asyncio.sleep(RELEASE_SECONDS)
                     async with self.records.lock(arrival.vm):
                         if arrival.state is ArrivalState.PREPARED:
                             await self.tracking.begin(arrival)
@@ -434,10 +445,10 @@ class Arrivals:
         await self.footprint.remove(arrival)
         self.contact.forget(arrival.id)
 
-    async def _run(self, arrival: Arrival) -> None:
+    async def _run(self, arrival: Arrival, seen: Presence | None = None) -> None:
         """It is released: from here on nothing of the source's reaches libvirt or QEMU here."""
         self.not_admitted(arrival.id)
-        await self.activation.run(arrival)
+        await self.activation.run(arrival, seen)
 
     # -- on the operator's word, and after a restart
 

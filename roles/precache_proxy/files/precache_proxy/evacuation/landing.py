@@ -16,18 +16,20 @@ from typing import Any
 from precache_proxy import durable
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.crash_points import crash_point
-from precache_proxy.errors import Conflict, LifeboatError, NotFound
+from precache_proxy.errors import Conflict, HypervisorError, LifeboatError, NotFound
 from precache_proxy.evacuation import layers
 from precache_proxy.evacuation.arrival import Arrival, ArrivalState
 from precache_proxy.evacuation.arrival_records import ArrivalRecords
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.reconcile import Presence
 from precache_proxy.evacuation.rooms import SourceRoom, StoreRoom
+from precache_proxy.evacuation.tracking import Tracking
 
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 2.0
 RETRY_SECONDS = 30.0
+SETTLE_SECONDS = 0.5
 DEFAULT_RPO_SECONDS = 15.0
 
 
@@ -41,12 +43,14 @@ class Landing:
         source: SourceRoom,
         store: StoreRoom,
         links: Mapping[str, Any],
+        tracking: Tracking,
     ) -> None:
         self._records = records
         self._domains = domains
         self._source = source
         self._store = store
         self._links = links
+        self._tracking = tracking
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, arrival: Arrival) -> None:
@@ -87,6 +91,7 @@ class Landing:
     async def land(self, arrival: Arrival) -> None:
         """All of it, each part repeatable."""
         if not arrival.landing:
+            await self._track(arrival)
             await self._protect_way_back(arrival)
         crash_point("landing-begun")
         if not arrival.fails_over:
@@ -101,6 +106,17 @@ class Landing:
         crash_point("landing-collapsed")
         async with self._records.lock(arrival.vm):
             await self._records.enter(arrival, ArrivalState.LANDED)
+
+    async def _track(self, arrival: Arrival) -> None:
+        if arrival.checkpoint:
+            return
+        # Its peers come first: QEMU's main loop serves its network, too.
+        await asyncio.sleep(SETTLE_SECONDS)
+        async with self._records.lock(arrival.vm):
+            try:
+                await self._tracking.begin_while_running(arrival)
+            except OSError as error:
+                raise HypervisorError(f"VM {arrival.name}: its layer cannot be changed: {error}") from error
 
     async def _tell_home(self, arrival: Arrival) -> None:
         """The old home may merge generations into what it kept; until told its chain grows with every pass.

@@ -16,6 +16,7 @@ import libvirt
 
 from precache_proxy import durable
 from precache_proxy.errors import HypervisorError, NotFound
+from precache_proxy.evacuation.domain_edit import replaced_paths
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.hypervisor.domain_xml import Definition
 
@@ -45,18 +46,25 @@ def _snapshot_xml(overlays: Mapping[str, str], all_targets: Iterable[str]) -> st
 
 
 async def put_overlays(
-    domains: Domains, vm: str, overlays: Mapping[str, str], definition: Definition | None = None
+    domains: Domains,
+    vm: str,
+    overlays: Mapping[str, str],
+    definition: Definition | None = None,
+    *,
+    made: bool = False,
 ) -> None:
     """One atomic external snapshot: from now on each disk of ``overlays`` writes to its overlay.
 
     The bitmaps of known checkpoints go on in the overlays; what stood before stands still, flushed.
     Their names are durable when this returns, and the definition that names them. ``definition``: where it is
-    known already, for the names of its disks. Raises HypervisorError; then libvirt has changed nothing.
+    known already, for the names of its disks. ``made``: the files are there, empty and on the right image.
+    Raises HypervisorError; then libvirt has changed nothing.
     """
     definition = definition or await domains.definition(vm)
     targets = [disk.target for disk in definition.disks]
     xml = _snapshot_xml(overlays, targets)
-    await domains.run_in_turn(vm, lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
+    flags = _SNAPSHOT_FLAGS | (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT if made else 0)
+    await domains.run_in_turn(vm, lambda domain: domain.snapshotCreateXML(xml, flags))
     await asyncio.to_thread(sync_names, overlays.values())
 
 
@@ -79,6 +87,19 @@ def sync_definitions() -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         durable.sync_directory(DEFINITIONS_DIRECTORY)
+
+
+async def name_in_definition(domains: Domains, vm: str, paths: Mapping[str, tuple[str, str]]) -> None:
+    """Have the VM's next start use these images (target -> path, format); durable when this returns.
+
+    What runs is left as it is. A VM that has no persistent definition has nothing to start from and is left,
+    too. Raises HypervisorError, NotFound, OSError.
+    """
+    if not await domains.is_persistent(vm):
+        return
+    edited = replaced_paths(await domains.xml(vm, inactive=True), paths)
+    await domains.define(edited, vm)
+    await asyncio.to_thread(sync_definitions)
 
 
 async def forget_definition(domains: Domains, vm: str) -> None:

@@ -95,7 +95,9 @@ class Evacuation:
         )
         self._arrivals.now_admitted = self._relays.admitted
         self._arrivals.not_admitted = self._relays.close
-        self._landing = Landing(self._arrivals.records, self._domains, source, store, channel.links)
+        self._landing = Landing(
+            self._arrivals.records, self._domains, source, store, channel.links, self._arrivals.tracking
+        )
         self._departures = Departures(self._around, self._landing.leave)
         self._fail_over = FailOver(self._arrivals, self._domains, store, channel.links)
         self._tender = ArrivalTender(self._arrivals, self._domains, channel.links, self._land)

@@ -75,7 +75,7 @@ sanity: build ## ansible-test sanity on the installed collection
 	@echo "sanity: $$(grep -c '^Running sanity test' "$(BUILD)/sanity.log") tests passed"
 
 test-quick: venv build lint-python lint-yaml ## under 5 minutes: linters and unit tests, no lab
-	$(PYTEST) tests/unit -m "not lab and not soak" $(PYTEST_ARGS)
+	$(PYTEST) tests/unit -m "not lab and not soak" --numprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 routing-daemons: venv ## FRR and radvd for tests in namespaces: unpacked under build, nothing is installed
 	@tests/frame/unpack-routing-daemons "$(BUILD)/routing-daemons"

@@ -10,10 +10,10 @@ small queueing delay. Pure: samples and clock come in, a rate comes out.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from precache_proxy.channel.path_watch import Sample
 from precache_proxy.channel.pulses import PULSE_BEAT_SECONDS, PULSE_FACTOR, PULSE_SECONDS, Pulse, PulseEcho
+from precache_proxy.channel.standing_delay import StandingDelay, Word
 
 # A queue of about this is kept, so that the link never runs dry.
 _TARGET_SECONDS = 0.01
@@ -62,15 +62,6 @@ _KNOWN = 0.02
 _SMOOTHING = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """The rate was cut because of a queue: when, how long the queue was, what arrived."""
-
-    at: float
-    queue: float
-    delivered: float
-
-
 class Governor:
     """Give it a sample every ``beat_seconds``; it says what rate (bytes per second) to keep, None = no
     limit.
@@ -103,6 +94,7 @@ class Governor:
         self._pulses = False
         self._blind, self._full = 0, 0.0
         self._foreign_since: float | None = None
+        self._longer_at: float | None = None
         self._paused_until = 0.0
         self._peak = 0.0
         # What the path carried when it was last pressed: like the peak, but a cut takes it down.
@@ -110,7 +102,7 @@ class Governor:
         self._pressed_base: float | None = None
         # What arrives while a queue stands, smoothed; 0 while none was seen.
         self._bottleneck = 0.0
-        self._cut: _Cut | None = None
+        self._standing = StandingDelay()
         # Since when there is a backlog without a longer pause, and since when there is none.
         self._spell_at: float | None = None
         self._quiet_since: float | None = None
@@ -228,7 +220,8 @@ class Governor:
             self._rate_before = 0.0
             self._pulses, self._base_seen = False, True
             self._blind, self._full = 0, 0.0
-            self._cut = self._foreign_since = None
+            self._standing.forget()
+            self._foreign_since = None
             # Small things sent now and then press nothing and find out nothing: begin from what the path last
             # carried, and as swiftly as the first time where it is less. What it carried before it became
             # slower would be a queue of seconds by the time that one can be seen.
@@ -273,7 +266,8 @@ class Governor:
         if not self._backlogged and delivered < wanted:
             # Nobody wanted more: it says nothing about the path.
             self._long = self._calm = 0
-            self._cut = self._foreign_since = None
+            self._standing.forget()
+            self._foreign_since = None
             return
         if queue < 2 * _TARGET_SECONDS and delivered < _PRESSED * self._rate and not self._starting:
             return  # no queue to speak of, and yet less arrived than was allowed: we had no time to send it
@@ -310,20 +304,23 @@ class Governor:
                 return
             self._starting = False
         self._long = self._long + 1 if queue > 4 * _TARGET_SECONDS else 0
-        if self._long == 0:
-            self._cut = None
-        if self._long > 1:
-            cut = self._cut
-            if cut is not None and now.at - cut.at < settle:
-                return  # what the cut does is not seen yet
-            if cut is not None and queue > 0.8 * cut.queue and delivered < 0.7 * cut.delivered:
-                # Less was sent, less arrived, and the delay stands: the path is longer, it is no queue.
-                self._believe(base + queue, now.at)
-                self._cut, self._long, self._starting = None, 0, True
-                self._rate = max(self._rate, self._peak / 2)
+        if queue <= _TARGET_SECONDS:
+            self._standing.forget()
+        else:
+            # A longer queue than that may be our own even then, on a line that carries less.
+            lowest = self._rate <= _LEAST_RATE and queue <= 4 * _TARGET_SECONDS
+            word = self._standing.look(now.at, queue, delivered, settle, lowest=lowest)
+            if word is Word.WAIT:
                 return
+            if word is Word.HALVE:
+                self._rate = max(delivered / 2, _LEAST_RATE)
+                return
+            if word is Word.LONGER:
+                self._go_on_with_a_longer_path(base + queue, now.at)
+                return
+        if self._long > 1:
             # Seen twice: the path has become slower. Forget older figures and empty the queue.
-            self._cut = _Cut(now.at, queue, delivered)
+            self._standing.cut(now.at, queue, delivered, settle)
             self._delivered.clear()
             self._delivered.append(delivered)
             capacity = self._bottleneck = delivered
@@ -394,6 +391,19 @@ class Governor:
         self._calm = self._short = self._delayed = self._blind = 0
         self._full = 0.0
 
+    def _go_on_with_a_longer_path(self, base: float, at: float) -> None:
+        """Half as much was sent, less arrived, and the delay stands: it is no queue of ours."""
+        self._believe(base, at)
+        self._long = self._calm = 0
+        # Half of the best, not all: it may be somebody else's queue.
+        self._rate = max(self._rate, self._peak / 2)
+        self._bottleneck = 0.0
+        self._standing.forget()
+        if self._longer_at is not None and at - self._longer_at < _FOREIGN_SECONDS:
+            # No path becomes longer again so soon: it is somebody else's queue.
+            self._leave_it_to_the_kernel(at)
+        self._longer_at = at
+
     def _believe(self, base: float, at: float) -> None:
         self._base.clear()
         self._base.append((at, base))
@@ -406,9 +416,12 @@ class Governor:
             if self._foreign_since is None:
                 self._foreign_since = at
             elif at - self._foreign_since > _FOREIGN_SECONDS:
-                self._paused_until = at + _PAUSE_SECONDS
-                self._foreign_since = None
-                self._peak = self._rate
-                self._base.clear()
+                self._leave_it_to_the_kernel(at)
         else:
             self._foreign_since = None
+
+    def _leave_it_to_the_kernel(self, at: float) -> None:
+        self._paused_until = at + _PAUSE_SECONDS
+        self._foreign_since = None
+        self._peak = self._rate
+        self._base.clear()

@@ -85,6 +85,28 @@ def test_a_released_vm_whose_host_lost_power_is_started_anew_there(pair: Evacuat
     assert pair.leftovers(HOME) == pair.leftovers(BACKUP) == []
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("point", ["arrival-tops-named", "arrival-changed-over"])
+def test_power_that_goes_while_an_arrived_vm_changes_layers_takes_no_write(
+    pair: EvacuationPair, point: str
+) -> None:
+    """It is started from what it wrote, though no record knows of the change; and its way back is whole."""
+    guest = pair.make_guest("between", workload="fsync-log")
+    with pair.never_twice(guest):
+        job_id = pair.begin_until_killed(guest, BACKUP, point)
+        assert pair.wait_job(HOME, job_id)["verdict"] == "evacuated"
+        pair.lab.kill_host(BACKUP)
+        pair.lab.start_host(BACKUP)
+        guest.start(BACKUP)
+        guest.wait_ready(host=BACKUP)
+        pair.start(BACKUP)
+        pair.wait_links()
+        pair.wait_landed(BACKUP, guest)
+    assert guest.verify(BACKUP).intact, "every acknowledged write is there"
+    pair.wait_protected(guest, BACKUP)
+    pair.evacuate(guest, BACKUP)
+
+
 def fill(pair: EvacuationPair, host: str, directory: str) -> None:
     """Take every byte of a small file system."""
     pair.shell(host, f"dd if=/dev/zero of={directory}/full bs=64k 2>/dev/null; true")

@@ -38,7 +38,9 @@ def test_a_full_path_that_becomes_longer_is_believed_in_seconds(
     idle(line, governor, 3)
     busy(line, governor, 8, beat=None, noise=noise)
     line.trip += longer
-    assert share(line, governor, 15, noise=noise) > 0.75
+    before = line.acknowledged
+    assert busy(line, governor, 15, beat=None, noise=noise) < 0.1, "the rate comes up without a queue"
+    assert (line.acknowledged - before) / 15 / line.rate > 0.75
     assert share(line, governor, 10, noise=noise) > 0.85
 
 

@@ -347,6 +347,8 @@ class Governor:
                 self._find_out_anew()
                 return
             gain = min(1.0, 0.125 * 2 ** (self._calm - calm_looks))
+            # But slowly beyond the best that was seen: the round trip is inferred, and may hide a queue.
+            gain = max(_STEEP, min(gain, (1 + _STEEP) * self._peak / max(capacity, self._rate) - 1))
         if gain < 0:
             self._rate = max((self._bottleneck or capacity) * (1 + gain), _LEAST_RATE)
         else:

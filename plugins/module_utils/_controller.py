@@ -96,6 +96,17 @@ class Controller:
         return self._uplinks.gates
 
     @property
+    def processors_short(self) -> bool:
+        """Whether the next one waits for hosts that have time, and not for a line."""
+        return any(gate.pressed for gate in self._uplinks.gates.values())
+
+    @property
+    def opened(self) -> set[str]:
+        """Where processors are short: those that may take what they can get and could not all through the
+        last interval. What they got in it says nothing of when they are through."""
+        return self._shares.opened if self.processors_short else set()
+
+    @property
     def waiting(self) -> tuple[str, ...]:
         """UUIDs of the VMs that wait for their turn, in their order."""
         return self._agenda.in_order(self._waiting)
@@ -276,7 +287,8 @@ class Controller:
                 continue
             # Not a third one on a pair while another pair of the same uplink has none; where one at a time
             # fills the uplink it does not matter from where that one comes.
-            if self._adaptive and gate.window > 1 and active.get(vm.pair, 0) > least.get(id(gate), 0):
+            several = self._adaptive and (gate.window > 1 or gate.pressed)
+            if several and active.get(vm.pair, 0) > least.get(id(gate), 0):
                 continue
             if self._adaptive and under_way.packs_enough(vm.source):
                 continue

@@ -11,7 +11,6 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
     OUTRUNS_BYTES_PER_SECOND,
     Move,
     Phase,
-    live_seconds,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import DOWNTIME_LIMIT_SECONDS
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
@@ -45,10 +44,6 @@ _SILENT_SECONDS = 10.0
 # A mirror that has so little left for so long goes round behind the guest.
 _CHASE_SECONDS = 20.0
 _CHASE_BYTES = 8e6
-# So many hosts are asked between two looks, at most: each time is work for the controller, too.
-_GLANCED_HOSTS = 16
-# Of a move's memory so many times what crosses in the end may be told as left.
-_MOST_TOO_MUCH = 4.0
 _LEAD_IN = frozenset({"preflight", "catch-up", "stop", "freeze", "residual", "prepare"})
 _CLOSING = frozenset({"confirm", "released", "finish", "rollback", "undecided"})
 
@@ -224,31 +219,6 @@ def _rung(job: Job) -> Rung:
     return Rung.RESTART if job.get("rung") == Rung.RESTART.value else Rung.LIVE
 
 
-def nearly_over(move: Move, seconds: float) -> bool:
-    """Whether a move is thought to be through, or handed over, within this time."""
-    if move.silent or move.phase is Phase.LEAD_IN:
-        return False
-    rate = move.bytes_per_second
-    return move.phase is not Phase.BULK or (rate > 0 and live_seconds(move, rate) <= seconds)
-
-
-def over_first(moves: t.Mapping[str, Move], source_of: t.Callable[[str], str], seconds: float) -> list[str]:
-    """The hosts whose moves may be through, or handed over, within this time: a few, the surest first.
-
-    Of those in their lead-in nobody knows: a small guest is through within a look; nor of those of whom much
-    less may be left than is told, for pages that nobody has looked at yet may be empty.
-    """
-    ranks: dict[str, int] = {}
-    for uuid, move in moves.items():
-        over = nearly_over(move, seconds)
-        unknown = move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0
-        unknown = unknown or nearly_over(move, _MOST_TOO_MUCH * seconds)
-        if over or (unknown and not move.silent):
-            host, rank = source_of(uuid), 1 if over else 2
-            ranks[host] = min(rank, ranks.get(host, rank))
-    return sorted(ranks, key=lambda host: (ranks[host], host))[:_GLANCED_HOSTS]
-
-
 def _sends(job: Job) -> bool:
     """Whether a job that has not ended is beyond its lead-in."""
     if job.get("step") in _LEAD_IN:
@@ -261,6 +231,8 @@ class Eyes:
 
     def __init__(self, paused: t.Collection[str] = ()) -> None:
         self.paused: set[str] = set(paused)
+        # Others wait for hosts to be through with lead-ins: whose memory begins to cross is told at once.
+        self.processors_short = False
         # By job: what its VM's memory comes to on the wire.
         self._packing: dict[str, Packing] = {}
         self._vms: dict[str, _Counted] = {}
@@ -319,10 +291,10 @@ class Eyes:
                 uuid = str(job["vm"])
                 if not job.get("ended") and job.get("step") != "undecided":
                     known = self._before.moves.get(uuid) if stale or between else None
+                    if known is None and between:
+                        known = Move(uuid, Phase.LEAD_IN, _rung(job))
                     if known is not None and between and not stale:
                         known = self._later(host.name, job, known)
-                    elif known is None and between:
-                        known = Move(uuid, Phase.LEAD_IN, _rung(job))
                     move = known or self._move(job, labels.get(uuid, {}), now)
                     moves[uuid] = replace(move, silent=silent)
                 elif job_out(job) and (job["id"] in begun or uuid not in protected):
@@ -340,16 +312,19 @@ class Eyes:
                     self._sends_since.setdefault(str(job["id"]), now)
 
     def through(self, host: HostState) -> set[tuple[str, str]]:
-        """Of a host's newest jobs those that have nothing more to send, or next to nothing: with how far
-        each of them is."""
+        """Of a host's newest jobs those that have nothing more to send, or next to nothing, and, where others
+        wait for processors, those whose memory has begun to cross: with how far each of them is."""
         told: set[tuple[str, str]] = set()
         for job in host.jobs:
             if job.get("ended"):
                 told.add((str(job["id"]), "ended"))
             elif job.get("step") in _CLOSING:
                 told.add((str(job["id"]), "closing"))
-            elif (move := self._before.moves.get(str(job["vm"]))) is not None:
-                if self._later(host.name, job, move).phase is Phase.LAST:
+            else:
+                if self.processors_short and _sends(job):
+                    told.add((str(job["id"]), "sends"))
+                move = self._before.moves.get(str(job["vm"]))
+                if move is not None and self._later(host.name, job, move).phase is Phase.LAST:
                     told.add((str(job["id"]), "last"))
         return told
 
@@ -357,13 +332,23 @@ class Eyes:
         """A move as it was seen at the last look, with the step that its proxy tells now.
 
         In its last round its place is another's: what follows are round trips, in which the line would idle.
+        Where processors are short hosts have time for the next one's lead-in once its memory crosses; how
+        fast it does the next look tells.
         """
         if str(job.get("step")) in _CLOSING:
             return replace(move, phase=Phase.CLOSING)
+        progress = job.get("progress") or {}
         packing = self._packing.get(str(job["id"]))
+        if move.phase is Phase.LEAD_IN and self.processors_short and _sends(job):
+            pages = float(progress.get("memory_remaining_bytes") or 0.0)
+            left = pages * (packing.ratio if packing else DEFAULT_PACKED_RATIO)
+            left += float(progress.get("disk_remaining_bytes") or 0.0)
+            number = int(progress.get("memory_iteration") or 0)
+            since = self._sends_since.get(str(job["id"]))
+            return replace(move, phase=Phase.BULK, remaining_bytes=left, bytes_per_second=0.0,
+                           round_number=number, sends_since=since)  # fmt: skip
         if move.phase is not Phase.BULK or move.rung is not Rung.LIVE or packing is None:
             return move
-        progress = job.get("progress") or {}
         left = float(progress.get("memory_remaining_bytes") or 0.0) * packing.ratio
         left += float(progress.get("disk_remaining_bytes") or 0.0)
         # One that came to be served fully within the last interval got little over all of it.

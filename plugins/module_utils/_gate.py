@@ -50,6 +50,8 @@ _FIRST_LEAD_INS = 2
 _QUEUED_LEAD_INS = 1.0
 # Where it is known to be processors that they wait for: so few.
 _QUEUED_PRESSED = 0.5
+# So many moves keep processors busy that are short already, at least.
+_KEEP_BUSY = 2
 # Processors that are waited for in more than this share of the time are busy for most of it (if what comes
 # comes at random, two are for 82 %, sixteen for 92 %: Erlang's C formula).
 _PRESSED = 0.6
@@ -100,8 +102,10 @@ class Gate:
         self._idle_lead_in: float | None = None
         self._busy_lead_in: float | None = None
         self._least_lead_in: float | None = None
-        # Whether its hosts' processors were waited for in most of the last interval: they are what is short.
+        # Whether its hosts' processors were waited for in most of the last interval: they are what is short;
+        # and how many hosts have something to do.
         self.pressed = False
+        self._hosts = 1
         # So many lead-ins at once gain something: more take longer by as much, for they are work for hosts.
         self.lead_ins_at_once = _FIRST_LEAD_INS
         self.spare = 0.0
@@ -140,14 +144,22 @@ class Gate:
         idle = self._idle_lead_in
         return min(lead_in_seconds(self.round_trip_seconds) if idle is None else idle, self.lead_in_seconds)
 
-    def press(self, waited: float | None) -> None:
-        """In what share of the interval the processors of its hosts were waited for; None: nobody tells."""
+    def press(self, waited: float | None, hosts: int = 1) -> None:
+        """In what share of the interval the processors of its hosts were waited for; None: nobody tells.
+        So many ``hosts`` have somebody to send."""
         # A lead-in that is mostly round trips costs hosts little, and who is begun late leaves the line idle.
         works = LEAD_IN_ROUND_TRIPS * self.round_trip_seconds < LEAD_IN_SECONDS
         self.pressed = waited is not None and waited >= _PRESSED and works
         if self.pressed and self._least_lead_in is None:
             # What one takes alone is to be seen first.
             self.lead_ins_at_once = 1
+        self._hosts = hosts
+
+    @property
+    def enough(self) -> int:
+        """So many of those that fit into a look keep the hosts' processors busy: one of each host, and two
+        at least, for a lead-in waits for libvirt and round trips as well."""
+        return max(_KEEP_BUSY, self._hosts)
 
     @property
     def ahead_seconds(self) -> float:
@@ -219,7 +231,9 @@ class Gate:
         beside it: while no more is carried, one at a time goes there as well.
         """
         guessed = self.expected is not None and self._best <= _BOTH_PRESSED * self.expected
-        return self.open == 1 and (self.window == 1 or not self._starting or guessed)
+        # Where processors are short it is the other hosts' ones that have time.
+        alone = self.open == 1 and not self.pressed
+        return alone and (self.window == 1 or not self._starting or guessed)
 
     def observe(
         self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0, *, more_wait: bool

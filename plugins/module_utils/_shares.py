@@ -65,6 +65,11 @@ class Shares:
         """Whether one took the place of another that was not over: what they got says nothing of the gate."""
         return id(gate) in self._crowded
 
+    @property
+    def opened(self) -> set[str]:
+        """Those without a limit of ours that had one for some of the last interval."""
+        return {uuid for uuid, share in self.given.items() if share is None} - self.open_throughout
+
     def intervals_open(self, uuid: str) -> int:
         """For how many intervals on end a move could take what it can get."""
         return self._intervals_open.get(uuid, 0)

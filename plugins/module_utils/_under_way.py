@@ -149,18 +149,19 @@ class UnderWay:
             for vm, move in self._moves
         )
         ready = sending + self._leads_in(gate)
-        if sending and (not rate or (gate.capacity is None and ready > 1)):
+        idle = self._hosts_idle(gate)
+        if sending and not idle and (not rate or (gate.capacity is None and ready > 1)):
             return False  # what it carries is known at the next look
         # Small ones may be through before any of them was seen to send.
         rate = gate.capacity or max(rate or _UNKNOWN_BYTES_PER_SECOND, gate.carried)
         # Processors that are short do not idle if it does: half a look passes in the mean until the next one.
-        slack = INTERVAL_SECONDS / 2 if gate.pressed else INTERVAL_SECONDS
+        slack = INTERVAL_SECONDS / 2 if gate.pressed and not idle else INTERVAL_SECONDS
         return self._through_seconds(gate, rate) < gate.ahead_seconds + slack
 
     def _hosts_are_busy(self, gate: Gate) -> bool:
         """Whether as many as gain something are in their lead-ins. Only where each fits into a look: of
         larger ones the next must stand ready, whatever it takes."""
-        if self._leads_in(gate) < gate.lead_ins_at_once:
+        if self._hosts_idle(gate) if gate.pressed else self._leads_in(gate) < gate.lead_ins_at_once:
             return False
         if gate.capacity is None:
             return gate.pressed
@@ -168,6 +169,18 @@ class UnderWay:
         return all(least_bytes(vm, move.rung) < larger for vm, move in self._leading(gate)) and all(
             least_bytes(vm) < larger for vm in self._beginning_at(gate)
         )
+
+    def _hosts_idle(self, gate: Gate) -> bool:
+        """Whether, where processors are short, fewer are under way than keep them busy."""
+        if not gate.pressed:
+            return False
+        at_work = sum(
+            # A guest that shuts down is none of its host's work.
+            move.phase is not Phase.CLOSING and (move.phase, move.rung) != (Phase.LEAD_IN, Rung.RESTART)
+            for vm, move in self._moves
+            if not move.silent and self._uplinks.gate_of(vm) is gate
+        )
+        return at_work + len(self._beginning_at(gate)) < gate.enough
 
     def _leads_in(self, gate: Gate) -> int:
         """How many are in their lead-in, those that begin now included: not who takes longer, as a guest does

@@ -148,14 +148,16 @@ class Uplinks:
         """Whether processors are what is short: those of each source that has something to do, for one that
         has time could begin the next one."""
         least: dict[int, float | None] = {}
+        hosts: dict[int, set[str]] = {}
         at_work = {self._vms[uuid].pair for uuid in (*seen.moves, *waiting_uuids) if uuid in self._vms}
         for pair in at_work:
             view, key = seen.pairs.get(pair), id(self.gate_of_pair(pair))
+            hosts.setdefault(key, set()).add(pair[0])
             told = None if view is None else view.processors_waited
             known = least.get(key, 1.0)
             least[key] = None if told is None or known is None else min(told, known)
         for gate in self.gates.values():
-            gate.press(least.get(id(gate)))
+            gate.press(least.get(id(gate)), len(hosts.get(id(gate), ())))
 
     def _count_lead_ins(self, seen: Observation) -> None:
         self._lead_ins = {}

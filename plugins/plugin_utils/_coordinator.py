@@ -27,9 +27,9 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     PASSING,
     Eyes,
-    over_first,
 )
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast_report import line_known
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._glance import over_first
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
     Orders,
@@ -229,6 +229,7 @@ class Coordinator(Lookout):
         # Hosts remember others, who left long ago: they are told at the end, and not counted here.
         seen = replace(seen, out={vm.uuid for vm in controller.site.vms}.intersection(seen.out))
         orders = controller.step(seen, between=between)
+        eyes.processors_short = controller.processors_short
         self._obey(orders, seen, controller, eyes, slow or ())
         recorder.observe(seen, orders, self.hosts, controller, between=between)
         for line in recorder.news(self.hosts, self._begun.values()):
@@ -255,7 +256,7 @@ class Coordinator(Lookout):
         slow = set(self._pending)
         while until - self._clock() > 2 * _GLANCE_SECONDS:
             ours = {uuid: move for uuid, move in seen.moves.items() if uuid in self._begun}
-            nearly = set(over_first(ours, controller.source_of, interval)) - slow
+            nearly = set(over_first(ours, controller.source_of, interval, controller.opened)) - slow
             if not nearly or self._abandoned():
                 break
             self._sleep(_GLANCE_SECONDS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import over_first
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._glance import over_first
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import (
     Observation,
     Orders,
@@ -192,9 +192,12 @@ class Simulation:
         return self._waited / interval if now > 0 else self.links.processors.waited(0.0)
 
     def _between(self, before: Observation, now: float, interval: float) -> Observation | None:
-        """What is seen between two looks, with the rates of the last one; None where nobody is through of
-        those hosts that are asked then, as the coordinator asks them."""
-        asked = set(over_first(before.moves, lambda uuid: self.vms[uuid].summary.source, interval))
+        """What is seen between two looks, with the rates of the last one; None where of those hosts that are
+        asked then, as the coordinator asks them, nobody is through, or has begun to send where processors are
+        short."""
+        opened, short = self._controller.opened, self._controller.processors_short
+        news = {Phase.LAST, Phase.CLOSING, *([Phase.BULK] if short else [])}
+        asked = set(over_first(before.moves, lambda uuid: self.vms[uuid].summary.source, interval, opened))
         if not asked:
             return None
         told = self._observe(now, 1.0)
@@ -205,16 +208,18 @@ class Simulation:
             if uuid in moves:
                 continue
             known = before.moves.get(uuid)
-            if known is None or move.phase is Phase.LEAD_IN:
-                moves[uuid] = Move(uuid, Phase.LEAD_IN, move.rung) if known is None else known
-            elif move.phase is Phase.CLOSING:
+            if move.phase is Phase.LEAD_IN or (known is None and not short):
+                moves[uuid] = known or Move(uuid, Phase.LEAD_IN, move.rung)
+            elif known is not None and move.phase is Phase.CLOSING:
                 moves[uuid] = replace(known, phase=Phase.CLOSING)
+            elif known is None or (short and known.phase is Phase.LEAD_IN):
+                moves[uuid] = replace(move, phase=Phase.BULK, bytes_per_second=0.0)
             elif move.phase is Phase.LAST and known.phase is Phase.BULK:
                 moves[uuid] = replace(known, phase=Phase.LAST, remaining_bytes=move.remaining_bytes)
             else:
                 moves[uuid] = known
         through, through_before = (
-            {(uuid, move.phase) for uuid, move in each.items() if move.phase in {Phase.LAST, Phase.CLOSING}}
+            {(uuid, move.phase) for uuid, move in each.items() if move.phase in news}
             for each in (moves, before.moves)
         )
         out = [uuid for uuid in told.out if uuid not in moves]

@@ -15,8 +15,8 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback impo
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
     Eyes,
     HostState,
-    over_first,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._glance import over_first
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
 
 from unit.plugins.coordination.sites import MB, site, vm
@@ -80,10 +80,40 @@ def test_those_are_asked_after_who_may_be_over_the_surest_first() -> None:
     assert over_first(moves, lambda _uuid: "home1", 2.0) == ["home1"]
 
 
+def test_one_that_was_held_back_until_now_may_be_over_sooner_than_its_rate_says() -> None:
+    """A small one that had a trickle and has the line now was thought to need minutes, and its place stayed
+    empty for up to an interval."""
+    trickled = {"a": Move("a", Phase.BULK, remaining_bytes=9 * MB, bytes_per_second=0.1 * MB)}
+    assert over_first(trickled, str, 2.0) == []
+    assert over_first(trickled, str, 2.0, {"a"}) == ["a"]
+    # Of a host that says nothing nothing is heard either way.
+    assert over_first({"a": replace(trickled["a"], silent=True)}, str, 2.0, {"a"}) == []
+
+
+def test_who_was_opened_since_the_last_whole_interval_is_told() -> None:
+    controller = Controller(site(vm("a"), vm("b"), rate=6 * MB))
+    controller.step(sees(0.0, {}))
+    bulk = Move("uuid-a", Phase.BULK, remaining_bytes=300 * MB, bytes_per_second=6 * MB)
+    moves = {"uuid-a": bulk, "uuid-b": replace(bulk, vm="uuid-b", bytes_per_second=0.1 * MB)}
+    for now in (2.0, 4.0, 6.0):
+        controller.step(sees(now, moves))
+    assert controller._shares.opened == set()
+    controller.step(sees(6.5, {"uuid-b": moves["uuid-b"]}, ("uuid-a",)), between=True)
+    assert controller._shares.opened == {"uuid-b"}
+    assert controller.opened == set(), "where processors have time rates tell enough"
+    for now in (8.0, 10.0):
+        controller.step(sees(now, {"uuid-b": replace(moves["uuid-b"], bytes_per_second=6 * MB)}, ("uuid-a",)))
+    assert controller._shares.opened == set()
+
+
 def test_what_of_a_host_is_through_is_told_by_its_newest_jobs() -> None:
-    host = HostState("home1", sending("migrate", 0.0))
+    host = HostState("home1", sending("prepare", 0.0))
     eyes = Eyes()
     assert eyes.through(host) == set()
+    host.status = sending("migrate", 0.0)
+    assert eyes.through(host) == set()
+    eyes.processors_short = True
+    assert eyes.through(host) == {("j1", "sends")}
     host.status = sending("released", 0.0)
     assert eyes.through(host) == {("j1", "closing")}
     host.status = sending("done", 0.0, verdict="evacuated")
@@ -115,6 +145,28 @@ def test_when_a_memory_begins_to_cross_is_seen_between_two_looks() -> None:
     eyes.glance(hosts.values(), 100.6)
     eyes.glance(hosts.values(), 100.9)
     assert eyes.look(hosts, 102.0, {"j1"}, None).moves["uuid-a"].sends_since == 100.6
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_one_whose_memory_begins_to_cross_between_two_looks_is_in_its_lead_in_no_more(
+    seen_before: bool,
+) -> None:
+    """Where processors are short its hosts have time for the next one's, before the next look."""
+    hosts = {"home1": HostState("home1", sending("prepare", 0.0))}
+    eyes = Eyes()
+    eyes.processors_short = True
+    if seen_before:
+        assert eyes.look(hosts, 100.0, {"j1"}, None).moves["uuid-a"].phase is Phase.LEAD_IN
+    hosts["home1"].status = sending("migrate", 0.0)
+    eyes.glance(hosts.values(), 100.6)
+    move = eyes.look(hosts, 100.7, {"j1"}, None, between=True).moves["uuid-a"]
+    assert (move.phase, move.bytes_per_second, move.sends_since) == (Phase.BULK, 0.0, 100.6)
+    assert 0 < move.remaining_bytes < 9 * MB, "on the wire"
+    # The next look counts from the last one on, not from there.
+    hosts["home1"].status = sending("migrate", 10 * MB)
+    after = eyes.look(hosts, 102.0, {"j1"}, None).moves["uuid-a"]
+    assert after.bytes_per_second == pytest.approx(5 * MB if seen_before else 0.0)
+    assert after.sends_since == 100.6
 
 
 def lead_in_seen(begun_beside: bool, now: float, sends_since: float | None) -> float:
@@ -234,7 +286,7 @@ def test_who_stood_still_for_longer_than_its_lease_orders_nothing_by_a_glance(
 
     monkeypatch.setattr(coordinator, "_decide", decide)
     seen = Observation(0.0, {"u": Move("u", Phase.CLOSING)})
-    controller: Any = SimpleNamespace(source_of=lambda _uuid: "home1")
+    controller: Any = SimpleNamespace(source_of=lambda _uuid: "home1", opened=set(), processors_short=False)
     try:
         coordinator._rest(clock.now(), 2.0, seen, controller, Eyes(), Any)  # type: ignore[arg-type]
         assert decided == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._controller import Controller
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import Eyes, HostState
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._gate import Gate
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._interval import Observation, PairView
@@ -59,14 +60,25 @@ def test_the_share_that_is_out_is_about_the_best(number: int, others: float) -> 
     fixed = [emptied(name, processors, number=number) for name in _FIXED]
     ours = emptied("feedback", processors, number=number)
     horizon = max(result.makespan for result in (*fixed, ours))
-    assert ours.expected_share(horizon) >= 0.9 * max(told.expected_share(horizon) for told in fixed)
+    assert ours.expected_share(horizon) >= 0.98 * max(told.expected_share(horizon) for told in fixed)
+    assert ours.makespan <= 1.1 * min(told.makespan for told in fixed)
+
+
+@pytest.mark.parametrize("memory", [20 * MB, 150 * MB])
+@pytest.mark.parametrize("others", [0.6, 0.9, 1.2, 1.5])
+def test_so_it_is_for_smaller_and_larger_ones(memory: float, others: float) -> None:
+    processors = Processors(others=others)
+    fixed = [emptied(name, processors, memory=memory) for name in _FIXED]
+    ours = emptied("feedback", processors, memory=memory)
+    horizon = max(result.makespan for result in (*fixed, ours))
+    assert ours.expected_share(horizon) >= 0.95 * max(told.expected_share(horizon) for told in fixed)
 
 
 @pytest.mark.parametrize("memory", [30 * MB, 50 * MB, 100 * MB])
 def test_each_vm_takes_little_longer_than_alone(memory: float) -> None:
     alone, ours = (emptied(name, Processors(), memory=memory) for name in ("sequential", "feedback"))
     assert ours.mean_individual <= 1.6 * alone.mean_individual
-    assert ours.makespan <= 0.9 * alone.makespan
+    assert ours.makespan <= 0.7 * alone.makespan
 
 
 def test_nobody_who_has_time_is_held_back() -> None:
@@ -83,15 +95,47 @@ def test_on_random_sites_it_is_no_later_than_one_at_a_time_or_all_at_once(proces
     assert statistics.median(each.ratio for each in told) >= 1.0
 
 
-@pytest.mark.parametrize(("waited", "begun"), [(None, 2), (0.2, 2), (0.7, 1)])
-def test_where_processors_are_short_one_is_begun_first(waited: float | None, begun: int) -> None:
-    pairs = {
+def pressed(waited: float | None, hosts: int = 2) -> dict[tuple[str, str], PairView]:
+    return {
         (f"home{host}", f"backup{host}"): PairView(True, 0.0, _TRIP, processors_waited=waited)
-        for host in (1, 2)
+        for host in range(1, hosts + 1)
     }
-    assert len(Controller(whole()).step(Observation(0.0, {}, pairs)).starts) >= begun
-    if begun == 1:
-        assert len(Controller(whole()).step(Observation(0.0, {}, pairs)).starts) == 1
+
+
+@pytest.mark.parametrize(("waited", "begun"), [(None, 4), (0.2, 4), (0.7, 2)])
+def test_where_processors_are_short_two_are_begun_first(waited: float | None, begun: int) -> None:
+    small = whole(memory=20 * MB)
+    assert len(Controller(small).step(Observation(0.0, {}, pressed(waited))).starts) == begun
+
+
+def test_where_processors_of_many_hosts_are_short_one_of_each_is_begun() -> None:
+    guests = [vm(f"v{number:02}", host=number % 5 + 1, memory=4 * MB) for number in range(20)]
+    told = Controller(site(*guests, rate=None, round_trip=_TRIP)).step(
+        Observation(0.0, {}, pressed(0.7, hosts=5))
+    )
+    begun = [next(guest.source for guest in guests if guest.uuid == uuid) for uuid, _rung in told.starts]
+    # Four at most while nothing is known of the line.
+    assert len(begun) == len(set(begun)) == 4
+
+
+def test_the_next_is_begun_when_one_is_handed_over_and_not_at_the_look() -> None:
+    controller = Controller(whole())
+    first = [uuid for uuid, _rung in controller.step(Observation(0.0, {}, pressed(0.9))).starts]
+    assert len(first) == 2
+    leading = {uuid: Move(uuid, Phase.LEAD_IN) for uuid in first}
+    assert not controller.step(Observation(2.0, leading, pressed(0.9))).starts
+    sending = {**leading, first[0]: Move(first[0], Phase.BULK, remaining_bytes=20 * MB)}
+    told = controller.step(Observation(2.3, sending, pressed(0.9)), between=True)
+    assert not told.starts, "two are under way"
+    closing = {**sending, first[0]: Move(first[0], Phase.CLOSING)}
+    told = controller.step(Observation(2.9, closing, pressed(0.9)), between=True)
+    begun = [uuid for uuid, _rung in told.starts]
+    assert len(begun) == 1
+    # It leaves the host that has a processor for it.
+    vms = {item.uuid: item for item in controller.site.vms}
+    assert vms[begun[0]].pair == vms[first[0]].pair
+    # It was asked to begin, and is not seen yet.
+    assert not controller.step(Observation(3.2, closing, pressed(0.9)), between=True).starts
 
 
 def test_one_source_that_has_time_is_enough() -> None:

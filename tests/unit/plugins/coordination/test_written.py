@@ -8,11 +8,7 @@ from dataclasses import replace
 import pytest
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fallback import Move, Phase, live_seconds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._fixed_plan import fixed_plan
-from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import (
-    HostState,
-    nearly_over,
-    site_summary,
-)
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._fleet import HostState, site_summary
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast import (
     CONVERGES_BELOW,
     closing_seconds,
@@ -21,6 +17,7 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._forecast impo
     residual_bytes,
     usual_shutdown_seconds,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._glance import nearly_over
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._plan import make_plan
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._rounds import Rounds
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._schedule import lines

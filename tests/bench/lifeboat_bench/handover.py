@@ -144,6 +144,7 @@ def _report(ground: Ground, table: Table, milliseconds: int, moves: list[Move]) 
         ("gap beyond the guest's own downtime", [move.beyond for move in moves]),
         ("TCP stall beyond the guest's own downtime", [move.stalled_beyond for move in moves]),
         ("gap beyond QEMU's own figure", [move.gap - move.qemu_downtime for move in moves]),
+        ("TCP stall beyond QEMU's own figure", [move.stall - move.qemu_downtime for move in moves]),
     ):
         measured = statistics.median(figures)
         table.bars.append(Bar(f"anchor {milliseconds} ms away: {what}, median", "<=", asked, measured, "s"))

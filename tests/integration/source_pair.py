@@ -243,7 +243,13 @@ class SourcePair:
             f"{shlex.quote(json.dumps(configuration))} >> {LOG} 2>&1 < /dev/null & echo $!"
         )
         self._pids[host] = int(self.shell(host, script))
-        self.wait(socket_path.exists, bool, timeout_seconds=20)
+
+        def answers() -> bool:
+            # Its file is there a moment before it may be connected to.
+            with socket.socket(socket.AF_UNIX) as connection:
+                return connection.connect_ex(str(socket_path)) == 0
+
+        self.wait(answers, bool, timeout_seconds=20)
 
     def signal(self, host: str, name: str) -> None:
         """Send a signal, to a stopped one too, and wait until the process is gone."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from precache_proxy.channel.settings import TrafficClass
-from precache_proxy.errors import Conflict, NoSpace, VmStateChanged
+from precache_proxy.errors import Conflict, NoSpace, NotFound, VmStateChanged
 from precache_proxy.source import protection as protection_module
 from precache_proxy.source.autostart import AfterBoot
 from precache_proxy.source.backups import Backups
@@ -421,3 +421,36 @@ async def test_a_start_that_met_a_reader_is_no_failure(
         await asyncio.wait_for(asked.wait(), 5)
     finally:
         await protection.stop()
+
+
+async def test_what_happens_to_a_vm_while_its_pass_fails_is_looked_at_soon_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM that is undefined, and defined again, during a pass: the pass ends in an error that waits long."""
+    monkeypatch.setattr(protection_module, "RETRY_SECONDS", (0.05,))
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    protection.replication.standing.needs_reconcile = False
+    passes, may_end, again = 0, asyncio.Event(), asyncio.Event()
+
+    async def fail(**_unused: object) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 1:
+            await may_end.wait()
+        else:
+            again.set()
+        raise NotFound("VM web1: libvirt knows no VM with that UUID any more")
+
+    async def reconciled() -> None:
+        protection.replication.standing.needs_reconcile = False
+
+    monkeypatch.setattr(protection.replication, "run_pass", fail)
+    monkeypatch.setattr(protection.replication.standing, "reconcile", reconciled)
+    protection.start()
+    await asyncio.sleep(0.1)
+    protection.changed()
+    may_end.set()
+    await asyncio.wait_for(again.wait(), 5)
+    await asyncio.sleep(0.2)
+    assert (passes, protection.state) == (2, "stopped"), "nothing has happened since: as ever"
+    await protection.stop()

@@ -67,6 +67,8 @@ class Protection:
         self._began_at = time.monotonic()
         self._duration_seconds = 0.0
         self._next_at = 0.0
+        # something happened to the VM since the turn under way, or the last one, began
+        self._changed = False
         self._last_scrub_at = time.monotonic()
         # until then periodic passes wait (monotonic)
         self._postponed_until = 0.0
@@ -93,6 +95,12 @@ class Protection:
         await self._cut_work()
         self.replication.ease()
         await self.replication.disks.media.stop()
+
+    def changed(self) -> None:
+        """Something happened to the VM: look anew, at once or, during a turn, soon after it."""
+        self.replication.standing.needs_reconcile = True
+        self._changed = True
+        self.wake()
 
     def wake(self, *, soon: bool = True) -> None:
         """Something changed: look now instead of when the next pass is due."""
@@ -262,6 +270,7 @@ class Protection:
                 if (seconds := await self._environment.backups.wait_seconds(self.replication.vm)) > 0:
                     await self._sleep(seconds)
                     continue
+                self._changed = False
                 delay = await self._turn()
                 self._failures = 0
             except LifeboatError as error:
@@ -269,7 +278,7 @@ class Protection:
             except Exception as error:
                 logger.exception("VM %s: a pass failed in a way that nobody foresaw", self.record.name)
                 delay = self._failed(HypervisorError(f"VM {self.record.name}: {error!r}; see the journal"))
-            await self._sleep(delay)
+            await self._sleep(min(delay, RETRY_SECONDS[0]) if self._changed else delay)
 
     async def _sleep(self, seconds: float | None) -> None:
         self._next_at = float("inf") if seconds is None else time.monotonic() + seconds

@@ -160,8 +160,7 @@ class Source:
     def _on_event(self, event: DomainEvent) -> None:
         if event.kind == "connected":
             for protection in self._protections.values():
-                protection.replication.standing.needs_reconcile = True
-                protection.wake()
+                protection.changed()
             return
         booted = event.what == "started" and event.detail == libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED
         if event.kind == "reboot" or (event.kind == "lifecycle" and booted):
@@ -171,8 +170,7 @@ class Source:
             event.kind in _TELLING_EVENTS or (event.kind == "lifecycle" and event.what in _TELLING_CHANGES)
         ):
             # a VM that was started may have lost its bitmaps, one that stopped has a last few changes
-            told.replication.standing.needs_reconcile = True
-            told.wake()
+            told.changed()
 
     # -- which -------------------------------------------------------------------------------------
 

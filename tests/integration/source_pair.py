@@ -60,6 +60,12 @@ def wait_for(
         time.sleep(0.2)
 
 
+def listens(path: Path) -> bool:
+    """Whether a UNIX socket may be connected to: its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
 def make_certificates(names: list[str]) -> dict[str, dict[str, bytes]]:
     """A private authority and one certificate a name, as files by host."""
     now = datetime.datetime.now(datetime.UTC)
@@ -243,13 +249,11 @@ class SourcePair:
             f"{shlex.quote(json.dumps(configuration))} >> {LOG} 2>&1 < /dev/null & echo $!"
         )
         self._pids[host] = int(self.shell(host, script))
-
-        def answers() -> bool:
-            # Its file is there a moment before it may be connected to.
-            with socket.socket(socket.AF_UNIX) as connection:
-                return connection.connect_ex(str(socket_path)) == 0
-
-        self.wait(answers, bool, timeout_seconds=20)
+        # One that is killed soon may have answered, and ended, between two looks.
+        self.wait(
+            lambda: socket_path.exists() and (listens(socket_path) or self._is_gone(host)),
+            timeout_seconds=20,
+        )
 
     def signal(self, host: str, name: str) -> None:
         """Send a signal, to a stopped one too, and wait until the process is gone."""
@@ -259,12 +263,10 @@ class SourcePair:
 
     def wait_gone(self, host: str, *, timeout_seconds: float = 60) -> None:
         """Until the proxy of a host has ended."""
-        pid = self._pids[host]
-        self.wait(
-            lambda: self.shell(host, f"test -d /proc/{pid} || echo gone"),
-            bool,
-            timeout_seconds=timeout_seconds,
-        )
+        self.wait(lambda: self._is_gone(host), timeout_seconds=timeout_seconds)
+
+    def _is_gone(self, host: str) -> bool:
+        return bool(self.shell(host, f"test -d /proc/{self._pids[host]} || echo gone"))
 
     def wait_stopped(self, host: str, *, timeout_seconds: float = 60) -> None:
         """Until the proxy of a host stands still at its point (SIGSTOP)."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from precache_proxy import durable
 from precache_proxy.errors import HypervisorError
 from precache_proxy.evacuation import layers
-from precache_proxy.evacuation.domain_edit import replaced_paths
 from precache_proxy.evacuation.domains import Domains
 from precache_proxy.evacuation.images import image_size_bytes
 from precache_proxy.evacuation.job import FrozenDisk
@@ -108,16 +107,6 @@ def remove_overlays(disks: Mapping[str, FrozenDisk]) -> None:
     for frozen in disks.values():
         if frozen.overlay:
             durable.remove(Path(frozen.overlay))
-
-
-async def point_at_images(domains: Domains, vm: str, disks: Mapping[str, FrozenDisk]) -> None:
-    """Make the persistent definition name the images again (the VM is not active and has lost its
-    overlays)."""
-    xml = await domains.xml(vm, inactive=True)
-    paths = {key: (frozen.image, frozen.format) for key, frozen in disks.items()}
-    edited = replaced_paths(xml, paths)
-    connection = domains.hypervisor.connection
-    await domains.hypervisor.call(connection.defineXML, edited, subject=f"VM {vm}")
 
 
 def restore_ownership(disks: Mapping[str, FrozenDisk]) -> None:

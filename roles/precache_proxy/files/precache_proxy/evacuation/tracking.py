@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +42,19 @@ def _tops(arrival: Arrival) -> dict[str, str]:
     return {key: disk.top for key, disk in arrival.disks.items()}
 
 
+def _in_tops(arrival: Arrival, definition: Definition) -> list[str]:
+    """The disks that write to their top overlays, by this definition."""
+    tops = _tops(arrival).items()
+    return [key for key, top in tops if (disk := definition.disk(key)) and disk.path == top]
+
+
+def _sync(arrival: Arrival, names: Iterable[str]) -> None:
+    """These files' names, the definition that has them, and what arrived are on disk (blocking)."""
+    layers.sync_names(names)
+    for disk in arrival.disks.values():
+        durable.sync_file(Path(disk.overlay))
+
+
 class Tracking:
     """Top overlays and the checkpoint of arrivals. The VM's lock is held by the caller."""
 
@@ -61,8 +75,7 @@ class Tracking:
         try:
             await self._refuse_when_late(arrival, checkpoint, seen)
             definition = await self._domains.definition(arrival.vm)
-            on_top = [key for key, top in tops.items() if (disk := definition.disk(key)) and disk.path == top]
-            if len(on_top) < len(tops):
+            if len(_in_tops(arrival, definition)) < len(tops):
                 await layers.put_overlays(self._domains, arrival.vm, tops, definition)
             await layers.create_checkpoint(self._domains, arrival.vm, checkpoint, tops, definition)
         except LifeboatError as error:
@@ -77,14 +90,8 @@ class Tracking:
 
         A disk that fails here costs nothing but this: the VM has no other place any more.
         """
-
-        def sync() -> None:
-            layers.sync_names(disk.overlay for disk in arrival.disks.values())
-            for disk in arrival.disks.values():
-                durable.sync_file(Path(disk.overlay))
-
         try:
-            await asyncio.to_thread(sync)
+            await asyncio.to_thread(_sync, arrival, [disk.overlay for disk in arrival.disks.values()])
         except OSError as error:
             logger.error("VM %s: what arrived cannot be made durable: %s", arrival.vm, error)
 
@@ -105,7 +112,7 @@ class Tracking:
             return
         definition = await self._domains.definition(arrival.vm)
         failure = ""
-        if any((disk := definition.disk(key)) and disk.path == top for key, top in tops.items()):
+        if _in_tops(arrival, definition):
             # Since before a kill. One that was started from there since has no bitmap: a pass finds that.
             if not await layers.has_checkpoint(self._domains, arrival.vm, checkpoint):
                 failure = f"it ran before its writes were counted from {checkpoint}"
@@ -134,16 +141,10 @@ class Tracking:
 
     async def _conclude(self, arrival: Arrival, checkpoint: str, failure: str) -> None:
         """Durable before it is on record."""
-
-        def sync() -> None:
+        try:
             # The VM runs in the tops, also where they are on since before a kill: their names come first, and
             # the definition that has them.
-            layers.sync_names(_tops(arrival).values())
-            for disk in arrival.disks.values():
-                durable.sync_file(Path(disk.overlay))
-
-        try:
-            await asyncio.to_thread(sync)
+            await asyncio.to_thread(_sync, arrival, _tops(arrival).values())
         except OSError as error:
             failure = failure or f"what arrived cannot be made durable: {error}"
         if not failure:

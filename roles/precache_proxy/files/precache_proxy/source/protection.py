@@ -67,7 +67,7 @@ class Protection:
         self._began_at = time.monotonic()
         self._duration_seconds = 0.0
         self._next_at = 0.0
-        # something happened to the VM since the turn under way, or the last one, began
+        # something happened to the VM since this round of work, or the last one, began
         self._changed = False
         self._last_scrub_at = time.monotonic()
         # until then periodic passes wait (monotonic)
@@ -259,6 +259,7 @@ class Protection:
 
     async def _run(self) -> None:
         while True:
+            self._changed = False
             try:
                 if self._holders:
                     await self._sleep(None)
@@ -270,7 +271,6 @@ class Protection:
                 if (seconds := await self._environment.backups.wait_seconds(self.replication.vm)) > 0:
                     await self._sleep(seconds)
                     continue
-                self._changed = False
                 delay = await self._turn()
                 self._failures = 0
             except LifeboatError as error:

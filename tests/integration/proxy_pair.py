@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from integration.libvirt_hook import LOOK_AGAIN, install_hook
-from integration.source_pair import PACKAGE, listens, make_certificates, wait_for
+from integration.source_pair import PACKAGE, make_certificates, wait_for, wait_served
 from lifeboat_lab.lab import Lab
 
 HOME, BACKUP = "home1", "backup1"
@@ -126,11 +126,7 @@ class ProxyPair:
             f">> {LOG} 2>&1 < /dev/null & echo $!"
         )
         self._pids[host] = int(self.shell(host, script))
-        # One that is killed soon may have answered, and ended, between two looks.
-        wait_for(
-            lambda: socket_path.exists() and (listens(socket_path) or not self.alive(host)),
-            timeout_seconds=60,
-        )
+        wait_served(socket_path, lambda: not self.alive(host), timeout_seconds=60)
 
     def alive(self, host: str) -> bool:
         """Whether the proxy's process is there."""

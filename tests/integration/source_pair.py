@@ -60,10 +60,17 @@ def wait_for(
         time.sleep(0.2)
 
 
-def listens(path: Path) -> bool:
-    """Whether a UNIX socket may be connected to: its file is there a moment before."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        return connection.connect_ex(str(path)) == 0
+def wait_served(path: Path, is_over: Callable[[], bool], *, timeout_seconds: float) -> None:
+    """Until a UNIX socket may be connected to: its file is there a moment before.
+
+    ``is_over``: whoever serves it may be killed soon, and have answered, and ended, between two looks.
+    """
+
+    def listens() -> bool:
+        with socket.socket(socket.AF_UNIX) as connection:
+            return connection.connect_ex(str(path)) == 0
+
+    wait_for(lambda: path.exists() and (listens() or is_over()), timeout_seconds=timeout_seconds)
 
 
 def make_certificates(names: list[str]) -> dict[str, dict[str, bytes]]:
@@ -249,11 +256,7 @@ class SourcePair:
             f"{shlex.quote(json.dumps(configuration))} >> {LOG} 2>&1 < /dev/null & echo $!"
         )
         self._pids[host] = int(self.shell(host, script))
-        # One that is killed soon may have answered, and ended, between two looks.
-        self.wait(
-            lambda: socket_path.exists() and (listens(socket_path) or self._is_gone(host)),
-            timeout_seconds=20,
-        )
+        wait_served(socket_path, lambda: self._is_gone(host), timeout_seconds=20)
 
     def signal(self, host: str, name: str) -> None:
         """Send a signal, to a stopped one too, and wait until the process is gone."""

@@ -57,6 +57,16 @@ def a_protection(tmp_path: Path, **record: Any) -> tuple[Protection, Link]:
     return Protection(made, cast(Any, environment)), link
 
 
+def reconciled_at_once(monkeypatch: pytest.MonkeyPatch, protection: Protection) -> None:
+    """Its peer is not asked where the protection stands."""
+
+    async def reconcile() -> None:
+        protection.replication.standing.needs_reconcile = False
+
+    protection.replication.standing.needs_reconcile = False
+    monkeypatch.setattr(protection.replication.standing, "reconcile", reconcile)
+
+
 def never_ends(monkeypatch: pytest.MonkeyPatch, protection: Protection, work: str) -> asyncio.Event:
     """Have a piece of the replication's work go on until it is cancelled; set once it has begun."""
     begun = asyncio.Event()
@@ -398,18 +408,14 @@ async def test_a_start_that_met_a_reader_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
-    protection.replication.standing.needs_reconcile = False
+    reconciled_at_once(monkeypatch, protection)
     asked = asyncio.Event()
 
     async def find_it_started(**_unused: object) -> None:
         asked.set()
         raise VmStateChanged("VM web1: it was started while its images were in use here; ask again")
 
-    async def reconcile() -> None:
-        protection.replication.standing.needs_reconcile = False
-
     monkeypatch.setattr(protection.replication, "run_pass", find_it_started)
-    monkeypatch.setattr(protection.replication.standing, "reconcile", reconcile)
     protection.start()
     try:
         await asyncio.wait_for(asked.wait(), 5)
@@ -429,7 +435,7 @@ async def test_what_happens_to_a_vm_while_its_pass_fails_is_looked_at_soon_after
     """A VM that is undefined, and defined again, during a pass: the pass ends in an error that waits long."""
     monkeypatch.setattr(protection_module, "RETRY_SECONDS", (0.05,))
     protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
-    protection.replication.standing.needs_reconcile = False
+    reconciled_at_once(monkeypatch, protection)
     passes, may_end, again = 0, asyncio.Event(), asyncio.Event()
 
     async def fail(**_unused: object) -> None:
@@ -441,16 +447,14 @@ async def test_what_happens_to_a_vm_while_its_pass_fails_is_looked_at_soon_after
             again.set()
         raise NotFound("VM web1: libvirt knows no VM with that UUID any more")
 
-    async def reconciled() -> None:
-        protection.replication.standing.needs_reconcile = False
-
     monkeypatch.setattr(protection.replication, "run_pass", fail)
-    monkeypatch.setattr(protection.replication.standing, "reconcile", reconciled)
     protection.start()
-    await asyncio.sleep(0.1)
-    protection.changed()
-    may_end.set()
-    await asyncio.wait_for(again.wait(), 5)
-    await asyncio.sleep(0.2)
-    assert (passes, protection.state) == (2, "stopped"), "nothing has happened since: as ever"
-    await protection.stop()
+    try:
+        await asyncio.sleep(0.1)
+        protection.changed()
+        may_end.set()
+        await asyncio.wait_for(again.wait(), 5)
+        await asyncio.sleep(0.2)
+        assert (passes, protection.state) == (2, "stopped"), "nothing has happened since: as ever"
+    finally:
+        await protection.stop()

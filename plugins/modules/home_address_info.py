@@ -57,6 +57,8 @@ vms:
       type: bool
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._home_addresses import cards, learnt, read
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._libvirt import (
@@ -64,6 +66,18 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._libvirt impor
     LibvirtFailed,
     libvirt_arguments,
 )
+
+
+def _read_vm(hypervisor: Hypervisor, domain: t.Any) -> dict[str, t.Any]:
+    definition = hypervisor.definition(domain)
+    return {
+        "name": domain.name(),
+        "uuid": domain.UUIDString(),
+        "addresses": read(definition),
+        "cards": cards(definition),
+        "learnt": learnt(definition),
+        "running": bool(domain.isActive()),
+    }
 
 
 def main() -> None:
@@ -77,17 +91,12 @@ def main() -> None:
         domains = hypervisor.domains() if name is None else [hypervisor.domain(name)]
         vms = []
         for domain in domains:
-            definition = hypervisor.definition(domain)
-            vms.append(
-                {
-                    "name": domain.name(),
-                    "uuid": domain.UUIDString(),
-                    "addresses": read(definition),
-                    "cards": cards(definition),
-                    "learnt": learnt(definition),
-                    "running": bool(domain.isActive()),
-                }
-            )
+            try:
+                vms.append(_read_vm(hypervisor, domain))
+            except hypervisor.libvirt.libvirtError as error:
+                # One of many may be undefined, or leave for another host, while they are read.
+                if name is not None or error.get_error_code() != hypervisor.libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
     except LibvirtFailed as error:
         module.fail_json(msg=str(error))
     except hypervisor.libvirt.libvirtError as error:

@@ -32,6 +32,19 @@ async def test_lookup_by_name_and_by_uuid(hypervisor: Hypervisor) -> None:
     assert (by_name.UUIDString(), "test", True) in await hypervisor.list_domains()
 
 
+async def test_a_vm_that_is_undefined_while_all_are_listed_hides_none_of_the_others(
+    hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xml = "<domain type='test'><name>leaving</name><memory>1024</memory><os><type>hvm</type></os></domain>"
+    leaving = await hypervisor.call(hypervisor.connection.defineXML, xml)
+    names = [name for _uuid, name, _active in await hypervisor.list_domains()]
+    assert sorted(names) == ["leaving", "test"]
+    listed = hypervisor.connection.listAllDomains(0)
+    leaving.undefine()
+    monkeypatch.setattr(hypervisor.connection, "listAllDomains", lambda _flags: listed)
+    assert [name for _uuid, name, _active in await hypervisor.list_domains()] == ["test"]
+
+
 async def test_an_unknown_vm_is_named(hypervisor: Hypervisor) -> None:
     for name in ("no such vm", "00000000-0000-0000-0000-000000000000"):
         with pytest.raises(NotFound, match=f"VM {name}.*virsh list"):

@@ -158,6 +158,19 @@ def test_an_unknown_vm_and_a_silent_libvirt_are_one_sentence(run: Run, hyperviso
     assert names == ["db ünd co", "web1"]
 
 
+def test_a_vm_that_is_undefined_while_all_are_read_hides_none_of_the_others(
+    run: Run, hypervisor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = pytest.importorskip("libvirt").open(hypervisor)
+    listed = connection.listAllDomains()
+    leaving = connection.lookupByName("web1")
+    leaving.destroy()
+    leaving.undefine()
+    monkeypatch.setattr(connection, "listAllDomains", lambda *_flags: listed)
+    assert [vm["name"] for vm in run("home_address_info", libvirt_uri=hypervisor)["vms"]] == ["db ünd co"]
+    assert run("home_address_info", libvirt_uri=hypervisor, vm="web1")["failed"]
+
+
 class _Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
 

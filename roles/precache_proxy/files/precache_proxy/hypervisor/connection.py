@@ -278,10 +278,17 @@ class Hypervisor:
         return bool(await self.call(domain.isActive, subject=subject))
 
     async def list_domains(self) -> list[tuple[str, str, bool]]:
-        """Every VM of this host as (UUID, name, active)."""
+        """Every VM of this host as (UUID, name, active); one that is undefined meanwhile is none of them."""
 
         def read() -> list[tuple[str, str, bool]]:
-            return [(d.UUIDString(), d.name(), bool(d.isActive())) for d in self.connection.listAllDomains(0)]
+            told = []
+            for domain in self.connection.listAllDomains(0):
+                try:
+                    told.append((domain.UUIDString(), domain.name(), bool(domain.isActive())))
+                except libvirt.libvirtError as error:
+                    if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                        raise
+            return told
 
         return await self.call(read, subject=f"libvirt at {self.uri}")
 

@@ -445,7 +445,7 @@ async def test_what_happens_to_a_vm_while_its_pass_fails_is_looked_at_soon_after
             await may_end.wait()
         else:
             again.set()
-        raise NotFound("VM web1: libvirt knows no VM with that UUID any more")
+        raise NotFound("VM web1: not defined on this host any more")
 
     monkeypatch.setattr(protection.replication, "run_pass", fail)
     protection.start()

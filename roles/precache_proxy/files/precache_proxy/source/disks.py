@@ -10,9 +10,8 @@ from collections.abc import AsyncIterator, Mapping
 
 from precache_proxy.blocks import images
 from precache_proxy.blocks.images import ImageReference
-from precache_proxy.errors import NotFound, TrackingLost, VmStateChanged
+from precache_proxy.errors import TrackingLost, VmStateChanged
 from precache_proxy.hypervisor.domain_xml import Definition, Disk
-from precache_proxy.hypervisor.handles import DomainHandle
 from precache_proxy.source import offline
 from precache_proxy.source.claims import ImageClaims
 from precache_proxy.source.environment import Environment
@@ -20,7 +19,7 @@ from precache_proxy.source.layout import Layout, plan_layout
 from precache_proxy.source.media import MediaCourier
 from precache_proxy.source.record import DiskRecord, ProtectionRecord
 from precache_proxy.source.totals import PassTotals
-from precache_proxy.source.tracker import VmReference
+from precache_proxy.source.tracker import VmReference, says_if_undefined
 from precache_proxy.source.views import ClosedImages, RunningVm, ViewSource
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,10 @@ class VmDisks:
 
     async def is_active(self) -> bool:
         """Whether the VM has a QEMU process."""
-        return await self._environment.hypervisor.is_active(await self._domain(), subject=str(self.vm))
+        hypervisor = self._environment.hypervisor
+        with says_if_undefined(self.vm):
+            domain = await hypervisor.lookup(self._record.uuid)
+            return await hypervisor.is_active(domain, subject=str(self.vm))
 
     @contextlib.asynccontextmanager
     async def unchanged(self, *, active: bool) -> AsyncIterator[None]:
@@ -62,18 +64,12 @@ class VmDisks:
                 raise VmStateChanged(f"{self.vm}: it was {what} while it was looked at; ask again") from error
             raise
 
-    async def _domain(self) -> DomainHandle:
-        try:
-            return await self._environment.hypervisor.lookup(self._record.uuid)
-        except NotFound as error:
-            raise NotFound(
-                f"{self.vm}: not defined on this host any more; unprotect it, or define it again"
-            ) from error
-
     async def look(self) -> tuple[Definition, Layout, bool]:
         """The VM's definition, which disks go along, and whether it runs; a new name is taken over."""
         hypervisor = self._environment.hypervisor
-        definition = await hypervisor.definition_of(await self._domain(), subject=str(self.vm))
+        with says_if_undefined(self.vm):
+            domain = await hypervisor.lookup(self._record.uuid)
+            definition = await hypervisor.definition_of(domain, subject=str(self.vm))
         if definition.name != self._record.name:
             logger.info("%s is called %s now", self.vm, definition.name)
             self._record.name = definition.name

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,6 +56,19 @@ class VmReference:
         return f"VM {self.name}"
 
 
+@contextlib.contextmanager
+def says_if_undefined(vm: VmReference) -> Iterator[None]:
+    """The same NotFound for a VM that libvirt does not know any more, whatever was asked of it."""
+    try:
+        yield
+    except NotFound as error:
+        if libvirt_code(error) != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        raise NotFound(
+            f"{vm}: not defined on this host any more; unprotect it, or define it again"
+        ) from error
+
+
 def checkpoint_xml(name: str, disks: Sequence[str], absent: Sequence[str]) -> str:
     """The ``<domaincheckpoint>`` over ``disks``."""
     root = etree.Element("domaincheckpoint")
@@ -99,14 +113,8 @@ class Tracker:
         def look_up_and_work() -> T:
             return work(connection.lookupByUUIDString(vm.uuid))
 
-        try:
+        with says_if_undefined(vm):
             return await self._hypervisor.call_in_turn(vm.uuid, look_up_and_work, subject=str(vm))
-        except NotFound as error:
-            if libvirt_code(error) != libvirt.VIR_ERR_NO_DOMAIN:
-                raise
-            raise NotFound(
-                f"{vm}: libvirt knows no VM with UUID {vm.uuid} any more; see `virsh list --all`"
-            ) from error
 
     async def checkpoints(self, vm: VmReference) -> list[str]:
         """The names of our checkpoints, oldest generation first."""

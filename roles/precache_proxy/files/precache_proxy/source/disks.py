@@ -12,6 +12,7 @@ from precache_proxy.blocks import images
 from precache_proxy.blocks.images import ImageReference
 from precache_proxy.errors import TrackingLost, VmStateChanged
 from precache_proxy.hypervisor.domain_xml import Definition, Disk
+from precache_proxy.hypervisor.handles import DomainHandle
 from precache_proxy.source import offline
 from precache_proxy.source.claims import ImageClaims
 from precache_proxy.source.environment import Environment
@@ -47,10 +48,8 @@ class VmDisks:
 
     async def is_active(self) -> bool:
         """Whether the VM has a QEMU process."""
-        hypervisor = self._environment.hypervisor
-        with says_if_undefined(self.vm):
-            domain = await hypervisor.lookup(self._record.uuid)
-            return await hypervisor.is_active(domain, subject=str(self.vm))
+        async with self._domain() as domain:
+            return await self._environment.hypervisor.is_active(domain, subject=str(self.vm))
 
     @contextlib.asynccontextmanager
     async def unchanged(self, *, active: bool) -> AsyncIterator[None]:
@@ -64,12 +63,15 @@ class VmDisks:
                 raise VmStateChanged(f"{self.vm}: it was {what} while it was looked at; ask again") from error
             raise
 
+    @contextlib.asynccontextmanager
+    async def _domain(self) -> AsyncIterator[DomainHandle]:
+        with says_if_undefined(self.vm):
+            yield await self._environment.hypervisor.lookup(self._record.uuid)
+
     async def look(self) -> tuple[Definition, Layout, bool]:
         """The VM's definition, which disks go along, and whether it runs; a new name is taken over."""
-        hypervisor = self._environment.hypervisor
-        with says_if_undefined(self.vm):
-            domain = await hypervisor.lookup(self._record.uuid)
-            definition = await hypervisor.definition_of(domain, subject=str(self.vm))
+        async with self._domain() as domain:
+            definition = await self._environment.hypervisor.definition_of(domain, subject=str(self.vm))
         if definition.name != self._record.name:
             logger.info("%s is called %s now", self.vm, definition.name)
             self._record.name = definition.name
@@ -162,5 +164,5 @@ class VmDisks:
 
     async def transferable_xml(self) -> str:
         """The persistent definition as another host takes it."""
-        hypervisor = self._environment.hypervisor
-        return await hypervisor.transferable_xml(await self._domain(), subject=str(self.vm))
+        async with self._domain() as domain:
+            return await self._environment.hypervisor.transferable_xml(domain, subject=str(self.vm))

@@ -240,6 +240,14 @@ class BindingTable:
                 beside |= gateways
         return tuple(one for one in binding.untold if one in self.rules.gateways and one not in beside)
 
+    def owed_to(self, gateway: IPv6Address) -> list[Binding]:
+        """What is bound elsewhere and this gateway, at which packets could end, has not heard of."""
+        return [
+            binding
+            for binding in self._bindings.values()
+            if binding.active and gateway in binding.untold and gateway in self.to_tell(binding)
+        ]
+
     def awaited(self, prefix: IPv6Network) -> int:
         """How many VMs of ``prefix`` are bound while a gateway that had them, one of ours, is untold."""
         return sum(

@@ -115,6 +115,8 @@ class AnchorDuty:
         self._peers = {peer.address: peer for peer in config.partners}
         self._tellings: dict[tuple[str, IPv6Address], _Telling] = {}
         self._telling_sequence = 0
+        # When a gateway's heartbeat came last (monotonic seconds).
+        self._heard_at: dict[IPv6Address, float] = {}
         self._background = Background()
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsent: list[tuple[Peer, str, _Owed, BindingAcknowledgement]] = []
@@ -192,6 +194,7 @@ class AnchorDuty:
                 self._take_update(peer, message)
             case Heartbeat() if not message.response:
                 self._send(peer, heartbeat.answer(message, self._restarts, time.time()))
+                self._heard(peer)
             case RevocationAcknowledgement():
                 for key, telling in list(self._tellings.items()):
                     if telling.gateway == peer.address and telling.sequence == message.sequence:
@@ -201,6 +204,14 @@ class AnchorDuty:
             case _:
                 return False
         return True
+
+    def _heard(self, peer: Peer) -> None:
+        """One that was silent, or was not heard since this anchor began, may not know what it lost."""
+        now = time.monotonic()
+        before, self._heard_at[peer.address] = self._heard_at.get(peer.address, float("-inf")), now
+        if now - before > heartbeat.MISSED * self._config.heartbeat_seconds:
+            for binding in self.table.owed_to(peer.address):
+                self._tell_loss(peer.address, binding)
 
     def _take_update(self, peer: Peer, update: BindingUpdate) -> None:
         try:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from mobility_agent.messages.headers import Heartbeat
 from mobility_agent.messages.options import RestartCounter, Timestamp, find
 
-_MISSED = 3
+#: So many requests without an answer are silence.
+MISSED = 3
 _REMEMBERED = 32
 
 
@@ -50,7 +51,7 @@ class Pulse:
     def _silent_at(self) -> float:
         if not self.up or self._answered_at is None:
             return float("inf")
-        return self._answered_at + _MISSED * self._interval + (self.round_trip_seconds or 0.0)
+        return self._answered_at + MISSED * self._interval + (self.round_trip_seconds or 0.0)
 
     def due(self, now: float, wall: float) -> Heartbeat | None:
         """The request to send now, if it is time."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -129,3 +130,44 @@ async def test_a_blob_that_a_killed_process_left_is_synced_before_a_record_names
     await after.keep_blob(content)
     assert (tmp_path / "blobs" / digest).read_bytes() == content
     assert synced[2:] == [tmp_path / "blobs", tmp_path]
+
+
+async def test_who_is_cancelled_in_a_write_goes_when_it_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    begun, may_end = threading.Event(), threading.Event()
+
+    def write() -> None:
+        begun.set()
+        assert may_end.wait(10)
+        durable.write_json(path, {"last": "word"})
+
+    async def unprotect() -> None:
+        saving = asyncio.create_task(durable.to_its_end(write))
+        await asyncio.to_thread(begun.wait, 10)
+        for _ in range(2):
+            saving.cancel()
+            await asyncio.sleep(0.05)
+        assert not saving.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        durable.remove(path)
+
+    await unprotect()
+    await asyncio.sleep(0.1)
+    assert list(tmp_path.iterdir()) == [], "nothing is written behind it"
+
+
+async def test_an_error_of_a_write_goes_before_the_cancellation(tmp_path: Path) -> None:
+    may_end = threading.Event()
+
+    def write() -> None:
+        assert may_end.wait(10)
+        durable.write_json(tmp_path / "nowhere" / "record.json", {})
+
+    saving = asyncio.create_task(durable.to_its_end(write))
+    await asyncio.sleep(0.05)
+    saving.cancel()
+    may_end.set()
+    with pytest.raises(FileNotFoundError):
+        await saving

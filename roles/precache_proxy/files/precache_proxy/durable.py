@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,18 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     if path.parent.is_dir():
         sync_directory(path.parent)
+
+
+async def to_its_end(write: Callable[[], None]) -> None:
+    """Run a blocking write in a thread. A cancellation is raised when it has ended, for nothing may be
+    written behind what is done then; an error of the write goes before it."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write))
+    cancelled: asyncio.CancelledError | None = None
+    while not writing.done():
+        try:
+            await asyncio.shield(asyncio.wait([writing]))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    writing.result()
+    if cancelled is not None:
+        raise cancelled

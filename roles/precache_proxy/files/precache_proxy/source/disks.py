@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
@@ -75,7 +74,7 @@ class VmDisks:
         if definition.name != self._record.name:
             logger.info("%s is called %s now", self.vm, definition.name)
             self._record.name = definition.name
-            await asyncio.to_thread(self._record.write, self._environment.directory)
+            await self._record.save(self._environment.directory)
         layout = plan_layout(definition, self._record.only_disks)
         self.refused = layout.refused
         self.media.look(layout.static)

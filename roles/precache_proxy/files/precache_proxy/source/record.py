@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ class ProtectionRecord:
                 f"VM {self.name}: no space left on {directory} for the record of its protection; "
                 "free space there: until then it is not passed"
             ) from error
+
+    async def save(self, directory: Path) -> None:
+        """:meth:`write`, in a thread and to its end: a record that is removed after that stays removed."""
+        await durable.to_its_end(partial(self.write, directory))
 
     def remove(self, directory: Path) -> None:
         """Forget it for good (blocking)."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Mapping
@@ -59,7 +58,7 @@ class PeerStanding:
 
     async def save(self) -> None:
         """Make the record durable. Raises NoSpace."""
-        await asyncio.to_thread(self._record.write, self._environment.directory)
+        await self._record.save(self._environment.directory)
 
     def hear(self, status: dict[str, Any], asked_at: float) -> None:
         """What the peer told of the replica when it was asked (monotonic) for something else: the next

@@ -57,6 +57,14 @@ def a_protection(tmp_path: Path, **record: Any) -> tuple[Protection, Link]:
     return Protection(made, cast(Any, environment)), link
 
 
+def a_source(tmp_path: Path, protection: Protection) -> Source:
+    """A source side that has this one only, and was not started."""
+    settings = SourceSettings(name="home1", peers=("backup1",), scratch_directory=tmp_path)
+    source = Source(tmp_path, tmp_path, cast(Any, None), cast(Any, None), settings)
+    source._protections[VM] = protection
+    return source
+
+
 def reconciled_at_once(monkeypatch: pytest.MonkeyPatch, protection: Protection) -> None:
     """Its peer is not asked where the protection stands."""
 
@@ -133,9 +141,7 @@ def test_where_the_peer_has_no_room_it_is_asked_again_how_it_stands(tmp_path: Pa
 
 async def test_a_vm_that_is_being_moved_is_not_unprotected(tmp_path: Path) -> None:
     protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
-    settings = SourceSettings(name="home1", peers=("backup1",), scratch_directory=tmp_path)
-    source = Source(tmp_path, tmp_path, cast(Any, None), cast(Any, None), settings)
-    source._protections[VM] = protection
+    source = a_source(tmp_path, protection)
     protection.record.write(tmp_path)
     await protection.hold("evacuation-1")
     for keep_replica in (True, False):
@@ -456,5 +462,35 @@ async def test_what_happens_to_a_vm_while_its_pass_fails_is_looked_at_soon_after
         await asyncio.wait_for(again.wait(), 5)
         await asyncio.sleep(0.2)
         assert (passes, protection.state) == (2, "stopped"), "nothing has happened since: as ever"
+    finally:
+        await protection.stop()
+
+
+async def test_a_resync_that_is_asked_for_during_a_pass_follows_it_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass began before the word, and the next one is due much later."""
+    monkeypatch.setattr(protection_module, "RETRY_SECONDS", (0.05,))
+    protection, _link = a_protection(tmp_path, sealed=Sealed(7, "lifeboat-e0-g7", 1.0, 1.0))
+    reconciled_at_once(monkeypatch, protection)
+    under_way, may_end, compared = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def run_pass(*, compare_all: bool, **_unused: object) -> SimpleNamespace:
+        if compare_all:
+            compared.set()
+            protection.record.resync_cause = ""
+        else:
+            under_way.set()
+            await may_end.wait()
+        return SimpleNamespace(skipped=True)
+
+    monkeypatch.setattr(protection.replication, "run_pass", run_pass)
+    source = a_source(tmp_path, protection)
+    protection.start()
+    try:
+        await asyncio.wait_for(under_way.wait(), 5)
+        await source.resync(VM)
+        may_end.set()
+        await asyncio.wait_for(compared.wait(), 5)
     finally:
         await protection.stop()

@@ -288,7 +288,7 @@ class Source:
             raise
 
     async def _save(self, record: ProtectionRecord) -> None:
-        await asyncio.to_thread(record.write, self.directory)
+        await record.save(self.directory)
 
     async def unprotect(self, vm: str, keep_replica: bool) -> None:
         """End a VM's protection. The replica is removed unless kept; a peer that is away keeps it for now.
@@ -384,7 +384,8 @@ class Source:
         elif protection.record.sealed is not None:
             protection.record.resync_cause = "asked for by an operator"
             await self._save(protection.record)
-        protection.wake()
+        # A pass may be under way that began before the word: it is looked at soon after it, too.
+        protection.changed()
         return protection.status()
 
     async def measure_lags(self) -> None:

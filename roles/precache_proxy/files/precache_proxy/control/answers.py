@@ -18,6 +18,7 @@ from precache_proxy.control.outlook import outlook
 from precache_proxy.control.parts import Parts
 from precache_proxy.errors import LifeboatError, NotFound
 from precache_proxy.evacuation.job import Job
+from precache_proxy.source.scratch import allocated_bytes
 
 Answer = dict[str, Any]
 
@@ -186,7 +187,7 @@ def _disk_answers(parts: Parts) -> tuple[Answer, Answer, Answer]:
     scratch = _space(parts.config.source.scratch_directory)
     files = scratch_files(parts)
     # Sparse files: what they take, not what they could take.
-    scratch["used_bytes"] = sum(path.stat().st_blocks * 512 for path in files if path.exists())
+    scratch["used_bytes"] = allocated_bytes(files)
     scratch["files"] = len(files)
     scratch["limit_bytes"] = parts.config.source.scratch_limit_bytes
     return store, scratch, certificate_answer(parts)

@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +76,17 @@ class Replica:
         After an error, memory has what the disk has: files that a renamed record names may not be discarded.
         """
         path = self.directory / RECORD_NAME
-        writing = asyncio.ensure_future(asyncio.to_thread(durable.write_json, path, record.as_json()))
-        cancelled: asyncio.CancelledError | None = None
-        while not writing.done():
-            try:
-                await asyncio.shield(asyncio.wait([writing]))
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if writing.exception() is not None:
+        try:
+            await durable.to_its_end(partial(durable.write_json, path, record.as_json()))
+        except asyncio.CancelledError:
+            self.record = record
+            raise
+        except Exception:
             value = await asyncio.to_thread(durable.read_json, path)
             if value is not None:
                 self.record = ReplicaRecord.from_json(value, path)
-            writing.result()
+            raise
         self.record = record
-        if cancelled is not None:
-            raise cancelled
 
     @classmethod
     def load(cls, directory: Path, socket_directory: Path, settings: StoreSettings) -> Replica | None:
@@ -322,7 +319,7 @@ class Replica:
 
     def _state(self) -> tuple[str, str, str]:
         record = self.record
-        if self.no_space is not None and free_bytes(self.directory) >= self.settings.minimum_free_bytes:
+        if self.no_space is not None and self._free_bytes() >= self.settings.minimum_free_bytes:
             self.no_space = None  # room was made: the next generation is welcome
         if record.detached:
             return "detached", "landed", "its files are the disks of the VM that runs here"
@@ -374,10 +371,17 @@ class Replica:
             "seeding": {disk: record.seeding.get(disk, 0) for disk in unsealed} or None,
             "disks": disks,
             "attachments": sorted(sealed.attachments) if sealed else [],
-            "free_bytes": free_bytes(self.directory),
+            "free_bytes": self._free_bytes(),
             "generations": [entry.generation for entry in record.generations],
             "protection": record.protection,
         }
+
+    def _free_bytes(self) -> int:
+        """What can be written beside it; of one whose directory is just removed, in the store."""
+        try:
+            return free_bytes(self.directory)
+        except FileNotFoundError:
+            return free_bytes(self.directory.parent)
 
     def allocated_bytes(self, disks: Iterable[str]) -> int:
         """What these disks take here (blocking: looks at the files)."""
@@ -386,7 +390,7 @@ class Replica:
 
     def space_text(self) -> str:
         """For log lines."""
-        return f"{format_bytes(free_bytes(self.directory))} free on {self.directory}"
+        return f"{format_bytes(self._free_bytes())} free on {self.directory}"
 
 
 def _allocated(path: Path) -> int:

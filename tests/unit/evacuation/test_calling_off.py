@@ -107,6 +107,24 @@ async def test_a_move_that_ends_while_the_stop_goes_on_record_leaves_its_guest_r
     assert place.departure.job.stood_still_seconds is None
 
 
+async def test_a_dead_relay_waits_for_the_order_and_not_for_what_goes_before_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libvirt may take its time to tell whether it moves the guest; its stop is ordered after that."""
+    monkeypatch.setattr(calling_off, "SETTLE_SECONDS", 0.05)
+    ask = place.domain.state
+
+    def slow() -> list[int]:
+        time.sleep(0.3)
+        return ask()
+
+    place.domain.state = slow  # type: ignore[method-assign]
+    off = CallingOff(place.departure, waits=True)
+    await asyncio.wait_for(off.stand_still(), 5)
+    assert ("suspend", True) in place.domain.told
+    await off.over()
+
+
 async def test_a_guest_that_cannot_be_stopped_is_called_off_all_the_same(place: Place) -> None:
     def refuse() -> None:
         raise libvirt.libvirtError("cannot acquire state change lock")

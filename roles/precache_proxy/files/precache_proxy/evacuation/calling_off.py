@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ABORT_AGAIN_SECONDS: Final = 0.2
 # From the order to stop the guest until its vCPUs stand still and its own disks have what they had written:
-# nobody tells that. And the longest that a dead relay stays open for it.
+# nobody tells that. And the longest that a dead relay stays open for the order.
 SETTLE_SECONDS: Final = 0.5
 STANDSTILL_SECONDS: Final = 2.0
 
@@ -92,7 +92,8 @@ class CallingOff:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STANDSTILL_SECONDS):
                     await self._ordered.wait()
-                    await asyncio.sleep(SETTLE_SECONDS)
+            if self._ordered.is_set():
+                await asyncio.sleep(SETTLE_SECONDS)
 
     async def over(self) -> None:
         """The migration has ended, one way or the other. When this returns no stop of ours is under way."""
@@ -132,9 +133,12 @@ async def stop_guest(
             return False
         await departure.note_stop()
         crash_point("departure-before-standstill")
-        if ordered is not None:
-            ordered.set()
-        stopped = await late_pause.pause(departure, only_migrating=only_migrating)
+        loop = asyncio.get_running_loop()
+        stopped = await late_pause.pause(
+            departure,
+            only_migrating=only_migrating,
+            at_order=None if ordered is None else lambda: loop.call_soon_threadsafe(ordered.set),
+        )
     except (HypervisorError, NotFound) as error:
         # The migration has to end all the same.
         logger.warning("VM %s: not stopped before its move is ended: %s", vm, error)

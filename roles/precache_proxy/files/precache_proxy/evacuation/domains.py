@@ -118,11 +118,15 @@ class Domains:
         """Which run of the VM this is, and how it ended; UNKNOWN when libvirt does not answer."""
 
         def ask(domain: Any) -> Life:
-            state, reason = domain.state()
-            in_order = state == libvirt.VIR_DOMAIN_SHUTOFF and reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
             number = int(domain.ID()) if domain.isActive() else None
+            # Asked last: how it ended is told though it ends just now.
+            state, reason = domain.state()
+            off = state == libvirt.VIR_DOMAIN_SHUTOFF
+            if number is None and not off:
+                return Life(Presence.UNKNOWN)
+            in_order = off and reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
             presence = presence_of(state, reason, libvirt.VIR_DOMAIN_JOB_NONE)
-            return Life(presence, number, in_order)
+            return Life(presence, None if off else number, in_order)
 
         try:
             return await self.run(vm, ask, timeout_seconds=20)
@@ -188,12 +192,19 @@ class Domains:
         """Let a paused VM run; one that runs already is no error."""
         await self.run(vm, lambda domain: None if domain.state()[0] in _ALIVE else domain.resume())
 
-    async def suspend(self, vm: str, *, only_migrating: bool = False) -> bool:
-        """Pause a running VM (``only_migrating``: while libvirt moves it). Whether it was to be paused."""
+    async def suspend(
+        self, vm: str, *, only_migrating: bool = False, at_order: Callable[[], object] | None = None
+    ) -> bool:
+        """Pause a running VM (``only_migrating``: while libvirt moves it). Whether it was to be paused.
+
+        ``at_order`` is called, in a thread, just before libvirt is asked.
+        """
 
         def work(domain: Any) -> bool:
             if domain.state()[0] not in _ALIVE or (only_migrating and not _is_migrating(domain)):
                 return False
+            if at_order is not None:
+                at_order()
             domain.suspend()
             return True
 
@@ -259,8 +270,12 @@ class Domains:
             if domain.isActive():
                 with contextlib.suppress(libvirt.libvirtError):
                     domain.abortJob()
-                if domain.isActive():
+                try:
                     domain.destroy()
+                except libvirt.libvirtError:
+                    # It may just have ended by itself.
+                    if domain.isActive():
+                        raise
 
         with contextlib.suppress(NotFound):
             await self.run(vm, work)

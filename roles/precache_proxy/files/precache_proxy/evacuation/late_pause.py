@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -72,14 +73,18 @@ def decide(found: Standing, number: int | None, answered_seconds: float) -> Next
     return Next.OVER if answered_seconds >= WATCH_SECONDS else Next.LOOK_AGAIN
 
 
-async def pause(departure: Departure, *, only_migrating: bool = False) -> bool:
-    """Pause the guest, on record before it is done. Whether it was to be paused.
+async def pause(
+    departure: Departure, *, only_migrating: bool = False, at_order: Callable[[], object] | None = None
+) -> bool:
+    """Pause the guest, on record before it is done; the rest as :meth:`Domains.suspend`.
 
     Raises NotFound, HypervisorError: it may be paused later all the same.
     """
     await departure.note_stop()
     departure.pauses.unanswered += 1
-    paused = await departure.around.domains.suspend(departure.job.vm, only_migrating=only_migrating)
+    paused = await departure.around.domains.suspend(
+        departure.job.vm, only_migrating=only_migrating, at_order=at_order
+    )
     departure.pauses.unanswered -= 1
     return paused
 

@@ -169,6 +169,8 @@ class EvacuationPair(ProxyPair):
         else:
             wait_for(lambda: not self.guarded(destination, guest))
             assert destination not in guest.states()
+            # While a pause of ours may still be obeyed late, one of somebody else is undone as well: ours.
+            wait_for(lambda: not self.job(source, job_id)["pause_unanswered"], timeout_seconds=180)
         assert not self.guarded(where, guest)
         found = guest.verify(where, canary=canary)
         assert found.intact, found.findings

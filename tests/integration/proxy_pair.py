@@ -128,6 +128,10 @@ class ProxyPair:
         self._pids[host] = int(self.shell(host, script))
         wait_served(socket_path, lambda: not self.alive(host), timeout_seconds=60)
 
+    def pid(self, host: str) -> int:
+        """The number of its process on that host."""
+        return self._pids[host]
+
     def alive(self, host: str) -> bool:
         """Whether the proxy's process is there."""
         pid = self._pids.get(host)

@@ -64,9 +64,13 @@ class Running:
         return self.process.wait(timeout_seconds)
 
     def kill(self) -> None:
-        """As the kernel does when memory runs out: only the one process, its workers stay for themselves."""
+        """As the kernel does when memory runs out: only the one process; its workers are to end by
+        themselves, which is waited for. Raises AssertionError where they do not."""
+        workers = [process for process in _with_children(self.process.pid) if process != self.process.pid]
+        assert workers, "nobody would be left for himself"
         self.process.kill()
         self.process.wait()
+        wait_until(lambda: not any(_is_alive(worker) for worker in workers), "what was left behind ends")
 
     def stand_still(self) -> None:
         """As on a machine that is suspended, or that swaps: ansible-playbook and its workers, which have
@@ -87,6 +91,14 @@ class Running:
             self.go_on()
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def _is_alive(process: int) -> bool:
+    """Whether it has not ended; one that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _with_children(process: int) -> Iterator[int]:
@@ -270,7 +282,7 @@ def crowd_at_home(
     """
     if not set(HOSTS) <= set(lab.settings.hosts):
         pytest.skip("needs all four hosts of the lab")
-    _forget_all(lab)
+    forget_all(lab)
     for left in lab.guests.all():
         left.remove()
     guests = {}
@@ -288,13 +300,21 @@ def crowd_at_home(
         crowd.clean()
         lab.wan.set("none")
         lab.wan.heal()
-        _forget_all(lab)
+        forget_all(lab)
         for guest in guests.values():
             guest.remove()
 
 
-def _forget_all(lab: Lab) -> None:
+def forget_all(lab: Lab) -> None:
+    """Nothing is protected any more, whoever left it so."""
     for host in HOSTS:
         proxy = Proxy(lab.host(host))
-        for vm in proxy.get("/vms")["vms"]:
+        wait_until(lambda proxy=proxy: _forgotten(proxy), f"{host} protects nothing", timeout_seconds=240)  # type: ignore[misc]
+
+
+def _forgotten(proxy: Proxy) -> bool:
+    for vm in proxy.get("/vms")["vms"]:
+        # One that is being landed is held for that long.
+        with suppress(LabError):
             proxy.request("DELETE", f"/vms/{vm['uuid']}?keep_replica=true")
+    return not proxy.get("/vms")["vms"]

@@ -148,6 +148,11 @@ class Vm:
         """SHA-256 of what the guest sees on a disk."""
         return self.pair.content(HOME, self.disks[disk])
 
+    def lose_power(self) -> None:
+        """Its QEMU is killed; until libvirt has seen that."""
+        self.pair.shell(HOME, f"kill -9 $(cat /run/libvirt/qemu/{shlex.quote(self.name)}.pid)")
+        self.pair.wait(lambda: "shut off" in self.virsh("domstate", self.name))
+
     def backup_job(self) -> str:
         """The backup job that is open in QEMU, "" where none is."""
         return self.virsh("backup-dumpxml", self.name, check=False).strip()
@@ -256,7 +261,7 @@ class SourcePair:
             f"{shlex.quote(json.dumps(configuration))} >> {LOG} 2>&1 < /dev/null & echo $!"
         )
         self._pids[host] = int(self.shell(host, script))
-        wait_served(socket_path, lambda: self._is_gone(host), timeout_seconds=20)
+        wait_served(socket_path, lambda: self._is_gone(host), timeout_seconds=60)
 
     def signal(self, host: str, name: str) -> None:
         """Send a signal, to a stopped one too, and wait until the process is gone."""

@@ -121,10 +121,10 @@ def test_a_killed_controller_loses_and_doubles_nothing(crowd: Crowd) -> None:
     wait_until(lambda: crowd.protected(*back), "the way back is protected")
     run = crowd.begin("backup")
     wait_until(lambda: any(job["step"] == "migrate" for job in crowd.jobs(*back)), "one is on its way")
+    # What it leaves behind ends by itself, after the order that it is just giving.
     run.kill()
     begun = {job["vm"] for job in crowd.jobs(*back)}
     assert len(begun) < 4, "killed before all had been begun, or this would show nothing"
-    # What it left behind ends by itself and starts nothing more.
     time.sleep(5)
     assert {job["vm"] for job in crowd.jobs(*back)} == begun
 

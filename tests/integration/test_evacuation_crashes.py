@@ -166,6 +166,8 @@ def test_a_destination_that_loses_power_before_the_release_gives_the_guest_back(
     canary, boots = guest.canary(HOME), guest.told().boots
     with pair.never_twice(guest):
         job_id = pair.begin_until_killed(guest, HOME, point)
+        # Libvirt's last call there may still be under way.
+        wait_for(lambda: guest.plan.uuid in pair.virsh(BACKUP, "list", "--all", "--persistent", "--uuid"))
         pair.lab.kill_host(BACKUP)
         pair.lab.start_host(BACKUP)
         # defined there, its memory gone, and not released: it must not start

@@ -39,9 +39,9 @@ def test_a_vm_runs_from_its_last_generation_and_its_home_learns_of_it(pair: Evac
         assert (arrival["activated_by"], arrival["home_told"]) == ("operator", False)
         assert guest.running_on() == [BACKUP]
         guest.wait_ready(host=BACKUP)
+        pair.wait_landed(BACKUP, guest)
         found = guest.verify(BACKUP, acknowledged=acknowledged)
         assert found.intact, found.findings
-        pair.wait_landed(BACKUP, guest)
 
         pair.lab.start_host(HOME)
         pair.start(HOME)
@@ -59,6 +59,7 @@ def test_a_vm_runs_from_its_last_generation_and_its_home_learns_of_it(pair: Evac
         job = pair.wait_job(BACKUP, pair.begin(BACKUP, guest)["id"])
         assert job["verdict"] == "evacuated", (job, pair.log(BACKUP))
     assert guest.running_on() == [HOME]
+    pair.wait_landed(HOME, guest)
     found = guest.verify(HOME, acknowledged=acknowledged)
     assert found.intact, found.findings
 

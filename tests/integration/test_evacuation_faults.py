@@ -36,7 +36,8 @@ def test_the_last_reply_of_a_migration_is_lost_after_the_release(pair: Evacuatio
     """Libvirt would let the source's VM run again while it runs at the destination: its QEMU is halted."""
     guest = pair.make_guest("not waited for")
     canary = guest.canary(HOME)
-    pair.lab.wan.set("rate=400mbit,rtt=80ms")
+    # Far enough that the release is under way before word of the loss is back.
+    pair.lab.wan.set("rate=400mbit,rtt=600ms")
     try:
         with pair.never_twice(guest):
             pair.restart(BACKUP, drop_at="relay-finish-reply")

@@ -178,10 +178,11 @@ def test_disks_grow_come_and_go_and_the_name_changes(pair: EvacuationPair) -> No
     added = f"{IMAGES}/added.qcow2"
     pair.shell(HOME, f"qemu-img create -q -f qcow2 {added} 24M")
     pair.shell(HOME, f"qemu-io -f qcow2 -c 'write -q -P 0x5a 1M 3M' {added}")
+    pair.virsh(HOME, "blockresize", uuid, "vda", f"{320 << 20}B")
+    # The last: a pass begins by itself then, and QEMU grows no disk that is being backed up.
     pair.virsh(
         HOME, "attach-disk", uuid, added, "vdc", "--persistent", "--subdriver", "qcow2", "--cache", "none"
     )
-    pair.virsh(HOME, "blockresize", uuid, "vda", f"{320 << 20}B")
     run_pass(pair, HOME, guest)
     assert set(replica_tops(pair, BACKUP, guest)) == {"vda", "vdb", "vdc"}
     require_equal_replica(pair, guest, HOME, BACKUP)
@@ -195,6 +196,8 @@ def test_disks_grow_come_and_go_and_the_name_changes(pair: EvacuationPair) -> No
     guest.start()
     guest.wait_ready()
     pair.wait_protected(guest, HOME)
+    # Answered once its ports are open: before, no pass is made.
+    guest.ask("status", HOME)
     run_pass(pair, HOME, guest)
     assert pair.ask(HOME, "GET", f"/v1/vms/{uuid}")["name"] == "umbenannt – renamed"
     assert pair.ask(BACKUP, "GET", f"/v1/replicas/{uuid}")["name"] == "umbenannt – renamed"

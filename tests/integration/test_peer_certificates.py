@@ -17,6 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from integration.lab_host import lab_host
 from integration.playbook_runner import PlaybookResult
+from integration.source_pair import wait_for
 from lifeboat_lab.lab import Lab
 from lifeboat_lab.proxy import Proxy
 
@@ -97,9 +98,12 @@ def test_a_wrong_certificate_is_refused_with_the_reason_and_healed_by_renewal(
     assert (link["cause"], told in link["sentence"]) == ("refused", True), link
     back = wait_link(lab, NAME, PEER, "refused")
     assert back["cause"] == "refused"
-    log = peer.check_output(f"journalctl -u {SERVICE} --no-pager --since=@{since}")
-    assert told in log
-    assert "was turned away: " in log, "as a caller, too"
+    # As one that was called, and as a caller, too.
+    wait_for(
+        lambda: peer.check_output(f"journalctl -u {SERVICE} --no-pager --since=@{since}"),
+        lambda log: told in log and "was turned away: " in log,
+        timeout_seconds=30,
+    )
     check = host.run("precache-proxy check --json")
     assert check.rc != 0, "both hosts' checks say so"
     assert peer.run("precache-proxy check --json").rc != 0
@@ -124,8 +128,11 @@ def test_an_unreadable_certificate_is_named_with_the_way_out_and_all_goes_on(
     told = host.run("precache-proxy check")
     assert told.rc != 0
     assert f"{CERTIFICATE}: not a PEM certificate; run the role" in told.stdout
-    log = host.check_output(f"journalctl -u {SERVICE} --no-pager --since=@{since}")
-    assert "all goes on as before" in log
+    log = wait_for(
+        lambda: host.check_output(f"journalctl -u {SERVICE} --no-pager --since=@{since}"),
+        lambda log: "all goes on as before" in log,
+        timeout_seconds=30,
+    )
     assert "Traceback" not in log
     assert Proxy(lab.host(PEER)).link(NAME)["state"] == "up"
     lab_playbook("site_setup", options=("--limit", NAME)).require_success()

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 from integration.lab_host import lab_host
 from integration.playbook_runner import INSTALLED, ROOT, PlaybookResult
 from integration.run_watch import none_twice
+from integration.site_crowd import forget_all, wait_until
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
@@ -93,21 +93,6 @@ class Story:
     def where(self) -> dict[str, list[str]]:
         """Where each VM runs now."""
         return {name: guest.running_on() for name, guest in self.guests.items()}
-
-
-def wait_until(true: Callable[[], bool], what: str, *, timeout_seconds: float = 90) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {timeout_seconds:g} s: {what}"
-        time.sleep(0.5)
-
-
-def forget_all(lab: Lab) -> None:
-    """Nothing is protected any more, whoever left it so."""
-    for host in ("home1", "home2", "backup1", "backup2"):
-        proxy = Proxy(lab.host(host))
-        for vm in proxy.get("/vms")["vms"]:
-            proxy.request("DELETE", f"/vms/{vm['uuid']}?keep_replica=true")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ def test_passes_come_by_themselves_within_the_rpo(pair: SourcePair, make_vm: Cal
     vm = make_vm("paced")
     pair.protect(vm, rpo_seconds=4)
     vm.write("vda", 7, 0, "1M")
-    sealed = pair.wait(vm.status, lambda status: status["generation"] >= 2, timeout_seconds=12)
+    sealed = pair.wait(vm.status, lambda status: status["generation"] >= 2, timeout_seconds=30)
     assert sealed["last_pass"]["reason"] == "periodic"
     vm.require_equal()
 
@@ -119,8 +119,7 @@ def test_a_killed_qemu_leads_to_a_resync_that_ships_only_what_differs(
     vm.write("vda", 5, 0, "32M")
     pair.protect(vm)
     vm.write("vda", 6, "8M", 2 * BLOCK)
-    pair.shell(HOME, f"kill -9 $(cat /run/libvirt/qemu/{vm.name}.pid)")
-    pair.wait(lambda: vm.virsh("domstate", vm.name), lambda state: "shut off" in state, timeout_seconds=20)
+    vm.lose_power()
     vm.virsh("start", vm.name)
     status = pair.wait(
         vm.status, lambda one: one["state"] == "protected" and one["generation"] == 2, timeout_seconds=60
@@ -130,7 +129,9 @@ def test_a_killed_qemu_leads_to_a_resync_that_ships_only_what_differs(
     assert status["last_pass"]["data_bytes"] == 2 * BLOCK
     vm.require_equal()
     vm.write("vda", 8, "40M", BLOCK)
-    assert vm.run_pass()["data_bytes"] == BLOCK
+    vm.run_pass()
+    # A pass of its own may have got there before ours.
+    assert vm.status()["last_pass"]["data_bytes"] == BLOCK
 
 
 def test_a_bitmap_deleted_behind_our_back_is_never_silently_stale(
@@ -407,9 +408,9 @@ def test_link_cut_and_healed(pair: SourcePair, make_vm: Callable[..., Vm], lab: 
         vm.write("vda", 6, "1M", BLOCK)
         time.sleep(6)
         vm.write("vda", 6, "2M", BLOCK)
+        generation = vm.status()["generation"]
     finally:
         lab.wan.heal()
-    generation = vm.status()["generation"]
     pair.wait(vm.status, lambda one: one["generation"] > generation, timeout_seconds=90)
     vm.wait_protected()
     vm.run_pass()

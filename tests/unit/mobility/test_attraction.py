@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network
@@ -10,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mobility_agent.anchor.attraction import Attractor
+from mobility_agent.anchor import attraction
+from mobility_agent.anchor.attraction import Attractor, Watch
 from mobility_agent.config import Attraction, Prefix
 from mobility_agent.errors import KernelRefused
 
@@ -120,3 +124,33 @@ def test_what_the_kernel_refused_is_tried_again(tmp_path: Path) -> None:
 def test_a_damaged_memory_is_left_out(tmp_path: Path, kept: str) -> None:
     (tmp_path / "attracted.json").write_text(kept)
     assert Parts(tmp_path, SILENT, Prefix(ONE)).start()[1].told == [()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="raw sockets are root's")
+async def test_who_stands_still_itself_takes_no_router_for_silent() -> None:
+    told: list[float] = []
+    watch = Watch(IPv6Address("::1"), 0.4, lambda _router, silence: told.append(silence), silent=False)
+    watch.start()
+    for _ in range(3):
+        await asyncio.sleep(0.25)
+        time.sleep(1.0)  # noqa: ASYNC251
+    await asyncio.sleep(0.25)
+    await watch.stop()
+    assert told
+    assert max(told) < 0.4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="raw sockets are root's")
+async def test_one_that_does_not_answer_is_silent_after_four_questions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # For experiments (RFC 4443): the kernel drops it.
+    monkeypatch.setattr(attraction, "_ECHO_REQUEST", 200)
+    told: list[float] = []
+    watch = Watch(IPv6Address("::1"), 0.4, lambda _router, silence: told.append(silence), silent=False)
+    watch.start()
+    async with asyncio.timeout(10):
+        while not any(silence >= 0.4 for silence in told):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    await watch.stop()
+    assert len(told) == 4

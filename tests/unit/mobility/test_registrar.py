@@ -582,9 +582,30 @@ def test_silence_is_noticed_when_it_is_due_and_not_a_beat_later() -> None:
     pulse.answered(Heartbeat(request.sequence, response=True), 0.1)
     for at in (0.5, 1.0, 1.5):
         assert pulse.due(at, WALL + at)
-    assert pulse.next_at == pytest.approx(0.1 + 1.5 + 0.1)
-    assert not pulse.fell_silent(1.69)
-    assert pulse.fell_silent(1.71)
+    # From the first that was not answered: two more, and a round trip.
+    assert pulse.next_at == pytest.approx(0.5 + 1.0 + 0.1)
+    assert not pulse.fell_silent(1.59)
+    assert pulse.fell_silent(1.61)
+
+
+@pytest.mark.parametrize("outstanding", [False, True])
+def test_who_stood_still_takes_nobody_else_for_silent(*, outstanding: bool) -> None:
+    pulse = Pulse(0.5, 0.0)
+    request = pulse.due(0.0, WALL)
+    assert request is not None
+    pulse.answered(Heartbeat(request.sequence, response=True), 0.1)
+    if outstanding:
+        # Answered at once, but that waits in our socket.
+        request = pulse.due(0.5, WALL)
+        assert request is not None
+    again = pulse.due(9.0, WALL)
+    assert again is not None
+    assert not pulse.fell_silent(9.0)
+    assert pulse.answered(Heartbeat(again.sequence, response=True), 9.1) is not None
+    assert pulse.up
+    assert pulse.due(9.5, WALL)
+    assert not pulse.fell_silent(10.5)
+    assert pulse.fell_silent(10.7)
 
 
 def test_who_comes_back_to_what_went_elsewhere_hears_where_it_is() -> None:

@@ -42,8 +42,9 @@ def _only_echo_replies() -> bytes:
 class Watch:
     """Asks a home router for a sign of life, a few times while its silence would be noticed.
 
-    ``judge(router, silence)`` is called each time: seconds since its last answer, infinite for one that was
-    silent when this began (``silent``) and has not been heard since.
+    ``judge(router, silence)`` is called each time: seconds since its last answer, and no more than it was
+    asked for in vain, for our own standing still is nobody's silence; infinite for one that was silent when
+    this began (``silent``) and has not been heard since.
     """
 
     def __init__(
@@ -73,23 +74,36 @@ class Watch:
         own = socket.socket(socket.AF_INET6, kind, socket.IPPROTO_ICMPV6)
         own.setsockopt(socket.IPPROTO_ICMPV6, _FILTER, _only_echo_replies())
         identifier = id(self) & 0xFFFF
-        heard_at = float("-inf") if self._silent else time.monotonic()
+        pause = self._silent_seconds / 4
+        heard_at, in_vain = float("-inf") if self._silent else time.monotonic(), 0
         loop = asyncio.get_running_loop()
+
+        def hear() -> None:
+            nonlocal heard_at, in_vain
+            with contextlib.suppress(OSError):
+                while True:
+                    data, origin = own.recvfrom(256)
+                    ours = len(data) >= 8 and data[4:6] == identifier.to_bytes(2, "big")
+                    if ours and IPv6Address(origin[0].partition("%")[0]) == self._router:
+                        heard_at, in_vain = time.monotonic(), 0
+
         with own:
-            for sequence in range(1 << 62):
-                request = struct.pack(">BBHHH", _ECHO_REQUEST, 0, 0, identifier, sequence & 0xFFFF)
-                with contextlib.suppress(OSError):
-                    # An unreachable network is silence too.
-                    own.sendto(request, (str(self._router), 0))
-                until = loop.time() + self._silent_seconds / 4
-                while (left := until - loop.time()) > 0:
-                    with contextlib.suppress(TimeoutError, OSError):
-                        async with asyncio.timeout(left):
-                            data, origin = await loop.sock_recvfrom(own, 256)
-                        ours = len(data) >= 8 and data[4:6] == identifier.to_bytes(2, "big")
-                        if ours and IPv6Address(origin[0].partition("%")[0]) == self._router:
-                            heard_at = time.monotonic()
-                self._judge(self._router, time.monotonic() - heard_at)
+            loop.add_reader(own, hear)
+            try:
+                for sequence in range(1 << 62):
+                    request = struct.pack(">BBHHH", _ECHO_REQUEST, 0, 0, identifier, sequence & 0xFFFF)
+                    with contextlib.suppress(OSError):
+                        # An unreachable network is silence too.
+                        own.sendto(request, (str(self._router), 0))
+                    in_vain += 1
+                    await asyncio.sleep(pause)
+                    # What came while we stood still is in the socket yet.
+                    hear()
+                    silence = time.monotonic() - heard_at
+                    asked_for = silence if silence == float("inf") else in_vain * pause
+                    self._judge(self._router, min(silence, asked_for))
+            finally:
+                loop.remove_reader(own)
 
 
 class Attractor:

@@ -37,7 +37,9 @@ class Pulse:
         self._sequence = secrets.randbits(32)
         self._sent: OrderedDict[int, tuple[float, float]] = OrderedDict()
         self._next_at = now
-        self._answered_at: float | None = None
+        # When what was not answered since the last answer was asked first: our own standing still is nobody's
+        # silence.
+        self._asked_at: float | None = None
         self._restarts: int | None = None
         self.up = False
         self.round_trip_seconds: float | None = None
@@ -49,14 +51,16 @@ class Pulse:
         return min(self._next_at, self._silent_at())
 
     def _silent_at(self) -> float:
-        if not self.up or self._answered_at is None:
+        if not self.up or self._asked_at is None:
             return float("inf")
-        return self._answered_at + MISSED * self._interval + (self.round_trip_seconds or 0.0)
+        return self._asked_at + (MISSED - 1) * self._interval + (self.round_trip_seconds or 0.0)
 
     def due(self, now: float, wall: float) -> Heartbeat | None:
         """The request to send now, if it is time."""
         if now < self._next_at:
             return None
+        if self._asked_at is None or now > self._next_at + self._interval:
+            self._asked_at = now
         self._next_at = now + self._interval
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         self._sent[self._sequence] = (now, wall)
@@ -79,12 +83,13 @@ class Pulse:
         restarts = counter.count if counter is not None else 0
         restarted = self._restarts is not None and restarts != self._restarts
         returned = not self.up
-        self._restarts, self._answered_at, self.up = restarts, now, True
+        self._restarts, self._asked_at, self.up = restarts, None, True
         self.round_trip_seconds, self.clock_offset_seconds = round_trip, offset
         return Beat(round_trip, offset, returned, restarted)
 
     def fell_silent(self, now: float) -> bool:
-        """True once, when the anchor has not answered for as long as three requests take."""
+        """True once, when the anchor has not answered for as long as three requests take. Ask :meth:`due`
+        before."""
         if now <= self._silent_at():
             return False
         self.up = False

@@ -178,6 +178,23 @@ async def test_an_agent_that_starts_claims_what_runs_and_not_what_is_arriving() 
     assert duty.told[2:] == [("runs again", VM), arrived(0, HandoffIndicator.NEW_INTERFACE, False)]
 
 
+async def test_one_that_ended_or_arrived_while_libvirt_was_asked_is_not_claimed_from_whom_has_it() -> None:
+    made, duty = moves(AWAY)
+    made.hypervisor.active = False  # type: ignore[attr-defined]
+    await made._on_connected({VM: True})
+    assert duty.told == [("reconcile", {VM}), ("runs again", VM)]
+    made, duty = moves(AWAY)
+    read = made.hypervisor.read
+
+    async def told_meanwhile(vm: str) -> Any:
+        duty.attachments[VM] = Attachment(VM, (HOME,), PLACE[1], PLACE[0], 5, 0.0, state=HERE)
+        return await read(vm)
+
+    made.hypervisor.read = told_meanwhile  # type: ignore[method-assign]
+    await made._on_connected({VM: True})
+    assert duty.told == [("reconcile", {VM}), ("runs again", VM)]
+
+
 async def test_what_comes_waits_from_the_stop_of_a_move_on_and_of_no_other_stop() -> None:
     made, duty = moves(HERE)
     paused = 0

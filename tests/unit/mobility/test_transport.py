@@ -48,9 +48,12 @@ class Anchor(Transport):
             raise RuntimeError("a defect of ours")
 
 
-def _update(sequence: int, handoff: HandoffIndicator, key: Key = GATEWAY.key) -> bytes:
+def _update(
+    sequence: int, handoff: HandoffIndicator, key: Key = GATEWAY.key, *, lifetime_seconds: int = 120
+) -> bytes:
     vm = f"{sequence:08x}-2222-3333-4444-555555555555"
-    update = Registration(vm, (HOME,), GATEWAY.tunnel_address, 1, sequence, 120, handoff).update(sequence)
+    asked = Registration(vm, (HOME,), GATEWAY.tunnel_address, 1, sequence, lifetime_seconds, handoff)
+    update = asked.update(sequence)
     home = home_address(update)
     return encode(update, GATEWAY.address, ANCHOR.address, key, care_of=GATEWAY.address, home=home)
 
@@ -135,6 +138,8 @@ async def test_a_message_that_breaks_something_does_not_keep_the_next_ones(gatew
 def test_what_only_confirms_is_known_by_its_handoff_indicator() -> None:
     assert only_confirms(_update(1, REFRESH))
     assert not only_confirms(_update(1, HANDOFF))
+    # A withdrawal: another VM's claim to its address may come right behind it.
+    assert not only_confirms(_update(1, REFRESH, lifetime_seconds=0))
     answer = Acknowledgement("vm", 0, 1, 120, 1, (HOME,)).message()
     assert not only_confirms(encode(answer, ANCHOR.address, GATEWAY.address, GATEWAY.key))
 

@@ -302,7 +302,10 @@ class Moves:
                 continue
             try:
                 told = await self._read(vm)
-                if told is not None and told.homes:
+                known = self._duty.attachments.get(vm)
+                if known is not None and known.state == HERE:
+                    continue  # its arrival was told of meanwhile
+                if told is not None and told.active and told.homes:
                     # Found running, not seen coming: it claims, but does not make an epoch up.
                     await self._arrive(vm, HandoffIndicator.NEW_INTERFACE, evident=False)
             except Exception:

@@ -28,6 +28,8 @@ MOBILITY_PROTOCOL = 135
 NO_NEXT_HEADER = 59
 UNSPECIFIED = IPv6Address(0)
 _FIXED_OCTETS = 12
+# Of a Binding Update, among these.
+_LIFETIME = slice(10, 12)
 _MAX_OCTETS = 8 * 256
 
 # name -> (hash, octets of its authenticator). RFC 4285 has the first; the second is for agents of our own.
@@ -158,8 +160,11 @@ def _split_options(data: bytes) -> tuple[tuple[Option, ...], int | None]:
 
 
 def only_confirms(data: bytes) -> bool:
-    """Whether octets that nobody has judged yet look like an update that changes nothing: a refresh."""
-    if len(data) < _FIXED_OCTETS or data[2] != BindingUpdate.kind:
+    """Whether octets that nobody has judged yet look like an update that changes nothing: a refresh.
+
+    A withdrawal, whose lifetime is 0, makes room for a claim that may come behind it.
+    """
+    if len(data) < _FIXED_OCTETS or data[2] != BindingUpdate.kind or data[_LIFETIME] == b"\0\0":
         return False
     at = _FIXED_OCTETS
     while at + 3 < len(data):

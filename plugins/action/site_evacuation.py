@@ -319,6 +319,8 @@ class ActionModule(ActionBase):
             lambda: {str(vm.get("name")) for vm in _vms(hostvars, inventory)},
             self._who(),
             arguments["take_over"],
+            # Nobody waits for a rehearsal.
+            5 if arguments["state"] == "forecast" else 1,
         )
         watch = Watch(deadline, read_runtime, reserve or 0.0)
         coordinator = Coordinator(

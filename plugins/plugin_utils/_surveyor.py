@@ -112,6 +112,8 @@ class Wanted:
     # Who asks, for another that comes second; and whether this one takes over from one that was first.
     who: str = "somebody"
     take_over: bool = False
+    # For how long VMs are looked at; the longer, the nearer a forecast of what their memories come to.
+    workload_seconds: int = 1
 
 
 # How a destination is reached that only sources name: its proxy, and which of its variables are not followed.
@@ -429,11 +431,10 @@ class Surveyor:
             return
         self._ask_workload(proxy, state)
 
-    @staticmethod
-    def _ask_workload(proxy: Proxy, state: HostState) -> None:
+    def _ask_workload(self, proxy: Proxy, state: HostState) -> None:
         # What a proxy of an older version cannot tell is not known, and no reason to leave VMs behind.
         with contextlib.suppress(ProxyError):
-            state.workload = ask(proxy, "POST", "/v1/workload", {"seconds": 1})
+            state.workload = ask(proxy, "POST", "/v1/workload", {"seconds": self.wanted.workload_seconds})
 
 
 def told_of(site: SiteSummary) -> list[Outcome]:

@@ -20,7 +20,9 @@ from precache_proxy.units import GIB, KIB
 
 PIECE_BYTES = 128 * KIB
 _PAGE_BYTES = 4 * KIB
-_PIECES = 32
+# Of each guest in each second. Memory that is in use lies in lumps: 32 pieces told 10 to 34 MB of idle guests
+# of 96 MiB of which 22 crossed.
+PIECES_PER_SECOND = 32
 # Whatever machine type: this is memory, and what lies between may be devices.
 _LOW_END, _HIGH_BEGIN, _HOLE_BYTES = 2 * GIB, 4 * GIB, 2 * GIB
 _NOTHING = bytes(_PAGE_BYTES)
@@ -61,11 +63,11 @@ def long_window_gain(packed_share: float) -> float:
 
 
 class Sample:
-    """One guest's sample, taken piece by piece."""
+    """One guest's sample, taken piece by piece; of a small memory fewer than ``pieces``."""
 
-    def __init__(self, memory_bytes: int, chance: random.Random) -> None:
+    def __init__(self, memory_bytes: int, pieces: int, chance: random.Random) -> None:
         self.memory_bytes = memory_bytes
-        self._offsets = offsets(memory_bytes, _PIECES, chance)
+        self._offsets = offsets(memory_bytes, max(1, min(pieces, memory_bytes // PIECE_BYTES)), chance)
         chance.shuffle(self._offsets)
         # One stream, as the real one: what repeats from piece to piece costs once.
         self._packer = zstandard.ZstdCompressor(level=1).compressobj()
@@ -96,10 +98,11 @@ def _peek_at(domain: Any) -> Callable[[int, int], bytes]:
     return lambda at, count: bytes(domain.memoryPeek(at, count, libvirt.VIR_MEMORY_PHYSICAL))
 
 
-def sample_memories(connection: Any, vms: Mapping[str, int], seconds: float) -> dict[str, float]:
-    """Wire bytes of the memory of running guests (UUID to bytes of memory), in turn until time is over."""
+def sample_memories(connection: Any, vms: Mapping[str, int], seconds: float, pieces: int) -> dict[str, float]:
+    """Wire bytes of the memory of running guests (UUID to bytes of memory), in turn until time is over, or
+    each was looked at in so many places."""
     chance = random.Random()
-    samples = {uuid: Sample(size, chance) for uuid, size in vms.items() if size >= 16 * PIECE_BYTES}
+    samples = {uuid: Sample(size, pieces, chance) for uuid, size in vms.items() if size >= 16 * PIECE_BYTES}
     peeks: dict[str, Callable[[int, int], bytes]] = {}
     for uuid in samples:
         with contextlib.suppress(libvirt.libvirtError):

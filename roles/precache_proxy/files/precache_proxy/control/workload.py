@@ -16,7 +16,7 @@ from typing import Any
 
 import libvirt
 
-from precache_proxy.control.memory_sample import sample_memories
+from precache_proxy.control.memory_sample import PIECES_PER_SECOND, sample_memories
 from precache_proxy.units import KIB, MIB
 
 _MEASURED = 2
@@ -45,7 +45,9 @@ async def measure_workload(hypervisor: Any, vms: Mapping[str, str], seconds: int
     began, packed = asyncio.get_running_loop().time(), {}
     if started:
         packed = await hypervisor.call(
-            lambda: sample_memories(connection, started, seconds * _SAMPLED_SHARE),
+            lambda: sample_memories(
+                connection, started, seconds * _SAMPLED_SHARE, PIECES_PER_SECOND * seconds
+            ),
             subject="memory samples",
             timeout_seconds=30,
         )

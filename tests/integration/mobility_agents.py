@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[2]
 SECRET = "00112233445566778899aabbccddeeff"
 ANCHORS = ("anchor1", "anchor2")
 GATEWAYS = ("gateway1", "gateway2")
+# What an anchor has told a gateway in vain it tells again when the holder refreshes, half a lifetime later.
+REFRESH_SECONDS = 60
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -179,6 +181,16 @@ class Agent:
             pytest.fail(f"{self.name} never came to where it was to be killed:\n{self.log}")
         self.process = None
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """It does nothing meanwhile."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """In good order."""
         self._end(signal.SIGTERM)
@@ -271,7 +283,7 @@ class Agents:
     def settle(self, name: str = "guest1", at: str = "gateway1", epoch: int = 1) -> Guest:
         """A guest that every anchor knows."""
         guest = self.net.guest(name, at)
-        answer = self[at].arrive(guest, epoch, wait_seconds=5)
+        answer = self[at].arrive(guest, epoch, wait_seconds=30)
         assert answer["acknowledged"] == [*ANCHORS]
         assert pings(self.net["client"], guest.home)
         return guest
@@ -381,7 +393,7 @@ class Conversation:
         except OSError as error:
             self.failures.append(f"{who} receiving: {error}")
 
-    def goes_on(self, seconds: float = 10.0) -> None:
+    def goes_on(self, seconds: float = 30.0) -> None:
         """Fails unless records still come through in both directions."""
         before = dict(self.received)
         eventually(

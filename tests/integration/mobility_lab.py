@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 from lifeboat_lab import mobility
+from lifeboat_lab.lab import Lab
 from lifeboat_lab.settings import HOSTS
 
 GATEWAYS = ("home1", "backup1")
@@ -30,7 +32,13 @@ def inventory() -> dict[str, Any]:
     return mobility.inventory(GATEWAYS, ANCHORS, [PREFIX])
 
 
-def wait(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def found_by_agent(lab: Lab, host: str) -> list[dict[str, str]]:
+    """What a host's agent finds wrong; the command's end says only whether there is anything."""
+    told = lab.exec(host, "mobility-agent", "--json", "check", check=False).stdout
+    return list(json.loads(told)["findings"])
+
+
+def wait(condition: Callable[[], Any], seconds: float = 90) -> Any:
     """The first truth that ``condition`` gives."""
     end = time.monotonic() + seconds
     while not (value := condition()):

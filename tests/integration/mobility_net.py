@@ -286,7 +286,7 @@ def small_internet() -> Iterator[Net]:
         net.remove()
 
 
-def eventually(condition: Callable[[], T], seconds: float = 10.0, pause: float = 0.05) -> T:
+def eventually(condition: Callable[[], T], seconds: float = 30.0, pause: float = 0.05) -> T:
     """The first truth that ``condition`` gives; fails when there is none in time."""
     end = time.monotonic() + seconds
     while True:

@@ -13,6 +13,7 @@ import pytest
 
 from integration.mobility_agents import (
     ANCHORS,
+    REFRESH_SECONDS,
     Agents,
     Conversation,
     Refused,
@@ -101,13 +102,17 @@ def test_an_anchor_that_lost_everything_gets_it_back(agents: Agents) -> None:
 def test_a_restarted_gateway_registers_again_and_no_packet_is_lost(agents: Agents) -> None:
     guest = agents.settle()
     talk = Conversation(agents.net["client"], guest)
-    agents["gateway1"].kill()
-    talk.goes_on()
-    agents["gateway1"].start()
-    talk.goes_on()
-    eventually(lambda: agents["gateway1"].vm(guest)["acknowledged"] == ["anchor1", "anchor2"])
+    with ThreadPoolExecutor(1) as threads:
+        probes = threads.submit(probe_gap, agents.net["client"], guest.home, 8)
+        agents["gateway1"].kill()
+        talk.goes_on()
+        agents["gateway1"].start()
+        talk.goes_on()
+        eventually(lambda: agents["gateway1"].vm(guest)["acknowledged"] == ["anchor1", "anchor2"])
+        assert not probes.done(), "all of it was to be seen"
+        _longest_gap_seconds, lost = probes.result()
     talk.end()
-    assert talk.longest_gap_seconds["near"] < 1
+    assert lost == 0
 
 
 def test_the_newer_epoch_wins_and_the_other_is_told_and_withdraws(agents: Agents) -> None:
@@ -169,9 +174,15 @@ def test_a_withdrawn_vm_is_bound_nowhere(agents: Agents) -> None:
     agents["gateway1"].depart(guest, withdraw=True)
     eventually(lambda: agents["anchor1"].holder(guest) is None and agents["anchor2"].holder(guest) is None)
     assert agents["anchor1"].binding(guest)["state"] == "withdrawn"  # type: ignore[index]
-    with pytest.raises(Refused) as told:
-        agents["gateway1"].vm(guest)
-    assert told.value.status == 404
+
+    def forgotten() -> bool:
+        try:
+            return not agents["gateway1"].vm(guest)
+        except Refused as error:
+            return error.status == 404
+
+    # It forgets it when both have said so, which they do once that is on their disks.
+    eventually(forgotten)
 
 
 def test_split_neighbours_believe_each_other_on_link(agents: Agents) -> None:
@@ -231,7 +242,7 @@ def test_an_address_given_to_another_vm_after_its_first_one_left(tmp_path: Path)
         assert pings(agents.net["client"], first.home)
         # What was still forwarded for the first one ends now.
         time.sleep(1.5)
-        assert pings(agents.net["client"], first.home, seconds=2)
+        assert pings(agents.net["client"], first.home, seconds=10)
 
 
 def test_one_whose_arrival_is_evident_gets_an_epoch_that_is_new_enough(agents: Agents) -> None:
@@ -331,10 +342,11 @@ def test_a_bridge_that_comes_later_is_taken_up(agents: Agents) -> None:
 @pytest.mark.parametrize("name", ["gateway1", "anchor1"])
 def test_a_link_that_was_set_down_leads_to_the_tunnels_end_again(agents: Agents, name: str) -> None:
     guest, net = agents.settle(), agents.net
-    # The kernel forgets with it for whom it answered there.
-    net[name].ip("link set up0 down")
-    net[name].ip("link set up0 up", f"route replace default via {net.ADDRESSES[name] - 1}")
-    assert net[name].show("neigh", "show", "proxy", "dev", "up0") == []
+    with agents[name].suspended():
+        # The kernel forgets with it for whom it answered there.
+        net[name].ip("link set up0 down")
+        net[name].ip("link set up0 up", f"route replace default via {net.ADDRESSES[name] - 1}")
+        assert net[name].show("neigh", "show", "proxy", "dev", "up0") == []
     eventually(lambda: net[name].show("neigh", "show", "proxy", "dev", "up0"), 15)
     assert pings(net["client"], guest.home)
     assert guest.pings(net.ADDRESSES["client"])
@@ -358,9 +370,9 @@ def test_the_anchor_takes_the_prefix_over_when_the_home_router_falls_silent(tmp_
         time.sleep(2)
         assert not _attracts(agents, "anchor1")
         net["router"].ip("link set gateway1 down")
-        eventually(lambda: _attracts(agents, "anchor1"), 5)
+        eventually(lambda: _attracts(agents, "anchor1"), 30)
         net["router"].ip("link set gateway1 up")
-        eventually(lambda: not _attracts(agents, "anchor1"), 8)
+        eventually(lambda: not _attracts(agents, "anchor1"), 30)
 
 
 def test_an_attracting_anchor_goes_on_attracting_over_a_restart(tmp_path: Path) -> None:
@@ -369,7 +381,7 @@ def test_an_attracting_anchor_goes_on_attracting_over_a_restart(tmp_path: Path) 
         net, anchor = agents.net, agents["anchor1"]
         for mode in ("when-silent", "always"):
             net["router"].ip("link set gateway1 down")
-            eventually(lambda: _attracts(agents, "anchor1"), 5)
+            eventually(lambda: _attracts(agents, "anchor1"), 30)
             changes = subprocess.Popen(
                 net["anchor1"].command("ip", "-6", "monitor", "route"), stdout=subprocess.PIPE, text=True
             )
@@ -415,7 +427,8 @@ def test_a_native_home_that_comes_back_leads_packets_to_where_its_vm_went(tmp_pa
         assert (home.vm(guest)["state"], home.vm(guest)["to"]) == ("away", None)
         net["router"].ip("link set gateway1 up")
         eventually(lambda: home.vm(guest)["to"] == str(net.tunnel("gateway2")))
-        eventually(lambda: not _attracts(agents, "anchor1"))
+        # It hears of it again with its first heartbeat; should that be lost, when the binding is refreshed.
+        eventually(lambda: not _attracts(agents, "anchor1"), REFRESH_SECONDS + 30)
         net.attract("gateway1")
         talk.goes_on()
         talk.end()

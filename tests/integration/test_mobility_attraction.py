@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.mobility_agents import ANCHORS, Agents, Conversation
+from integration.mobility_agents import ANCHORS, REFRESH_SECONDS, Agents, Conversation
 from integration.mobility_net import BRIDGE, HOME_PREFIX, Namespace, Net, eventually, pings, small_internet
 from integration.routing_daemons import ROOT, Routing, frr_configuration, needs_frr
 
@@ -22,8 +22,6 @@ pytestmark = [pytest.mark.timeout(300), needs_frr]
 
 ROUTER_SYSTEM, HOME_SYSTEM = 65000, 65001
 ANCHOR_SYSTEMS = {"anchor1": 65011, "anchor2": 65012}
-# What an anchor has told a gateway in vain it tells again when the holder refreshes, half a lifetime later.
-REFRESH_SECONDS = 60
 # In the documentation: the anchor's own autonomous system and router's number, and the router beside it.
 DOCUMENTED = ("65011", "192.0.2.11", "2001:db8:a1::1")
 

@@ -103,7 +103,7 @@ def _pings_ipv4(space: Namespace, target: str) -> bool:
     def answered() -> bool:
         return space.run("ping", "-4", "-c", "1", "-W", "1", target, check=False).returncode == 0
 
-    return eventually(answered, 10)
+    return eventually(answered, 60)
 
 
 def _resolved(guest: Guest, address: str) -> str | None:

@@ -212,7 +212,7 @@ def test_a_move_by_hand_that_is_called_off_leaves_the_binding_as_it_was(lab: Lab
     try:
         migrate(lab, guest, SOURCE, DESTINATION, abort_after=6)
         assert guest.running_on() == [SOURCE]
-        assert answers(lab, guest.address)
+        wait(lambda: answers(lab, guest.address))
     finally:
         seen = probe.end()
         lab.wan.set("none")

@@ -20,6 +20,8 @@ DEVICE, TABLE = "lbhold0", "7603"
 _RECEIVE_BUFFER_FORCE = 33
 # Those that the kernel took on their way in when that was closed.
 OVERTAKEN_AT_MOST = 2
+# So many go out one after the other, at most.
+_AT_ONCE = 20.0
 
 
 class Numbers:
@@ -45,11 +47,15 @@ class Numbers:
         eventually(lambda: len(self.received) > 10)
 
     def _send(self) -> None:
-        began = time.monotonic()
+        due, before = 0.0, time.monotonic()
         while not self._ending.is_set():
-            while self.sent < (time.monotonic() - began) * self._per_second:
+            now = time.monotonic()
+            # What a machine that stood still missed is not made good: it would be more than a queue holds.
+            due, before = min(due + (now - before) * self._per_second, _AT_ONCE), now
+            while due >= 1:
                 self._near.send(self.sent.to_bytes(4, "big").ljust(self._octets, b"\0"))
                 self.sent += 1
+                due -= 1
             time.sleep(0.0005)
 
     def _receive(self) -> None:
@@ -168,7 +174,7 @@ def test_a_vm_that_goes_on_here_gets_all_of_it_in_order_and_others_wait_for_noth
     neighbour = agents.settle("guest2")
     numbers = Numbers(agents.net["client"], guest)
     with stopped(gateway, guest, numbers) as first:
-        assert pings(agents.net["client"], neighbour.home, seconds=1)
+        assert pings(agents.net["client"], neighbour.home, seconds=5)
         guest.plug("gateway1")
         hold(gateway, guest, end=True)
     time.sleep(0.3)
@@ -181,8 +187,7 @@ def test_an_agent_that_is_killed_holds_nothing_back(agents: Agents) -> None:
     guest, gateway = agents.settle(), agents["gateway1"]
     numbers = Numbers(agents.net["client"], guest)
     assert hold(gateway, guest)
-    time.sleep(0.2)
-    assert max(numbers.received) < numbers.sent - 100
+    eventually(lambda: max(numbers.received) < numbers.sent - 100)
     assert ways_in(gateway) == 1
     gateway.kill()
     after = numbers.sent
@@ -216,7 +221,7 @@ def test_a_device_that_somebody_takes_away_is_made_anew(agents: Agents) -> None:
     guest, gateway = agents.settle(), agents["gateway1"]
     assert hold(gateway, guest)
     gateway.space.ip(f"link del {DEVICE}")
-    assert pings(agents.net["client"], guest.home, seconds=1)
+    assert pings(agents.net["client"], guest.home, seconds=5)
     eventually(lambda: counters(gateway)["vms"] == 0)
     assert "the hold device is gone" in gateway.log
     assert hold(gateway, guest)
@@ -244,7 +249,7 @@ def test_larger_packets_than_the_tunnel_takes_are_told_of_to_their_sender(agents
         agents[anchor].kill()
     assert hold(gateway, guest)
     guest.plug(None)
-    words = ["ping", "-6", "-c1", "-W4", "-s1452", "-Mdo", str(guest.home)]
+    words = ["ping", "-6", "-c1", "-W9", "-s1452", "-Mdo", str(guest.home)]
     told: list[str] = []
     asking = threading.Thread(target=lambda: told.append(client.run(*words, check=False).stdout))
     asking.start()

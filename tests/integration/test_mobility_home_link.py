@@ -113,7 +113,7 @@ def test_a_vm_at_home_keeps_its_address_and_neighbours_follow_it_away_and_back(a
     # It leaves, and there is nobody at home but the anchor to say so.
     agents["gateway1"].kill()
     agents.move(guest, "gateway2", 2, tell=False)
-    eventually(lambda: whom(neighbour, guest) == link.anchor_mac, 2)
+    eventually(lambda: whom(neighbour, guest) == link.anchor_mac, 5)
     assert pings(neighbour, guest.home)
     assert pings(net["client"], guest.home)
     assert _tunnelled(net["anchor1"], guest)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_a_clock_off_by_minutes_is_answered_with_the_anchors_time(agents: Agents
     net["gateway1"].inside(ask)
     assert heard[0].status == Status.TIMESTAMP_MISMATCH
     assert agents["anchor1"].binding(guest) is None
-    assert "the clock of gateway1 is 300.0 s behind" in agents["anchor1"].log
+    # What the message takes to get there counts, too.
+    assert re.search(r"the clock of gateway1 is 30[0-9]\.\d s behind", agents["anchor1"].log)
 
 
 def test_garbage_and_truncated_messages_are_counted_and_do_no_harm(agents: Agents) -> None:

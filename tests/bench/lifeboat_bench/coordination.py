@@ -77,7 +77,7 @@ class Rehearsed:
 
 
 def _rehearse(crowd: Crowd) -> Rehearsed:
-    """What feedback would come to, before anybody has moved. Raises LabError."""
+    """What feedback would come to now. Raises LabError."""
     crowd.wait_protected()
     told = json.loads(crowd.rehearse({"evacuate_strategy": FEEDBACK}).read_text())
     return Rehearsed(
@@ -105,13 +105,14 @@ def run(ground: Ground) -> Table:
     for wan in WANS:
         if wanted and wan not in wanted:
             continue
-        rehearsed = None
         if wan != STEPS:
-            # A line that will change under way cannot be rehearsed.
             ground.set_wan(wan)
-            rehearsed = _rehearse(crowd)
-        runs = []
+        runs, rehearsed = [], None
         for strategy in (*FIXED, FEEDBACK):
+            if strategy == FEEDBACK and wan != STEPS:
+                # Just before it: what guests have in their memories grows from minute to minute. A line that
+                # will change under way cannot be rehearsed.
+                rehearsed = _rehearse(crowd)
             ground.say(f"{strategy} on {wan}")
             runs.append(_empty(crowd, strategy, wan))
             ground.say(f"{strategy} on {wan}: the last was out after {runs[-1].makespan:.1f} s")

@@ -24,7 +24,7 @@ def inventory(settings: Settings, plans: Sequence[HostPlan], keys: Keys) -> dict
             "ansible_control_path_dir": str(keys.control_sockets),
             "ansible_ssh_common_args": f"-F {keys.config}",
             "lifeboat_site": plan.site,
-            "lifeboat_address": plan.address,
+            "lifeboat_address": plan.peer_address,
         }
         if plan.peer in built:
             variables[plan.name]["lifeboat_peer"] = plan.peer

@@ -20,6 +20,8 @@ from lifeboat_lab.settings import (
     HostPlan,
     Settings,
     router_mac,
+    site_ipv4_prefix,
+    site_ipv4_router,
     site_prefix,
     site_router,
 )
@@ -43,7 +45,11 @@ class Network:
         router, client, controller = (self._settings.namespace(n) for n in ("router", "client", "controller"))
         if not self.exists("router"):
             self._add_namespace("router")
-            sysctl(router, {"net.ipv6.conf.all.forwarding": 1})
+            # What goes by the WAN's devices comes from another interface than it would leave by.
+            sysctl(router, {
+                "net.ipv6.conf.all.forwarding": 1, "net.ipv4.ip_forward": 1,
+                "net.ipv4.conf.all.rp_filter": 0, "net.ipv4.conf.default.rp_filter": 0,
+            })  # fmt: skip
             lines = []
             for site in SITE_NUMBERS:
                 lines += [
@@ -53,6 +59,7 @@ class Network:
             ip(router, lines)
             # The bridge has no port yet; duplicate address detection would wait for one.
             ip(router, [f"addr add {site_router(site)}/64 dev br-{site} nodad" for site in SITE_NUMBERS])
+            ip(router, [f"addr add {site_ipv4_router(site)}/24 dev br-{site}" for site in SITE_NUMBERS], 4)
             self._count_traffic()
         if not self.exists("client"):
             self._add_namespace("client")
@@ -100,6 +107,10 @@ class Network:
             f"addr add {GUEST_GATEWAY}/64 dev vmbr0 nodad",
             f"route add {guest_network} dev vmbr0",
         ])  # fmt: skip
+        ip(host, [
+            f"addr add {plan.ipv4_address}/24 dev site0",
+            f"route add default via {site_ipv4_router(plan.site)} dev site0",
+        ], 4)  # fmt: skip
         ip(router, [f"route replace {guest_network} via {plan.address} dev br-{plan.site}"])
 
     def disconnect(self, plan: HostPlan) -> None:
@@ -154,6 +165,8 @@ class Network:
                 counters += [f"counter {pair}-sent {{}}", f"counter {pair}-delivered {{}}"]
                 rules += [
                     f'iifname "br-{source}" ip6 daddr {site_prefix(destination)} counter name "{pair}-sent"',
+                    f'iifname "br-{source}" ip daddr {site_ipv4_prefix(destination)} '
+                    f'counter name "{pair}-sent"',
                     f'iifname {{ "br-{source}", "wan-{source}" }} oifname "br-{destination}" '
                     f'counter name "{pair}-delivered"',
                 ]
@@ -180,9 +193,10 @@ def hosts_file(*, management: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ip(namespace: str, lines: list[str]) -> None:
-    """Run `ip -6` commands in a namespace, in one process. Raises LabError with the line that failed."""
-    run(["ip", "-n", namespace, "-6", "-batch", "-"], stdin="\n".join(lines) + "\n")
+def ip(namespace: str, lines: list[str], version: int = 6) -> None:
+    """Run `ip -6` (`-4`) commands in a namespace, in one process. Raises LabError with the line that
+    failed."""
+    run(["ip", "-n", namespace, f"-{version}", "-batch", "-"], stdin="\n".join(lines) + "\n")
 
 
 def sysctl(namespace: str, values: dict[str, int]) -> None:

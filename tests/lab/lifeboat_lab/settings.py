@@ -34,6 +34,16 @@ def site_router(site: str) -> str:
     return f"2001:db8:{SITE_NUMBERS[site]}::1"
 
 
+def site_ipv4_prefix(site: str) -> str:
+    """The network of the site's hosts by IPv4, without guests. RFC 2544: for measuring, not routed."""
+    return f"198.18.{SITE_NUMBERS[site]}.0/24"
+
+
+def site_ipv4_router(site: str) -> str:
+    """The router's IPv4 address in the network of the site's hosts."""
+    return f"198.18.{SITE_NUMBERS[site]}.1"
+
+
 def router_mac(site: str) -> str:
     """The router's Ethernet address in the network of the site's hosts."""
     return f"52:54:00:ff:{SITE_NUMBERS[site]:02x}:01"
@@ -53,6 +63,16 @@ class HostPlan:
     def address(self) -> str:
         """Address in the site's network: the one that other hosts use, across the WAN."""
         return f"2001:db8:{SITE_NUMBERS[self.site]}::{self.number + 10:x}"
+
+    @property
+    def ipv4_address(self) -> str:
+        """The same by IPv4."""
+        return f"198.18.{SITE_NUMBERS[self.site]}.{self.number + 10}"
+
+    @property
+    def peer_address(self) -> str:
+        """Address at which its peer reaches it: proxies of the second pair speak IPv4, all others IPv6."""
+        return self.ipv4_address if self.number == 2 else self.address
 
     @property
     def management_address(self) -> str:

@@ -17,6 +17,7 @@ FLAGS = ("-O2", "-Wall", "-Wextra", "-std=gnu11", "-shared", "-fPIC")
 VNET_HEADER_BYTES = 10
 LARGEST_PACKET_BYTES = 65536 + 128
 PREFIX_BYTES = 6
+IPV4_PREFIX_BYTES = 3
 
 
 class _Counters(ctypes.Structure):
@@ -31,10 +32,11 @@ class _Counters(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Site:
-    """A site as the loop knows it: its device and the first 48 bits of its addresses."""
+    """A site as the loop knows it: its device, and the first 48 bits of its addresses (by IPv4: 24)."""
 
     device: int
     prefix: bytes
+    ipv4_prefix: bytes
 
 
 def _compile(target: Path) -> None:
@@ -54,7 +56,7 @@ def library() -> ctypes.CDLL:
     path = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     loaded.shaper_new.restype = ctypes.c_void_p
     loaded.shaper_new.argtypes = (ctypes.c_uint64,)
-    loaded.shaper_add_site.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    loaded.shaper_add_site.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p)
     loaded.shaper_set.restype = None
     loaded.shaper_set.argtypes = (ctypes.c_void_p, *[ctypes.c_double] * 4)
     loaded.shaper_offer.argtypes = (*path, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_double)
@@ -75,11 +77,13 @@ class Shaper:
         self._library = library()
         self._shaper = self._library.shaper_new(seed)
         for site in sites:
-            if (
-                len(site.prefix) != PREFIX_BYTES
-                or self._library.shaper_add_site(self._shaper, site.device, site.prefix) < 0
-            ):
-                raise ValueError(f"{len(sites)} sites, or a prefix of {len(site.prefix)} bytes")
+            if (len(site.prefix), len(site.ipv4_prefix)) != (
+                PREFIX_BYTES,
+                IPV4_PREFIX_BYTES,
+            ) or self._library.shaper_add_site(self._shaper, site.device, site.prefix, site.ipv4_prefix) < 0:
+                raise ValueError(
+                    f"{len(sites)} sites, or prefixes of {len(site.prefix)} and {len(site.ipv4_prefix)} bytes"
+                )
 
     def set(self, profile: Profile) -> None:
         """Shape by this profile from now on (its steps are the caller's to follow)."""

@@ -26,6 +26,9 @@ CHECK_PORT = 5299
 DATAGRAM_LIMIT_BITS_PER_SECOND = 100e6
 DATAGRAM_BYTES = 1400
 DATAGRAM_HEADER_BYTES = 48
+# Of a full packet of 1500 bytes; TCP over IPv6 with timestamps.
+PACKET_BYTES = 1500
+SEGMENT_BYTES = PACKET_BYTES - 40 - 20 - 12
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class Wan:
         """IP bytes and packets of each ordered pair of sites since the lab was built.
 
         `sent_bytes` is what a site gave to the WAN, `delivered_bytes` what came out at the other; counted
-        by the router's kernel, with and without a profile. A cut WAN counts nothing as sent.
+        by the router's kernel, with and without a profile. A cut WAN counts nothing as sent. What the kernel
+        would split into packets at an interface only is counted with one header: up to 5 % are missing.
         """
         namespace = NAMESPACES / self._settings.namespace("router")
         text = run(
@@ -215,8 +219,8 @@ class Wan:
 
 
 def _received(report: dict[str, Any]) -> float:
-    """Bits per second that the receiver of an iperf3 test got; of datagrams with their headers."""
+    """Bits per second that the receiver of an iperf3 test got, with the headers that they came with."""
     received = float(report["end"]["sum_received"]["bits_per_second"])
     if "packets" not in report["end"]["sum_received"]:
-        return received
+        return received * PACKET_BYTES / SEGMENT_BYTES
     return received * (DATAGRAM_BYTES + DATAGRAM_HEADER_BYTES) / DATAGRAM_BYTES

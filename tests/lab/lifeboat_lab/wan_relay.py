@@ -22,14 +22,16 @@ from typing import Any
 
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.profiles import Profile
-from lifeboat_lab.settings import SITE_NUMBERS, site_prefix
-from lifeboat_lab.shaper import PREFIX_BYTES, Shaper, Site
+from lifeboat_lab.settings import SITE_NUMBERS, site_ipv4_prefix, site_prefix
+from lifeboat_lab.shaper import IPV4_PREFIX_BYTES, PREFIX_BYTES, Shaper, Site
 from lifeboat_lab.shell import run
 
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 0x01, 0x02, 0x04
 MESSAGE_BYTES = 65536
+# How `ip` is told of each of both, and what it knows a site by.
+PREFIXES = {"-6": site_prefix, "-4": site_ipv4_prefix}
 SITES = list(SITE_NUMBERS)
 
 
@@ -50,7 +52,7 @@ class Relay:
         self._profile_set_at = time.monotonic()
         self._cuts: set[tuple[str, str]] = set()
         self._devices = {site: open_tun(f"wan-{site}") for site in SITES}
-        self._shaper = Shaper([Site(self._devices[site], _prefix(site)) for site in SITES])
+        self._shaper = Shaper([Site(self._devices[site], *_prefixes(site)) for site in SITES])
         self._segmentation: bool | None = None
         for site in SITES:
             run(["ip", "link", "set", f"wan-{site}", "mtu", "1500", "txqueuelen", "5000", "up"])
@@ -88,7 +90,8 @@ class Relay:
                 self._cut(source, destination)
         elif command == "heal":
             for source, destination in sorted(self._cuts):
-                run(["ip", "-6", "rule", "del", *self._cut_rule(source, destination)])
+                for version in PREFIXES:
+                    run(["ip", version, "rule", "del", *self._cut_rule(version, source, destination)])
             self._cuts.clear()
         elif command != "status":
             raise ValueError(f"unknown command {command}")
@@ -110,14 +113,15 @@ class Relay:
     def _cut(self, source: str, destination: str) -> None:
         if (source, destination) in self._cuts:
             return
-        run(["ip", "-6", "rule", "add", *self._cut_rule(source, destination)])
+        for version in PREFIXES:
+            run(["ip", version, "rule", "add", *self._cut_rule(version, source, destination)])
         self._cuts.add((source, destination))
         self._shaper.clear(SITES.index(source), SITES.index(destination))
 
     @staticmethod
-    def _cut_rule(source: str, destination: str) -> list[str]:
+    def _cut_rule(version: str, source: str, destination: str) -> list[str]:
         # Silent: a cut cable sends no "unreachable".
-        return ["pref", "100", "iif", f"br-{source}", "to", site_prefix(destination), "blackhole"]
+        return ["pref", "100", "iif", f"br-{source}", "to", PREFIXES[version](destination), "blackhole"]
 
     def _apply_profile(self) -> None:
         # Loss must hit single packets of the wire's size, not 64 KiB at once.
@@ -128,18 +132,23 @@ class Relay:
                 fcntl.ioctl(descriptor, TUNSETOFFLOAD, offload)
             self._segmentation = segmentation
         for number, site in enumerate(SITES, start=101):
-            inside = ["pref", "150", "iif", f"br-{site}", "to", site_prefix(site), "lookup", "main"]
-            through = ["pref", "200", "iif", f"br-{site}", "lookup", str(number)]
-            for rule in (inside, through):
-                run(["ip", "-6", "rule", "del", *rule], check=False)
+            for version, prefix in PREFIXES.items():
+                inside = ["pref", "150", "iif", f"br-{site}", "to", prefix(site), "lookup", "main"]
+                through = ["pref", "200", "iif", f"br-{site}", "lookup", str(number)]
+                for rule in (inside, through):
+                    run(["ip", version, "rule", "del", *rule], check=False)
+                    if self._profile.shaped:
+                        run(["ip", version, "rule", "add", *rule])
                 if self._profile.shaped:
-                    run(["ip", "-6", "rule", "add", *rule])
-            if self._profile.shaped:
-                run(["ip", "-6", "route", "replace", "default", "dev", f"wan-{site}", "table", str(number)])
+                    through_device = ["default", "dev", f"wan-{site}", "table", str(number)]
+                    run(["ip", version, "route", "replace", *through_device])
 
 
-def _prefix(site: str) -> bytes:
-    return ipaddress.IPv6Network(site_prefix(site)).network_address.packed[:PREFIX_BYTES]
+def _prefixes(site: str) -> tuple[bytes, bytes]:
+    return (
+        ipaddress.IPv6Network(site_prefix(site)).network_address.packed[:PREFIX_BYTES],
+        ipaddress.IPv4Network(site_ipv4_prefix(site)).network_address.packed[:IPV4_PREFIX_BYTES],
+    )
 
 
 def main() -> int:

@@ -20,8 +20,19 @@
 
 #define MOST_SITES 8
 #define PREFIX_BYTES 6
+#define IPV4_PREFIX_BYTES 3
+/* struct virtio_net_hdr: what kind of segmentation is still to be done, of what payload each, where TCP begins. */
 #define VNET_HEADER_BYTES 10
+#define GSO_TYPE_AT 1
+#define GSO_SIZE_AT 4
+#define TCP_START_AT 6
+#define GSO_TCPV4 1
+#define GSO_TCPV6 4
+#define GSO_ECN 0x80
 #define DESTINATION_AT (VNET_HEADER_BYTES + 24)
+#define IPV4_DESTINATION_AT (VNET_HEADER_BYTES + 16)
+/* Of TCP's header, in words of four bytes, in the upper half of this byte. */
+#define TCP_LENGTH_AT 12
 #define LARGEST_PACKET_BYTES (65536 + 128)
 /* Packets read from one device before those that are due are looked at again. */
 #define BATCH 32
@@ -52,7 +63,7 @@ struct path {
 struct shaper {
 	int sites;
 	int device[MOST_SITES];
-	uint8_t prefix[MOST_SITES][PREFIX_BYTES];
+	uint8_t prefix[MOST_SITES][PREFIX_BYTES], ipv4_prefix[MOST_SITES][IPV4_PREFIX_BYTES];
 	double bytes_per_second, delay_seconds, loss, queue_bytes;
 	uint64_t random;
 	struct path path[MOST_SITES][MOST_SITES];
@@ -82,12 +93,13 @@ struct shaper *shaper_new(uint64_t seed)
 	return shaper;
 }
 
-int shaper_add_site(struct shaper *shaper, int device, const uint8_t *prefix)
+int shaper_add_site(struct shaper *shaper, int device, const uint8_t *prefix, const uint8_t *ipv4_prefix)
 {
 	if (shaper->sites == MOST_SITES)
 		return -1;
 	shaper->device[shaper->sites] = device;
 	memcpy(shaper->prefix[shaper->sites], prefix, PREFIX_BYTES);
+	memcpy(shaper->ipv4_prefix[shaper->sites], ipv4_prefix, IPV4_PREFIX_BYTES);
 	return shaper->sites++;
 }
 
@@ -101,11 +113,33 @@ void shaper_set(struct shaper *shaper, double bytes_per_second, double delay_sec
 	shaper->queue_bytes = queue_bytes;
 }
 
-/* Takes a packet in: 1, or 0 when it was dropped. Its size on the line is its length without the virtio header. */
+static size_t number_at(const uint8_t *data, size_t at)
+{
+	uint16_t number; /* in this machine's order of bytes, as TUN devices have it */
+	memcpy(&number, data + at, sizeof number);
+	return number;
+}
+
+/* Bytes on the line: a packet that the kernel has not split yet would be many, each with headers of its own. */
+static size_t size_on_line(const uint8_t *data, size_t length)
+{
+	const size_t bytes = length - VNET_HEADER_BYTES, payload = number_at(data, GSO_SIZE_AT);
+	const size_t tcp = number_at(data, TCP_START_AT);
+	const uint8_t type = data[GSO_TYPE_AT] & (uint8_t)~GSO_ECN;
+	if ((type != GSO_TCPV4 && type != GSO_TCPV6) || payload == 0 || tcp + TCP_LENGTH_AT >= bytes)
+		return bytes;
+	const size_t headers = tcp + (size_t)(data[VNET_HEADER_BYTES + tcp + TCP_LENGTH_AT] >> 4) * 4;
+	if (bytes <= headers)
+		return bytes;
+	const size_t segments = (bytes - headers + payload - 1) / payload;
+	return bytes + (segments - 1) * headers;
+}
+
+/* Takes a packet in: 1, or 0 when it was dropped. */
 int shaper_offer(struct shaper *shaper, int source, int destination, const uint8_t *data, size_t length, double now)
 {
 	struct path *path = &shaper->path[source][destination];
-	const double size = (double)(length - VNET_HEADER_BYTES), rate = shaper->bytes_per_second;
+	const double size = (double)size_on_line(data, length), rate = shaper->bytes_per_second;
 	if (shaper->loss > 0 && random_share(shaper) < shaper->loss) {
 		path->counters.dropped_loss++;
 		return 0;
@@ -175,18 +209,26 @@ void shaper_counters(const struct shaper *shaper, int source, int destination, s
 	*counters = shaper->path[source][destination].counters;
 }
 
+static int is_for(const struct shaper *shaper, int site)
+{
+	const uint8_t *packet = shaper->buffer;
+	if (packet[VNET_HEADER_BYTES] >> 4 == 4)
+		return memcmp(packet + IPV4_DESTINATION_AT, shaper->ipv4_prefix[site], IPV4_PREFIX_BYTES) == 0;
+	return memcmp(packet + DESTINATION_AT, shaper->prefix[site], PREFIX_BYTES) == 0;
+}
+
 static void take_in(struct shaper *shaper, int source)
 {
 	for (int i = 0; i < BATCH; i++) {
 		const ssize_t length = read(shaper->device[source], shaper->buffer, sizeof shaper->buffer);
-		if (length < DESTINATION_AT + 16) {
+		if (length < IPV4_DESTINATION_AT + 4 ||
+		    (shaper->buffer[VNET_HEADER_BYTES] >> 4 != 4 && length < DESTINATION_AT + 16)) {
 			if (length < 0)
 				return; /* nothing more, or the device is gone */
 			continue;
 		}
 		for (int destination = 0; destination < shaper->sites; destination++)
-			if (destination != source &&
-			    memcmp(shaper->buffer + DESTINATION_AT, shaper->prefix[destination], PREFIX_BYTES) == 0)
+			if (destination != source && is_for(shaper, destination))
 				shaper_offer(shaper, source, destination, shaper->buffer, (size_t)length,
 					     now_seconds());
 	}

@@ -54,6 +54,9 @@ _NEARLY = 0.8
 # At least so many looks in a row without a queue before the rate grows by steps, each twice the last.
 _CALM_LOOKS = 3
 _LAST_TRIPS = 4
+# So many times as many in which it grew, and the queue did not come up to its target: shorter ones are hidden
+# where most round trips are a few milliseconds late.
+_SHORT_LOOKS = 1.5
 # The most by which the rate grows from one look to the next, and by how much it is swiftly more than what the
 # bottleneck is known to let through.
 _STEEP = 0.1
@@ -79,7 +82,7 @@ class Governor:
         self._least_trip = float("inf")
         self._delivered: deque[float] = deque(maxlen=6)
         self._base: deque[tuple[float, float]] = deque()
-        self._calm = 0
+        self._calm = self._under = 0
         self._trips: deque[float] = deque(maxlen=_LAST_TRIPS)
         self._long = 0
         # At the beginning of a spell: the rate at the last look; looks in a row in which less arrived than
@@ -216,7 +219,7 @@ class Governor:
         if self._spell_at is None:
             # What the last spell saw of queues says nothing about this one.
             self._spell_at = now.at
-            self._long = self._calm = self._short = self._delayed = 0
+            self._long = self._calm = self._under = self._short = self._delayed = 0
             self._rate_before = 0.0
             self._pulses, self._base_seen = False, True
             self._blind, self._full = 0, 0.0
@@ -265,7 +268,7 @@ class Governor:
         wanted = (0.5 if queue > 2 * _TARGET_SECONDS else _PRESSED) * self._rate
         if not self._backlogged and delivered < wanted:
             # Nobody wanted more: it says nothing about the path.
-            self._long = self._calm = 0
+            self._long = self._calm = self._under = 0
             self._standing.forget()
             self._foreign_since = None
             return
@@ -340,8 +343,10 @@ class Governor:
             # Nor does one begin to grow, which the least of the look would hide; of the last few round trips
             # the least, for on a busy host most are late.
             self._calm += 1
+        self._under = self._under + 1 if queue < _TARGET_SECONDS else 0
         calm_looks = max(_CALM_LOOKS, round(1.5 * settle / self._look_seconds(base)))
-        if self._calm >= calm_looks:
+        short = self._base_seen and self._under >= _SHORT_LOOKS * calm_looks
+        if short or self._calm >= calm_looks:
             # No queue at all although we press: the path is faster than we believed.
             if self._base_seen:
                 self._find_out_anew()
@@ -390,13 +395,13 @@ class Governor:
         self._starting = self._pulses = True
         self._bottleneck = 0.0
         self._rate_before = self._rate
-        self._calm = self._short = self._delayed = self._blind = 0
+        self._calm = self._under = self._short = self._delayed = self._blind = 0
         self._full = 0.0
 
     def _go_on_with_a_longer_path(self, base: float, at: float) -> None:
         """Half as much was sent, less arrived, and the delay stands: it is no queue of ours."""
         self._believe(base, at)
-        self._long = self._calm = 0
+        self._long = self._calm = self._under = 0
         # Half of the best, not all: it may be somebody else's queue.
         self._rate = max(self._rate, self._peak / 2)
         self._bottleneck = 0.0

@@ -24,6 +24,7 @@ TABLES = {
 
 # Tables that need more than one pair of hosts.
 HOSTS = {
+    "precache": precache.HOSTS_NEEDED,
     "handover": handover.HOSTS_NEEDED,
     "coordination": coordination.HOSTS_NEEDED,
     "deadline": deadline.HOSTS_NEEDED,

@@ -14,6 +14,7 @@ from lifeboat_bench.ground import DESTINATION, SOURCE, Ground
 from lifeboat_bench.result import Bar, Table
 from lifeboat_lab import stock
 from lifeboat_lab.errors import LabError
+from lifeboat_lab.proxy import Proxy
 
 MIB = 1 << 20
 IMAGES = "/var/lib/libvirt/images"
@@ -21,22 +22,40 @@ NBD_PORT = 10809
 EMPTY_PASSES = 5
 SETTLE_SECONDS = 60.0
 COPY_SECONDS = 900.0
-# Of each packet of 1500 bytes TCP over IPv6 with timestamps carries this share; TLS takes 22 bytes of 16 KiB.
-CARRIED_SHARE = (1500 - 40 - 20 - 12) / 1500
+# The proxies of the second pair speak IPv4.
+IPV4_SOURCE, IPV4_DESTINATION = "home2", "backup2"
+HOSTS_NEEDED = (SOURCE, DESTINATION, IPV4_SOURCE, IPV4_DESTINATION)
+# Of each packet of 1500 bytes TCP with timestamps carries this share; TLS takes 22 bytes of 16 KiB.
+CARRIED_SHARE = {6: (1500 - 40 - 20 - 12) / 1500, 4: (1500 - 20 - 20 - 12) / 1500}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One WAN, how much is copied over it, and the share of the link asked for (None: a rate instead)."""
+    """One WAN, how much is copied over it, and the share of the link asked for (None: a rate instead).
+
+    ``ip_version``: 6, or 4, as most of what such figures are compared with was measured.
+    """
 
     name: str
     profile: str
     size_mib: int
     asked_share: float | None
+    ip_version: int = 6
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.profile}, IPv{self.ip_version}"
+
+    @property
+    def hosts(self) -> tuple[str, str]:
+        """Source and destination."""
+        return (SOURCE, DESTINATION) if self.ip_version == 6 else (IPV4_SOURCE, IPV4_DESTINATION)
 
 
 CASES = (
     Case("regional", "rate=400mbit,rtt=40ms", 1536, 0.95),
+    Case("regional-ipv4", "rate=400mbit,rtt=40ms", 1536, 0.95, ip_version=4),
     Case("trans-pacific", "rate=50mbit,rtt=180ms", 224, 0.92),
     Case("long-fat", "rate=400mbit,rtt=180ms", 1536, 0.75),
     Case("local", "none", 2048, None),
@@ -60,21 +79,22 @@ def run(ground: Ground) -> Table:
         if wanted and case.name not in wanted:
             continue
         name = f"copy{number}"
-        ground.say(f"{case.profile}: {case.size_mib} MiB by nbdcopy, then by a first copy")
-        _define(ground, name, case.size_mib)
+        ground.say(f"{case.title}: {case.size_mib} MiB by nbdcopy, then by a first copy")
+        _define(ground, case, name)
         try:
             _measure(ground, table, case, name)
         finally:
-            ground.lab.exec(SOURCE, "virsh", "destroy", name, check=False)
+            ground.lab.exec(case.hosts[0], "virsh", "destroy", name, check=False)
     table.circumstances["only"] = wanted
     table.circumstances["wan_checks"] = ground.wan_checks
     return table
 
 
-def _define(ground: Ground, name: str, size_mib: int) -> None:
+def _define(ground: Ground, case: Case, name: str) -> None:
+    source = case.hosts[0]
     path = f"{IMAGES}/{name}.qcow2"
     raw = f"/var/tmp/{name}.raw"
-    ground.exec(SOURCE, "sh", "-ec", f"head -c {size_mib}M /dev/urandom > {raw}; "
+    ground.exec(source, "sh", "-ec", f"head -c {case.size_mib}M /dev/urandom > {raw}; "
                 f"qemu-img convert -O qcow2 {raw} {path}; rm {raw}")  # fmt: skip
     xml = (
         f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>"
@@ -82,7 +102,7 @@ def _define(ground: Ground, name: str, size_mib: int) -> None:
         f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none'/>"
         f"<source file='{path}'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
     )
-    ground.lab.exec(SOURCE, "virsh", "define", "/dev/stdin", stdin=xml)
+    ground.lab.exec(source, "virsh", "define", "/dev/stdin", stdin=xml)
 
 
 def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
@@ -90,29 +110,30 @@ def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
     link = wan["rate_bits_per_second"] / 8
     round_trip = float(wan["round_trip_seconds"])
     size = case.size_mib * MIB
-    alone = size / _nbdcopy(ground, name)
+    source, destination = case.hosts
+    proxy = Proxy(ground.lab.host(source))
+    alone = size / _nbdcopy(ground, case, name)
     # Not before: a running VM's lock would refuse qemu-nbd. Paused: only the copy shall use the processors.
-    ground.exec(SOURCE, "virsh", "start", "--paused", name)
-    _settle(ground, round_trip)
-    with LatencyWatch(ground) as latency:
+    ground.exec(source, "virsh", "start", "--paused", name)
+    _settle(proxy, destination, round_trip)
+    with LatencyWatch(proxy) as latency:
         began = time.monotonic()
-        ground.source.protect(name, DESTINATION, rpo_seconds=3600)
+        proxy.protect(name, destination, rpo_seconds=3600)
         # A tenth of a second is 0.3 % of half a minute.
-        ground.source.wait_protected(
-            name, timeout_seconds=COPY_SECONDS, step_seconds=0.1, last_step_seconds=0.01
-        )
+        proxy.wait_protected(name, timeout_seconds=COPY_SECONDS, step_seconds=0.1, last_step_seconds=0.01)
         ours = size / (time.monotonic() - began)
-    passes = [_empty_pass(ground, name) for _ in range(EMPTY_PASSES)]
+    passes = [_empty_pass(ground, proxy, name) for _ in range(EMPTY_PASSES)]
     seconds, wire_bytes = median(p[0] for p in passes), median(p[1] for p in passes)
     table.rows.append(
         {
             "wan": case.profile,
+            "ip": case.ip_version,
             "size_mib": case.size_mib,
             "nbdcopy_megabytes_per_second": alone / 1e6,
             "first_copy_megabytes_per_second": ours / 1e6,
             "nbdcopy_share_of_link": alone / link if link else None,
             "first_copy_share_of_link": ours / link if link else None,
-            "bound_share_of_link": CARRIED_SHARE if link else None,
+            "bound_share_of_link": CARRIED_SHARE[case.ip_version] if link else None,
             "ratio_to_nbdcopy": ours / alone,
             "control_calls": len(latency.seconds),
             "control_call_median_seconds": median(latency.seconds),
@@ -123,16 +144,16 @@ def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
         }
     )
     if case.asked_share is not None:
-        table.bars.append(Bar(f"{case.profile}: share of the link", ">=", case.asked_share, ours / link))
+        table.bars.append(Bar(f"{case.title}: share of the link", ">=", case.asked_share, ours / link))
     else:
         table.bars.append(
             Bar("no WAN limit: first copy", ">=", ASKED_BYTES_PER_SECOND / 1e6, ours / 1e6, "MB/s")
         )
     table.bars += [
-        Bar(f"{case.profile}: empty pass", "<=", 0.3 + 2 * round_trip, seconds, "s"),
-        Bar(f"{case.profile}: empty pass on the wire", "<=", 4096, wire_bytes, "bytes"),
+        Bar(f"{case.title}: empty pass", "<=", 0.3 + 2 * round_trip, seconds, "s"),
+        Bar(f"{case.title}: empty pass on the wire", "<=", 4096, wire_bytes, "bytes"),
         Bar(
-            f"{case.profile}: longest call of the control class",
+            f"{case.title}: longest call of the control class",
             "<=",
             round_trip + 0.05,
             max(latency.seconds),
@@ -141,37 +162,39 @@ def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
     ]
 
 
-def _nbdcopy(ground: Ground, name: str) -> float:
+def _nbdcopy(ground: Ground, case: Case, name: str) -> float:
     """Seconds that `nbdcopy` with its defaults takes for the same image over the same WAN."""
-    address = ground.lab.host(SOURCE).plan.address
-    ground.exec(SOURCE, "sh", "-ec", "qemu-nbd --fork --persistent --read-only --shared=8 "
+    source, destination = case.hosts
+    address = ground.lab.host(source).plan.peer_address
+    authority = f"[{address}]" if case.ip_version == 6 else address
+    ground.exec(source, "sh", "-ec", "qemu-nbd --fork --persistent --read-only --shared=8 "
                 f"--pid-file=/run/nbd.pid --bind={address} --port={NBD_PORT} "
                 f"-f qcow2 {IMAGES}/{name}.qcow2")  # fmt: skip
     try:
         began = time.monotonic()
-        ground.exec(DESTINATION, "nbdcopy", f"nbd://[{address}]:{NBD_PORT}", "/var/tmp/nbdcopy.raw")
+        ground.exec(destination, "nbdcopy", f"nbd://{authority}:{NBD_PORT}", "/var/tmp/nbdcopy.raw")
         return time.monotonic() - began
     finally:
-        ground.lab.exec(SOURCE, "sh", "-c", "kill $(cat /run/nbd.pid)", check=False)
-        ground.lab.exec(DESTINATION, "rm", "-f", "/var/tmp/nbdcopy.raw")
+        ground.lab.exec(source, "sh", "-c", "kill $(cat /run/nbd.pid)", check=False)
+        ground.lab.exec(destination, "rm", "-f", "/var/tmp/nbdcopy.raw")
 
 
-def _settle(ground: Ground, round_trip: float) -> None:
+def _settle(proxy: Proxy, destination: str, round_trip: float) -> None:
     """Wait until nbdcopy's queue has left the path, and the smoothed round trip: they are not ours."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline:
-        told = ground.source.link(DESTINATION)["round_trip_seconds"]
+        told = proxy.link(destination)["round_trip_seconds"]
         if told is not None and told < round_trip + 0.01:
             return
         time.sleep(0.5)
-    raise LabError(f"link to {DESTINATION}: its round trip did not settle within {SETTLE_SECONDS:g} s")
+    raise LabError(f"link to {destination}: its round trip did not settle within {SETTLE_SECONDS:g} s")
 
 
-def _empty_pass(ground: Ground, name: str) -> tuple[float, int]:
+def _empty_pass(ground: Ground, proxy: Proxy, name: str) -> tuple[float, int]:
     """Seconds that a pass over an idle VM takes, and what crossed the WAN meanwhile, both ways."""
     before = stock.crossed_bytes(ground.lab)
     began = time.monotonic()
-    ground.source.request("POST", f"/vms/{name}/pass")
+    proxy.request("POST", f"/vms/{name}/pass")
     return time.monotonic() - began, stock.crossed_bytes(ground.lab) - before
 
 
@@ -181,8 +204,8 @@ class LatencyWatch:
     Each asks the peer for its clock, as `precache-proxy check` does: a stream is opened, asked and answered.
     """
 
-    def __init__(self, ground: Ground) -> None:
-        self._ground = ground
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self.seconds: list[float] = []
@@ -197,5 +220,5 @@ class LatencyWatch:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.5):
-            checks = self._ground.source.get("/check")["checks"]
+            checks = self._proxy.get("/check")["checks"]
             self.seconds += [one["seconds"] for one in checks if one["check"] == "clock"]

@@ -245,7 +245,7 @@ static double give_out(struct shaper *shaper)
 			for (struct packet *packet; (packet = take(path, until)); free(packet))
 				/* What the kernel refuses, or has no room for, is a packet lost as on any WAN. */
 				if (write(shaper->device[source], packet->data, packet->length) > 0) {
-					path->counters.delivered_bytes += packet->length - VNET_HEADER_BYTES;
+					path->counters.delivered_bytes += size_on_line(packet->data, packet->length);
 					path->counters.delivered_packets++;
 				}
 			if (path->first)

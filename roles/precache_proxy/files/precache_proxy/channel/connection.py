@@ -27,6 +27,7 @@ _READ_BUDGET_BYTES = 1 * MIB
 _WRITE_BUDGET_BYTES = 2 * MIB
 _TCP_NOTSENT_LOWAT = 25
 _TCP_CONGESTION = getattr(socket, "TCP_CONGESTION", 13)
+_BBR = "bbr"
 _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", 18)
 
 
@@ -39,7 +40,7 @@ def tune(raw: socket.socket, *, dead_seconds: float) -> str:
     raw.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, 32 * KIB)
     raw.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, int(dead_seconds * 1000))
     try:
-        raw.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, b"bbr")
+        raw.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, _BBR.encode())
     except OSError:
         pass  # not in this kernel, or not allowed: the host's default serves
     return raw.getsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, 16).split(b"\0")[0].decode(errors="replace")
@@ -118,6 +119,22 @@ class Connection:
         # Behind a loss the cumulative acknowledgement stands still, although most of it arrives.
         acknowledged += selectively * segment
         return TcpState(self.serial, round_trip / 1e6, least / 1e6, unacknowledged, acknowledged)
+
+    def renew_congestion_control(self) -> None:
+        """Let BBR begin anew with the window and the round trip that are known.
+
+        Where it has not seen a shorter round trip for 10 s it keeps four packets under way for 0.2 s to look
+        for one (PROBE_RTT; Cardwell et al., 2016), on all connections about together. Who paces them by the
+        path's own queue knows the round trip, and loses the line for so long.
+        """
+        if self.congestion_control != _BBR or self.closed:
+            return
+        try:
+            # The same name again would change nothing.
+            for name in (b"reno", _BBR.encode()):
+                self._tls.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, name)
+        except OSError:
+            return  # not allowed any more: what is in force serves as well
 
     @property
     def busy(self) -> bool:

@@ -21,6 +21,8 @@ from precache_proxy.channel.settings import PeerAddress
 log = logging.getLogger(__name__)
 
 _GOODPUT_SECONDS = 2.0
+# Sooner than BBR would look for a shorter round trip by keeping nearly nothing under way.
+_RENEW_SECONDS = 8.0
 
 
 class LinkRate:
@@ -38,6 +40,7 @@ class LinkRate:
         self.pacer = Pacer(self._rate_by_clock(), wake)
         self.goodput_bytes_per_second = 0.0
         self._goodput_mark = (time.monotonic(), 0)
+        self._renewed_at = float("-inf")
 
     @property
     def limit_bytes_per_second(self) -> float | None:
@@ -97,6 +100,10 @@ class LinkRate:
             sample = replace(sample, round_trip_seconds=ping)
         self._governor.sample(sample)
         self.pacer.govern(self._governor.steady_bytes_per_second, self._governor.pulse)
+        if backlog and self._governor.steady_bytes_per_second and now - self._renewed_at >= _RENEW_SECONDS:
+            self._renewed_at = now
+            for connection in (each for session in sessions for each in session.connections.values()):
+                connection.renew_congestion_control()
 
     def tick(self, now: float) -> None:
         """A few times a second: goodput, and the hours at which the configured rate changes."""

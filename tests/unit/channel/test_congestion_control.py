@@ -79,16 +79,16 @@ async def test_another_congestion_control_is_left_alone(ends: tuple[socket.socke
 class Connected:
     """A connection as far as a link's rate looks at it: busy over a path of 40 ms."""
 
-    def __init__(self, trip: float) -> None:
+    def __init__(self, trip: float, least: float) -> None:
         self.renewed = 0
-        self._trip, self._acknowledged = trip, 0
+        self._trip, self._least, self._acknowledged = trip, least, 0
 
     def tcp_state(self) -> Any:
         """50 MB a second in beats of 25 ms."""
         self._acknowledged += 1_250_000
         state = type("State", (), {})()
         state.serial, state.unacknowledged, state.acknowledged_bytes = 1, 1, self._acknowledged
-        state.round_trip_seconds = state.least_round_trip_seconds = self._trip
+        state.round_trip_seconds, state.least_round_trip_seconds = self._trip, self._least
         return state
 
     def renew_congestion_control(self) -> None:
@@ -97,16 +97,25 @@ class Connected:
 
 
 @pytest.mark.parametrize(
-    ("trip", "backlog", "renewed"), [(0.04, True, 4), (0.04, False, 0), (0.0005, True, 0)]
+    ("trip", "least", "backlog", "renewed"),
+    [(0.04, 0.04, True, 4), (0.04, 0.04, False, 0), (0.0005, 0.0005, True, 0), (0.04, 0.0005, True, 0)],
 )
-async def test_it_is_renewed_where_a_busy_path_is_paced(trip: float, backlog: bool, renewed: int) -> None:
-    """BBR looks every 10 s: sooner than that. On a local path, which nobody paces, it is left to itself."""
+async def test_it_is_renewed_where_a_busy_path_is_paced(
+    trip: float, least: float, backlog: bool, renewed: int
+) -> None:
+    """BBR looks every 10 s: sooner than that. On a local path, which nobody paces, it is left to itself, and
+    where the kernel remembers another path's round trip, with which it would begin."""
     rate = LinkRate("peer", PeerAddress("::1", 1), cast(Any, None), lambda: None)
-    connection = Connected(trip)
+    connection = Connected(trip, least)
     session = type("Session", (), {})()
     session.connections, session.has_backlog = {0: connection}, backlog
     session.round_trip = type("Trip", (), {"latest_seconds": trip})()
-    for beat in range(int(31 / 0.025)):
+    # Pings have told of the path as it is.
+    session.has_backlog = False
+    for beat in range(400):
+        rate.govern(beat * 0.025, [session])
+    session.has_backlog = backlog
+    for beat in range(400, 400 + int(31 / 0.025)):
         rate.govern(beat * 0.025, [session])
     rate.stop()
     assert connection.renewed == renewed

@@ -121,6 +121,11 @@ class Governor:
         return None if self.rate_bytes_per_second is None else self._rate
 
     @property
+    def least_round_trip_seconds(self) -> float | None:
+        """Of late: what the path's round trip is thought to be without queues. None before the first look."""
+        return self._base[0][1] if self._base else None
+
+    @property
     def pulse(self) -> Pulse | None:
         """More than the rate for a moment; None: not now."""
         if not self.pulse_is_on or self.rate_bytes_per_second is None or self._mark is None:

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 _GOODPUT_SECONDS = 2.0
 # Sooner than BBR would look for a shorter round trip by keeping nearly nothing under way.
 _RENEW_SECONDS = 8.0
+# It begins anew with the least round trip that the kernel saw in five minutes: one that is so much shorter
+# than the path's was another path's, and BBR would hold too little under way.
+_SAME_PATH = 0.8
 
 
 class LinkRate:
@@ -88,7 +91,8 @@ class LinkRate:
 
     def govern(self, now: float, sessions: Sequence[Session]) -> None:
         """Look at the path, every ``beat_seconds`` while something is sent."""
-        states = [each.tcp_state() for session in sessions for each in session.connections.values()]
+        connections = [each for session in sessions for each in session.connections.values()]
+        states = [each.tcp_state() for each in connections]
         backlog = any(session.has_backlog for session in sessions)
         sample = self._watch.sample(now, states, backlog=backlog)
         if sample is None:
@@ -100,10 +104,14 @@ class LinkRate:
             sample = replace(sample, round_trip_seconds=ping)
         self._governor.sample(sample)
         self.pacer.govern(self._governor.steady_bytes_per_second, self._governor.pulse)
-        if backlog and self._governor.steady_bytes_per_second and now - self._renewed_at >= _RENEW_SECONDS:
+        trip = self._governor.least_round_trip_seconds
+        if trip is None or not backlog or self._governor.steady_bytes_per_second is None:
+            return
+        if now - self._renewed_at >= _RENEW_SECONDS:
             self._renewed_at = now
-            for connection in (each for session in sessions for each in session.connections.values()):
-                connection.renew_congestion_control()
+            for connection, state in zip(connections, states, strict=True):
+                if state.least_round_trip_seconds >= _SAME_PATH * trip:
+                    connection.renew_congestion_control()
 
     def tick(self, now: float) -> None:
         """A few times a second: goodput, and the hours at which the configured rate changes."""

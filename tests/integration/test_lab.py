@@ -75,12 +75,17 @@ def test_hosts_are_whole_systems(own_lab: Lab) -> None:
 
 def test_hosts_have_no_way_out(own_lab: Lab) -> None:
     for name in own_lab.hosts:
-        assert own_lab.exec(name, "ip", "-4", "route").stdout == ""
-        addresses = own_lab.exec(name, "ip", "-o", "-6", "addr", "show", "scope", "global").stdout
-        assert all("2001:db8:" in line for line in addresses.splitlines()), addresses
+        for version, network in (("-6", " 2001:db8:"), ("-4", " 198.18.")):
+            addresses = own_lab.exec(name, "ip", "-o", version, "addr", "show", "scope", "global").stdout
+            assert addresses, (name, version)
+            assert all(network in line for line in addresses.splitlines()), addresses
     # The router knows the lab's own networks and nothing else.
-    routes = own_lab.exec("router", "ip", "-6", "route", "show", "table", "main").stdout
-    assert "default" not in routes
+    for version in ("-6", "-4"):
+        routes = own_lab.exec("router", "ip", version, "route", "show", "table", "main").stdout
+        assert routes, version
+        assert "default" not in routes
+    refused = own_lab.exec("home1", "ping", "-c", "1", "-W", "1", "192.0.2.1", check=False)
+    assert "Net Unreachable" in refused.stdout
 
 
 def test_building_again_changes_nothing(own_lab: Lab) -> None:

@@ -23,7 +23,7 @@ from integration.routing_daemons import Routing, frr_configuration, needs_frr
 from lifeboat_lab import mobility as lab_mobility
 from lifeboat_lab.lab import Lab
 from lifeboat_lab.mobility import ask, open_settings
-from lifeboat_lab.settings import HOSTS, site_router
+from lifeboat_lab.settings import HOSTS, site_ipv4_router, site_router
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900), needs_frr]
 
@@ -89,12 +89,24 @@ class Sites:
         return f"{HOME}/64" in shown and "via fe80::1 " in routes
 
 
-def _lead_ipv4(lab: Lab, verb: str) -> None:
+def _lead_ipv4(lab: Lab) -> None:
     """The hosts' own way out for IPv4, over links that have no IPv4 address; and one at the other end."""
-    lab.exec("router", "ip", "address", verb, ASKING, "dev", "lo", check=False)
+    lab.exec("router", "ip", "address", "replace", ASKING, "dev", "lo")
     for name in GATEWAYS:
         way = ("via", "inet6", site_router(HOSTS[name].site), "dev", "site0")
-        lab.exec(name, "ip", "-4", "route", verb, "default", *way, check=False)
+        # Their routes go with their addresses.
+        lab.exec(name, "ip", "-4", "address", "flush", "dev", "site0")
+        lab.exec(name, "ip", "-4", "route", "add", "default", *way)
+
+
+def _give_ipv4_back(lab: Lab) -> None:
+    """As the lab has it."""
+    lab.exec("router", "ip", "address", "del", ASKING, "dev", "lo", check=False)
+    for name in GATEWAYS:
+        plan = HOSTS[name]
+        lab.exec(name, "ip", "-4", "address", "replace", f"{plan.ipv4_address}/24", "dev", "site0")
+        way = ("via", site_ipv4_router(plan.site), "dev", "site0")
+        lab.exec(name, "ip", "-4", "route", "replace", "default", *way)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +136,7 @@ def sites(lab: Lab, lab_playbook: RunPlaybook, tmp_path_factory: pytest.TempPath
     neighbours = [(HOSTS[name].address, number) for name, number in NUMBERS.items()]
     text = frr_configuration("router", ROUTER_NUMBER, neighbours, [str(HOME_PREFIX), IPV4_PREFIX])
     open_settings(lab, GATEWAYS)
-    _lead_ipv4(lab, "add")
+    _lead_ipv4(lab)
     router = Routing(lambda *words: lab.command("router", words), work / "router", text)
     try:
         dry = run(check=True).require_success()
@@ -132,7 +144,7 @@ def sites(lab: Lab, lab_playbook: RunPlaybook, tmp_path_factory: pytest.TempPath
         yield Sites(lab, run, dry)
     finally:
         router.end()
-        _lead_ipv4(lab, "del")
+        _give_ipv4_back(lab)
         for name in GATEWAYS:
             lab.exec(name, "systemctl", "disable", "--now", "mobility-agent", "lifeboat-radvd", check=False)
             lab.exec(name, "apt-get", "purge", "--quiet", "--yes", *PACKAGES, check=False)

@@ -33,7 +33,7 @@ CARRIED_SHARE = {6: (1500 - 40 - 20 - 12) / 1500, 4: (1500 - 20 - 20 - 12) / 150
 class Case:
     """One WAN, how much is copied over it, and the share of the link asked for (None: a rate instead).
 
-    ``ip_version``: 6, or 4, as most of what such figures are compared with was measured.
+    ``ip_version``: 6, or 4, whose headers are shorter.
     """
 
     name: str

@@ -19,7 +19,7 @@ _TIME_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 class Profile:
     """One state of the WAN, the same in both directions and between every two sites.
 
-    `rate_bits_per_second` counts IP bytes as the interfaces' counters do (0: no limit); `loss` is the chance
+    `rate_bits_per_second` counts IP bytes with the headers of each packet (0: no limit); `loss` is the chance
     of each packet, each way; `steps` are (seconds, rate) that follow each other for ever, instead of one
     rate.
     """

@@ -54,6 +54,7 @@ class Relay:
         self._devices = {site: open_tun(f"wan-{site}") for site in SITES}
         self._shaper = Shaper([Site(self._devices[site], *_prefixes(site)) for site in SITES])
         self._segmentation: bool | None = None
+        self._routed: bool | None = None
         for site in SITES:
             run(["ip", "link", "set", f"wan-{site}", "mtu", "1500", "txqueuelen", "5000", "up"])
         self._apply_profile()
@@ -131,6 +132,9 @@ class Relay:
             for descriptor in self._devices.values():
                 fcntl.ioctl(descriptor, TUNSETOFFLOAD, offload)
             self._segmentation = segmentation
+        if self._profile.shaped == self._routed:
+            return
+        self._routed = self._profile.shaped
         for number, site in enumerate(SITES, start=101):
             for version, prefix in PREFIXES.items():
                 inside = ["pref", "150", "iif", f"br-{site}", "to", prefix(site), "lookup", "main"]

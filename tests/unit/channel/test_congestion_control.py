@@ -80,7 +80,7 @@ class Connected:
     """A connection as far as a link's rate looks at it: busy over a path of 40 ms."""
 
     def __init__(self, trip: float, least: float) -> None:
-        self.renewed = 0
+        self.renewed, self.recovers = 0, False
         self._trip, self._least, self._acknowledged = trip, least, 0
 
     def tcp_state(self) -> Any:
@@ -88,6 +88,7 @@ class Connected:
         self._acknowledged += 1_250_000
         state = type("State", (), {})()
         state.serial, state.unacknowledged, state.acknowledged_bytes = 1, 1, self._acknowledged
+        state.recovers = self.recovers
         state.round_trip_seconds, state.least_round_trip_seconds = self._trip, self._least
         return state
 
@@ -119,3 +120,23 @@ async def test_it_is_renewed_where_a_busy_path_is_paced(
         rate.govern(beat * 0.025, [session])
     rate.stop()
     assert connection.renewed == renewed
+
+
+async def test_one_that_recovers_is_renewed_when_it_has(ends: tuple[socket.socket, socket.socket]) -> None:
+    """Anew it would begin with the few segments that it has under way, and forget what it had before."""
+    rate = LinkRate("peer", PeerAddress("::1", 1), cast(Any, None), lambda: None)
+    connection = Connected(0.04, 0.04)
+    session = type("Session", (), {})()
+    session.connections, session.has_backlog = {0: connection}, True
+    session.round_trip = type("Trip", (), {"latest_seconds": 0.04})()
+    connection.recovers = True
+    for beat in range(800):
+        rate.govern(beat * 0.025, [session])
+    assert connection.renewed == 0
+    connection.recovers = False
+    rate.govern(800 * 0.025, [session])
+    rate.stop()
+    assert connection.renewed == 1
+    near, far = ends
+    carry(near, far, 1 << 20)
+    assert not Connection(cast(Any, near), 0, "bbr", cast(Any, None)).tcp_state().recovers

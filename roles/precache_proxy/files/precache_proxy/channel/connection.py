@@ -55,11 +55,16 @@ class TcpState:
     least_round_trip_seconds: float
     unacknowledged: int
     acknowledged_bytes: int
+    # It makes good for a loss, or has next to nothing under way: the kernel restores what it had before.
+    recovers: bool = False
 
 
 _serials = itertools.count(1)
-# tcpi_snd_mss at 16, _unacked 24, _sacked 28, _rtt 68, _bytes_acked 120, _min_rtt 148; microseconds.
-_TCP_INFO = struct.Struct("=16xI4xII36xI48xQ20xI")
+# tcpi_ca_state at 1, _snd_mss 16, _unacked 24, _sacked 28, _rtt 68, _snd_cwnd 80, _bytes_acked 120, _min_rtt
+# 148; microseconds.
+_TCP_INFO = struct.Struct("=xB14xI4xII36xI8xI36xQ20xI")
+# TCP_CA_Recovery and what is worse; the segments that BBR leaves under way while it looks for a round trip.
+_RECOVERY, _LEAST_SEGMENTS = 3, 4
 _TCP_INFO_BYTES = _TCP_INFO.size
 
 
@@ -115,10 +120,15 @@ class Connection:
     def tcp_state(self) -> TcpState:
         """Round trip and progress as the kernel sees them."""
         info = self._tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        segment, unacknowledged, selectively, round_trip, acknowledged, least = _TCP_INFO.unpack_from(info)
+        state, segment, unacknowledged, selectively, round_trip, window, acknowledged, least = (
+            _TCP_INFO.unpack_from(info)
+        )
         # Behind a loss the cumulative acknowledgement stands still, although most of it arrives.
         acknowledged += selectively * segment
-        return TcpState(self.serial, round_trip / 1e6, least / 1e6, unacknowledged, acknowledged)
+        recovers = state >= _RECOVERY or window <= _LEAST_SEGMENTS
+        return TcpState(
+            self.serial, round_trip / 1e6, least / 1e6, unacknowledged, acknowledged, recovers=recovers
+        )
 
     def renew_congestion_control(self) -> None:
         """Let BBR begin anew with the window and the round trip that are known.

@@ -57,6 +57,7 @@ _LAST_TRIPS = 4
 # So many times as many in which it grew, and the queue did not come up to its target: shorter ones are hidden
 # where most round trips are a few milliseconds late.
 _SHORT_LOOKS = 1.5
+_GROWN = 1.03
 # The most by which the rate grows from one look to the next, and by how much it is swiftly more than what the
 # bottleneck is known to let through.
 _STEEP = 0.1
@@ -83,6 +84,7 @@ class Governor:
         self._delivered: deque[float] = deque(maxlen=6)
         self._base: deque[tuple[float, float]] = deque()
         self._calm = self._under = 0
+        self._under_from = 0.0
         self._trips: deque[float] = deque(maxlen=_LAST_TRIPS)
         self._long = 0
         # At the beginning of a spell: the rate at the last look; looks in a row in which less arrived than
@@ -349,8 +351,12 @@ class Governor:
             # the least, for on a busy host most are late.
             self._calm += 1
         self._under = self._under + 1 if queue < _TARGET_SECONDS else 0
+        if self._under == 1:
+            self._under_from = delivered
         calm_looks = max(_CALM_LOOKS, round(1.5 * settle / self._look_seconds(base)))
-        short = self._base_seen and self._under >= _SHORT_LOOKS * calm_looks
+        # More arrives than at the first of them: a queue that somebody else keeps short is full all the same.
+        grown = capacity >= _GROWN * self._under_from
+        short = self._base_seen and grown and self._under >= _SHORT_LOOKS * calm_looks
         if short or self._calm >= calm_looks:
             # No queue at all although we press: the path is faster than we believed.
             if self._base_seen:

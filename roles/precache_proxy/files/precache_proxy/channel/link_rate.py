@@ -43,7 +43,7 @@ class LinkRate:
         self.pacer = Pacer(self._rate_by_clock(), wake)
         self.goodput_bytes_per_second = 0.0
         self._goodput_mark = (time.monotonic(), 0)
-        self._renewed_at = float("-inf")
+        self._renewed_at: dict[int, float] = {}
 
     @property
     def limit_bytes_per_second(self) -> float | None:
@@ -107,11 +107,14 @@ class LinkRate:
         trip = self._governor.least_round_trip_seconds
         if trip is None or not backlog or self._governor.steady_bytes_per_second is None:
             return
-        if now - self._renewed_at >= _RENEW_SECONDS:
-            self._renewed_at = now
-            for connection, state in zip(connections, states, strict=True):
-                if state.least_round_trip_seconds >= _SAME_PATH * trip:
-                    connection.renew_congestion_control()
+        renewed, self._renewed_at = self._renewed_at, {}
+        for connection, state in zip(connections, states, strict=True):
+            at = renewed.get(state.serial, float("-inf"))
+            due = now - at >= _RENEW_SECONDS and not state.recovers
+            if due and state.least_round_trip_seconds >= _SAME_PATH * trip:
+                connection.renew_congestion_control()
+                at = now
+            self._renewed_at[state.serial] = at
 
     def tick(self, now: float) -> None:
         """A few times a second: goodput, and the hours at which the configured rate changes."""

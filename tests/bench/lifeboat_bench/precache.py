@@ -15,6 +15,7 @@ from lifeboat_bench.result import Bar, Table
 from lifeboat_lab import stock
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.proxy import Proxy
+from lifeboat_lab.wan import PACKET_BYTES, SEGMENT_BYTES
 
 MIB = 1 << 20
 IMAGES = "/var/lib/libvirt/images"
@@ -26,7 +27,7 @@ COPY_SECONDS = 900.0
 IPV4_SOURCE, IPV4_DESTINATION = "home2", "backup2"
 HOSTS_NEEDED = (SOURCE, DESTINATION, IPV4_SOURCE, IPV4_DESTINATION)
 # Of each packet of 1500 bytes TCP with timestamps carries this share; TLS takes 22 bytes of 16 KiB.
-CARRIED_SHARE = {6: (1500 - 40 - 20 - 12) / 1500, 4: (1500 - 20 - 20 - 12) / 1500}
+CARRIED_SHARE = {6: SEGMENT_BYTES / PACKET_BYTES, 4: (SEGMENT_BYTES + 20) / PACKET_BYTES}
 
 
 @dataclass(frozen=True)

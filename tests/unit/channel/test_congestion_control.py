@@ -97,6 +97,14 @@ class Connected:
         self.renewed += 1
 
 
+def session_of(connection: Connected, trip: float, *, backlog: bool) -> Any:
+    """A session of that connection alone, whose pings tell of that round trip."""
+    session = type("Session", (), {})()
+    session.connections, session.has_backlog = {0: connection}, backlog
+    session.round_trip = type("Trip", (), {"latest_seconds": trip})()
+    return session
+
+
 @pytest.mark.parametrize(
     ("trip", "least", "backlog", "renewed"),
     [(0.04, 0.04, True, 4), (0.04, 0.04, False, 0), (0.0005, 0.0005, True, 0), (0.04, 0.0005, True, 0)],
@@ -108,11 +116,8 @@ async def test_it_is_renewed_where_a_busy_path_is_paced(
     where the kernel remembers another path's round trip, with which it would begin."""
     rate = LinkRate("peer", PeerAddress("::1", 1), cast(Any, None), lambda: None)
     connection = Connected(trip, least)
-    session = type("Session", (), {})()
-    session.connections, session.has_backlog = {0: connection}, backlog
-    session.round_trip = type("Trip", (), {"latest_seconds": trip})()
     # Pings have told of the path as it is.
-    session.has_backlog = False
+    session = session_of(connection, trip, backlog=False)
     for beat in range(400):
         rate.govern(beat * 0.025, [session])
     session.has_backlog = backlog
@@ -126,9 +131,7 @@ async def test_one_that_recovers_is_renewed_when_it_has(ends: tuple[socket.socke
     """Anew it would begin with the few segments that it has under way, and forget what it had before."""
     rate = LinkRate("peer", PeerAddress("::1", 1), cast(Any, None), lambda: None)
     connection = Connected(0.04, 0.04)
-    session = type("Session", (), {})()
-    session.connections, session.has_backlog = {0: connection}, True
-    session.round_trip = type("Trip", (), {"latest_seconds": 0.04})()
+    session = session_of(connection, 0.04, backlog=True)
     connection.recovers = True
     for beat in range(800):
         rate.govern(beat * 0.025, [session])

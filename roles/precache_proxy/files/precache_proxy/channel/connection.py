@@ -56,16 +56,16 @@ class TcpState:
     unacknowledged: int
     acknowledged_bytes: int
     # It makes good for a loss, or has next to nothing under way: the kernel restores what it had before.
-    recovers: bool = False
+    recovers: bool
 
 
 _serials = itertools.count(1)
 # tcpi_ca_state at 1, _snd_mss 16, _unacked 24, _sacked 28, _rtt 68, _snd_cwnd 80, _bytes_acked 120, _min_rtt
 # 148; microseconds.
 _TCP_INFO = struct.Struct("=xB14xI4xII36xI8xI36xQ20xI")
+_TCP_INFO_BYTES = _TCP_INFO.size
 # TCP_CA_Recovery and what is worse; the segments that BBR leaves under way while it looks for a round trip.
 _RECOVERY, _LEAST_SEGMENTS = 3, 4
-_TCP_INFO_BYTES = _TCP_INFO.size
 
 
 class ConnectionOwner(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from precache_proxy.channel.connection import Connection, TcpState
 from precache_proxy.channel.counters import LinkCounters
 from precache_proxy.channel.governor import Governor
 from precache_proxy.channel.pacer import Pacer
@@ -105,8 +106,13 @@ class LinkRate:
         self._governor.sample(sample)
         self.pacer.govern(self._governor.steady_bytes_per_second, self._governor.pulse)
         trip = self._governor.least_round_trip_seconds
-        if trip is None or not backlog or self._governor.steady_bytes_per_second is None:
-            return
+        if backlog and trip is not None and self._governor.steady_bytes_per_second is not None:
+            self._renew(now, connections, states, trip)
+
+    def _renew(
+        self, now: float, connections: Sequence[Connection], states: Sequence[TcpState], trip: float
+    ) -> None:
+        """Let BBR begin anew where it is due on a paced path of that least round trip, in seconds."""
         renewed, self._renewed_at = self._renewed_at, {}
         for connection, state in zip(connections, states, strict=True):
             at = renewed.get(state.serial, float("-inf"))

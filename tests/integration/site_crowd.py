@@ -309,12 +309,5 @@ def forget_all(lab: Lab) -> None:
     """Nothing is protected any more, whoever left it so."""
     for host in HOSTS:
         proxy = Proxy(lab.host(host))
-        wait_until(lambda proxy=proxy: _forgotten(proxy), f"{host} protects nothing", timeout_seconds=240)  # type: ignore[misc]
-
-
-def _forgotten(proxy: Proxy) -> bool:
-    for vm in proxy.get("/vms")["vms"]:
-        # One that is being landed is held for that long.
-        with suppress(LabError):
-            proxy.request("DELETE", f"/vms/{vm['uuid']}?keep_replica=true")
-    return not proxy.get("/vms")["vms"]
+        for vm in proxy.get("/vms")["vms"]:
+            proxy.unprotect(vm["uuid"], keep_replica=True)

@@ -194,6 +194,5 @@ def test_a_guest_that_outruns_its_mirror_gets_out_and_holds_nobody_up(crowd: Cro
         assert verdict.intact, verdict.findings
     finally:
         for host in ("home1", "backup1"):
-            if any(vm["uuid"] == plan.uuid for vm in crowd.proxy(host).get("/vms")["vms"]):
-                crowd.proxy(host).request("DELETE", f"/vms/{plan.uuid}?keep_replica=true")
+            crowd.proxy(host).unprotect(plan.uuid, keep_replica=True)
         ledger.remove()

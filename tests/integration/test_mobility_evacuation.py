@@ -89,9 +89,7 @@ def evacuated(lab: Lab, run: RunPlaybook, guest: Guest, source: str, destination
 def forget(lab: Lab, guest: Guest) -> None:
     """Nothing of it may be found wrong by what comes after."""
     for name in GATEWAYS:
-        proxy = Proxy(lab.host(name))
-        if any(vm["uuid"] == guest.plan.uuid for vm in proxy.get("/vms")["vms"]):
-            proxy.request("DELETE", f"/vms/{guest.plan.uuid}?keep_replica=false")
+        Proxy(lab.host(name)).unprotect(guest.plan.uuid, keep_replica=False)
     guest.remove()
 
 

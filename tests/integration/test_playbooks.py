@@ -356,5 +356,5 @@ def test_back_home_by_the_same_playbook_with_autostart_as_it_was(story: Story) -
 
     wait_until(landed, "it has landed")
     assert home.vm(uuid)["autostart"] is True
-    home.request("DELETE", f"/vms/{uuid}?keep_replica=true")
+    home.unprotect(uuid, keep_replica=True)
     assert "enable" in story.lab.exec("home2", "virsh", "dominfo", uuid).stdout.split("Autostart:")[1]

@@ -185,9 +185,7 @@ def _lost(ground: Ground, guest: Guest, canary: str) -> list[str]:
 
 def _forget(ground: Ground, guest: Guest) -> None:
     for proxy in (ground.source, ground.destination):
-        for vm in proxy.get("/vms")["vms"]:
-            if vm["uuid"] == guest.plan.uuid:
-                proxy.request("DELETE", f"/vms/{guest.plan.uuid}?keep_replica=false")
+        proxy.unprotect(guest.plan.uuid, keep_replica=False)
     guest.remove()
 
 

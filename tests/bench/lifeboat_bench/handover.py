@@ -245,5 +245,4 @@ def _arrival(ground: Ground, job: dict[str, Any]) -> tuple[float, float]:
 
 def _forget(ground: Ground, guest: Guest) -> None:
     for proxy in (ground.source, ground.destination):
-        if any(vm["uuid"] == guest.plan.uuid for vm in proxy.get("/vms")["vms"]):
-            proxy.request("DELETE", f"/vms/{guest.plan.uuid}?keep_replica=false")
+        proxy.unprotect(guest.plan.uuid, keep_replica=False)

@@ -60,7 +60,7 @@ def _throughput(ground: Ground, table: Table, rpos: list[float]) -> None:
             open_before = _open_seconds(ground, guest)
             protected.append(_records_per_second(guest))
             shares.append((_open_seconds(ground, guest) - open_before) / WINDOW_SECONDS)
-            ground.source.request("DELETE", f"/vms/{guest.plan.uuid}?keep_replica=false")
+            ground.source.unprotect(guest.plan.uuid, keep_replica=False)
         ratio = median(protected) / median(unprotected)
         table.rows.append(
             {

@@ -95,6 +95,20 @@ class Proxy:
                 raise LabError(f"VM {name}: {told['state']} ({told['sentence']}) after {timeout_seconds:g} s")
             time.sleep(last_step_seconds if told["coverage"] > _NEARLY else step_seconds)
 
+    def unprotect(self, uuid: str, *, keep_replica: bool, timeout_seconds: float = 240) -> None:
+        """Forget a VM, if this proxy protects it; LabError when it still is held after that long.
+
+        One that has arrived is held until its layers are merged.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while any(vm["uuid"] == uuid for vm in self.get("/vms")["vms"]):
+            try:
+                self.request("DELETE", f"/vms/{uuid}?keep_replica={str(keep_replica).lower()}")
+            except LabError:
+                if not self.vm(uuid)["held_by"] or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
     def evacuate(self, name: str, *, timeout_seconds: float = 600, **options: Any) -> dict[str, Any]:
         """Evacuate a VM and return its job when that has ended; LabError when it goes on for longer."""
         job = self.request("POST", "/evacuations", {"vm": name, **options})

@@ -23,7 +23,7 @@ from integration.routing_daemons import Routing, frr_configuration, needs_frr
 from lifeboat_lab import mobility as lab_mobility
 from lifeboat_lab.lab import Lab
 from lifeboat_lab.mobility import ask, open_settings
-from lifeboat_lab.settings import HOSTS, site_ipv4_router, site_router
+from lifeboat_lab.settings import HOSTS, site_router
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900), needs_frr]
 
@@ -103,10 +103,7 @@ def _give_ipv4_back(lab: Lab) -> None:
     """As the lab has it."""
     lab.exec("router", "ip", "address", "del", ASKING, "dev", "lo", check=False)
     for name in GATEWAYS:
-        plan = HOSTS[name]
-        lab.exec(name, "ip", "-4", "address", "replace", f"{plan.ipv4_address}/24", "dev", "site0")
-        way = ("via", site_ipv4_router(plan.site), "dev", "site0")
-        lab.exec(name, "ip", "-4", "route", "replace", "default", *way)
+        lab.network.connect_ipv4(HOSTS[name])
 
 
 @pytest.fixture(scope="module")

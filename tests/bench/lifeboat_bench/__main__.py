@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from lifeboat_bench import coordination, deadline, evacuation, handover, peacetime, precache, scale
-from lifeboat_bench.ground import DESTINATION, SOURCE, Ground
+from lifeboat_bench.ground import DESTINATION, SOURCE, TWO_PAIRS, Ground
 from lifeboat_bench.result import Table
 from lifeboat_lab.errors import LabError
 
@@ -24,10 +24,10 @@ TABLES = {
 
 # Tables that need more than one pair of hosts.
 HOSTS = {
-    "precache": precache.HOSTS_NEEDED,
+    "precache": TWO_PAIRS,
     "handover": handover.HOSTS_NEEDED,
-    "coordination": coordination.HOSTS_NEEDED,
-    "deadline": deadline.HOSTS_NEEDED,
+    "coordination": TWO_PAIRS,
+    "deadline": TWO_PAIRS,
 }
 
 

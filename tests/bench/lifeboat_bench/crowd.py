@@ -10,15 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lifeboat_bench.ground import Ground
+from lifeboat_bench.ground import PEERS, Ground
 from lifeboat_lab.controller import Finished
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.guests import Guest
 from lifeboat_lab.guests.plan import GuestPlan
 from lifeboat_lab.proxy import Proxy
 
-PEERS = {"home1": "backup1", "home2": "backup2"}
-HOSTS_NEEDED = (*PEERS, *PEERS.values())
 VMS = 8
 BOOT_SECONDS, READY_SECONDS = 240, 600
 

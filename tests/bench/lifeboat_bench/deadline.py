@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lifeboat_bench.crowd import HOSTS_NEEDED, PEERS, VMS, Crowd, Playing, wait_until
-from lifeboat_bench.ground import Ground
+from lifeboat_bench.crowd import VMS, Crowd, Playing, wait_until
+from lifeboat_bench.ground import PEERS, TWO_PAIRS, Ground
 from lifeboat_bench.result import Bar, Table
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.guests.plan import GuestPlan
-
-__all__ = ["HOSTS_NEEDED", "run"]
 
 WAN = "trans-pacific"
 FEEDBACK, FIFO, PARALLEL = "feedback", "FIFO", "parallel"
@@ -229,7 +227,7 @@ def _recover(crowd: Crowd, playing: Playing) -> None:
     crowd.ground.say("the power is back")
     lab.wan.set("none")
     _at_once(lab.start_host, PEERS)
-    wait_until(lambda: all(_settled(crowd, host) for host in HOSTS_NEEDED), "all jobs have an end")
+    wait_until(lambda: all(_settled(crowd, host) for host in TWO_PAIRS), "all jobs have an end")
     crowd.ground.say("all jobs have an end")
     booted = []
     for name, guest in crowd.guests.items():

@@ -7,15 +7,17 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from ipaddress import ip_address
 from statistics import median, quantiles
 from typing import Self
 
-from lifeboat_bench.ground import DESTINATION, SOURCE, Ground
+from lifeboat_bench.ground import PEERS, SOURCE, Ground
 from lifeboat_bench.result import Bar, Table
 from lifeboat_lab import stock
 from lifeboat_lab.errors import LabError
 from lifeboat_lab.proxy import Proxy
-from lifeboat_lab.wan import PACKET_BYTES, SEGMENT_BYTES
+from lifeboat_lab.settings import HOSTS
+from lifeboat_lab.wan import carried_share
 
 MIB = 1 << 20
 IMAGES = "/var/lib/libvirt/images"
@@ -23,25 +25,24 @@ NBD_PORT = 10809
 EMPTY_PASSES = 5
 SETTLE_SECONDS = 60.0
 COPY_SECONDS = 900.0
-# The proxies of the second pair speak IPv4.
-IPV4_SOURCE, IPV4_DESTINATION = "home2", "backup2"
-HOSTS_NEEDED = (SOURCE, DESTINATION, IPV4_SOURCE, IPV4_DESTINATION)
-# Of each packet of 1500 bytes TCP with timestamps carries this share; TLS takes 22 bytes of 16 KiB.
-CARRIED_SHARE = {6: SEGMENT_BYTES / PACKET_BYTES, 4: (SEGMENT_BYTES + 20) / PACKET_BYTES}
+# TLS takes 22 bytes of 16 KiB.
+TLS_SHARE = 1 - 22 / 16384
 
 
 @dataclass(frozen=True)
 class Case:
-    """One WAN, how much is copied over it, and the share of the link asked for (None: a rate instead).
-
-    ``ip_version``: 6, or 4, whose headers are shorter.
-    """
+    """One WAN, how much is copied over it, and the share of the link asked for (None: a rate instead)."""
 
     name: str
     profile: str
     size_mib: int
     asked_share: float | None
-    ip_version: int = 6
+    source: str = SOURCE
+
+    @property
+    def ip_version(self) -> int:
+        """What its proxies speak."""
+        return ip_address(HOSTS[self.source].peer_address).version
 
     @property
     def title(self) -> str:
@@ -51,12 +52,12 @@ class Case:
     @property
     def hosts(self) -> tuple[str, str]:
         """Source and destination."""
-        return (SOURCE, DESTINATION) if self.ip_version == 6 else (IPV4_SOURCE, IPV4_DESTINATION)
+        return self.source, PEERS[self.source]
 
 
 CASES = (
     Case("regional", "rate=400mbit,rtt=40ms", 1536, 0.95),
-    Case("regional-ipv4", "rate=400mbit,rtt=40ms", 1536, 0.95, ip_version=4),
+    Case("regional-ipv4", "rate=400mbit,rtt=40ms", 1536, 0.95, source="home2"),
     Case("trans-pacific", "rate=50mbit,rtt=180ms", 224, 0.92),
     Case("long-fat", "rate=400mbit,rtt=180ms", 1536, 0.75),
     Case("local", "none", 2048, None),
@@ -107,15 +108,12 @@ def _define(ground: Ground, case: Case, name: str) -> None:
 
 
 def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
-    wan = ground.set_wan(case.profile)
+    wan = ground.set_wan(case.profile, case.hosts)
     link = wan["rate_bits_per_second"] / 8
     round_trip = float(wan["round_trip_seconds"])
     size = case.size_mib * MIB
     source, destination = case.hosts
     proxy = Proxy(ground.lab.host(source))
-    for host in case.hosts:
-        # Kernels remember the round trip of the WAN before for five minutes; a site's is the same for years.
-        ground.exec(host, "systemctl", "restart", "precache-proxy")
     alone = size / _nbdcopy(ground, case, name)
     # Not before: a running VM's lock would refuse qemu-nbd. Paused: only the copy shall use the processors.
     ground.exec(source, "virsh", "start", "--paused", name)
@@ -137,7 +135,7 @@ def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
             "first_copy_megabytes_per_second": ours / 1e6,
             "nbdcopy_share_of_link": alone / link if link else None,
             "first_copy_share_of_link": ours / link if link else None,
-            "bound_share_of_link": CARRIED_SHARE[case.ip_version] if link else None,
+            "bound_share_of_link": TLS_SHARE * carried_share(case.ip_version) if link else None,
             "ratio_to_nbdcopy": ours / alone,
             "control_calls": len(latency.seconds),
             "control_call_median_seconds": median(latency.seconds),

@@ -107,11 +107,15 @@ class Network:
             f"addr add {GUEST_GATEWAY}/64 dev vmbr0 nodad",
             f"route add {guest_network} dev vmbr0",
         ])  # fmt: skip
-        ip(host, [
-            f"addr add {plan.ipv4_address}/24 dev site0",
-            f"route add default via {site_ipv4_router(plan.site)} dev site0",
-        ], 4)  # fmt: skip
+        self.connect_ipv4(plan)
         ip(router, [f"route replace {guest_network} via {plan.address} dev br-{plan.site}"])
+
+    def connect_ipv4(self, plan: HostPlan) -> None:
+        """A host's address and way out by IPv4, also where they were taken away."""
+        ip(self._settings.namespace(plan.name), [
+            f"addr replace {plan.ipv4_address}/24 dev site0",
+            f"route replace default via {site_ipv4_router(plan.site)} dev site0",
+        ], 4)  # fmt: skip
 
     def disconnect(self, plan: HostPlan) -> None:
         """Take a host off the network: first its links, so that no peer hears a reset from it, as in a power

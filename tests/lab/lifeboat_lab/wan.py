@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ ANSWER_SECONDS = 10.0
 CHECK_PORT = 5299
 DATAGRAM_LIMIT_BITS_PER_SECOND = 100e6
 DATAGRAM_BYTES = 1400
-DATAGRAM_HEADER_BYTES = 48
-# Of a full packet of 1500 bytes; TCP over IPv6 with timestamps.
 PACKET_BYTES = 1500
-SEGMENT_BYTES = PACKET_BYTES - 40 - 20 - 12
+IP_HEADER_BYTES = {6: 40, 4: 20}
+UDP_HEADER_BYTES = 8
+# With timestamps.
+TCP_HEADER_BYTES = 20 + 12
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,17 @@ class Wan:
         return result
 
     def check(self, source: str, destination: str, *, seconds: float = 3) -> Check:
-        """Measure between two hosts at different sites: pings while the link is idle, then fill it.
+        """Measure between two hosts at different sites: pings while the link is idle, then fill it. By the
+        version of IP that the destination is reached at as a peer.
 
         Slow links with datagrams: connections would still be finding out their rate. Fast ones with four
         connections: this machine cannot make so many datagrams beside everything else.
         """
         profile = Profile.from_json(self.status()["now"])
-        address = CLIENT_ADDRESS if destination == "client" else HOSTS[destination].address
+        address = CLIENT_ADDRESS if destination == "client" else HOSTS[destination].peer_address
+        ip_version = ip_address(address).version
         # Neighbours and routes are found by the first packets.
-        ping = [*self._inside(source), "ping", "-6", "-q", "-W", "3"]
+        ping = [*self._inside(source), "ping", "-q", "-W", "3"]
         run([*ping, "-c", "2", "-i", "0.2", address], check=False)
         answer = run([*ping, "-c", "20", "-i", "0.05", address]).stdout
         match = re.search(r"= ([0-9.]+)/([0-9.]+)/", answer)
@@ -193,7 +197,7 @@ class Wan:
             profile=profile.name,
             round_trip_seconds=float(match.group(2)) / 1000,
             expected_round_trip_seconds=profile.round_trip_seconds,
-            goodput_bits_per_second=_received(report),
+            goodput_bits_per_second=_received(report, ip_version),
             expected_bits_per_second=rate * (1 - profile.loss),
             relay_processor_share=share,
         )
@@ -218,9 +222,15 @@ class Wan:
         return answer
 
 
-def _received(report: dict[str, Any]) -> float:
+def carried_share(ip_version: int) -> float:
+    """What TCP carries of full packets."""
+    return 1 - (IP_HEADER_BYTES[ip_version] + TCP_HEADER_BYTES) / PACKET_BYTES
+
+
+def _received(report: dict[str, Any], ip_version: int) -> float:
     """Bits per second that the receiver of an iperf3 test got, with the headers that they came with."""
     received = float(report["end"]["sum_received"]["bits_per_second"])
     if "packets" not in report["end"]["sum_received"]:
-        return received * PACKET_BYTES / SEGMENT_BYTES
-    return received * (DATAGRAM_BYTES + DATAGRAM_HEADER_BYTES) / DATAGRAM_BYTES
+        return received / carried_share(ip_version)
+    header_bytes = IP_HEADER_BYTES[ip_version] + UDP_HEADER_BYTES
+    return received * (DATAGRAM_BYTES + header_bytes) / DATAGRAM_BYTES

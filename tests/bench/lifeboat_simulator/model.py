@@ -277,7 +277,9 @@ class Links:
             if not vm.sends:
                 continue
             pair = self.pairs[vm.summary.pair]
-            cap = pair.stream if vm.share is None else min(pair.stream, vm.share)
+            # The proxy lifts the share of a guest that stands still.
+            free = vm.share is None or vm.guest_stands
+            cap = pair.stream if free else min(pair.stream, vm.share or 0.0)
             by_pair.setdefault(pair.key, {})[vm.summary.uuid] = cap if pair.up else 0.0
         by_uplink: dict[str, dict[str, float]] = {}
         pair_of: dict[str, Key] = {}

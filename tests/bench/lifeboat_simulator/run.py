@@ -129,7 +129,7 @@ class Simulation:
             took = self._clock() - began
             longest, spent = max(longest, took), spent + took
             steps += 1
-            self._obey(orders, now, started)
+            self._obey(orders, seen, now, started)
             names = {uuid: vm.summary.name for uuid, vm in self.vms.items()} if orders.decisions else {}
             decisions += [(now, names[told.vm], told.what, told.reason) for told in orders.decisions]
             for vm in self._active.values():
@@ -145,7 +145,7 @@ class Simulation:
                     began = self._clock()
                     between = self._controller.step(seen, between=True)
                     longest = max(longest, self._clock() - began)
-                    self._obey(between, now, started)
+                    self._obey(between, seen, now, started)
                     orders.starts += between.starts
             most = max(most, len(self._active))
             self._check_progress(now, interval)
@@ -228,7 +228,7 @@ class Simulation:
             return None
         return replace(told, moves=moves, pairs=before.pairs, out=out, failed=failed)
 
-    def _obey(self, orders: Orders, now: float, started: dict[str, float]) -> None:
+    def _obey(self, orders: Orders, seen: Observation, now: float, started: dict[str, float]) -> None:
         for uuid, rung in orders.starts:
             vm = self.vms[uuid]
             if vm.out_at is not None or vm.phase is not None:
@@ -255,7 +255,7 @@ class Simulation:
         for uuid, share in orders.shares.items():
             if share is not None and share <= 0:
                 self.broken.append(f"{now:.0f} s: {self.vms[uuid].summary.name} is starved")
-            if share is not None and self.vms[uuid].phase is Phase.LAST:
+            if share is not None and uuid in seen.moves and seen.moves[uuid].phase is Phase.LAST:
                 self.broken.append(
                     f"{now:.0f} s: {self.vms[uuid].summary.name} is throttled in its last pass"
                 )

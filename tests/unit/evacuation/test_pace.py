@@ -59,6 +59,21 @@ async def test_lifting_lets_go_at_once() -> None:
     await asyncio.wait_for(waiting, 2)
 
 
+async def test_a_guest_that_stands_still_has_no_limit_whatever_is_lent() -> None:
+    pace = Pace()
+    pace.lend(LEAST_BYTES_PER_SECOND, 60)
+    await pace.wait(10**8)
+    waiting = asyncio.create_task(pace.wait(1))
+    await asyncio.sleep(0.15)
+    assert not waiting.done()
+    pace.changed_here("suspended")
+    await asyncio.wait_for(waiting, 2)
+    pace.lend(LEAST_BYTES_PER_SECOND, 60)
+    assert pace.share_bytes_per_second is None
+    pace.changed_here("resumed")
+    assert pace.share_bytes_per_second == LEAST_BYTES_PER_SECOND, "called off, it goes on"
+
+
 @pytest.mark.parametrize(("share", "seconds"), [(0.0, 30.0), (100.0, 30.0), (10**6, 0.0), (10**6, 10**6)])
 def test_what_cannot_be_meant_is_refused(share: float, seconds: float) -> None:
     with pytest.raises(InvalidInput):

@@ -90,6 +90,7 @@ async def cross(departure: Departure, paths: dict[str, str]) -> None:
 
     def on_lifecycle(what: str, detail: int) -> None:
         departure.measure.changed_here(what)
+        departure.pace.changed_here(what)
         still.changed_here(what)
         if what == "stopped" and detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED and departure.sockets:
             # libvirt has nothing more to ask there: its good-byes would cost the guest two round trips.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What one evacuation may put on the wire while others go first: a share, lent for a time.
 
-Whoever steers many evacuations may die; a share that nobody renews is lifted by itself.
+Whoever steers many evacuations may die; a share that nobody renews is lifted by itself. And he looks every
+few seconds: a guest that stands still is kept from its clients by a share, and has none for as long.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ class Pace:
         self._clock = clock
         self._share: float | None = None
         self._until = 0.0
+        self._stands_still = False
         self._owed = 0.0
         self._at = clock()
 
     @property
     def share_bytes_per_second(self) -> float | None:
         """The share that holds now, None: no limit."""
-        return self._share if self._share is not None and self._clock() < self._until else None
+        holds = self._clock() < self._until and not self._stands_still
+        return self._share if holds else None
+
+    def changed_here(self, what: str) -> None:
+        """The VM's life here, in the words of libvirt's events."""
+        if what in {"suspended", "resumed"}:
+            self._settle()
+            self._stands_still = what == "suspended"
 
     def lend(self, bytes_per_second: float | None, seconds: float) -> None:
         """From now on, for so long; None lifts the limit. Raises InvalidInput."""

@@ -20,6 +20,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -34,6 +35,7 @@
 #include <unistd.h>
 
 #define MOST_DISKS 4
+#define MOST_WORKLOADS 6
 #define PAYLOAD_BYTES 480
 #define PAGE_BYTES 4096
 /* Every workload ends by itself: nobody may be there any more to end it. */
@@ -41,6 +43,8 @@
 
 static char command_line[4096];
 static int record_port = -1;
+static pid_t workloads[MOST_WORKLOADS];
+static int workload_count;
 static struct shared {
 	volatile uint64_t beats, records, dirty_bytes, trees, cached_bytes, errors;
 } *shared;
@@ -410,6 +414,14 @@ static void print_output(FILE *answer, const char *command)
 		pclose(output);
 }
 
+static void end_workloads(void)
+{
+	for (int i = 0; i < workload_count; i++) {
+		kill(workloads[i], SIGKILL);
+		waitpid(workloads[i], NULL, 0);
+	}
+}
+
 static void answer_command(char *command, int port)
 {
 	char *text = NULL;
@@ -425,6 +437,8 @@ static void answer_command(char *command, int port)
 	else if (strncmp(command, "run ", 4) == 0)
 		print_output(answer, command + 4);
 	else if (strcmp(command, "poweroff") == 0) {
+		/* The kernel resets its disks before the power is off: who writes still would tell of an error. */
+		end_workloads();
 		sync();
 		reboot(RB_POWER_OFF);
 	} else
@@ -466,10 +480,13 @@ static void start(const char *workload, void (*body)(void))
 {
 	if (strcmp(workload, "heartbeat") != 0 && !has_workload(workload))
 		return;
-	if (fork() == 0) {
+	const pid_t child = fork();
+	if (child == 0) {
 		body();
 		_exit(0);
 	}
+	if (child > 0 && workload_count < MOST_WORKLOADS)
+		workloads[workload_count++] = child;
 }
 
 int main(void)

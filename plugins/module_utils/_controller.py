@@ -300,7 +300,8 @@ class Controller:
                 self._hopeless.add(uuid)
                 self._tell(orders, uuid, "waits", reason)
                 continue
-            if rung is not Rung.LIVE and gate.window - room[id(gate)] >= gate.open and self._adaptive:
+            stay = gate.window - room[id(gate)] - under_way.leaving.get(id(gate), 0)
+            if rung is not Rung.LIVE and stay >= gate.open and self._adaptive:
                 continue  # a guest is stopped when its turn has come, not to stand in a queue
             if not self._memory.has_room(vm):
                 self._tell(orders, uuid, "waits", "no-memory-at-destination")

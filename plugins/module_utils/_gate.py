@@ -235,6 +235,12 @@ class Gate:
         alone = self.open == 1 and not self.pressed
         return alone and (self.window == 1 or not self._starting or guessed)
 
+    @property
+    def next_stands_ready(self) -> bool:
+        """Whether the next one is under way already where one at a time fills it: who is nearly over makes
+        room for that one, not for a third."""
+        return self.one_at_a_time and self.window > 1 and self.stream is not None
+
     def observe(
         self, goodput: float, served: t.Mapping[str, Served], most: float = 0.0, *, more_wait: bool
     ) -> None:

@@ -34,8 +34,8 @@ class UnderWay:
     """Made for one look. ``asked_for``: those that were asked to start and are not seen yet.
 
     ``room``: how many more a gate lets through (by its id), ``active``: how many each pair has, ``packing``:
-    how many each source packs; they follow those that begin now. ``processors``: how many a source has, where
-    it says so.
+    how many each source packs; they follow those that begin now. ``leaving``: how many of a gate are nearly
+    over and have their places still. ``processors``: how many a source has, where it says so.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class UnderWay:
         self._uplinks = uplinks
         self._processors = processors
         self.room = {id(gate): gate.window for gate in uplinks.gates.values()}
+        self.leaving: dict[int, int] = {}
         self._more: dict[int, int] = {}
         self.active: dict[Pair, int] = {}
         self.packing: dict[str, int] = {}
@@ -65,8 +66,9 @@ class UnderWay:
             if move.phase is not Phase.CLOSING:
                 self._packs(vm)
             # One that gets nowhere, or of a host that says nothing, may not keep all others from starting.
-            if not move.silent and not (uplinks.adaptive and (move.hopeless or self._nearly_over(vm, move))):
-                self._takes_a_place(vm)
+            if move.silent or (uplinks.adaptive and (move.hopeless or self._makes_room(vm, move))):
+                continue
+            self._takes_a_place(vm)
         for vm in asked_for:
             self._packs(vm)
             self._takes_a_place(vm)
@@ -123,13 +125,19 @@ class UnderWay:
         self.room[id(self._uplinks.gate_of(vm))] -= 1
         self.active[vm.pair] = self.active.get(vm.pair, 0) + 1
 
-    def _nearly_over(self, vm: VmSummary, move: Move) -> bool:
+    def _makes_room(self, vm: VmSummary, move: Move) -> bool:
         """It ends while the next one is still in its lead-in: that one may start now."""
         if move.phase is Phase.CLOSING:
             return True
         if move.phase is Phase.LEAD_IN or move.bytes_per_second <= 0:
             return False
-        return live_seconds(move, move.bytes_per_second) <= self._uplinks.gate_of(vm).ahead_seconds
+        gate = self._uplinks.gate_of(vm)
+        if live_seconds(move, move.bytes_per_second) > gate.ahead_seconds:
+            return False
+        if gate.next_stands_ready:
+            self.leaving[id(gate)] = self.leaving.get(id(gate), 0) + 1
+            return False
+        return True
 
     def _runs_dry(self, gate: Gate) -> bool:
         """Whether all that is under way is through before one that started only at the next look could send.

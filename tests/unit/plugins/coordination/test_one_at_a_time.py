@@ -17,8 +17,11 @@ from ansible_collections.lifeboat.evacuation.plugins.module_utils._shares import
 from ansible_collections.lifeboat.evacuation.plugins.module_utils._summaries import (
     DEFAULT_PACKED_RATIO,
     PairSummary,
+    Rung,
     SiteSummary,
 )
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._under_way import UnderWay
+from ansible_collections.lifeboat.evacuation.plugins.module_utils._uplinks import Uplinks
 
 from lifeboat_simulator.model import Links, TruePair
 from lifeboat_simulator.run import Result, Simulation
@@ -51,7 +54,11 @@ def emptied(whole: SiteSummary, strategy: str, *, busy_lead_in: float = 1.0) -> 
     return result
 
 
-@pytest.mark.parametrize(("expected", "longest"), [(None, 1.6), (_CARRIED, 1.45)])
+@pytest.mark.parametrize(
+    ("expected", "longest"),
+    [(None, 1.6), (_CARRIED, 1.35), (1.16 * _CARRIED, 1.35), (1.36 * _CARRIED, 1.35)],
+    ids=["unknown", "known", "guessed too high", "guessed higher still"],
+)
 def test_a_vm_takes_little_longer_among_eight_than_alone(expected: float | None, longest: float) -> None:
     """With four begun at once on the idle line they took 2.2 times as long as alone."""
     whole = eight(expected)
@@ -60,6 +67,41 @@ def test_a_vm_takes_little_longer_among_eight_than_alone(expected: float | None,
     assert ours.mean_individual <= longest * alone.mean_individual
     spread = [ours.out_at[name] - ours.started_at[name] for name in ours.out_at]
     assert max(spread) <= 1.6 * statistics.mean(spread)
+
+
+@pytest.mark.parametrize(
+    ("expected", "room", "leaving"),
+    [(1.36 * _CARRIED, 0, 1), (_CARRIED, 0, 0), (None, 1, 0)],
+    ids=["the next one has its place", "it is the next one that makes none", "more may be needed"],
+)
+def test_one_that_is_nearly_over_makes_room_for_the_next_not_for_a_third(
+    expected: float | None, room: int, leaving: int
+) -> None:
+    whole = eight(expected)
+    vms = {vm.uuid: vm for vm in whole.vms}
+    uplinks = Uplinks(whole, "feedback", vms)
+    (gate,) = uplinks.gates.values()
+    gate.stream = 6 * MB
+    gate.observe_crowded(6 * MB, {})
+    told = {"uuid-v0": sends(2 * MB, 6 * MB), "uuid-v1": sends(60 * MB, 0.1 * MB)}
+    moves = {uuid: replace(move, vm=uuid) for uuid, move in told.items()}
+    views = {pair.key: PairView(True, 3 * MB, _TRIP) for pair in whole.pairs}
+    under_way = UnderWay(Observation(10.0, moves, views), (), vms, uplinks, {})
+    assert under_way.room == {id(gate): room}
+    assert under_way.leaving.get(id(gate), 0) == leaving
+
+
+@pytest.mark.parametrize("guessed", [0.5, 1.16])
+def test_a_guest_that_is_to_be_stopped_begins_when_one_is_nearly_over(guessed: float) -> None:
+    """It is to stand in no queue; but who leaves is none."""
+    rate, trip = 50 * MB, 0.02
+    names = [vm(f"v{n}", host=n % 2 + 1, memory=22 * MB, rungs=(Rung.PAUSED, Rung.STAY)) for n in range(10)]
+    whole = site(*names, rate=None, round_trip=trip)
+    pairs = {pair.key: TruePair(pair.key, "uplink", rate, 0.3 * rate, trip) for pair in whole.pairs}
+    unguessed = Simulation(whole, Links({"uplink": rate}, deepcopy(pairs)), "feedback").run()
+    told = tuple(replace(pair, expected_bytes_per_second=guessed * rate) for pair in whole.pairs)
+    took = Simulation(replace(whole, pairs=told), Links({"uplink": rate}, pairs), "feedback").run()
+    assert took.makespan <= 1.1 * unguessed.makespan
 
 
 def test_a_line_that_carries_more_than_it_did_is_found_to() -> None:

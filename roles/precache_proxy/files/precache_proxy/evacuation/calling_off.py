@@ -32,7 +32,7 @@ ABORT_AGAIN_SECONDS: Final = 0.2
 # From the order to stop the guest until its vCPUs stand still and its own disks have what they had written:
 # nobody tells that. And the longest that a dead relay stays open for the order.
 SETTLE_SECONDS: Final = 0.5
-STANDSTILL_SECONDS: Final = 2.0
+STANDSTILL_SECONDS: Final = 5.0
 
 
 class CallingOff:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # A question that QEMU has not answered by then keeps it from being halted: the move ends as libvirt ends it.
-LOOK_SECONDS: Final = 0.3
+LOOK_SECONDS: Final = 1.0
 # libvirt hears of the end of a QEMU from its monitor's socket.
 OFF_SECONDS: Final = 10.0
 _ASK_SECONDS: Final = 0.05

@@ -129,7 +129,11 @@ def test_a_proxy_that_is_stopped_ends_the_move_first(pair: EvacuationPair, stops
             pair.restart(stops)
             print(f"stopped and started again in {time.monotonic() - began:.1f} s")
             pair.wait_links()
-            job = pair.wait_job(HOME, job_id)
+            pair.wait_job(HOME, job_id)
+            # Until then the proxy lets it run again whenever it finds it paused, as for its verification.
+            job = wait_for(
+                lambda: pair.job(HOME, job_id), lambda told: not told["pause_unanswered"], timeout_seconds=180
+            )
     finally:
         pair.lab.wan.set("none")
     assert (job["verdict"], job["cause"], job["memory_lost"]) == ("stayed", "proxy-restarted", False), (

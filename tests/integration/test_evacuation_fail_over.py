@@ -99,6 +99,7 @@ def test_the_playbook_runs_what_a_dead_site_left_behind(
         guest.wait_ready(host=BACKUP)
         again = lab_playbook("fail_over", variables=word, options=here).require_success()
         assert (again.changed, "already-there" in again.output) == (0, True)
+        pair.wait_landed(BACKUP, guest)
         found = guest.verify(BACKUP, acknowledged=acknowledged)
         assert found.intact, found.findings
         come_back(pair)

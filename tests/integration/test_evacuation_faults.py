@@ -36,12 +36,12 @@ def test_the_last_reply_of_a_migration_is_lost_after_the_release(pair: Evacuatio
     """Libvirt would let the source's VM run again while it runs at the destination: its QEMU is halted."""
     guest = pair.make_guest("not waited for")
     canary = guest.canary(HOME)
-    # Far enough that the release is under way before word of the loss is back.
-    pair.lab.wan.set("rate=400mbit,rtt=600ms")
     try:
         with pair.never_twice(guest):
             pair.restart(BACKUP, drop_at="relay-finish-reply")
             pair.wait_links()
+            # Far enough that the release is under way before word of the loss is back.
+            pair.lab.wan.set("rate=400mbit,rtt=1500ms")
             job_id = str(pair.begin(HOME, guest)["id"])
             job = pair.check_healed(guest, job_id, canary, BACKUP)
     finally:

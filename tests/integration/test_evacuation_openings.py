@@ -37,7 +37,7 @@ def newest_connection(pair: EvacuationPair, host: str) -> int:
 def test_libvirt_and_qemu_go_on_with_what_was_opened_ahead(pair: EvacuationPair) -> None:
     guest = pair.make_guest("expected", disks=2)
     # They are waited for as long as the way is far, and the machine may be busy.
-    pair.lab.wan.set("rate=400mbit,rtt=100ms")
+    pair.lab.wan.set("rate=400mbit,rtt=300ms")
     try:
         job = pair.evacuate(guest)
     finally:

@@ -103,7 +103,7 @@ def test_a_restarted_gateway_registers_again_and_no_packet_is_lost(agents: Agent
     guest = agents.settle()
     talk = Conversation(agents.net["client"], guest)
     with ThreadPoolExecutor(1) as threads:
-        probes = threads.submit(probe_gap, agents.net["client"], guest.home, 8)
+        probes = threads.submit(probe_gap, agents.net["client"], guest.home, 20)
         agents["gateway1"].kill()
         talk.goes_on()
         agents["gateway1"].start()
@@ -118,7 +118,7 @@ def test_a_restarted_gateway_registers_again_and_no_packet_is_lost(agents: Agent
 def test_the_newer_epoch_wins_and_the_other_is_told_and_withdraws(agents: Agents) -> None:
     guest = agents.settle(epoch=4)
     guest.plug("gateway2")
-    agents["gateway2"].arrive(guest, 5, wait_seconds=5)
+    agents["gateway2"].arrive(guest, 5, wait_seconds=30)
     told = eventually(lambda: (vm := agents["gateway1"].vm(guest))["state"] == "away" and vm)
     assert told["to"] == str(agents.net.tunnel("gateway2"))
     assert "in epoch 5: withdrawn here" in agents["gateway1"].log
@@ -237,7 +237,7 @@ def test_an_address_given_to_another_vm_after_its_first_one_left(tmp_path: Path)
         first.space.ip("address flush dev eth0 scope global")
         second = agents.net.guest("second", at="gateway1")
         second.space.ip(f"address add {first.home}/128 dev eth0 nodad")
-        answer = agents["gateway1"].arrive(second, 1, addresses=[str(first.home)], wait_seconds=5)
+        answer = agents["gateway1"].arrive(second, 1, addresses=[str(first.home)], wait_seconds=30)
         assert len(answer["acknowledged"]) == 2
         assert pings(agents.net["client"], first.home)
         # What was still forwarded for the first one ends now.
@@ -247,15 +247,15 @@ def test_an_address_given_to_another_vm_after_its_first_one_left(tmp_path: Path)
 
 def test_one_whose_arrival_is_evident_gets_an_epoch_that_is_new_enough(agents: Agents) -> None:
     guest = agents.settle(epoch=5)
-    agents["gateway2"].arrive(guest, 5, wait_seconds=5)
+    agents["gateway2"].arrive(guest, 5, wait_seconds=30)
     assert agents["anchor1"].holder(guest) == "gateway1"
     # The anchors know a newer epoch than the proxy counts: somebody moved it by hand meanwhile.
-    agents["gateway2"].arrive(guest, 3, evident=True, wait_seconds=5)
+    agents["gateway2"].arrive(guest, 3, evident=True, wait_seconds=30)
     for name in ANCHORS:
         eventually(lambda name=name: agents[name].holder(guest) == "gateway2")
     # And back to a gateway that itself knows better: asked for at once, no refusal in between.
     agents["gateway1"].turn_page()
-    answer = agents["gateway1"].arrive(guest, 4, evident=True, wait_seconds=5)
+    answer = agents["gateway1"].arrive(guest, 4, evident=True, wait_seconds=30)
     assert (sorted(answer["acknowledged"]), answer["epoch"]) == (sorted(ANCHORS), 7)
     assert "claimed as" not in agents["gateway1"].log
 

@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 RunPlaybook = Callable[..., PlaybookResult]
 SOURCE, DESTINATION = GATEWAYS
-SETTINGS = {"precache_proxy_rpo_seconds": 600}
+# An agent answers when it has synced, which takes longer beside other tests than a guest is kept waiting.
+SETTINGS = {"precache_proxy_rpo_seconds": 600, "precache_proxy_mobility_wait_seconds": 10}
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from integration.mobility_net import HOME_PREFIX, Guest, Namespace, eventually, 
 PER_SECOND = 1000
 DEVICE, TABLE = "lbhold0", "7603"
 _RECEIVE_BUFFER_FORCE = 33
-# Those that the kernel took on their way in when that was closed.
-OVERTAKEN_AT_MOST = 2
 # So many go out one after the other, at most.
-_AT_ONCE = 20.0
+_AT_ONCE = 20
+# Those that the kernel took on their way in when that was closed, and what was sent at once just then.
+OVERTAKEN_AT_MOST = 2 + _AT_ONCE
 
 
 class Numbers:

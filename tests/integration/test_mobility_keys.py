@@ -78,7 +78,7 @@ def test_hosts_that_are_gateway_and_anchor_at_once_use_the_key_of_whoever_asks(t
             lone.start()
             lone.together()
             guest = net.guest("guest1", "gateway1")
-            answer = first.arrive(guest, 1, wait_seconds=5)
+            answer = first.arrive(guest, 1, wait_seconds=30)
             assert sorted(answer["acknowledged"]) == [*GATEWAYS]
             lone.move(guest, BOTH, 2, tell=False)
             eventually(lambda: sorted(lone[BOTH].vm(guest)["acknowledged"]) == [*GATEWAYS])

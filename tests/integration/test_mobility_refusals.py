@@ -115,7 +115,8 @@ def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(
         agents["gateway1"].arrive(guest, 1, **body)
     assert told.value.status == 400
     assert words in str(told.value)
-    assert agents["gateway1"].ask("GET", "/v1/vms")["vms"] == []
+    # One of the test before may be on its way out of the list still.
+    assert guest.vm not in {vm["vm"] for vm in agents["gateway1"].ask("GET", "/v1/vms")["vms"]}
 
 
 def test_an_ipv4_address_in_a_definition_is_left_out_and_told(agents: Agents) -> None:
@@ -127,7 +128,7 @@ def test_an_ipv4_address_in_a_definition_is_left_out_and_told(agents: Agents) ->
         f"<devices><interface><source bridge='vmbr0'/><mac address='{guest.mac}'/></interface></devices>"
         "</domain>"
     )
-    body = {"epoch": 1, "definition": definition, "wait_seconds": 5}
+    body = {"epoch": 1, "definition": definition, "wait_seconds": 30}
     answer = agents["gateway1"].ask("POST", f"/v1/vms/{guest.vm}/arrive", body)
     assert answer["addresses"] == [f"{guest.home}/128"]
     assert answer["acknowledged"] == ["anchor1", "anchor2"]

@@ -54,7 +54,7 @@ class Story:
     ) -> PlaybookResult:
         wanted = {
             host: [
-                {"name": vm, "rpo": "60s", "priority": 90 if vm == DATABASE else 50}
+                {"name": vm, "rpo": "5m", "priority": 90 if vm == DATABASE else 50}
                 for vm, home in HOMES.items()
                 if home == host
             ]

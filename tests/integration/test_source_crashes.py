@@ -141,8 +141,11 @@ def test_a_first_copy_whose_checkpoint_is_lost_leaves_nothing_stale(pair: Source
         vm.write("vda", 7, "1M", BLOCK)  # counted by the old checkpoint only
         vm.lose_power()
         vm.virsh("start", vm.name)
+        # Slow enough for a look at the first pieces of the copy that begins anew.
+        lab.wan.set("rate=8mbit,rtt=10ms")
         pair.start(HOME, slice_bytes=4 * MIB)
         pair.wait(lambda: marked_bytes(pair, vm), lambda offset: offset < 8 * MIB, timeout_seconds=60)
+        lab.wan.set("rate=40mbit,rtt=10ms")
         pair.signal(HOME, "KILL")
         pair.start(HOME, slice_bytes=4 * MIB)
         vm.wait_protected(timeout_seconds=120)

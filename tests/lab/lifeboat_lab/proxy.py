@@ -96,18 +96,32 @@ class Proxy:
             time.sleep(last_step_seconds if told["coverage"] > _NEARLY else step_seconds)
 
     def unprotect(self, uuid: str, *, keep_replica: bool, timeout_seconds: float = 240) -> None:
-        """Forget a VM, if this proxy protects it; LabError when it still is held after that long.
+        """Forget a VM, if this proxy protects it or is about to; LabError with what it says after that long.
 
-        One that has arrived is held until its layers are merged.
+        One that has arrived is protected for its way back a few seconds later, and held until its layers are
+        merged.
         """
         deadline = time.monotonic() + timeout_seconds
-        while any(vm["uuid"] == uuid for vm in self.get("/vms")["vms"]):
+        while (listed := self._protects(uuid)) or self._is_arriving(uuid):
             try:
-                self.request("DELETE", f"/vms/{uuid}?keep_replica={str(keep_replica).lower()}")
+                if listed:
+                    self.request("DELETE", f"/vms/{uuid}?keep_replica={str(keep_replica).lower()}")
+                    return
+                if time.monotonic() > deadline:
+                    raise LabError(f"proxy of {self._host.name}: VM {uuid} has arrived and does not land")
             except LabError:
-                if not self.vm(uuid)["held_by"] or time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     raise
-                time.sleep(0.5)
+            time.sleep(0.5)
+
+    def _protects(self, uuid: str) -> bool:
+        return any(vm["uuid"] == uuid for vm in self.get("/vms")["vms"])
+
+    def _is_arriving(self, uuid: str) -> bool:
+        return any(
+            arrival["vm"] == uuid and arrival["state"] == "activated" and not arrival["landing"]
+            for arrival in self.get("/arrivals")["arrivals"]
+        )
 
     def evacuate(self, name: str, *, timeout_seconds: float = 600, **options: Any) -> dict[str, Any]:
         """Evacuate a VM and return its job when that has ended; LabError when it goes on for longer."""

@@ -36,7 +36,8 @@ def _seconds(value: object) -> str:
 
 
 def table(outcomes: t.Sequence[Outcome]) -> list[str]:
-    """Lines of a table, one VM each, and below it the reason of each VM that is not out."""
+    """Lines of a table, one VM each, and below it the reason of each VM that is not out, and what is to be
+    known of one that is."""
     rows = [
         (
             str(outcome.get("name")),
@@ -58,7 +59,10 @@ def table(outcomes: t.Sequence[Outcome]) -> list[str]:
     reasons = [
         "{}: {}{}".format(outcome.get("name"), outcome["sentence"], lag_words(outcome))
         for outcome in outcomes
-        if outcome.get("sentence") and outcome.get("verdict") not in ("evacuated", "already-there")
+        if outcome.get("sentence")
+        and (
+            outcome.get("verdict") not in ("evacuated", "already-there") or outcome.get("cause") == "warning"
+        )
     ]
     return lines + ([""] if reasons else []) + reasons
 

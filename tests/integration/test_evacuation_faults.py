@@ -78,7 +78,8 @@ def test_a_released_vm_whose_host_lost_power_is_started_anew_there(pair: Evacuat
         assert "not released" in pair.start_is_refused(BACKUP, guest), "the source is asked first"
         pair.start(BACKUP)
         job = pair.wait_job(HOME, job_id)
-        assert (job["verdict"], job["memory_lost"]) == ("evacuated", True), job
+        assert (job["verdict"], job["cause"], job["memory_lost"]) == ("evacuated", "warning", True), job
+        assert "its memory was lost" in job["sentence"]
         wait_for(guest.running_on, lambda hosts: hosts == [BACKUP])
     guest.wait_ready(host=BACKUP)
     pair.wait_landed(BACKUP, guest)

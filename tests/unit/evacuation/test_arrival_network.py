@@ -316,6 +316,17 @@ async def test_an_answer_that_is_lost_leaves_it_open_whether_its_addresses_lead_
     )
 
 
+async def test_a_memory_that_was_lost_is_told_to_the_operator() -> None:
+    async def enter(_step: Step) -> None:
+        raise Conflict("no further here")
+
+    job = replace(JOB, step=Step.RELEASED, memory_lost=True)
+    for _time in range(2):
+        with pytest.raises(Conflict):
+            await confirm.finish(cast(Any, SimpleNamespace(job=job, around=None, enter=enter)))
+    assert job.warning == "It had to be started anew there: its memory was lost, its disks are whole."
+
+
 class Network(NothingToDo):
     """Fails as often as it is told to."""
 

@@ -83,6 +83,14 @@ def test_of_those_that_stay_a_line_and_the_table_tell_the_lag() -> None:
     assert table([{**outcome, "verdict": "evacuated"}])[-1].startswith("web1  -")
 
 
+def test_what_is_to_be_known_of_one_that_is_out_stands_below_the_table() -> None:
+    outcome = {
+        "name": "web1", "verdict": "evacuated", "cause": "warning", "sentence": "its memory was lost",
+        "lag_bytes": 12.34e6,
+    }  # fmt: skip
+    assert table([outcome])[-1] == "web1: its memory was lost"
+
+
 def test_steps_of_many_vms_share_a_line_and_a_verdict_has_its_own() -> None:
     site = SiteSummary("home", (), ())
     recorder = Recorder(site, 0.0, make_plan(site, None), None)

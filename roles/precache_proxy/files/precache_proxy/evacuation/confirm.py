@@ -126,6 +126,8 @@ async def finish(departure: Departure, *, answered: bool = False) -> None:
     if job.step is not Step.FINISH:
         if job.address_findings and not answered:
             _warn_of_addresses(job, f"{job.peer}'s word on them was not heard")
+        if job.memory_lost:
+            job.warn("It had to be started anew there: its memory was lost, its disks are whole.")
         # Its memory is there with it: nothing was lost, whatever was asked for meanwhile.
         job.owes_abort = False
         await departure.enter(Step.FINISH)
@@ -157,8 +159,7 @@ async def finish(departure: Departure, *, answered: bool = False) -> None:
     job.verdict = Verdict.EVACUATED
     runs = restart.sentence(job) if job.restarts else f"VM {job.name} runs at {job.peer}."
     if not job.warning:
-        lost = " It had to be started anew there: its memory was lost." if job.memory_lost else ""
-        job.explain("", f"{runs}{lost}")
+        job.explain("", runs)
     else:
         job.explain("warning", f"{runs} {job.warning}")
     await departure.enter(Step.DONE)

@@ -50,7 +50,8 @@ options:
     type: str
   priority:
     description:
-      - Order among the VMs of a host, V(0) to V(100); the higher is served and evacuated first.
+      - Order among the VMs of a host, V(0) to V(100); the higher is served first, and
+        weighs more in an evacuation (ten steps double).
       - For a VM that is not yet protected the default is V(50).
     type: int
   disks:

@@ -236,9 +236,9 @@ class Gate:
         return alone and (self.window == 1 or not self._starting or guessed)
 
     @property
-    def next_stands_ready(self) -> bool:
-        """Whether the next one is under way already where one at a time fills it: who is nearly over makes
-        room for that one, not for a third."""
+    def keeps_one_ready(self) -> bool:
+        """Whether there is a place for the next one beside the one that is thought to fill it: who is nearly
+        over makes room for that one, not for a third."""
         return self.one_at_a_time and self.window > 1 and self.stream is not None
 
     def observe(

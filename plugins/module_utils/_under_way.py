@@ -134,7 +134,7 @@ class UnderWay:
         gate = self._uplinks.gate_of(vm)
         if live_seconds(move, move.bytes_per_second) > gate.ahead_seconds:
             return False
-        if gate.next_stands_ready:
+        if gate.keeps_one_ready:
             self.leaving[id(gate)] = self.leaving.get(id(gate), 0) + 1
             return False
         return True

@@ -35,17 +35,18 @@ def test_no_backup_meets_a_guest_that_opens_its_ports(pair: EvacuationPair) -> N
     guest = pair.make_guest("boots")
     url = f"/v1/vms/{guest.plan.uuid}"
     pair.ask(HOME, "PUT", url, {"peer": BACKUP, "rpo_seconds": RPO_SECONDS})
-    began_at = int(time.time())
+    began_at, in_time = int(time.time()), True
     for _boot in range(2):
         pair.virsh(HOME, "destroy", guest.plan.uuid)
         # A pass of what the VM left may still be under way, of its closed images.
         pair.wait_protected(guest, HOME)
-        pair.virsh(HOME, "start", guest.plan.uuid)
         started = time.monotonic()
+        pair.virsh(HOME, "start", guest.plan.uuid)
         seen: list[bool] = []
         while True:
             found = backup_open(pair, guest)
             if ports_open(pair, guest):
+                in_time = in_time and time.monotonic() - started < WITHOUT_SECONDS
                 break  # what has begun since then is in order
             if time.monotonic() - started < WITHOUT_SECONDS:
                 seen.append(found)
@@ -59,4 +60,5 @@ def test_no_backup_meets_a_guest_that_opens_its_ports(pair: EvacuationPair) -> N
             timeout_seconds=60,
         )
     journal = pair.shell(HOME, f"journalctl -u libvirtd --since @{began_at} --no-pager")
-    assert "Cannot start job" not in journal, journal
+    # A backup that begins after that may meet the opening of the ports of a guest that is slower.
+    assert not in_time or "Cannot start job" not in journal, journal

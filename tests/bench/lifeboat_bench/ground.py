@@ -46,7 +46,8 @@ class Ground:
         """Shape the WAN and measure it: a run on a WAN that is not what it says has nothing to report.
 
         Proxies start anew: their connections' kernels would remember the round trip of the WAN before for
-        five minutes, and a site's is the same for years.
+        five minutes, and a site's is the same for years. (What shapes the WAN otherwise, as the table
+        `deadline` does between its runs, leaves them with what they know.)
         """
         self.lab.wan.set(profile)
         check = self.lab.wan.check(*between)

@@ -55,7 +55,7 @@ class Case:
         return self.source, PEERS[self.source]
 
 
-# A minute and more each: a beginning of a second is to count as it does for the disks that there are.
+# The first three copy for a minute and more: a beginning of a second is to count as it does for real disks.
 CASES = (
     Case("regional", "rate=400mbit,rtt=40ms", 4096, 0.95),
     Case("regional-ipv4", "rate=400mbit,rtt=40ms", 4096, 0.95, source="home2"),
@@ -122,7 +122,7 @@ def _measure(ground: Ground, table: Table, case: Case, name: str) -> None:
     with LatencyWatch(proxy) as latency:
         began = time.monotonic()
         proxy.protect(name, destination, rpo_seconds=3600)
-        # A tenth of a second is 0.3 % of half a minute.
+        # A tenth of a second is 0.3 % of half a minute, and is seen to a hundredth at the end.
         proxy.wait_protected(name, timeout_seconds=COPY_SECONDS, step_seconds=0.1, last_step_seconds=0.01)
         ours = size / (time.monotonic() - began)
     passes = [_empty_pass(ground, proxy, name) for _ in range(EMPTY_PASSES)]

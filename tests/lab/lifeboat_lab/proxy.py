@@ -102,7 +102,11 @@ class Proxy:
         merged.
         """
         deadline = time.monotonic() + timeout_seconds
-        while (listed := self._protects(uuid)) or self._is_arriving(uuid):
+        while True:
+            # In this order: it is protected before it counts as landing.
+            arriving, listed = self._is_arriving(uuid), self._protects(uuid)
+            if not (arriving or listed):
+                return
             try:
                 if listed:
                     self.request("DELETE", f"/vms/{uuid}?keep_replica={str(keep_replica).lower()}")

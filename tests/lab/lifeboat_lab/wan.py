@@ -147,13 +147,17 @@ class Wan:
 
     def check(self, source: str, destination: str, *, seconds: float = 3) -> Check:
         """Measure between two hosts at different sites: pings while the link is idle, then fill it. By the
-        version of IP that the destination is reached at as a peer.
+        version of IP that the destination is reached at as a peer; the client has IPv6 alone.
 
         Slow links with datagrams: connections would still be finding out their rate. Fast ones with four
         connections: this machine cannot make so many datagrams beside everything else.
         """
         profile = Profile.from_json(self.status()["now"])
-        address = CLIENT_ADDRESS if destination == "client" else HOSTS[destination].peer_address
+        if destination == "client":
+            address = CLIENT_ADDRESS
+        else:
+            plan = HOSTS[destination]
+            address = plan.address if source == "client" else plan.peer_address
         ip_version = ip_address(address).version
         # Neighbours and routes are found by the first packets.
         ping = [*self._inside(source), "ping", "-q", "-W", "3"]
